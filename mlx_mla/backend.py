@@ -1,0 +1,154 @@
+"""What the trainer and the commands ask of a framework, and how they get one by name."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional, Protocol
+
+import numpy as np
+
+from mlx_mla.config import TrainConfig
+from mlx_mla.shards import Batch
+
+CacheKind = Literal["latent", "materialized", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimiser step."""
+
+    loss: float
+    """Mean cross-entropy before the step, in nats per token."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+
+
+class TrainSession(Protocol):
+    """A model and its optimiser on a device."""
+
+    def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
+        """Take one optimiser step on the mean gradient of `batches`, which have one shape.
+
+        Args:
+            step: Number of steps taken before; with the seed it decides the dropout.
+        """
+        ...
+
+    def loss_sum(self, batch: Batch) -> float:
+        """Summed cross-entropy of a batch in nats, without dropout."""
+        ...
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The float32 weights by name."""
+        ...
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """AdamW's moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, float32."""
+        ...
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
+        """Sample a continuation with the weights as they are."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Most bytes the framework has held at once since the session began."""
+        ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class GenerationOptions:
+    """How to continue a prompt."""
+
+    max_tokens: Optional[int] = None
+    """Most tokens to generate for each prompt. None: 200, or as many as fit in n_positions."""
+    temp: float = 0.8
+    """Sampling temperature. 0: greedy, always the likeliest token."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens. 0: off."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability. 1: off."""
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the likeliest one's probability. 0: off."""
+    repetition_penalty: float = 1.0
+    """Divide the scores of recent tokens by this. 1: off."""
+    repetition_context_size: int = 64
+    """Tokens that count as recent for --repetition-penalty."""
+    seed: int = 0
+    """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Texts at which to stop; they are not printed."""
+    cache: CacheKind = "latent"
+    """What is kept between tokens: the latents, expanded keys and values, or nothing (all is recomputed)."""
+    kv_bits: Optional[Literal[4, 8]] = None
+    """Quantise the cache to so many bits. None: off."""
+    max_kv_size: Optional[int] = None
+    """Go on past this many tokens of context (at most n_positions) by dropping all but the newest half
+    and reading it again. None: a context past n_positions is an error."""
+
+
+@dataclasses.dataclass
+class Piece:
+    """A bit of generated text, with the figures so far."""
+
+    text: str
+    token_ids: list[int]
+    """The tokens since the last piece."""
+    figures: dict[str, Any]
+    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes, peak_memory_bytes."""
+    finish_reason: Optional[str] = None
+    """"stop" or "length" on the last piece, else None."""
+
+
+class Decoder(Protocol):
+    """A loaded model that generates."""
+
+    tokenizer: Any
+    """A transformers tokenizer."""
+    vocab_size: int
+    n_positions: int
+
+    def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
+        """Continue one prompt (token ids), piece by piece."""
+        ...
+
+    def batch(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+        """Continue several prompts together; yields (index of the prompt, piece)."""
+        ...
+
+
+class Backend(Protocol):
+    """A framework that can run the model."""
+
+    name: str
+
+    def train_session(
+        self,
+        config: TrainConfig,
+        weights: Mapping[str, np.ndarray],
+        optimizer_state: Mapping[str, np.ndarray] | None = None,
+        steps_done: int = 0,
+    ) -> TrainSession:
+        """Put a model and its optimiser on the device.
+
+        Args:
+            weights: float32 tensors by name, as `parameter_shapes` lists them.
+            optimizer_state: What `TrainSession.optimizer_state` gave; None to start anew.
+            steps_done: Optimiser steps behind that state.
+        """
+        ...
+
+    def decoder(self, folder: Path, cache: CacheKind = "latent") -> Decoder:
+        """Load a model folder for generation."""
+        ...
+
+
+def get_backend(name: str, device: str = "auto") -> Backend:
+    """The backend by its command-line name, on a device; imports its framework.
+
+    Raises:
+        UserError: If the device is not there.
+    """
+    assert name == "mlx", name
+    from mlx_mla import backend_mlx
+
+    return backend_mlx.MLXBackend(device)

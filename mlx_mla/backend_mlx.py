@@ -1,0 +1,199 @@
+"""The MLX backend: the training step, the loss, and the model ready to decode."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_mla.backend import CacheKind, StepResult
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.decode_mlx import MLXDecoder
+from mlx_mla.errors import UserError
+from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.shards import Batch
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+
+
+class MLXBackend:
+    """Runs the model in MLX, on Metal, CUDA or the CPU."""
+
+    name = "mlx"
+
+    def __init__(self, device: str = "auto"):
+        if device == "gpu" and not mx.is_available(mx.gpu):
+            raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
+        if device != "auto":
+            mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+
+    def train_session(
+        self,
+        config: TrainConfig,
+        weights: Mapping[str, np.ndarray],
+        optimizer_state: Mapping[str, np.ndarray] | None = None,
+        steps_done: int = 0,
+    ) -> "MLXTrainSession":
+        return MLXTrainSession(config, weights, optimizer_state, steps_done)
+
+    def decoder(self, folder: Path, cache: CacheKind = "latent") -> MLXDecoder:
+        return MLXDecoder(folder, cache)
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model:
+    """A model with the given float32 weights, in evaluation mode."""
+    model = Model(ModelArgs.from_dict(config.to_dict()))
+    model.load_weights([(name, mx.array(w)) for name, w in weights.items()])
+    model.eval()
+    return model
+
+
+def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
+    """AdamW with bias correction; decay on matrices only, as in GPT-2 and GPT-3 training."""
+    adamw = partial(
+        optim.AdamW,
+        learning_rate=config.learning_rate,
+        betas=[config.beta1, config.beta2],
+        eps=config.adam_epsilon,
+        bias_correction=True,
+    )
+    return optim.MultiOptimizer(
+        [adamw(weight_decay=config.weight_decay), adamw(weight_decay=0.0)],
+        [lambda _, w: w.ndim >= 2],
+    )
+
+
+class MLXTrainSession:
+    """See `mlx_mla.backend.TrainSession`.
+
+    Weights, gradients and optimiser state are float32; with bfloat16 the forward and backward pass
+    run on a cast of the weights, whose gradient flows back to the float32 ones.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        weights: Mapping[str, np.ndarray],
+        optimizer_state: Mapping[str, np.ndarray] | None,
+        steps_done: int,
+    ):
+        mx.reset_peak_memory()
+        self.config = config
+        self.model = build_model(config.model, weights)
+        self.optimizer = make_optimizer(config)
+        self.optimizer.init(self.model.trainable_parameters())
+        if optimizer_state is not None:
+            self._load_optimizer_state(optimizer_state, steps_done)
+        self._dtype = DTYPES[config.dtype]
+        # Everything the compiled functions read or change beside their arguments.
+        state = [self.model.state, self.optimizer.state, mx.random.state]
+        jit = partial(mx.compile, inputs=state, outputs=state) if config.compile else lambda f: f
+        self._grad_step = jit(self._loss_and_grad)
+        self._apply_step = jit(self._clip_and_update)
+        self._add = mx.compile(_tree_add) if config.compile else _tree_add
+        self._loss_sum = jit(self._summed_loss)
+        mx.eval(state)
+
+    def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
+        self.model.train()
+        if self.config.model.dropout:
+            # The masks are a function of (seed, step), so resuming needs no RNG state on disk.
+            mx.random.seed(int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0]))
+        total = grads = None
+        for x, y in batches:
+            loss, new = self._grad_step(mx.array(x), mx.array(y))
+            total, grads = (loss, new) if total is None else (total + loss, self._add(grads, new))
+            if len(batches) > 1:
+                mx.eval(total, grads)  # frees this pass's activations before the next one
+        self.optimizer.learning_rate = learning_rate
+        norm = self._apply_step(grads, mx.array(1.0 / len(batches)))
+        assert total is not None
+        mx.eval(self.model.state, self.optimizer.state, total, norm)
+        return StepResult(total.item() / len(batches), norm.item())
+
+    def loss_sum(self, batch: Batch) -> float:
+        self.model.eval()
+        return self._loss_sum(mx.array(batch[0]), mx.array(batch[1])).item()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {name: np.array(w) for name, w in tree_flatten(self.model.parameters())}
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        tensors = {}
+        for part in self.optimizer.state["states"]:
+            for key, value in tree_flatten(part):
+                name, _, moment = key.rpartition(".")
+                if moment in ("m", "v"):
+                    tensors[f"{'exp_avg' if moment == 'm' else 'exp_avg_sq'}.{name}"] = np.array(value)
+        return tensors
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
+        self.model.eval()
+        mx.random.seed(seed)
+        steps = generate_step(mx.array(prompt), self.model, max_tokens=max_tokens, sampler=make_sampler(temp=temp))
+        return [int(token) for token, _ in steps]
+
+    def peak_memory_bytes(self) -> int:
+        return mx.get_peak_memory()
+
+    def _load_optimizer_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
+        # Written into the dictionaries that init made, so that each optimiser keeps its own tensors.
+        for part in self.optimizer.state["states"]:
+            part["step"] = mx.array(steps_done, mx.uint64)
+            for key, value in tree_flatten(part):
+                name, _, moment = key.rpartition(".")
+                if moment not in ("m", "v"):
+                    continue
+                stored = tensors.get(f"{'exp_avg' if moment == 'm' else 'exp_avg_sq'}.{name}")
+                if stored is None or stored.shape != value.shape:
+                    raise UserError(f"the checkpoint's optimiser state does not fit the model at {name}")
+                _set_path(part, key, mx.array(stored))
+
+    def _forward_loss(self, x: mx.array, y: mx.array) -> mx.array:
+        """Cross-entropy of every token, float32 of shape (B, L)."""
+        return mx.fast.cross_entropy(self.model(x).astype(mx.float32), y)
+
+    def _loss_and_grad(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict]:
+        master = self.model.trainable_parameters()
+
+        def loss_fn(params: dict) -> mx.array:
+            self.model.update(tree_map(lambda p: p.astype(self._dtype), params))
+            return self._forward_loss(x, y).mean()
+
+        loss, grads = mx.value_and_grad(loss_fn)(master)
+        self.model.update(master)
+        return loss, grads
+
+    def _clip_and_update(self, grads: dict, scale: mx.array) -> mx.array:
+        grads = tree_map(lambda g: g * scale, grads)
+        if self.config.grad_clip:
+            grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
+        else:
+            norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads)))
+        self.optimizer.update(self.model, grads)
+        return norm
+
+    def _summed_loss(self, x: mx.array, y: mx.array) -> mx.array:
+        master = self.model.trainable_parameters()
+        self.model.update(tree_map(lambda p: p.astype(self._dtype), master))
+        loss = self._forward_loss(x, y).sum()
+        self.model.update(master)
+        return loss
+
+
+def _tree_add(a: dict, b: dict) -> dict:
+    return tree_map(mx.add, a, b)
+
+
+def _set_path(tree: dict, path: str, value: mx.array) -> None:
+    """Replace one leaf of nested dictionaries and lists, by its tree_flatten path."""
+    *parents, last = path.split(".")
+    node = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    node[last] = value

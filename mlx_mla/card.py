@@ -1,0 +1,47 @@
+"""The model card, README.md of every model folder."""
+
+from pathlib import Path
+
+from mlx_mla.config import TrainConfig
+from mlx_mla.corpus import BUILTIN
+from mlx_mla.estimate import cache_bytes_per_token
+from mlx_mla.weights import num_parameters
+
+
+def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
+    """Text of the card: what the model is, what it was trained on, how to load it.
+
+    It depends on the run alone (no dates, no paths), so that equal checkpoints have equal cards.
+    """
+    m = config.model
+    data = "Python's built-in documentation" if config.data == BUILTIN else Path(config.data).name
+    loss = "not measured yet" if val_loss is None else f"{val_loss:.4f} nats per token"
+    if m.attention == "mla":
+        kind = f"Multi-head Latent Attention, kv_lora_rank {m.kv_lora_rank}"
+    else:
+        kind = "multi-head attention"
+    return f"""---
+library_name: mlx
+pipeline_tag: text-generation
+tags: [mlx, mla_gpt2]
+---
+# {config.preset}, step {step:,}
+
+A GPT-2-style language model with {kind}: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide,
+context {m.n_positions}, vocabulary {m.vocab_size} ({config.tokenizer}), {num_parameters(m):,} parameters.
+Decoding caches {cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.
+
+| | |
+|---|---|
+| training data | {data} |
+| steps | {step:,} of {config.steps:,} |
+| tokens seen | {step * config.tokens_per_step:,} |
+| validation loss (held-out tail of the data) | {loss} |
+
+## Use
+
+    python -m mlx_mla.generate --model THIS_FOLDER --prompt "The "
+    mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "The "
+
+`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder.
+"""

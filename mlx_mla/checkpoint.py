@@ -1,0 +1,278 @@
+"""Model folders and training state on disk: complete or absent, checked by sha256.
+
+A model folder holds config.json, model.safetensors, model_mlx.py, the tokenizer's files and a
+README.md; a training checkpoint adds train_state.safetensors and train_state.json. `SHA256SUMS`
+(as `sha256sum -c` reads it) covers every file but the README.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
+
+SUMS = "SHA256SUMS"
+WEIGHTS = "model.safetensors"
+STATE = "train_state.safetensors"
+STATE_INFO = "train_state.json"
+MODEL_FILE = "model_mlx.py"
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Make a folder that appears under its name only once it is whole and on disk.
+
+    The caller fills the temporary folder it is given. On leaving, its files are listed in
+    SHA256SUMS, synced, and the folder is renamed to `target`, replacing one that is there. On an
+    error the temporary folder is removed and `target` is left as it was.
+
+    Raises:
+        UserError: If the disk is full or refuses to be written; the message names `target`.
+    """
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = sorted(p for p in temporary.iterdir() if p.is_file())
+        sums = "".join(f"{_sha256(p)}  {p.name}\n" for p in files if p.name != "README.md")
+        (temporary / SUMS).write_text(sums, encoding="utf-8")
+        for path in [*files, temporary / SUMS, temporary]:
+            _fsync(path)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old-{os.getpid()}")
+            os.rename(target, old)
+            os.rename(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(temporary, target)
+        _fsync(target.parent)
+    except OSError as e:
+        raise UserError(f"{target}: could not be written: {e.strerror or e}; nothing there was changed") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as e:
+        raise UserError(f"{path}: could not be written: {e.strerror or e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+) -> None:
+    """Write the files of a model folder into an existing folder.
+
+    Args:
+        folder: Usually what `atomic_folder` gives.
+        config: Resolved configuration.
+        weights: The tensors that `parameter_shapes(config)` names.
+        card: Text of the model card, README.md.
+    """
+    _save_tensors(folder / WEIGHTS, weights)
+    _write_json(folder / "config.json", model_config_json(config, tokenizer.eos_token_id))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
+    tokenizer.model_max_length = config.n_positions
+    tokenizer.save_pretrained(str(folder))
+
+
+def model_config_json(config: ModelConfig, eos_token_id: int | None) -> dict[str, Any]:
+    """config.json: our fields, and the few by which other tools find their way."""
+    return {
+        "model_type": "mla_gpt2",
+        "architectures": ["MLAGPT2LMHeadModel"],
+        "model_file": MODEL_FILE,
+        **config.to_dict(),
+        # The names under which transformers and mlx-lm look for the same facts.
+        "num_hidden_layers": config.n_layer,
+        "hidden_size": config.n_embd,
+        "num_attention_heads": config.n_head,
+        "max_position_embeddings": config.n_positions,
+        "tie_word_embeddings": True,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": "float32",
+    }
+
+
+def write_train_state(folder: Path, tensors: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
+    """Add optimiser tensors (`exp_avg.NAME`, `exp_avg_sq.NAME`) and `train_state.json` to a folder."""
+    _save_tensors(folder / STATE, tensors)
+    _write_json(folder / STATE_INFO, info)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The resolved model configuration of a folder; UserError if it is not one of ours."""
+    values = _read_json(folder / "config.json")
+    if values.get("model_type") != "mla_gpt2":
+        raise UserError(
+            f"{folder}: config.json says model_type {values.get('model_type')!r}, and this needs 'mla_gpt2'"
+        )
+    return ModelConfig.from_dict(values).resolved()
+
+
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
+    """All tensors of a folder as float32, after checking names and shapes against `config`."""
+    tensors = _load_tensors(folder / WEIGHTS)
+    expected = parameter_shapes(config)
+    for name in expected.keys() | tensors.keys():
+        if name not in tensors or name not in expected:
+            state = "missing from" if name not in tensors else "unexpected in"
+            raise UserError(f"{folder / WEIGHTS}: tensor {name} is {state} the file")
+        if tensors[name].shape != expected[name]:
+            raise UserError(
+                f"{folder / WEIGHTS}: tensor {name} has shape {tensors[name].shape}, "
+                f"config.json asks for {expected[name]}"
+            )
+    return {name: tensors[name].astype(np.float32, copy=False) for name in expected}
+
+
+def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Optimiser tensors and `train_state.json` of a training checkpoint."""
+    if not (folder / STATE).is_file():
+        raise UserError(f"{folder}: has no {STATE}, so training cannot resume from it; use --init {folder}")
+    return _load_tensors(folder / STATE), _read_json(folder / STATE_INFO)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder by its SHA256SUMS, in a few words; None if it is whole.
+
+    A folder without SHA256SUMS (another tool wrote it) is not checked.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():
+        return None
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        expected, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} is truncated or changed (its sha256 differs)"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((p for p in (run / "checkpoints").glob("step-*") if p.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def latest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None if it has none."""
+    with contextlib.suppress(OSError):
+        named = run / "checkpoints" / (run / "latest").read_text(encoding="utf-8").strip()
+        if named.is_dir():
+            return named
+    # The run died between the rename and the update of `latest`; a checkpoint is whole if it is there.
+    return checkpoints(run)[-1] if checkpoints(run) else None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints (0: none), and what killed runs left half-written."""
+    folder = run / "checkpoints"
+    for leftover in [*folder.glob(".step-*.tmp-*"), *folder.glob(".step-*.old-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep:
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def model_folder(path: Path) -> Path:
+    """The model folder that a path means: the path itself, or the newest checkpoint of a run folder.
+
+    Raises:
+        UserError: If there is no model.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model folder")
+    if (path / "checkpoints").is_dir():
+        newest = latest(path)
+        if newest is None:
+            raise UserError(f"{path}: this run has saved no checkpoint yet")
+        return newest
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: not a model folder (no config.json) and not a run folder (no checkpoints/)")
+    if not any(path.glob("model*.safetensors")):
+        raise UserError(f"{path}: has no weights (model.safetensors); the folder is incomplete")
+    return path
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    # The metadata is what transformers and mlx-lm write; loaders of both look for it.
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, str(path), {"format": "mlx"})
+    path.chmod(0o644)  # safetensors makes its files private
+
+
+def _load_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the folder has no weights") from None
+    except (SafetensorError, OSError, KeyError) as e:
+        raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,94 @@
+"""What every command shares: flags from dataclasses, errors as one line, exit codes."""
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from mlx_mla.errors import UserError
+
+T = TypeVar("T")
+
+EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+_OPTIONS = (tyro.conf.FlagCreatePairsOff,)
+
+
+def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Parse flags into a dataclass.
+
+    Args:
+        command: The dataclass; its docstrings are the help.
+        argv: Arguments without the program's name.
+        prog: What to call the program in help.
+        default: Values of flags that are not given.
+
+    Raises:
+        UserError: For a wrong value or an unknown flag, naming the nearest known one.
+    """
+    extra = {} if default is None else {"default": default}
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            result, unknown = tyro.cli(
+                command, args=list(argv), prog=prog, config=_OPTIONS, return_unknown_args=True, **extra
+            )
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(stderr.getvalue())}; see {prog} --help") from None
+    if unknown:
+        name = unknown[0].split("=")[0].replace("_", "-")
+        close = difflib.get_close_matches(name, _known_flags(command, prog, default), 1, 0.5)
+        hint = f"did you mean {close[0]}?" if close else f"see {prog} --help"
+        raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
+    return result
+
+
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's body and turn what it raises into the documented exit codes.
+
+    Returns:
+        0 done; 2 the user's input was wrong, told in one line on stderr; 130 stopped by Ctrl-C. A
+        fault of ours escapes as a traceback, which Python ends with 1.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return EXIT_USER
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is no error.
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _known_flags(command: type, prog: str, default: object) -> list[str]:
+    extra = {} if default is None else {"default": default}
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.suppress(SystemExit):
+        tyro.cli(command, args=["--help"], prog=prog, config=_OPTIONS, **extra)
+    return sorted(set(re.findall(r"--[a-z0-9][a-z0-9-]*", stdout.getvalue())))
+
+
+def _one_line(box: str) -> str:
+    """The message inside the box that tyro draws around an error."""
+    message = box.split("──────\n")[0] if "──" not in box else box
+    lines = [line.strip("│╭╮╰╯─ \t") for line in message.splitlines()]
+    text = []
+    for raw, line in zip(message.splitlines(), lines):
+        if raw.startswith("╭"):
+            continue
+        if set(raw.strip("│ \t")) <= {"─"} and raw.startswith("│"):
+            break
+        if line:
+            text.append(line)
+    return " ".join(text).rstrip(".")

@@ -1,0 +1,364 @@
+"""Every setting of the model and of training: dataclasses, presets, validation, TOML in and out."""
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import tomli_w
+from tyro.conf import OmitArgPrefixes
+
+from mlx_mla.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name closest to a mistyped one, as a hint to append to an error; may be empty."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """Shape of the transformer, in the names of GPT-2 and DeepSeek; this is what config.json holds."""
+
+    attention: Literal["mla", "mha"] = "mla"
+    """"mla" caches one latent per token; "mha" is GPT-2's own attention."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads; must divide n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_inner: Optional[int] = None
+    """Width of the MLP. None: 4 x n_embd."""
+    n_positions: int = 1024
+    """Longest context, in tokens."""
+    vocab_size: Optional[int] = None
+    """Rows of the embedding. None: as many as the tokenizer has."""
+    kv_lora_rank: Optional[int] = None
+    """MLA: width of the cached key/value latent. None: n_embd / 2."""
+    q_lora_rank: Optional[int] = None
+    """MLA: width of a query latent, as in DeepSeek-V2. None: queries are projected directly."""
+    qk_rope_head_dim: int = 0
+    """MLA: width of the decoupled RoPE part of queries and keys; it replaces the learned positions. 0: off."""
+    v_head_dim: Optional[int] = None
+    """MLA: width of a value head. None: n_embd / n_head."""
+    latent_norm: bool = False
+    """MLA: RMSNorm on the latents, as in DeepSeek-V2."""
+    attention_bias: Optional[bool] = None
+    """Bias on the projections that read x. None: only for "mha", as in GPT-2."""
+    rope_theta: float = 10000.0
+    """Base wavelength of the RoPE part; used only where qk_rope_head_dim > 0."""
+    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
+    """"gelu_new" is GPT-2's tanh approximation, "gelu" the exact function."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in every LayerNorm."""
+    dropout: float = 0.0
+    """Dropout on embeddings and on the output of every attention and MLP, in training."""
+
+    def resolved(self, tokenizer_size: Optional[int] = None) -> "ModelConfig":
+        """Fill what was left to a default, and check everything.
+
+        Args:
+            tokenizer_size: Number of token ids of the tokenizer that goes with the model.
+
+        Raises:
+            UserError: For an impossible value; the message names the option.
+        """
+        c = dataclasses.replace(self)
+        for name in ("n_layer", "n_head", "n_embd", "n_positions"):
+            if getattr(c, name) < 1:
+                raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
+        if c.n_embd % c.n_head:
+            raise UserError(
+                f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; "
+                f"try {flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
+            )
+        if not 0 <= c.dropout < 1:
+            raise UserError(f"--dropout must be in [0, 1), not {c.dropout}")
+        if c.n_inner is None:
+            c.n_inner = 4 * c.n_embd
+        if c.vocab_size is None:
+            if tokenizer_size is None:
+                raise UserError("--vocab-size is needed where no tokenizer says it")
+            c.vocab_size = tokenizer_size
+        if tokenizer_size is not None and c.vocab_size < tokenizer_size:
+            raise UserError(
+                f"--vocab-size {c.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; "
+                f"use at least {tokenizer_size}, or leave it out"
+            )
+        if c.attention_bias is None:
+            c.attention_bias = c.attention == "mha"
+        self._resolve_mha(c) if c.attention == "mha" else self._resolve_mla(c)
+        for name in ("n_inner", "vocab_size"):
+            if getattr(c, name) < 1:
+                raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
+        return c
+
+    @staticmethod
+    def _resolve_mha(c: "ModelConfig") -> None:
+        for name in ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "latent_norm"):
+            if getattr(c, name):
+                raise UserError(f"{flag(name)} has no meaning with --attention mha; leave it out")
+
+    @staticmethod
+    def _resolve_mla(c: "ModelConfig") -> None:
+        if c.kv_lora_rank is None:
+            c.kv_lora_rank = max(1, c.n_embd // 2)
+        if c.v_head_dim is None:
+            c.v_head_dim = c.n_embd // c.n_head
+        for name in ("kv_lora_rank", "v_head_dim", "q_lora_rank"):
+            value = getattr(c, name)
+            if value is not None and value < 1:
+                raise UserError(f"{flag(name)} must be at least 1, not {value}")
+        if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
+            raise UserError(f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, without those that are None."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Read the model's fields out of a config.json, ignoring what other tools keep there."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in names})
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """Settings of a training run; `config.toml` in the run folder holds them all."""
+
+    preset: str = "nano"
+    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128 or gpt2-124m."""
+    data: str = "builtin"
+    """Text to train on: a UTF-8 file (.txt), or "builtin", the documentation that comes with Python."""
+    val_fraction: float = 0.1
+    """Share of the text, at its end, that is held out for validation."""
+    tokenizer: Literal["bytes", "gpt2"] = "bytes"
+    """"bytes" (256 bytes and <|endoftext|>) or "gpt2" (GPT-2's byte-pair encoding, 50257 ids)."""
+    bpe_dir: Optional[str] = None
+    """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them once."""
+    init: Optional[str] = None
+    """Model folder whose weights to start from. None: random weights."""
+    steps: int = 1000
+    """Optimiser steps in all."""
+    batch_size: int = 16
+    """Sequences in one forward and backward pass; halve it when memory runs out, and double --grad-accum-steps."""
+    grad_accum_steps: int = 1
+    """Passes whose gradients are averaged into one optimiser step; memory stays that of one pass."""
+    seq_len: Optional[int] = None
+    """Tokens in one sequence. None: n_positions."""
+    seed: int = 1337
+    """Decides the first weights, the order of the data and the dropout."""
+    learning_rate: float = 6e-4
+    """Highest learning rate, reached after the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Share of the learning rate that is left at the end of the cosine."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0. 0: no warm-up."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient. 0: no clipping."""
+    initializer_range: float = 0.02
+    """Standard deviation of the first weights; residual projections get 1/sqrt(2 n_layer) of it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on CPUs."""
+    compile: bool = True
+    """Compile the training step with mx.compile (--no-compile: run it eagerly, to look for a fault)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 100
+    """Steps between measurements of the validation loss. 0: only at the end."""
+    eval_batches: int = 20
+    """Batches of one such measurement, spread evenly. 0: the whole held-out text; the last one always takes it."""
+    save_every: int = 200
+    """Steps between checkpoints. 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints to keep. 0: all."""
+    sample_prompt: str = "The "
+    """Prompt of the sample printed at the end."""
+    sample_tokens: int = 200
+    """Length of that sample. 0: none."""
+    backend: Literal["mlx"] = "mlx"
+    """Framework that does the computing."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Device of the backend; "auto" takes the GPU where there is one."""
+    model: OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+
+    @property
+    def context(self) -> int:
+        """Tokens of one training sequence."""
+        return self.seq_len or self.model.n_positions
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.grad_accum_steps * self.context
+
+    def resolved(self, tokenizer_size: int) -> "TrainConfig":
+        """Fill in defaults and check every value; raises UserError naming the option."""
+        for name in ("steps", "batch_size", "grad_accum_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
+        for name in (
+            "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "save_every",
+            "keep", "sample_tokens", "seed", "adam_epsilon", "initializer_range",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{flag(name)} must not be negative, not {value}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise UserError(f"--learning-rate must be positive, not {self.learning_rate}")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val-fraction must be between 0 and 1, not {self.val_fraction}")
+        for name in ("min_lr_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1 or (name != "min_lr_ratio" and getattr(self, name) == 1):
+                raise UserError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
+        if self.bpe_dir is not None and self.tokenizer != "gpt2":
+            raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
+        model = self.model.resolved(tokenizer_size)
+        if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
+            raise UserError(f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not {self.seq_len}")
+        return dataclasses.replace(self, model=model, seq_len=self.seq_len or model.n_positions)
+
+
+_MLA_124M: dict[str, Any] = {
+    "tokenizer": "gpt2",
+    "steps": 19073,
+    "batch_size": 4,
+    "grad_accum_steps": 128,  # x 4 x 1024 = the original's 524,288 tokens a step
+    "warmup_steps": 715,
+    "dtype": "bfloat16",
+    "eval_every": 250,
+    "eval_batches": 40,
+    "save_every": 250,
+    "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257},
+}
+
+
+def _with_model(preset: dict[str, Any], **model: Any) -> dict[str, Any]:
+    return {**preset, "model": {**preset["model"], **model}}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Small enough for two CPU cores. Decoupled RoPE halves the steps to a given loss at this size, and
+    # the widths are ones that Metal's attention kernels fuse: 64 + 32 for queries and keys, 64 for values.
+    "nano": {
+        "tokenizer": "bytes",
+        "steps": 600,
+        "batch_size": 4,
+        "learning_rate": 4e-3,
+        "warmup_steps": 50,
+        "initializer_range": 0.08,
+        "model": {"n_layer": 3, "n_head": 2, "n_embd": 128, "n_positions": 256, "qk_rope_head_dim": 32},
+    },
+    "mla-124m": _with_model(_MLA_124M, kv_lora_rank=384),
+    "mla-124m-r256": _with_model(_MLA_124M, kv_lora_rank=256),
+    "mla-124m-r128": _with_model(_MLA_124M, kv_lora_rank=128),
+    "gpt2-124m": _with_model(_MLA_124M, attention="mha"),
+}
+"""Named starting points: `nano` for seconds on a Mac, the original's 124M shape at three latent widths
+(384 is the original's), and GPT-2 itself."""
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
+    """Replace fields of `config` by `values`, as a TOML file or a preset gives them.
+
+    Args:
+        config: What to start from.
+        values: Field names to values; `model` holds a mapping of the model's own.
+        where: Name of the source, for messages.
+
+    Raises:
+        UserError: For an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    values = dict(values)
+    model_values = values.pop("model", {})
+    if not isinstance(model_values, Mapping):
+        raise UserError(f"{where}: 'model' must be a table, [model]")
+    model = dataclasses.replace(config.model, **_checked(ModelConfig, model_values, f"{where} [model]"))
+    return dataclasses.replace(config, model=model, **_checked(TrainConfig, values, where))
+
+
+def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "model"}
+    for name, value in values.items():
+        if name not in fields:
+            home = "model" if cls is TrainConfig and name in ModelConfig.__dataclass_fields__ else None
+            advice = f"it belongs under [{home}]" if home else nearest(name, fields)
+            raise UserError(f"{where}: unknown key {name!r}; {advice}")
+        expected = str(fields[name].type) if isinstance(fields[name].type, str) else fields[name].type
+        if not _is_instance(value, expected):
+            raise UserError(f"{where}: {name} = {value!r} is not {_describe(expected)}")
+    return {k: float(v) if fields[k].type is float else v for k, v in values.items()}
+
+
+def _is_instance(value: Any, expected: Any) -> bool:
+    from typing import get_args, get_origin
+
+    if get_origin(expected) is Literal:
+        return value in get_args(expected)
+    options = get_args(expected) or (expected,)
+    if bool not in options and isinstance(value, bool):
+        return False
+    if float in options and isinstance(value, int):
+        return True
+    return isinstance(value, options)
+
+
+def _describe(expected: Any) -> str:
+    from typing import get_args, get_origin
+
+    if get_origin(expected) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(expected)))
+    options = [t for t in (get_args(expected) or (expected,)) if t is not type(None)]
+    return "a value of type " + " or ".join(t.__name__ for t in options)
+
+
+def preset(name: str) -> TrainConfig:
+    """The training configuration of a preset; UserError with the nearest name for an unknown one."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
+    return overlay(TrainConfig(preset=name), PRESETS[name], f"preset {name}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; UserError with the place of the fault where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid TOML: {e}") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def to_toml(config: TrainConfig) -> str:
+    """All settings as TOML; settings that are None are left out, as TOML has no such value."""
+
+    def without_none(d: dict[str, Any]) -> dict[str, Any]:
+        return {k: without_none(v) if isinstance(v, dict) else v for k, v in d.items() if v is not None}
+
+    return tomli_w.dumps(without_none(dataclasses.asdict(config)))

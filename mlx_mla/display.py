@@ -1,0 +1,62 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+
+import math
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainDisplay:
+    """Progress of a training run.
+
+    Args:
+        console: Where to write; a bar if it is a terminal, else a line every twentieth of the run.
+        done: Steps behind the run already.
+        total: Steps in all.
+    """
+
+    def __init__(self, console: Console, done: int, total: int):
+        self.console = console
+        self._total = total
+        self._every = max(1, total // 20)
+        self._val = math.nan
+        self._bar = Progress(
+            TextColumn("train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("val {task.fields[val]}"),
+            TextColumn("{task.fields[tps]:,.0f} tok/s"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=done, loss=math.nan, val="-", tps=0.0)
+
+    def __enter__(self) -> "TrainDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, loss: float, tokens_per_sec: float, eta_seconds: float) -> None:
+        """Report a finished step."""
+        self._bar.update(self._task, completed=step, loss=loss, tps=tokens_per_sec)
+        if not self.console.is_terminal and (step % self._every == 0 or step == 1):
+            self.say(
+                f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_sec:,.0f} tok/s  "
+                f"ETA {int(eta_seconds) // 60}:{int(eta_seconds) % 60:02d}"
+            )
+
+    def validation(self, step: int, loss: float) -> None:
+        """Report a validation loss."""
+        self._bar.update(self._task, val=f"{loss:.3f}")
+        self.say(f"step {step}/{self._total}  validation loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

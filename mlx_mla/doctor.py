@@ -1,0 +1,181 @@
+"""Say what this machine offers and what to fix: `python -m mlx_mla.doctor`.
+
+MLX and PyTorch are measured in a process each, so that neither sees the other's libraries.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlx_mla import blas, cli
+from mlx_mla.errors import UserError
+
+PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "tokenizers", "tiktoken", "numpy")
+MATMUL = 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    if list(argv[:1]) == ["--probe"]:  # how this command calls itself
+        print(json.dumps({"mlx": probe_mlx, "torch": probe_torch}[argv[1]]()))
+        return 0
+    if list(argv) in (["-h"], ["--help"]):
+        print(f"usage: python -m mlx_mla.doctor [-h]\n\n{__doc__}")
+        return 0
+    if argv:
+        raise UserError(f"unknown argument {argv[0]!r}; the doctor takes none")
+    lines, advice = examine()
+    print("\n".join(lines))
+    print("\nto fix:" if advice else "\nnothing to fix")
+    for item in advice:
+        print(f"  - {item}")
+    return 0
+
+
+def examine() -> tuple[list[str], list[str]]:
+    """The report's lines, and what to fix."""
+    lines = [
+        _row(
+            "system",
+            f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
+        ),
+        _row("processor", f"{_processor()}, {os.cpu_count()} cores"),
+        _row("memory", _memory()),
+        _row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB here"),
+        _row("packages", ", ".join(f"{p} {_version(p)}" for p in PACKAGES)),
+    ]
+    advice = []
+    for name in ("mlx", "torch"):
+        facts = _run_probe(name)
+        if "error" in facts:
+            lines.append(_row(name, f"does not work: {facts['error']}"))
+            if name == "mlx":
+                advice.append("install MLX: pip install 'mlx[cpu]' on Linux, pip install mlx on a Mac")
+            else:
+                advice.append("for the PyTorch side of comparisons: pip install torch (not needed for MLX)")
+            continue
+        lines += [_row(key, value) for key, value in facts["lines"]]
+        advice += facts["advice"]
+    return lines, advice
+
+
+def probe_mlx() -> dict[str, Any]:
+    """Facts and speed of MLX in this process."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    lines = [
+        ("MLX device", f"{mx.default_device()} ({info.get('device_name', 'unknown')})"),
+        ("MLX GPU", "Metal" if mx.metal.is_available() else "CUDA" if mx.is_available(mx.gpu) else "none"),
+        ("MLX BLAS", _mlx_blas()),
+    ]
+    if "max_recommended_working_set_size" in info:
+        lines.append(
+            ("MLX memory limit", f"{int(info['max_recommended_working_set_size']) / 2**30:.1f} GiB recommended")
+        )
+    for dtype in (mx.float32, mx.bfloat16):
+        a = mx.random.normal((MATMUL, MATMUL)).astype(dtype)
+        mx.eval(a)
+        speed = _gflops(lambda a=a: mx.eval(a @ a))
+        lines.append((f"MLX matmul {str(dtype).split('.')[-1]}", f"{speed:,.1f} GFLOP/s ({MATMUL} x {MATMUL})"))
+    return {"lines": lines, "advice": [hint] if (hint := blas.hint()) else []}
+
+
+def probe_torch() -> dict[str, Any]:
+    """Facts and speed of PyTorch in this process."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+    def synchronize() -> None:
+        if device != "cpu":
+            getattr(torch, device).synchronize()
+
+    lines = [
+        ("PyTorch device", device),
+        (
+            "PyTorch BLAS",
+            f"{'MKL' if torch.backends.mkl.is_available() else 'other'}, {torch.get_num_threads()} threads",
+        ),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(MATMUL, MATMUL, device=device, dtype=dtype)
+
+        def multiply(a: Any = a) -> None:
+            a @ a
+            synchronize()
+
+        lines.append(
+            (f"PyTorch matmul {str(dtype).split('.')[-1]}", f"{_gflops(multiply):,.1f} GFLOP/s ({MATMUL} x {MATMUL})")
+        )
+    return {"lines": lines, "advice": []}
+
+
+def _gflops(multiply: Callable[[], Any]) -> float:
+    multiply()
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        multiply()
+        best = min(best, time.perf_counter() - began)
+    return 2 * MATMUL**3 / best / 1e9
+
+
+def _run_probe(name: str) -> dict[str, Any]:
+    env = dict(os.environ)
+    if name == "torch":
+        env["MLX_MLA_BLAS"] = "off"  # PyTorch has its own, which ours would shadow
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_mla.doctor", "--probe", name], capture_output=True, text=True, env=env, check=False
+    )
+    if done.returncode != 0:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _mlx_blas() -> str:
+    if not sys.platform.startswith("linux"):
+        return "Accelerate"
+    name = blas.load_openblas()
+    return f"OpenBLAS ({name})" if name else "the reference BLAS of the wheel (slow)"
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or platform.processor()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def _memory() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _row(key: str, value: str) -> str:
+    return f"{key:<24}{value}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a configuration costs, from its shapes alone: parameters, FLOPs, memory, cache bytes."""
+
+import dataclasses
+
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.weights import num_parameters, parameter_shapes
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The figures that `train --dry-run` prints."""
+
+    parameters: int
+    """Trainable parameters, the tied head counted once."""
+    forward_flops_per_token: int
+    """Multiply-adds counted as 2, averaged over the positions of a sequence, head included."""
+    train_flops_per_token: int
+    """Forward and backward: three times the forward pass."""
+    weights_bytes: int
+    """float32 weights, and the bfloat16 copy where one is made."""
+    gradient_bytes: int
+    optimizer_bytes: int
+    """AdamW's two moments, float32."""
+    activation_bytes: int
+    """Kept for the backward pass of one micro-batch."""
+    cache_bytes_per_token: int
+    """Decoding cache over all layers, in bfloat16."""
+    mha_cache_bytes_per_token: int
+    """What multi-head attention of the same shape would cache."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
+    """Estimate a resolved training configuration.
+
+    Args:
+        fused_attention: Whether the device's attention kernel keeps no score matrix (Metal, CUDA).
+    """
+    m, T = config.model, config.context
+    n = num_parameters(m)
+    flops = forward_flops_per_token(m, T)
+    width = BYTES[config.dtype]
+    tokens = config.batch_size * T
+    copy = n * width if config.dtype != "float32" else 0
+    return Estimate(
+        parameters=n,
+        forward_flops_per_token=flops,
+        train_flops_per_token=3 * flops,
+        weights_bytes=4 * n + copy,
+        gradient_bytes=4 * n + copy,
+        optimizer_bytes=8 * n,
+        activation_bytes=tokens * _activation_bytes_per_token(m, T, width, fused_attention),
+        cache_bytes_per_token=cache_bytes_per_token(m, 2),
+        mha_cache_bytes_per_token=2 * m.n_layer * m.n_embd * 2,
+    )
+
+
+def forward_flops_per_token(m: ModelConfig, context: int) -> int:
+    """FLOPs of the forward pass per token, the mean over `context` causal positions."""
+    matrices = sum(
+        shape[0] * shape[1]
+        for name, shape in parameter_shapes(m).items()
+        if len(shape) == 2 and "wpe" not in name  # wte is the head's matrix
+    )
+    key_width = m.n_embd // m.n_head + m.qk_rope_head_dim
+    value_width = m.v_head_dim or m.n_embd // m.n_head
+    mean_keys = (context + 1) / 2
+    attention = 2 * m.n_layer * m.n_head * (key_width + value_width) * mean_keys
+    return int(2 * matrices + attention)
+
+
+def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
+    """Bytes that decoding caches for one token of context, over all layers."""
+    if m.attention == "mha":
+        width = 2 * m.n_embd
+    else:
+        assert m.kv_lora_rank
+        width = m.kv_lora_rank + m.qk_rope_head_dim
+    return m.n_layer * width * bytes_per_value
+
+
+def _activation_bytes_per_token(m: ModelConfig, context: int, width: int, fused: bool) -> int:
+    """Values that the backward pass reads, per token; counted from the model's operations."""
+    assert m.n_inner and m.vocab_size
+    value_width = m.n_head * (m.v_head_dim or m.n_embd // m.n_head)
+    key_width = m.n_head * (m.n_embd // m.n_head + m.qk_rope_head_dim)
+    latent = (m.kv_lora_rank or 0) + m.qk_rope_head_dim
+    # Residual stream and both LayerNorms (4), then q, k, v and their output, then the MLP: its
+    # input to GELU and the intermediate values of GELU's formula, and its output.
+    per_layer = 4 * m.n_embd + latent + 2 * key_width + 2 * value_width + 5 * m.n_inner
+    if not fused:
+        per_layer += m.n_head * context
+    # Logits in the compute type and in float32, and their gradient.
+    head = m.vocab_size * (8 + (width if width < 4 else 0)) + 2 * m.n_embd * width
+    return m.n_layer * per_layer * width + head

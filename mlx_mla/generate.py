@@ -1,0 +1,136 @@
+"""Generate text: `python -m mlx_mla.generate`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Optional
+
+from mlx_mla import blas, cli
+from mlx_mla.backend import Decoder, GenerationOptions, Piece, get_backend
+from mlx_mla.errors import UserError
+
+PROG = "python -m mlx_mla.generate"
+
+
+@dataclasses.dataclass(kw_only=True)
+class GenerateCommand(GenerationOptions):
+    """Continue a prompt with a trained or converted model.
+
+    The text goes to stdout as it is made, and one line of figures to stderr.
+    """
+
+    model: str
+    """Run folder, model folder, or Hugging Face hub id."""
+    prompt: Optional[str] = None
+    """Text to continue; "-" reads it from stdin. An empty one starts a new document."""
+    prompts_file: Optional[Path] = None
+    """File with one prompt a line, all generated together as one batch."""
+    json: bool = False
+    """Print one JSON object for each prompt instead, with the text and the figures."""
+    backend: Literal["mlx"] = "mlx"
+    """Framework that does the computing."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Device of the backend; "auto" takes the GPU where there is one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    command = cli.parse(GenerateCommand, argv, PROG)
+    prompts = read_prompts(command)
+
+    from mlx_mla.hub import find_model
+
+    folder = find_model(command.model)
+    if (hint := blas.hint()) is not None:
+        print(hint, file=sys.stderr)
+    decoder = get_backend(command.backend, command.device).decoder(folder, command.cache)
+    encoded = [encode(decoder, prompt) for prompt in prompts]
+    if len(prompts) == 1:
+        _one(command, decoder, encoded[0])
+    else:
+        _several(command, decoder, prompts, encoded)
+    return 0
+
+
+def read_prompts(command: GenerateCommand) -> list[str]:
+    """The prompts that the flags name; raises UserError if there is none, or two sources."""
+    if (command.prompt is None) == (command.prompts_file is None):
+        raise UserError("give either --prompt TEXT or --prompts-file FILE")
+    if command.prompt is not None:
+        return [sys.stdin.read() if command.prompt == "-" else command.prompt]
+    path = command.prompts_file
+    assert path is not None
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+    if not prompts:
+        raise UserError(f"{path}: has no prompts; put one on each line")
+    return prompts
+
+
+def encode(decoder: Decoder, prompt: str) -> list[int]:
+    """Token ids of a prompt; an empty one becomes the end-of-text token, which starts documents."""
+    return decoder.tokenizer.encode(prompt, add_special_tokens=False) or [decoder.tokenizer.eos_token_id]
+
+
+def _one(command: GenerateCommand, decoder: Decoder, prompt: list[int]) -> None:
+    pieces = []
+    for piece in decoder.stream(prompt, command):
+        pieces.append(piece)
+        if not command.json:
+            print(piece.text, end="", flush=True)
+    if command.json:
+        print(json.dumps(_result(command, pieces)))
+        return
+    print()
+    print(_figures(command, [pieces]), file=sys.stderr)
+
+
+def _several(command: GenerateCommand, decoder: Decoder, prompts: list[str], encoded: list[list[int]]) -> None:
+    pieces: list[list[Piece]] = [[] for _ in prompts]
+    for i, piece in decoder.batch(encoded, command):
+        pieces[i].append(piece)
+    for prompt, own in zip(prompts, pieces):
+        if command.json:
+            print(json.dumps({"prompt": prompt, **_result(command, own)}))
+        else:
+            print(f"=== {prompt}\n{''.join(p.text for p in own)}")
+    if not command.json:
+        print(_figures(command, pieces), file=sys.stderr)
+
+
+def _result(command: GenerateCommand, pieces: list[Piece]) -> dict[str, object]:
+    token_ids = [t for p in pieces for t in p.token_ids]
+    return {
+        "text": "".join(p.text for p in pieces),
+        "tokens": len(token_ids),
+        "token_ids": token_ids,
+        "finish_reason": pieces[-1].finish_reason,
+        **pieces[-1].figures,
+        "backend": command.backend,
+        "cache": command.cache,
+    }
+
+
+def _figures(command: GenerateCommand, pieces: list[list[Piece]]) -> str:
+    last = [own[-1].figures for own in pieces]
+    tokens = sum(len(p.token_ids) for own in pieces for p in own)
+    return (
+        f"[{sum(f['prompt_tokens'] for f in last)} prompt tokens, {sum(f['prompt_tps'] for f in last):,.0f} tok/s | "
+        f"{tokens} tokens, {sum(f['generation_tps'] for f in last):,.1f} tok/s | "
+        f"first token {max(f['ttft_ms'] for f in last):,.0f} ms | "
+        f"cache {max(f['kv_cache_bytes'] for f in last):,} bytes | "
+        f"peak {max(f['peak_memory_bytes'] for f in last) / 2**20:,.1f} MiB | "
+        f"{command.backend}, {command.cache} cache]"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Find a model: a run folder, a model folder, or a repository on the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from mlx_mla import checkpoint
+from mlx_mla.errors import UserError
+
+FILES = ["*.json", "*.safetensors", "SHA256SUMS"]
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """The local model folder that a name means; downloads it if it is a hub id.
+
+    Args:
+        name: A run folder (its newest checkpoint is taken), a model folder, or `owner/name` on the
+            hub, whose files are kept in the hub's own cache.
+        revision: Branch, tag or commit, for a hub id.
+
+    Raises:
+        UserError: If it is neither, is damaged, or cannot be downloaded.
+    """
+    path = Path(name)
+    if path.exists():
+        folder = checkpoint.model_folder(path)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = checkpoint.model_folder(_download(name, revision))
+    else:
+        raise UserError(f"{name}: no such folder, and not a hub id of the form owner/name")
+    if problem := checkpoint.damage(folder):
+        older = checkpoint.checkpoints(path) if folder.parent.name == "checkpoints" and path != folder else []
+        others = [p for p in older if p != folder]
+        advice = f"the one before is {others[-1]}" if others else "restore it from a copy"
+        raise UserError(f"{folder}: damaged, {problem}; {advice}")
+    return folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{name}: no such folder here, and the hub cannot be reached to download it; "
+            "check the path or the network (and HF_HUB_OFFLINE)"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as e:
+        raise UserError(f"{name}: no such folder here, and the hub says: {str(e).strip().splitlines()[0]}") from None

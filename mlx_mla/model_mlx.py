@@ -1,0 +1,338 @@
+"""GPT-2 with Multi-head Latent Attention (MLA), for MLX and mlx-lm.
+
+This file is self-contained: a copy travels in every model folder (`"model_file"` in config.json), so
+stock mlx-lm loads, generates, serves, quantises and fine-tunes the model with `--trust-remote-code`.
+
+MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per token instead of keys
+and values per head:
+
+    c = x W_down                      (kv_lora_rank wide; the only thing that is cached)
+    [k_h | v_h] = c W_up,h            (every head h expands the same latent)
+
+Training and prefill expand the keys and values. Decoding absorbs W_up into the query and the output,
+so that the cached latents are read as they are:
+
+    scores_h = (q_h W_uk,h) . c       output_h = (softmax(scores_h) c) W_uv,h
+
+Shape legend, used as suffixes of array names:
+    B batch   L query length   T key length (cached + new)   D n_embd   H n_head
+    N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
+"""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
+
+# (key, value) widths for which Metal's fused decode kernel takes many query heads on one shared key
+# head (MLX 0.32). Elsewhere the heads go in as rows of one matrix, so that unfused attention reads
+# the latents once and not once a head.
+FUSED_SHARED_HEAD = (
+    {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)} if mx.metal.is_available() else set()
+)
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each field."""
+
+    model_type: str = "mla_gpt2"
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: Optional[int] = None
+    attention: str = "mla"
+    kv_lora_rank: Optional[int] = None
+    q_lora_rank: Optional[int] = None
+    qk_rope_head_dim: int = 0
+    v_head_dim: Optional[int] = None
+    latent_norm: bool = False
+    attention_bias: Optional[bool] = None
+    rope_theta: float = 10000.0
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.attention not in ("mla", "mha"):
+            raise ValueError(f"attention must be 'mla' or 'mha', not {self.attention!r}")
+        if self.activation_function not in ("gelu_new", "gelu"):
+            raise ValueError(f"activation_function must be 'gelu_new' or 'gelu', not {self.activation_function!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.attention == "mla" and self.kv_lora_rank is None:
+            self.kv_lora_rank = self.n_embd // 2
+        if self.attention_bias is None:
+            self.attention_bias = self.attention == "mha"
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        self.v_head_dim = self.v_head_dim or self.n_embd // self.n_head
+
+
+class MultiHeadAttention(nn.Module):
+    """GPT-2's attention: keys and values of every head are computed once and cached."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_head = args.n_head
+        self.scale = (args.n_embd // args.n_head) ** -0.5
+        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.attention_bias)
+        self.c_proj = nn.Linear(args.n_embd, args.n_embd)
+
+    def __call__(self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0) -> mx.array:
+        B, L, _ = x_BLD.shape
+        q, k, v = (
+            a.reshape(B, L, self.n_head, -1).transpose(0, 2, 1, 3) for a in mx.split(self.c_attn(x_BLD), 3, axis=-1)
+        )
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out_BHLV = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+        return self.c_proj(out_BHLV.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head Latent Attention over a stock mlx-lm cache.
+
+    The cache holds the latent, followed by the shared RoPE key where there is one, as keys of shape
+    (B, 1, T, R + P) beside values of width 0, so every mlx-lm cache and tool works unchanged.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_head = args.n_head
+        self.qk_nope_head_dim = args.n_embd // args.n_head
+        self.qk_rope_head_dim = args.qk_rope_head_dim
+        self.v_head_dim = args.v_head_dim
+        self.kv_lora_rank = args.kv_lora_rank
+        self.rope_theta = args.rope_theta
+        qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.scale = qk_head_dim**-0.5
+        self.materialize_cache = False
+
+        q_width = args.n_head * qk_head_dim
+        self.q_width = args.q_lora_rank or q_width
+        # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
+        self.c_attn = nn.Linear(
+            args.n_embd, self.q_width + self.kv_lora_rank + self.qk_rope_head_dim, bias=args.attention_bias
+        )
+        if args.q_lora_rank:
+            self.q_b_proj = nn.Linear(args.q_lora_rank, q_width, bias=False)
+        if args.latent_norm:
+            self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=args.layer_norm_epsilon)
+            if args.q_lora_rank:
+                self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=args.layer_norm_epsilon)
+        # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's kv_b_proj).
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, args.n_head * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+        )
+        self.c_proj = nn.Linear(args.n_head * self.v_head_dim, args.n_embd)
+
+    def __call__(self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0) -> mx.array:
+        B, L, _ = x_BLD.shape
+        q, c_BLR, k_rope_BLP = mx.split(self.c_attn(x_BLD), [self.q_width, self.q_width + self.kv_lora_rank], axis=-1)
+        if "kv_a_layernorm" in self:
+            c_BLR = self.kv_a_layernorm(c_BLR)
+        if "q_b_proj" in self:
+            q = self.q_b_proj(self.q_a_layernorm(q) if "q_a_layernorm" in self else q)
+        q_BHLN = q.reshape(B, L, self.n_head, -1).transpose(0, 2, 1, 3)
+        latent = c_BLR[:, None]
+        if self.qk_rope_head_dim:
+            q_BHLN, q_rope = mx.split(q_BHLN, [self.qk_nope_head_dim], axis=-1)
+            q_BHLN = mx.concatenate([q_BHLN, self._rope(q_rope, offset)], axis=-1)
+            latent = mx.concatenate([latent, self._rope(k_rope_BLP[:, None], offset)], axis=-1)
+
+        if self.materialize_cache:
+            k, v = self._expand(latent)
+            if cache is not None:
+                k, v = cache.update_and_fetch(k, v)
+            out = scaled_dot_product_attention(q_BHLN, k, v, cache=cache, scale=self.scale, mask=mask)
+        else:
+            if cache is not None:
+                latent, _ = cache.update_and_fetch(latent, mx.zeros((B, 1, L, 0), latent.dtype))
+            w_up = self._absorbable_weights() if L == 1 and cache is not None else None
+            if w_up is not None:
+                out = self._attend_absorbed(q_BHLN, latent, cache, mask, *w_up)
+            else:
+                if hasattr(cache, "bits"):
+                    latent = mx.dequantize(*latent, group_size=cache.group_size, bits=cache.bits)
+                k, v = self._expand(latent)
+                out = mx.fast.scaled_dot_product_attention(q_BHLN, k, v, scale=self.scale, mask=mask)
+        return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+    def _rope(self, x: mx.array, offset: Any) -> mx.array:
+        return mx.fast.rope(x, self.qk_rope_head_dim, traditional=True, base=self.rope_theta, scale=1.0, offset=offset)
+
+    def _expand(self, latent: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
+        B, _, T, _ = latent.shape
+        c, k_rope = mx.split(latent, [self.kv_lora_rank], axis=-1)
+        kv = self.kv_b_proj(c).reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3)
+        k, v = mx.split(kv, [self.qk_nope_head_dim], axis=-1)
+        if self.qk_rope_head_dim:
+            k_rope = mx.broadcast_to(k_rope, (B, self.n_head, T, self.qk_rope_head_dim))
+            k = mx.concatenate([k, k_rope], axis=-1)
+        return k, v
+
+    def _absorbable_weights(self) -> Optional[tuple[Any, Any]]:
+        """Functions that apply W_uk^T and W_uv per head, or None where kv_b_proj is wrapped (LoRA)."""
+        proj, H = self.kv_b_proj, self.n_head
+        if type(proj) is nn.Linear:
+            w_HOR = proj.weight.reshape(H, -1, self.kv_lora_rank)
+            w_uk, w_uv = w_HOR[:, : self.qk_nope_head_dim], w_HOR[:, self.qk_nope_head_dim :]
+            return (lambda q: q @ w_uk), (lambda o: o @ w_uv.swapaxes(-1, -2))
+        if type(proj) is nn.QuantizedLinear:
+            parts = [proj.weight, proj.scales] + ([proj.biases] if proj.get("biases") is not None else [])
+            parts = [p.reshape(H, -1, p.shape[-1]) for p in parts]
+            kinds = {"group_size": proj.group_size, "bits": proj.bits, "mode": proj.mode}
+            uk = [p[:, : self.qk_nope_head_dim] for p in parts]
+            uv = [p[:, self.qk_nope_head_dim :] for p in parts]
+            return (
+                lambda q: mx.quantized_matmul(q, *uk, transpose=False, **kinds),
+                lambda o: mx.quantized_matmul(o, *uv, transpose=True, **kinds),
+            )
+        return None
+
+    def _attend_absorbed(self, q, latent, cache, mask, to_latent, from_latent) -> mx.array:
+        """One query position against the cached latents (B, 1, T, R + P); returns (B, H, 1, V)."""
+        q_BH1R = to_latent(q[..., : self.qk_nope_head_dim])
+        if self.qk_rope_head_dim:
+            q_BH1R = mx.concatenate([q_BH1R, q[..., self.qk_nope_head_dim :]], axis=-1)
+        quantized = hasattr(cache, "bits")
+        values = latent if quantized else latent[..., : self.kv_lora_rank]
+        shared_head = not quantized and (latent.shape[-1], self.kv_lora_rank) in FUSED_SHARED_HEAD
+        if not shared_head:
+            q_BH1R = q_BH1R.swapaxes(1, 2)
+        out = scaled_dot_product_attention(q_BH1R, latent, values, cache=cache, scale=self.scale, mask=mask)
+        if not shared_head:
+            out = out.swapaxes(1, 2)
+        return from_latent(out[..., : self.kv_lora_rank])
+
+
+def gelu_new(x: mx.array) -> mx.array:
+    """GPT-2's GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), by 1 + tanh(z) = 2 sigmoid(2z).
+
+    A third faster than the tanh form on CPUs, where transcendental functions dominate.
+    """
+    return x * mx.sigmoid(1.5957691216057308 * (x + 0.044715 * (x * x * x)))
+
+
+class MLP(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.c_fc = nn.Linear(args.n_embd, args.n_inner)
+        self.c_proj = nn.Linear(args.n_inner, args.n_embd)
+        self._act = gelu_new if args.activation_function == "gelu_new" else nn.gelu
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.c_proj(self._act(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
+        self.attn = (LatentAttention if args.attention == "mla" else MultiHeadAttention)(args)
+        self.ln_2 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
+        self.mlp = MLP(args)
+        self.drop = nn.Dropout(args.dropout)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0) -> mx.array:
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache, offset))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_positions = args.n_positions
+        self.wte = nn.Embedding(args.vocab_size, args.n_embd)
+        # With decoupled RoPE the positions live in the attention, as in DeepSeek.
+        if not args.qk_rope_head_dim:
+            self.wpe = nn.Embedding(args.n_positions, args.n_embd)
+        self.drop = nn.Dropout(args.dropout)
+        self.h = [Block(args) for _ in range(args.n_layer)]
+        self.ln_f = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        L = inputs.shape[1]
+        cache = cache or [None] * len(self.h)
+        offset = 0 if cache[0] is None else cache[0].offset
+        check_positions(cache[0], L, self.n_positions)
+
+        h = self.wte(inputs)
+        if "wpe" in self:
+            positions = mx.arange(L) + (offset if isinstance(offset, int) else offset[..., None])
+            if not isinstance(offset, int):
+                # Padding of a batch has positions outside the table; its results are masked away.
+                positions = mx.clip(positions, 0, self.n_positions - 1)
+            h = h + self.wpe(positions)
+        h = self.drop(h)
+        mask = create_attention_mask(h, cache[0])
+        for block, c in zip(self.h, cache):
+            h = block(h, mask, c, offset)
+        return self.ln_f(h)
+
+
+def check_positions(cache: Any, length: int, n_positions: int) -> None:
+    """Refuse tokens past the position table, which MLX would read as garbage.
+
+    Args:
+        cache: An mlx-lm cache of one layer, or None.
+        length: Number of new tokens.
+        n_positions: Rows of the position table.
+
+    Raises:
+        ValueError: If a token that is not padding would stand at a position >= n_positions.
+    """
+    end = length
+    if cache is not None and isinstance(cache.offset, int):
+        end += cache.offset
+    elif cache is not None and cache.size() + length > n_positions:
+        # Batched: offsets differ by row and live on the device, so look only when it may matter.
+        right_padding = getattr(cache, "_right_padding", None)
+        ends = cache.offset + length - (0 if right_padding is None else right_padding)
+        end = mx.max(ends).item()
+    if end > n_positions:
+        raise ValueError(
+            f"{end} tokens of context do not fit this model's n_positions={n_positions}; "
+            "shorten the prompt or generate fewer tokens"
+        )
+
+
+class Model(nn.Module):
+    """The language model, by mlx-lm's contract: token ids (B, L) to logits (B, L, vocab_size).
+
+    Call `materialize_cache(True)` before making a cache to hold expanded keys and values in it, as
+    plain multi-head attention does; the default holds latents. The logits are the same.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.transformer = Transformer(args)
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        return self.transformer.wte.as_linear(self.transformer(inputs, cache))
+
+    def materialize_cache(self, on: bool) -> None:
+        """Cache expanded keys and values (True) or latents (False). No effect on MHA."""
+        for block in self.layers:
+            if isinstance(block.attn, LatentAttention):
+                block.attn.materialize_cache = on
+
+    def sanitize(self, weights: dict) -> dict:
+        """Drop the output head where a file repeats it: it is tied to the embedding."""
+        return {k: w for k, w in weights.items() if k != "lm_head.weight"}
+
+    @property
+    def layers(self):
+        return self.transformer.h
+
+    @property
+    def quant_predicate(self):
+        """Keep the position table whole: it is small, and rounding it costs most."""
+        return lambda path, _: not path.endswith("wpe")

@@ -1,0 +1,163 @@
+"""Train a model: `python -m mlx_mla.train`."""
+
+import argparse
+import dataclasses
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from rich.console import Console
+
+from mlx_mla import blas, cli
+from mlx_mla.config import TrainConfig, overlay, preset, read_toml
+from mlx_mla.errors import UserError
+from mlx_mla.estimate import Estimate, estimate
+
+PROG = "python -m mlx_mla.train"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainCommand(TrainConfig):
+    """Train a GPT-2-scale model with Multi-head Latent Attention.
+
+    Settings come from the preset, then from --config, then from flags. Without arguments: trains the
+    nano preset on Python's own documentation, in minutes on a laptop.
+    """
+
+    config: Optional[Path] = None
+    """TOML file with any of these settings (the model's under [model]), as config.toml of a run."""
+    out: Optional[Path] = None
+    """Run folder. None: runs/PRESET, or with a number added if that is taken."""
+    resume: bool = False
+    """Go on with the run in --out, from its newest checkpoint."""
+    from_step: Optional[int] = None
+    """With --resume: go on from the checkpoint of this step instead."""
+    dry_run: bool = False
+    """Print parameters, FLOPs, memory and cache bytes of these settings, and train nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    command = parse(argv)
+    config = TrainConfig(**{f.name: getattr(command, f.name) for f in dataclasses.fields(TrainConfig)})
+    if command.dry_run:
+        print(dry_run(config))
+        return 0
+
+    from mlx_mla.trainer import train  # imports the framework, which --help and mistakes need not wait for
+
+    console = Console(stderr=False)
+    if (hint := blas.hint()) is not None:
+        print(hint, file=sys.stderr)
+    out = command.out if command.out is not None else _free_folder(config.preset)
+    result = train(config, out, resume=command.resume, from_step=command.from_step, console=console)
+    if result.signal is not None:
+        print(f"stopped after step {result.step} and saved {result.checkpoint}; go on with:")
+        print(f"  {PROG} --resume --out {out}")
+        return 128 + result.signal if result.signal != signal.SIGINT else cli.EXIT_INTERRUPTED
+    if result.sample is not None:
+        print(f"\n--- sample ---\n{result.sample}\n--------------")
+    assert result.val_loss is not None
+    print(f"\nvalidation loss {result.val_loss:.4f} nats per token, perplexity {math.exp(result.val_loss):.2f}")
+    print(f"run folder      {out}  (loss.png, metrics.jsonl, config.toml, checkpoints/)")
+    print("generate with:")
+    print(f'  python -m mlx_mla.generate --model {out} --prompt "{config.sample_prompt}"')
+    return 0
+
+
+def parse(argv: Sequence[str]) -> TrainCommand:
+    """Flags over --config over the preset (or over the run to resume); raises UserError."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset")
+    early.add_argument("--config", type=Path)
+    early.add_argument("--out", type=Path)
+    early.add_argument("--resume", action="store_true")
+    try:
+        known, _ = early.parse_known_args(list(argv))
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e}; see {PROG} --help") from None
+    file = read_toml(known.config) if known.config else {}
+    asked_preset = known.preset or file.get("preset")
+    if known.resume:
+        from mlx_mla.trainer import run_config
+
+        if known.out is None:
+            raise UserError("--resume needs --out RUN, the folder of the run to go on with")
+        base = run_config(known.out)
+        if asked_preset is not None and asked_preset != base.preset:
+            # Its shape then differs in some field, and the trainer says which.
+            base = dataclasses.replace(preset(asked_preset), preset=asked_preset)
+    else:
+        base = preset(asked_preset or "nano")
+    base = overlay(base, file, str(known.config))
+    default = TrainCommand(**{f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)})
+    command = cli.parse(TrainCommand, argv, PROG, default)
+    if command.from_step is not None and not command.resume:
+        raise UserError("--from-step goes with --resume")
+    for name in ("data", "init", "bpe_dir"):
+        value = getattr(command, name)
+        # The run folder must find them again from any working directory.
+        if value is not None and Path(value).exists():
+            setattr(command, name, str(Path(value).resolve()))
+    return command
+
+
+def dry_run(config: TrainConfig) -> str:
+    """The report of --dry-run."""
+    sizes = {"bytes": 257, "gpt2": 50257}
+    config = config.resolved(sizes[config.tokenizer])
+    # Metal and CUDA keep no score matrix; the CPU does.
+    unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
+    m = config.model
+    attention = f"MLA, kv_lora_rank {m.kv_lora_rank}" if m.attention == "mla" else "MHA"
+    tokens = config.steps * config.tokens_per_step
+    ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
+    rows = {
+        "model": f"{config.preset}: {attention}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
+        f"context {m.n_positions}, vocabulary {m.vocab_size}",
+        "parameters": f"{unfused.parameters:,}",
+        "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, {unfused.train_flops_per_token:,} training",
+        "training": f"{config.steps:,} steps x {config.tokens_per_step:,} tokens = {tokens:,} tokens, "
+        f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
+        "memory, CPU": _memory(unfused),
+        "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",
+        "cache per token": f"{unfused.cache_bytes_per_token:,} bytes in 16 bits, "
+        f"{ratio:.3g}x smaller than MHA's {unfused.mha_cache_bytes_per_token:,}",
+    }
+    return "\n".join(f"{name:<21}{value}" for name, value in rows.items()) + "\ndry run: nothing was trained"
+
+
+def _memory(e: Estimate) -> str:
+    return (
+        f"{_size(e.total_bytes)}: weights {_size(e.weights_bytes)}, gradients {_size(e.gradient_bytes)}, "
+        f"AdamW {_size(e.optimizer_bytes)}, activations {_size(e.activation_bytes)}"
+    )
+
+
+def _size(n: int) -> str:
+    value, unit = float(n), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _free_folder(name: str) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that is not taken."""
+    folder, n = Path("runs") / name, 1
+    while folder.exists():
+        n += 1
+        folder = Path("runs") / f"{name}-{n}"
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""The training loop: batches in, metrics and checkpoints out. It knows no framework.
+
+Everything a step depends on is a function of the configuration, the data and the step number, or is
+in the checkpoint; so a run that was stopped and resumed is bit-identical to one that was not.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from mlx_mla import checkpoint, corpus
+from mlx_mla.backend import TrainSession, get_backend
+from mlx_mla.card import model_card
+from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, read_toml, to_toml
+from mlx_mla.display import TrainDisplay
+from mlx_mla.errors import UserError
+from mlx_mla.plot import plot_loss, read_metrics
+from mlx_mla.shards import TokenWindows
+from mlx_mla.tokenizer import TextEncoder, get_encoder
+from mlx_mla.weights import initial_weights
+
+CONFIG, METRICS, PLOT, LATEST = "config.toml", "metrics.jsonl", "loss.png", "latest"
+
+# Beside the shape of the model, these decide which batch a step sees or where the run began.
+FIXED_ON_RESUME = (
+    "tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len", "seed", "init", "initializer_range",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a call of `train` ended."""
+
+    checkpoint: Path
+    """The newest checkpoint."""
+    step: int
+    val_loss: float | None
+    """Validation loss over the whole held-out text; None if the run was interrupted."""
+    sample: str | None
+    """Text generated at the end."""
+    signal: int | None
+    """The signal that interrupted the run, else None."""
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of the step that follows `step` finished ones: linear warm-up, then cosine decay."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def train(
+    config: TrainConfig, out: Path, *, resume: bool = False, from_step: int | None = None, console: Console
+) -> RunResult:
+    """Train a model into a run folder.
+
+    Args:
+        config: Settings; defaults in it are filled in here.
+        out: The run folder: a new one, or with `resume` one that holds a run.
+        resume: Go on from the newest checkpoint of `out`.
+        from_step: With `resume`, go on from the checkpoint of this step instead.
+        console: Where progress is shown.
+
+    Raises:
+        UserError: For anything the user can set right; see the message.
+    """
+    encoder = get_encoder(config.tokenizer, config.bpe_dir)
+    if config.init is not None and not resume:
+        config = _with_model_of(config, checkpoint.model_folder(Path(config.init)))
+    config = config.resolved(encoder.size)
+    tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
+    data = _Data(config, encoder, tokens)
+    start = _resume_point(config, out, from_step, data) if resume else None
+    if start is None:
+        _claim(out, config)
+        console.print(f"training {config.preset} into {out}", highlight=False)
+    backend = get_backend(config.backend, config.device)
+    session = backend.train_session(
+        config,
+        _first_weights(config) if start is None else start.weights,
+        None if start is None else start.optimizer_state,
+        0 if start is None else start.step,
+    )
+    if start is not None:
+        checkpoint.write_text(out / CONFIG, to_toml(config))
+        _keep_metrics_until(out / METRICS, start.step)
+        console.print(f"resuming {out} after step {start.step}", highlight=False)
+    return _Loop(config, out, data, session, console, 0 if start is None else start.step).run()
+
+
+class _Data:
+    """Training and held-out windows of one token array."""
+
+    def __init__(self, config: TrainConfig, encoder: TextEncoder, tokens: np.ndarray):
+        assert config.model.vocab_size
+        self.encoder = encoder
+        self.fingerprint = corpus.fingerprint(tokens)
+        cut = int(len(tokens) * (1 - config.val_fraction))
+        T, vocab = config.context, config.model.vocab_size
+        self.train = TokenWindows(tokens[:cut], T, config.seed, vocab, "the training part of --data")
+        self.val = TokenWindows(tokens[cut:], T, config.seed, vocab, "the held-out part of --data")
+
+
+@dataclasses.dataclass(frozen=True)
+class _ResumePoint:
+    step: int
+    weights: dict[str, np.ndarray]
+    optimizer_state: dict[str, np.ndarray]
+
+
+class _Loop:
+    def __init__(self, config: TrainConfig, out: Path, data: _Data, session: TrainSession, console: Console, done: int):
+        self.config, self.out, self.data, self.session = config, out, data, session
+        self.done = done
+        self.saved = done
+        self.val_loss: float | None = None
+        self.tokenizer = data.encoder.fast_tokenizer()
+        self.display = TrainDisplay(console, done, config.steps)
+        # Time spent training, without validation and saving, since the last logged step.
+        self._clock, self._clock_tokens = 0.0, 0
+        self._spent, self._spent_steps, self._timed = 0.0, 0, False
+
+    def run(self) -> RunResult:
+        config = self.config
+        (self.out / "checkpoints").mkdir(exist_ok=True)
+        with self.display, _catch_signals() as caught:
+            while self.done < config.steps and not caught:
+                self._step()
+                finished = self.done == config.steps
+                if finished or _due(self.done, config.eval_every):
+                    self._validate(everything=finished)
+                if finished or _due(self.done, config.save_every):
+                    self._save()
+            if self.saved != self.done:
+                self._save()
+            plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
+        newest = checkpoint.checkpoint_path(self.out, self.saved)
+        if caught:
+            return RunResult(newest, self.done, None, None, caught[0])
+        return RunResult(newest, self.done, self.val_loss, self._sample(), None)
+
+    def _step(self) -> None:
+        config, began = self.config, time.perf_counter()
+        lr = learning_rate(config, self.done)
+        first = self.done * config.grad_accum_steps
+        batches = [self.data.train.batch(first + i, config.batch_size) for i in range(config.grad_accum_steps)]
+        result = self.session.step(self.done, lr, batches)
+        self.done += 1
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise UserError(self._diverged(result.loss, result.grad_norm))
+        elapsed = time.perf_counter() - began
+        self._clock += elapsed
+        self._clock_tokens += config.tokens_per_step
+        if self._timed:  # the first step compiles, which says nothing about those to come
+            self._spent += elapsed
+            self._spent_steps += 1
+        self._timed = True
+        speed = self._clock_tokens / self._clock
+        eta = (config.steps - self.done) * self._spent / max(1, self._spent_steps)
+        self.display.step(self.done, result.loss, speed, eta)
+        if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
+            self._log("train", result.loss, lr, speed)
+            self._clock, self._clock_tokens = 0.0, 0
+
+    def _validate(self, everything: bool) -> None:
+        began, total, count = time.perf_counter(), 0.0, 0
+        for batch in self.data.val.sequential(self.config.batch_size, 0 if everything else self.config.eval_batches):
+            total += self.session.loss_sum(batch)
+            count += batch[1].size
+        self.val_loss = total / count
+        self.display.validation(self.done, self.val_loss)
+        rate = learning_rate(self.config, self.done - 1)
+        self._log("val", self.val_loss, rate, count / (time.perf_counter() - began))
+
+    def _log(self, split: str, loss: float, lr: float, tokens_per_sec: float) -> None:
+        row = {
+            "step": self.done,
+            "split": split,
+            "loss": loss,
+            "lr": lr,
+            "tokens": self.done * self.config.tokens_per_step,
+            "tokens_per_sec": round(tokens_per_sec, 1),
+            "peak_memory_bytes": self.session.peak_memory_bytes(),
+        }
+        try:
+            with (self.out / METRICS).open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.out / METRICS}: could not be written: {e.strerror}; {self._go_on()}") from e
+
+    def _save(self) -> None:
+        config, target = self.config, checkpoint.checkpoint_path(self.out, self.done)
+        info = {
+            "format": 1,
+            "step": self.done,
+            "tokens": self.done * config.tokens_per_step,
+            "optimizer": "adamw",
+            "data_sha256": self.data.fingerprint,
+        }
+        try:
+            with checkpoint.atomic_folder(target) as folder:
+                card = model_card(config, self.done, self.val_loss)
+                checkpoint.write_model(folder, config.model, self.session.weights(), self.tokenizer, card)
+                checkpoint.write_train_state(folder, self.session.optimizer_state(), info)
+            checkpoint.write_text(self.out / LATEST, target.name + "\n")
+        except UserError as e:
+            raise UserError(f"{e}; {self._go_on()}") from e
+        self.saved = self.done
+        checkpoint.prune(self.out, config.keep)
+        plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
+
+    def _sample(self) -> str | None:
+        config = self.config
+        prompt = self.data.encoder.encode(config.sample_prompt).tolist() or [self.data.encoder.end_of_text]
+        prompt = prompt[: config.model.n_positions - 1]
+        length = min(config.sample_tokens, config.model.n_positions - len(prompt))
+        if length < 1:
+            return None
+        tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
+        return self.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
+
+    def _go_on(self) -> str:
+        newest = checkpoint.latest(self.out)
+        if newest is None:
+            return "no checkpoint was saved before"
+        return f"the newest good checkpoint is {newest}; set things right and add --resume --out {self.out}"
+
+    def _diverged(self, loss: float, norm: float) -> str:
+        return (
+            f"training diverged at step {self.done} (loss {loss}, gradient norm {norm}) and was stopped; "
+            f"{self._go_on()} with a lower --learning-rate"
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
+    if config.init is None:
+        return initial_weights(config.model, config.seed, config.initializer_range)
+    folder = checkpoint.model_folder(Path(config.init))
+    if problem := checkpoint.damage(folder):
+        raise UserError(f"--init {folder}: {problem}; the folder is damaged")
+    return checkpoint.read_weights(folder, config.model)
+
+
+def _with_model_of(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Take the model's shape from a folder; dropout and the like are not its shape and stay."""
+    shape = checkpoint.read_config(folder)
+    return dataclasses.replace(config, model=dataclasses.replace(shape, dropout=config.model.dropout))
+
+
+def _claim(out: Path, config: TrainConfig) -> None:
+    """Make the run folder, unless something is there that must not be overwritten."""
+    if (out / CONFIG).exists():
+        raise UserError(f"{out}: holds another run; add --resume to go on with it, or give --out a new name")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not an empty folder; give --out a new name")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
+    checkpoint.write_text(out / CONFIG, to_toml(config))
+
+
+def run_config(out: Path) -> TrainConfig:
+    """The settings that a run folder was made with."""
+    if not (out / CONFIG).is_file():
+        raise UserError(f"{out}: holds no run to resume (no {CONFIG}); leave out --resume to start one")
+    return overlay(TrainConfig(), read_toml(out / CONFIG), str(out / CONFIG))
+
+
+def _resume_point(config: TrainConfig, out: Path, from_step: int | None, data: _Data) -> _ResumePoint | None:
+    before = run_config(out)
+    for where, old, new, names in (
+        ("model", before.model, config.model, [f.name for f in dataclasses.fields(ModelConfig)]),
+        ("run", before, config, list(FIXED_ON_RESUME)),
+    ):
+        for name in names:
+            if getattr(old, name) != getattr(new, name):
+                raise UserError(
+                    f"--resume: {flag(name)} is {getattr(old, name)} in {out} and cannot become "
+                    f"{getattr(new, name)}; leave it out, or start a new {where} with another --out"
+                )
+    folder = checkpoint.latest(out) if from_step is None else checkpoint.checkpoint_path(out, from_step)
+    if folder is None:
+        return None  # stopped before its first checkpoint: start over, in the same folder
+    if not folder.is_dir():
+        steps = ", ".join(str(checkpoint.step_of(p)) for p in checkpoint.checkpoints(out))
+        raise UserError(f"--from-step {from_step}: {out} has checkpoints of steps {steps}")
+    if problem := checkpoint.damage(folder):
+        older = [s for p in checkpoint.checkpoints(out) if (s := checkpoint.step_of(p)) < checkpoint.step_of(folder)]
+        advice = f"go on from the one before with --from-step {older[-1]}" if older else "there is no older one"
+        raise UserError(f"{folder}: damaged, {problem}; {advice}")
+    optimizer_state, info = checkpoint.read_train_state(folder)
+    if info.get("data_sha256") != data.fingerprint:
+        raise UserError(
+            f"--resume: {config.data} is not the text that {out} was trained on (its sha256 differs); "
+            "restore the file, or start a new run with --init"
+        )
+    if info["step"] >= config.steps:
+        raise UserError(
+            f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, "
+            f"or generate from it with --model {out}"
+        )
+    return _ResumePoint(info["step"], checkpoint.read_weights(folder, config.model), optimizer_state)
+
+
+def _keep_metrics_until(path: Path, step: int) -> None:
+    """Drop lines that a killed run wrote after its last checkpoint; they will be written again."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM in a list, so that the step in hand finishes; a second Ctrl-C acts at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

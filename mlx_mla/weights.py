@@ -1,0 +1,79 @@
+"""The model's tensors by name and shape, and their first values; the same for every backend."""
+
+import zlib
+
+import numpy as np
+
+from mlx_mla.config import ModelConfig
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in `model.safetensors`, in the order of the forward pass.
+
+    Names are those of Hugging Face's GPT-2 where a tensor has a counterpart there; matrices are
+    stored (out, in), as nn.Linear does. `config` must be resolved.
+    """
+    c = config
+    assert c.n_inner and c.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (c.vocab_size, c.n_embd)}
+    if not c.qk_rope_head_dim:
+        shapes["transformer.wpe.weight"] = (c.n_positions, c.n_embd)
+
+    def linear(name: str, width_in: int, width_out: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (width_out, width_in)
+        if bias:
+            shapes[f"{name}.bias"] = (width_out,)
+
+    def norm(name: str, width: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if bias:
+            shapes[f"{name}.bias"] = (width,)
+
+    for i in range(c.n_layer):
+        block = f"transformer.h.{i}"
+        norm(f"{block}.ln_1", c.n_embd)
+        if c.attention == "mha":
+            linear(f"{block}.attn.c_attn", c.n_embd, 3 * c.n_embd, bool(c.attention_bias))
+            linear(f"{block}.attn.c_proj", c.n_embd, c.n_embd, True)
+        else:
+            assert c.kv_lora_rank and c.v_head_dim
+            q_width = c.n_head * (c.n_embd // c.n_head + c.qk_rope_head_dim)
+            width = (c.q_lora_rank or q_width) + c.kv_lora_rank + c.qk_rope_head_dim
+            linear(f"{block}.attn.c_attn", c.n_embd, width, bool(c.attention_bias))
+            if c.latent_norm:
+                norm(f"{block}.attn.kv_a_layernorm", c.kv_lora_rank, bias=False)
+            if c.q_lora_rank:
+                linear(f"{block}.attn.q_b_proj", c.q_lora_rank, q_width, False)
+                if c.latent_norm:
+                    norm(f"{block}.attn.q_a_layernorm", c.q_lora_rank, bias=False)
+            up_width = c.n_head * (c.n_embd // c.n_head + c.v_head_dim)
+            linear(f"{block}.attn.kv_b_proj", c.kv_lora_rank, up_width, False)
+            linear(f"{block}.attn.c_proj", c.n_head * c.v_head_dim, c.n_embd, True)
+        norm(f"{block}.ln_2", c.n_embd)
+        linear(f"{block}.mlp.c_fc", c.n_embd, c.n_inner, True)
+        linear(f"{block}.mlp.c_proj", c.n_inner, c.n_embd, True)
+    norm("transformer.ln_f", c.n_embd)
+    return shapes
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters in all, the tied output head counted once."""
+    return sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
+
+
+def initial_weights(config: ModelConfig, seed: int, std: float = 0.02) -> dict[str, np.ndarray]:
+    """GPT-2's initialisation: N(0, std), residual projections N(0, std / sqrt(2 n_layer)), float32.
+
+    Every tensor has its own random stream, drawn from the seed and its name, so that a tensor's
+    first value does not depend on which others the model has.
+    """
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) == 1:
+            is_gain = name.endswith("weight")
+            weights[name] = (np.ones if is_gain else np.zeros)(shape, np.float32)
+            continue
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        scale = std / np.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std
+        weights[name] = rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+    return weights
