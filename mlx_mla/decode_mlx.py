@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 from mlx_lm.utils import load_model
 from transformers import PreTrainedTokenizerFast
 
+from mlx_mla import checkpoint
 from mlx_mla.backend import CacheKind, GenerationOptions, Piece
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import LatentAttention, Model, ModelArgs
@@ -48,10 +49,11 @@ class MLXDecoder:
         cache: What to keep between tokens.
 
     Raises:
-        UserError: If mlx-lm cannot load the weights.
+        UserError: If it is another kind of model, or mlx-lm cannot load the weights.
     """
 
     def __init__(self, folder: Path, cache: CacheKind = "latent"):
+        checkpoint.read_config(folder)  # refuses other kinds of model
         try:
             model, _ = load_model(
                 folder,

@@ -82,21 +82,22 @@ def train(
     tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
     data = _Data(config, encoder, tokens)
     start = _resume_point(config, out, from_step, data) if resume else None
-    if start is None:
+    done = 0 if start is None else start.step
+    if resume:
+        checkpoint.write_text(out / CONFIG, to_toml(config))
+        _keep_metrics_until(out / METRICS, done)
+    else:
         _claim(out, config)
-        console.print(f"training {config.preset} into {out}", highlight=False)
-    backend = get_backend(config.backend, config.device)
-    session = backend.train_session(
+    console.print(
+        f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}", highlight=False
+    )
+    session = get_backend(config.backend, config.device).train_session(
         config,
         _first_weights(config) if start is None else start.weights,
         None if start is None else start.optimizer_state,
-        0 if start is None else start.step,
+        done,
     )
-    if start is not None:
-        checkpoint.write_text(out / CONFIG, to_toml(config))
-        _keep_metrics_until(out / METRICS, start.step)
-        console.print(f"resuming {out} after step {start.step}", highlight=False)
-    return _Loop(config, out, data, session, console, 0 if start is None else start.step).run()
+    return _Loop(config, out, data, session, console, done).run()
 
 
 class _Data:
@@ -144,7 +145,6 @@ class _Loop:
                     self._save()
             if self.saved != self.done:
                 self._save()
-            plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
         newest = checkpoint.checkpoint_path(self.out, self.saved)
         if caught:
             return RunResult(newest, self.done, None, None, caught[0])
@@ -218,7 +218,10 @@ class _Loop:
             raise UserError(f"{e}; {self._go_on()}") from e
         self.saved = self.done
         checkpoint.prune(self.out, config.keep)
-        plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
+        try:
+            plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
+        except OSError as e:
+            raise UserError(f"{self.out / PLOT}: could not be written: {e.strerror or e}; {self._go_on()}") from e
 
     def _sample(self) -> str | None:
         config = self.config

@@ -1,0 +1,63 @@
+"""Shared fixtures. Tests never reach the network."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import mlx_mla  # noqa: F401  (before mlx: it loads OpenBLAS)
+from mlx_mla import train
+
+settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("default")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# A model small enough for a training step in milliseconds.
+TINY = [
+    *("--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--n-positions", "48", "--qk-rope-head-dim", "8"),
+    *("--batch-size", "4", "--eval-batches", "2", "--sample-tokens", "8", "--no-compile"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real files beside the checkout; a public clone has none."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data, which a public clone does not have")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """About 20 KB of English."""
+    from mlx_mla.corpus import read_documents
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(read_documents("builtin"))[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, text_file) -> Path:
+    """A finished run of a tiny model, 40 steps, checkpoints every 20."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "40", "--save-every", "20"]
+    assert train.main(argv) == 0
+    return out
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def python(*args: str) -> list[str]:
+    """Command line of this interpreter."""
+    return [sys.executable, *args]

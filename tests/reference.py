@@ -1,0 +1,85 @@
+"""The model once more, in numpy and float64, written from the formulas for clarity alone."""
+
+import numpy as np
+
+from mlx_mla.config import ModelConfig
+
+
+def layer_norm(x, weights, name, eps):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def rms_norm(x, gain, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+
+def rope(x, theta):
+    """Rotate pairs (2i, 2i+1) of x (T, width) by position * theta^(-2i / width)."""
+    T, width = x.shape
+    angle = np.arange(T)[:, None] * theta ** (-np.arange(0, width, 2) / width)
+    even, odd = x[:, ::2], x[:, 1::2]
+    out = np.empty_like(x)
+    out[:, ::2] = even * np.cos(angle) - odd * np.sin(angle)
+    out[:, 1::2] = even * np.sin(angle) + odd * np.cos(angle)
+    return out
+
+
+def head(q, k, v):
+    scores = q @ k.T / np.sqrt(q.shape[-1])
+    scores[np.triu_indices(len(q), 1)] = -np.inf
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True) @ v
+
+
+def attention(x, weights, name, c: ModelConfig):
+    width = c.n_embd // c.n_head
+    if c.attention == "mha":
+        q, k, v = np.split(linear(x, weights, f"{name}.c_attn"), 3, axis=-1)
+        heads = [head(*(a[:, h * width : (h + 1) * width] for a in (q, k, v))) for h in range(c.n_head)]
+        return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj")
+    P, R, V = c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim
+    q, latent, k_rope = np.split(linear(x, weights, f"{name}.c_attn"), [-(R + P), -P or None], axis=-1)
+    if P == 0:
+        k_rope = np.zeros((len(x), 0))
+    if c.latent_norm:
+        latent = rms_norm(latent, weights[f"{name}.kv_a_layernorm.weight"], c.layer_norm_epsilon)
+    if c.q_lora_rank:
+        if c.latent_norm:
+            q = rms_norm(q, weights[f"{name}.q_a_layernorm.weight"], c.layer_norm_epsilon)
+        q = linear(q, weights, f"{name}.q_b_proj")
+    up = weights[f"{name}.kv_b_proj.weight"].reshape(c.n_head, width + V, R)
+    k_rope = rope(k_rope, c.rope_theta) if P else k_rope
+    heads = []
+    for h in range(c.n_head):
+        q_h = q[:, h * (width + P) : (h + 1) * (width + P)]
+        q_h = np.concatenate([q_h[:, :width], rope(q_h[:, width:], c.rope_theta) if P else q_h[:, width:]], -1)
+        k_h = np.concatenate([latent @ up[h, :width].T, k_rope], -1)
+        heads.append(head(q_h, k_h, latent @ up[h, width:].T))
+    return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj")
+
+
+def gelu(x, kind):
+    if kind == "gelu_new":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    from math import erf
+
+    return 0.5 * x * (1 + np.vectorize(erf)(x / np.sqrt(2)))
+
+
+def logits(ids, weights, c: ModelConfig):
+    """Logits (T, vocab_size) of token ids (T,), in float64."""
+    weights = {k: v.astype(np.float64) for k, v in weights.items()}
+    x = weights["transformer.wte.weight"][ids]
+    if not c.qk_rope_head_dim:
+        x = x + weights["transformer.wpe.weight"][: len(ids)]
+    for i in range(c.n_layer):
+        h = f"transformer.h.{i}"
+        x = x + attention(layer_norm(x, weights, f"{h}.ln_1", c.layer_norm_epsilon), weights, f"{h}.attn", c)
+        y = linear(layer_norm(x, weights, f"{h}.ln_2", c.layer_norm_epsilon), weights, f"{h}.mlp.c_fc")
+        x = x + linear(gelu(y, c.activation_function), weights, f"{h}.mlp.c_proj")
+    return layer_norm(x, weights, "transformer.ln_f", c.layer_norm_epsilon) @ weights["transformer.wte.weight"].T

@@ -1,0 +1,141 @@
+"""Checkpoints are complete or absent, and damage is noticed."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_mla import checkpoint
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+
+
+def files(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "step-1"
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert set(files(target)) == {"a", "SHA256SUMS"}
+
+    with pytest.raises(RuntimeError), checkpoint.atomic_folder(target) as folder:
+        (folder / "a").write_text("2")
+        raise RuntimeError("killed in the middle")
+    assert files(target)["a"] == b"1"
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "b").write_text("3")
+    assert set(files(target)) == {"b", "SHA256SUMS"}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_sums_are_what_sha256sum_reads(tiny_run):
+    folder = checkpoint.latest(tiny_run)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": OK") == len(files(folder)) - 2  # all but itself and the README
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
+    folder = tmp_path / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkpoint.latest(tiny_run), folder)
+    assert checkpoint.damage(folder) is None
+    name = data.draw(st.sampled_from(["model.safetensors", "train_state.safetensors", "config.json", "tokenizer.json"]))
+    content = bytearray((folder / name).read_bytes())
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(content) * 8 - 1))
+        content[at // 8] ^= 1 << (at % 8)
+    else:
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    (folder / name).write_bytes(content)
+    assert checkpoint.damage(folder) == f"{name} is truncated or changed (its sha256 differs)"
+    (folder / name).unlink()
+    assert checkpoint.damage(folder) == f"{name} is missing"
+
+
+def test_weights_come_back_bit_for_bit(tiny_run):
+    folder = checkpoint.latest(tiny_run)
+    config = checkpoint.read_config(folder)
+    weights = checkpoint.read_weights(folder, config)
+    state, info = checkpoint.read_train_state(folder)
+    assert {k.split(".", 1)[0] for k in state} == {"exp_avg", "exp_avg_sq"}
+    assert len(state) == 2 * len(weights)
+    assert info["step"] == 40
+
+    from mlx_mla.tokenizer import ByteEncoder
+
+    with checkpoint.atomic_folder(folder.parent / "copy") as copy:
+        checkpoint.write_model(copy, config, weights, ByteEncoder().fast_tokenizer(), "card")
+    again = checkpoint.read_weights(folder.parent / "copy", config)
+    shutil.rmtree(folder.parent / "copy")
+    for name, w in weights.items():
+        np.testing.assert_array_equal(w.view(np.uint32), again[name].view(np.uint32))
+
+
+def test_tensors_that_do_not_fit_are_named(tiny_run, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.latest(tiny_run), folder)
+    config = checkpoint.read_config(folder)
+    wider = ModelConfig.from_dict({**config.to_dict(), "n_inner": 64}).resolved()
+    with pytest.raises(UserError, match=r"mlp\.c_.* has shape .* config.json asks for"):
+        checkpoint.read_weights(folder, wider)
+    deeper = ModelConfig.from_dict({**config.to_dict(), "n_layer": 3}).resolved()
+    with pytest.raises(UserError, match=r"tensor transformer\.h\.2\..* is missing from the file"):
+        checkpoint.read_weights(folder, deeper)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="may be truncated"):
+        checkpoint.read_weights(folder, config)
+
+
+def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("step-000005", "step-000010", "step-1000000", ".step-000015.tmp-1", ".step-000005.old-1"):
+        (folder / name).mkdir(parents=True)
+    checkpoint.prune(tmp_path, 0)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000005", "step-000010", "step-1000000"]
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000010", "step-1000000"]
+
+
+def test_model_folder_of_a_path(tiny_run, tmp_path):
+    newest = tiny_run / "checkpoints" / "step-000040"
+    assert checkpoint.model_folder(tiny_run) == newest
+    assert checkpoint.model_folder(newest) == newest
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for path, message in (
+        (tmp_path / "nothing", "no such model folder"),
+        (tmp_path, "no config.json"),
+        (tmp_path / "run", "no checkpoint yet"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.model_folder(path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no weights"):
+        checkpoint.model_folder(tmp_path)
+
+
+def test_latest_survives_a_kill_between_rename_and_note(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "latest").unlink()
+    assert checkpoint.latest(run).name == "step-000040"
+    (run / "latest").write_text("step-000999\n")
+    assert checkpoint.latest(run).name == "step-000040"
+
+
+def test_config_json_has_what_other_tools_look_for(tiny_run):
+    values = json.loads((checkpoint.latest(tiny_run) / "config.json").read_text())
+    assert values["model_type"] == "mla_gpt2"
+    assert values["model_file"] == "model_mlx.py"
+    assert values["num_hidden_layers"] == values["n_layer"] == 2

@@ -1,0 +1,107 @@
+"""Settings: presets, TOML both ways, and what is refused."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_mla import config as c
+from mlx_mla.errors import UserError
+
+
+@pytest.mark.parametrize("name", c.PRESETS)
+def test_presets_survive_a_round_trip_through_toml(name, tmp_path):
+    config = c.preset(name).resolved(257 if name == "nano" else 50257)
+    path = tmp_path / "config.toml"
+    path.write_text(c.to_toml(config))
+    assert c.overlay(c.TrainConfig(), c.read_toml(path), "x") == config
+
+
+@given(
+    steps=st.integers(1, 10**9),
+    learning_rate=st.floats(1e-12, 1e3),
+    data=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])),
+)
+def test_any_value_survives_a_round_trip_through_toml(steps, learning_rate, data):
+    config = c.TrainConfig(steps=steps, learning_rate=learning_rate, data=data)
+    assert c.overlay(c.TrainConfig(), c.tomllib.loads(c.to_toml(config)), "x") == config
+
+
+def test_none_is_resolved_from_the_other_fields():
+    model = c.ModelConfig(n_embd=96, n_head=4).resolved(257)
+    assert (model.kv_lora_rank, model.v_head_dim, model.n_inner, model.vocab_size) == (48, 24, 384, 257)
+    assert model.attention_bias is False
+    assert c.ModelConfig(attention="mha").resolved(257).attention_bias is True
+    assert model.resolved(257) == model
+
+
+def test_every_comparison_is_one_flag_apart():
+    nano = c.preset("mla-124m").model
+    mha = dataclasses.replace(c.ModelConfig(), attention="mha").resolved(50257)
+    assert mha == c.preset("gpt2-124m").resolved(50257).model
+    assert dataclasses.replace(mha, attention="mla", attention_bias=False, kv_lora_rank=384, v_head_dim=64) == (
+        nano.resolved(50257)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_embd": 100, "n_head": 12}, "--n-embd 100 is not divisible by --n-head 12; try --n-embd 96"),
+        ({"n_layer": 0}, "--n-layer must be at least 1"),
+        ({"kv_lora_rank": 0}, "--kv-lora-rank must be at least 1, not 0"),
+        ({"kv_lora_rank": -3}, "--kv-lora-rank must be at least 1, not -3"),
+        ({"qk_rope_head_dim": 3}, "--qk-rope-head-dim must be even"),
+        ({"vocab_size": 100}, "--vocab-size 100 is smaller than the tokenizer's 257"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"attention": "mha", "kv_lora_rank": 8}, "no meaning with --attention mha"),
+    ],
+)
+def test_impossible_models_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        c.ModelConfig(**values).resolved(257)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"batch_size": -1}, "--batch-size"),
+        ({"learning_rate": 0.0}, "--learning-rate must be positive"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+        ({"weight_decay": -0.1}, "--weight-decay must not be negative"),
+        ({"val_fraction": 1.0}, "--val-fraction"),
+        ({"beta1": 1.0}, "--beta1"),
+        ({"seq_len": 2000}, r"--seq-len must be from 1 to --n-positions \(1024\)"),
+        ({"bpe_dir": "x"}, "--bpe-dir goes with --tokenizer gpt2"),
+    ],
+)
+def test_impossible_training_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        c.TrainConfig(**values).resolved(257)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 3", "unknown key 'stepz'; did you mean 'steps'"),
+        ("n_embd = 64", r"unknown key 'n_embd'; it belongs under \[model\]"),
+        ("[model]\nn_embed = 64", r"\[model\]: unknown key 'n_embed'; did you mean 'n_embd'"),
+        ("steps = 'many'", "steps = 'many' is not a value of type int"),
+        ("steps = true", "steps = True is not a value of type int"),
+        ("dtype = 'fp8'", "dtype = 'fp8' is not one of 'float32', 'bfloat16'"),
+        ("model = 3", r"'model' must be a table"),
+        ("steps = ", "not valid TOML"),
+    ],
+)
+def test_mistakes_in_toml_are_named(text, message, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        c.overlay(c.TrainConfig(), c.read_toml(path), str(path))
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'mla-124m'"):
+        c.preset("mla-125m")

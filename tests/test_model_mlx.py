@@ -1,0 +1,252 @@
+"""The MLX model against numpy in float64, transformers, and itself on other paths."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+
+from mlx_mla.backend_mlx import build_model
+from mlx_mla.config import PRESETS, ModelConfig, preset
+from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
+
+TOLERANCE = 1e-4
+
+
+@st.composite
+def model_configs(draw) -> ModelConfig:
+    """Small models with every feature on and off."""
+    heads = draw(st.sampled_from([1, 2, 3, 4]))
+    width = heads * draw(st.sampled_from([8, 16, 20]))
+    common = {
+        "n_layer": draw(st.integers(1, 3)),
+        "n_head": heads,
+        "n_embd": width,
+        "n_positions": 96,
+        "vocab_size": draw(st.integers(2, 70)),
+        "activation_function": draw(st.sampled_from(["gelu_new", "gelu"])),
+        "attention_bias": draw(st.booleans()),
+    }
+    if draw(st.integers(0, 3)) == 0:
+        return ModelConfig(attention="mha", **common).resolved()
+    return ModelConfig(
+        kv_lora_rank=draw(st.integers(1, width)),
+        q_lora_rank=draw(st.sampled_from([None, 5, 16])),
+        qk_rope_head_dim=draw(st.sampled_from([0, 0, 4, 8])),
+        v_head_dim=draw(st.sampled_from([None, 6, 24])),
+        latent_norm=draw(st.booleans()),
+        **common,
+    ).resolved()
+
+
+def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Weights large enough that attention is far from uniform, and biases and gains that matter."""
+    rng = np.random.default_rng(seed)
+    weights = initial_weights(config, seed, 0.25)
+    for name, w in weights.items():
+        if w.ndim == 1:
+            weights[name] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
+    return weights
+
+
+def token_ids(config: ModelConfig, batch: int, length: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)))
+
+
+def in_chunks(model, x: mx.array, sizes, cache) -> mx.array:
+    """Logits of feeding x through a cache in chunks of the given sizes, then token by token."""
+    out, at = [], 0
+    for size in [*sizes, *[1] * x.shape[1]]:
+        if at < x.shape[1]:
+            out.append(model(x[:, at : at + size], cache=cache))
+            mx.eval(out[-1])
+            at += size
+    return mx.concatenate(out, axis=1)
+
+
+def difference(a: mx.array, b: mx.array) -> float:
+    return mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item()
+
+
+def test_parameter_counts_are_the_published_ones():
+    counts = {name: num_parameters(preset(name).resolved(257 if name == "nano" else 50257).model) for name in PRESETS}
+    assert counts["mla-124m"] == 120_873_216
+    assert counts["gpt2-124m"] == 124_439_808
+    padded = ModelConfig(vocab_size=50304, kv_lora_rank=384).resolved()
+    assert num_parameters(padded) == 120_909_312
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_table_is_the_models(name):
+    config = preset(name).resolved(257 if name == "nano" else 50257).model
+    model = Model(ModelArgs.from_dict(config.to_dict()))
+    assert {k: v.shape for k, v in tree_flatten(model.parameters())} == parameter_shapes(config)
+
+
+def test_model_args_are_the_configs_fields():
+    fields = set(ModelArgs.__dataclass_fields__) - {"model_type"}
+    assert fields == set(ModelConfig.__dataclass_fields__)
+
+
+@given(config=model_configs(), length=st.integers(1, 40), seed=st.integers(0, 99))
+def test_logits_are_those_of_the_formulas_in_float64(config, length, seed):
+    weights = random_weights(config, seed)
+    x = token_ids(config, 2, length, seed)
+    got = np.array(build_model(config, weights)(x))
+    for row, ids in zip(got, np.array(x)):
+        np.testing.assert_allclose(row, reference.logits(ids, weights, config), atol=TOLERANCE, rtol=1e-4)
+
+
+@given(
+    config=model_configs(),
+    batch=st.integers(1, 4),
+    length=st.integers(1, 90),
+    chunks=st.lists(st.integers(1, 40), max_size=4),
+    materialize=st.booleans(),
+)
+@settings(max_examples=40)
+def test_cached_decoding_gives_the_logits_of_the_full_forward(config, batch, length, chunks, materialize):
+    model = build_model(config, random_weights(config, length))
+    x = token_ids(config, batch, length)
+    expected = model(x)
+    model.materialize_cache(materialize)
+    assert difference(in_chunks(model, x, chunks, make_prompt_cache(model)), expected) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1024), (2, 300), (4, 64)])
+def test_absorbed_decoding_of_every_preset(name, batch, length):
+    config = preset(name).resolved(257 if name == "nano" else 50257).model
+    length = min(length, config.n_positions)
+    model = build_model(config, initial_weights(config, 1, 0.05))
+    x = token_ids(config, batch, length)
+    expected = model(x)
+    # Most goes in as two chunks, so that only the last tokens take the slow way one by one.
+    got = in_chunks(model, x, [length // 2, length - length // 2 - 4] if length > 8 else [], make_prompt_cache(model))
+    assert difference(got, expected) <= TOLERANCE
+
+
+def test_latent_cache_is_as_small_as_promised():
+    config = ModelConfig(n_layer=1, n_embd=96, n_head=3, kv_lora_rank=24, n_positions=16, vocab_size=11).resolved()
+    model = build_model(config, initial_weights(config, 0))
+    cache = make_prompt_cache(model)
+    model(token_ids(config, 1, 5), cache=cache)
+    assert type(cache[0]) is KVCache
+    keys, values = cache[0].keys_and_values()
+    assert keys.shape == (1, 1, 5, 24)
+    assert values.size == 0
+
+
+def test_mha_is_transformers_gpt2():
+    torch = pytest.importorskip("torch")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=80, vocab_size=99)).eval()
+    config = ModelConfig(attention="mha", n_layer=3, n_head=4, n_embd=64, n_positions=80, vocab_size=99).resolved()
+    state = {k: v.numpy() for k, v in theirs.state_dict().items() if k in parameter_shapes(config)}
+    # GPT-2's Conv1D stores matrices (in, out).
+    conv = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {k: v.T.copy() if k.endswith(conv) else v for k, v in state.items()}
+    x = token_ids(config, 2, 80)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(np.array(x))).logits.numpy()
+    np.testing.assert_allclose(np.array(build_model(config, state)(x)), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rope", [0, 32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
+    config = ModelConfig(
+        n_layer=2, n_embd=128, n_head=2, kv_lora_rank=64, qk_rope_head_dim=rope, n_positions=64, vocab_size=50
+    ).resolved()
+    model = build_model(config, initial_weights(config, 0, 0.1))
+    nn.quantize(model, group_size=64, bits=bits, class_predicate=lambda p, m: hasattr(m, "to_quantized"))
+    x = token_ids(config, 2, 40)
+    absorbed = in_chunks(model, x, [20], make_prompt_cache(model))
+    assert difference(absorbed, model(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rope", [0, 32])
+def test_quantised_cache_is_close_at_8_bits(rope):
+    config = ModelConfig(
+        n_layer=2, n_embd=128, n_head=2, kv_lora_rank=96 - rope, qk_rope_head_dim=rope, n_positions=64, vocab_size=50
+    ).resolved()
+    model = build_model(config, initial_weights(config, 0, 0.1))
+    x = token_ids(config, 1, 40)
+    cache = [QuantizedKVCache(group_size=32, bits=8) for _ in model.layers]
+    expected = model(x)
+    assert difference(in_chunks(model, x, [20], cache), expected) <= 0.05 * mx.abs(expected).max().item()
+
+
+def test_lora_on_the_up_projection_is_not_bypassed():
+    from mlx_lm.tuner.lora import LoRALinear
+
+    config = ModelConfig(n_layer=1, n_embd=32, n_head=2, n_positions=32, vocab_size=20).resolved()
+    model = build_model(config, random_weights(config, 0))
+    lora = LoRALinear.from_base(model.layers[0].attn.kv_b_proj, r=4)
+    lora.lora_b = mx.random.normal(lora.lora_b.shape)
+    x = token_ids(config, 1, 12)
+    without = model(x)
+    model.layers[0].attn.kv_b_proj = lora
+    expected = model(x)
+    assert difference(expected, without) > 0.01
+    assert difference(in_chunks(model, x, [6], make_prompt_cache(model)), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rope", [0, 8])
+def test_left_padded_batch_gives_each_row_its_own_logits(rope):
+    config = ModelConfig(
+        n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=20, qk_rope_head_dim=rope
+    ).resolved()
+    model = build_model(config, random_weights(config, 0))
+    short, long = token_ids(config, 1, 9, 1), token_ids(config, 1, 14, 2)
+    padded = mx.concatenate([mx.concatenate([mx.zeros((1, 5), short.dtype), short], axis=1), long])
+    cache = [BatchKVCache([5, 0]) for _ in model.layers]
+    got = in_chunks(model, padded, [10], cache)
+    assert difference(got[:1, 5:], model(short)) <= TOLERANCE
+    assert difference(got[1:], model(long)) <= TOLERANCE
+
+
+def test_rotating_cache_is_exact_until_it_turns():
+    config = ModelConfig(n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=20).resolved()
+    model = build_model(config, random_weights(config, 0))
+    x = token_ids(config, 1, 16)
+    cache = [RotatingKVCache(max_size=16) for _ in model.layers]
+    assert difference(in_chunks(model, x, [7], cache), model(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rope", [0, 8])
+def test_positions_past_the_table_are_refused(rope):
+    config = ModelConfig(
+        n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=20, qk_rope_head_dim=rope
+    ).resolved()
+    model = build_model(config, random_weights(config, 0))
+    with pytest.raises(ValueError, match="n_positions=16"):
+        model(token_ids(config, 1, 17))
+    cache = make_prompt_cache(model)
+    model(token_ids(config, 1, 16), cache=cache)
+    with pytest.raises(ValueError, match="17 tokens of context"):
+        model(token_ids(config, 1, 1), cache=cache)
+    # A batch: the padded length passes 16 before any row does, and only a row that does is refused.
+    cache = [BatchKVCache([4, 4])]
+    model(token_ids(config, 2, 16), cache=cache)
+    model(token_ids(config, 2, 4), cache=cache)
+    with pytest.raises(ValueError, match="17 tokens of context"):
+        model(token_ids(config, 2, 1), cache=cache)
+
+
+def test_bad_shapes_are_refused_by_the_model_file_itself():
+    for values, message in (
+        ({"n_embd": 100, "n_head": 12}, "not divisible"),
+        ({"attention": "gqa"}, "'mla' or 'mha'"),
+        ({"activation_function": "relu"}, "gelu_new"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelArgs.from_dict(values)

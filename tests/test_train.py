@@ -1,0 +1,266 @@
+"""`python -m mlx_mla.train` as its users meet it: runs, resumes, refuses."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import TINY, python
+
+from mlx_mla import checkpoint, generate, train
+from mlx_mla.plot import read_metrics
+from mlx_mla.trainer import learning_rate
+
+
+def refused(capsys, *argv: str, command=train.main) -> str:
+    """Run a command that must be refused; returns its one line."""
+    capsys.readouterr()
+    assert command([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_a_run_leaves_the_documented_files(tiny_run):
+    assert {p.name for p in tiny_run.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints", "latest"}
+    folder = tiny_run / "checkpoints" / (tiny_run / "latest").read_text().strip()
+    assert folder.name == "step-000040"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "model.safetensors", "model_mlx.py", "tokenizer.json", "tokenizer_config.json", "README.md",
+        "train_state.safetensors", "train_state.json", "SHA256SUMS",
+    }  # fmt: skip
+    assert (tiny_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert "40 of 40" in card
+    rows = read_metrics(tiny_run / "metrics.jsonl")
+    for row in rows:
+        assert list(row) == ["step", "split", "loss", "lr", "tokens", "tokens_per_sec", "peak_memory_bytes"]
+        assert row["tokens"] == row["step"] * 4 * 48
+    assert [r["step"] for r in rows if r["split"] == "train"] == [1, 10, 20, 30, 40]
+    assert rows[-1]["split"] == "val"
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert f"{rows[-1]['loss']:.4f}" in card
+
+
+def test_the_end_of_a_run_says_where_it_is_and_how_to_go_on(tmp_path, text_file, capfd):
+    out = tmp_path / "run"
+    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "3", "--sample-prompt", "Ab"]
+    assert train.main(argv) == 0
+    said = capfd.readouterr().out
+    assert "--- sample ---\nAb" in said
+    assert f'python -m mlx_mla.generate --model {out} --prompt "Ab"' in said
+    assert generate.main(["--model", str(out), "--prompt", "Ab", "--max-tokens", "3"]) == 0
+
+
+def test_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry-run", "--preset", "mla-124m"]) == 0
+    said = capsys.readouterr().out
+    for text in ("120,873,216", "FLOPs per token", "memory", "9,216 bytes", "4x smaller", "nothing was trained"):
+        assert text in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_come_from_preset_then_file_then_flags(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('preset = "mla-124m-r128"\nsteps = 7\nseed = 5\n[model]\nn_layer = 3\n')
+    command = train.parse(["--config", str(path), "--seed", "6", "--n-layer", "4"])
+    assert (command.steps, command.seed, command.model.n_layer, command.model.kv_lora_rank) == (7, 6, 4, 128)
+
+
+def test_the_default_run_folder_is_never_taken_twice(tmp_path, text_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("nano", "nano-2", "nano-3"):
+        assert train.main([*TINY, "--data", str(text_file), "--steps", "1"]) == 0
+        assert (tmp_path / "runs" / expected / "latest").is_file()
+
+
+def test_learning_rate_warms_up_and_decays_to_its_floor():
+    config = train.parse(["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--min-lr-ratio", "0.1"])
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == pytest.approx(1)
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
+    out = tmp_path / "healed"
+    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--init", str(tiny_run), "--steps", "1"]
+    assert train.main(argv) == 0
+    old, new = (read_metrics(run / "metrics.jsonl") for run in (tiny_run, out))
+    assert new[0]["loss"] == pytest.approx(old[-2]["loss"], abs=0.3)
+    assert new[0]["loss"] < old[0]["loss"] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_tiny_shakespeare_trains_with_either_tokenizer(shared_data, tmp_path, tokenizer):
+    out = tmp_path / "run"
+    argv = [
+        *("--data", str(shared_data / "corpus/tinyshakespeare/input.txt"), "--tokenizer", tokenizer),
+        *("--out", str(out), "--steps", "30", "--batch-size", "2", "--n-layer", "1", "--n-embd", "64"),
+        *("--eval-batches", "2", "--val-fraction", "0.01", "--sample-tokens", "10"),
+        *(("--bpe-dir", str(shared_data / "gpt2_bpe")) if tokenizer == "gpt2" else ()),
+    ]
+    assert train.main(argv) == 0
+    rows = read_metrics(out / "metrics.jsonl")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert checkpoint.read_config(checkpoint.latest(out)).vocab_size == (257 if tokenizer == "bytes" else 50257)
+    assert generate.main(["--model", str(out), "--prompt", "ROMEO:", "--max-tokens", "5"]) == 0
+
+
+# --- resuming ---
+
+
+@pytest.fixture
+def run_copy(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    return run
+
+
+def test_a_finished_run_goes_on_with_more_steps(run_copy):
+    assert train.main(["--resume", "--out", str(run_copy), "--steps", "45"]) == 0
+    assert checkpoint.latest(run_copy).name == "step-000045"
+    steps = [r["step"] for r in read_metrics(run_copy / "metrics.jsonl") if r["split"] == "train"]
+    assert steps == [1, 10, 20, 30, 40, 45]
+
+
+def test_resume_refuses_what_would_be_another_run(run_copy, tmp_path, text_file, capsys):
+    resume = ("--resume", "--out", run_copy, "--steps", "50")
+    assert "--n-embd is 32" in refused(capsys, *resume, "--n-embd", "64")
+    assert "--kv-lora-rank is 16" in refused(capsys, *resume, "--kv-lora-rank", "8")
+    assert "--attention is mla" in refused(capsys, *resume, "--preset", "gpt2-124m", "--tokenizer", "bytes")
+    assert "--seed is 1337" in refused(capsys, *resume, "--seed", "1")
+    assert "--batch-size is 4" in refused(capsys, *resume, "--batch-size", "8")
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    assert "is not the text that" in refused(capsys, *resume, "--data", other)
+    assert "has finished its 40 steps; give a larger --steps" in refused(capsys, "--resume", "--out", run_copy)
+    assert "needs --out" in refused(capsys, "--resume")
+    assert "holds no run to resume" in refused(capsys, "--resume", "--out", tmp_path / "none")
+    assert "--from-step goes with --resume" in refused(capsys, "--from-step", "3")
+    assert "has checkpoints of steps 20, 40" in refused(capsys, *resume, "--from-step", "30")
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(run_copy, capsys):
+    path = run_copy / "checkpoints" / "step-000040" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    resume = ("--resume", "--out", run_copy, "--steps", "41")
+    said = refused(capsys, *resume)
+    assert "model.safetensors is truncated or changed" in said
+    assert "--from-step 20" in said
+    assert train.main([*map(str, resume), "--from-step", "20"]) == 0
+    # The damaged folder was written anew on the way, and steps 21-40 are logged once.
+    assert checkpoint.damage(run_copy / "checkpoints" / "step-000040") is None
+    steps = [r["step"] for r in read_metrics(run_copy / "metrics.jsonl") if r["split"] == "train"]
+    assert steps == [1, 10, 20, 30, 40, 41]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text_file):
+    out = tmp_path / "run"
+    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "100000", "--save-every", "0"]
+    process = subprocess.Popen(
+        python("-m", "mlx_mla.train", *argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not read_metrics(out / "metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    step = int(re.search(r"stopped after step (\d+)", said).group(1))
+    assert f"python -m mlx_mla.train --resume --out {out}" in said
+    assert checkpoint.latest(out).name == f"step-{step:06d}"
+    assert train.main(["--resume", "--out", str(out), "--steps", str(step + 2)]) == 0
+
+
+# --- bad input: one line, exit code 2, nothing lost ---
+
+
+def test_mistakes_on_the_command_line(capsys):
+    assert "did you mean 'nano'" in refused(capsys, "--preset", "nan")
+    assert "unknown argument '--lerning-rate'; did you mean --learning-rate?" in refused(capsys, "--lerning-rate", "1")
+    assert "Error parsing --steps" in refused(capsys, "--steps", "many")
+    assert "invalid choice 'fp8'" in refused(capsys, "--dtype", "fp8")
+    assert "--steps" in refused(capsys, "--steps")
+    assert "no such file" in refused(capsys, "--config", "nowhere.toml")
+    assert "unknown argument 'stray'" in refused(capsys, "stray")
+
+
+def test_impossible_settings(tmp_path, text_file, capsys):
+    out = ("--out", tmp_path / "run", "--data", text_file)
+    assert "not divisible" in refused(capsys, *out, "--n-embd", "100", "--n-head", "12")
+    assert "--kv-lora-rank must be at least 1" in refused(capsys, *out, "--kv-lora-rank", "-1")
+    assert "fewer than one context of 9000" in refused(capsys, *out, "--n-positions", "9000")
+    assert "no such file" in refused(capsys, "--out", tmp_path / "run", "--data", tmp_path / "nothing")
+    assert "no such model folder" in refused(capsys, *out, "--init", tmp_path / "nothing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_never_overwritten(run_copy, tmp_path, text_file, capsys):
+    before = {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()}
+    said = refused(capsys, *TINY, "--data", text_file, "--out", run_copy)
+    assert "holds another run; add --resume" in said
+    assert {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()} == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("x")
+    assert "not an empty folder" in refused(capsys, "--data", text_file, "--out", tmp_path / "notes")
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(run_copy, capsys):
+    before = {p: p.read_bytes() for p in (run_copy / "checkpoints").rglob("*") if p.is_file()}
+    argv = ("--resume", "--out", run_copy, "--steps", "60", "--save-every", "1")
+    said = refused(capsys, *argv, "--learning-rate", "1e30", "--grad-clip", "0")
+    assert re.search(r"diverged at step 4\d \(loss (nan|inf|\d)", said)
+    assert "newest good checkpoint is" in said
+    newest = checkpoint.latest(run_copy)
+    assert checkpoint.damage(newest) is None
+    # What was saved holds finite weights only.
+    weights = checkpoint.read_weights(newest, checkpoint.read_config(newest))
+    assert all(abs(w).max() < float("inf") for w in weights.values())
+    assert before
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(run_copy):
+    old = {p.name: p.read_bytes() for p in (run_copy / "checkpoints" / "step-000040").iterdir()}
+    limit = 60_000  # bytes a file may have: less than the weights, more than all else
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    assert len(old["model.safetensors"]) > limit
+    done = subprocess.run(
+        python("-m", "mlx_mla.train", "--resume", "--out", str(run_copy), "--steps", "42", "--save-every", "1"),
+        capture_output=True, text=True, preexec_fn=small_disk, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = run_copy / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000020", "step-000040"]
+    assert {p.name: p.read_bytes() for p in (folder / "step-000040").iterdir()} == old
+    assert (run_copy / "latest").read_text() == "step-000040\n"
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, text_file, capsys):
+    (tmp_path / "file").write_text("x")
+    assert "cannot be made" in refused(capsys, "--data", text_file, "--out", tmp_path / "file" / "run")
+
+
+def test_lines_of_a_killed_run_are_read_up_to_the_last_whole_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "los')
+    assert read_metrics(path) == [{"step": 1}]
+    assert os.path.getsize(path) > 0
