@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -104,21 +105,19 @@ class MLXTrainSession:
         if self.config.model.dropout:
             # The masks are a function of (seed, step), so resuming needs no RNG state on disk.
             mx.random.seed(int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0]))
-        total = grads = None
-        for x, y in batches:
-            loss, new = self._grad_step(mx.array(x), mx.array(y))
-            total, grads = (loss, new) if total is None else (total + loss, self._add(grads, new))
-            if len(batches) > 1:
-                mx.eval(total, grads)  # frees this pass's activations before the next one
+        total, grads = self._grad_step(*map(mx.array, batches[0]))
+        for batch in batches[1:]:
+            mx.eval(total, grads)  # frees this pass's activations before the next one
+            loss, new = self._grad_step(*map(mx.array, batch))
+            total, grads = total + loss, self._add(grads, new)
         self.optimizer.learning_rate = learning_rate
         norm = self._apply_step(grads, mx.array(1.0 / len(batches)))
-        assert total is not None
         mx.eval(self.model.state, self.optimizer.state, total, norm)
-        return StepResult(total.item() / len(batches), norm.item())
+        return StepResult(_number(total) / len(batches), _number(norm))
 
     def loss_sum(self, batch: Batch) -> float:
         self.model.eval()
-        return self._loss_sum(mx.array(batch[0]), mx.array(batch[1])).item()
+        return _number(self._loss_sum(*map(mx.array, batch)))
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: np.array(w) for name, w in tree_flatten(self.model.parameters())}
@@ -135,7 +134,9 @@ class MLXTrainSession:
     def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
         self.model.eval()
         mx.random.seed(seed)
-        steps = generate_step(mx.array(prompt), self.model, max_tokens=max_tokens, sampler=make_sampler(temp=temp))
+        steps = generate_step(
+            mx.array(list(prompt)), self.model, max_tokens=max_tokens, sampler=make_sampler(temp=temp)
+        )
         return [int(token) for token, _ in steps]
 
     def peak_memory_bytes(self) -> int:
@@ -174,7 +175,7 @@ class MLXTrainSession:
         if self.config.grad_clip:
             grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
         else:
-            norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads)))
+            norm = mx.sqrt(mx.stack([mx.square(g).sum() for _, g in tree_flatten(grads)]).sum())
         self.optimizer.update(self.model, grads)
         return norm
 
@@ -184,6 +185,10 @@ class MLXTrainSession:
         loss = self._forward_loss(x, y).sum()
         self.model.update(master)
         return loss
+
+
+def _number(scalar: mx.array) -> float:
+    return cast(float, scalar.item())
 
 
 def _tree_add(a: dict, b: dict) -> dict:

@@ -6,7 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -15,8 +15,6 @@ from mlx_mla.errors import UserError
 T = TypeVar("T")
 
 EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-
-_OPTIONS = (tyro.conf.FlagCreatePairsOff,)
 
 
 def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -31,13 +29,11 @@ def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = 
     Raises:
         UserError: For a wrong value or an unknown flag, naming the nearest known one.
     """
-    extra = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {} if default is None else {"default": default}
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            result, unknown = tyro.cli(
-                command, args=list(argv), prog=prog, config=_OPTIONS, return_unknown_args=True, **extra
-            )
+            result, unknown = tyro.cli(command, args=list(argv), prog=prog, return_unknown_args=True, **extra)
     except SystemExit as e:
         if e.code in (0, None):
             raise
@@ -72,10 +68,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
 
 
 def _known_flags(command: type, prog: str, default: object) -> list[str]:
-    extra = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {} if default is None else {"default": default}
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.suppress(SystemExit):
-        tyro.cli(command, args=["--help"], prog=prog, config=_OPTIONS, **extra)
+        tyro.cli(command, args=["--help"], prog=prog, **extra)
     return sorted(set(re.findall(r"--[a-z0-9][a-z0-9-]*", stdout.getvalue())))
 
 

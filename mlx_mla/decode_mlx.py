@@ -70,14 +70,9 @@ class MLXDecoder:
         self.args = model.args
         self.vocab_size = model.args.vocab_size
         self.n_positions = model.args.n_positions
-        self._latent_width = next(
-            (
-                b.attn.kv_lora_rank + b.attn.qk_rope_head_dim
-                for b in model.layers
-                if isinstance(b.attn, LatentAttention)
-            ),
-            None,
-        )
+        attn = model.layers[0].attn
+        is_mla = isinstance(attn, LatentAttention)
+        self._latent_width = attn.kv_lora_rank + attn.qk_rope_head_dim if is_mla else None
 
     def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
         max_tokens = self.check(prompt, options)

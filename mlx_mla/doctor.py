@@ -87,8 +87,13 @@ def probe_mlx() -> dict[str, Any]:
     for dtype in (mx.float32, mx.bfloat16):
         a = mx.random.normal((MATMUL, MATMUL)).astype(dtype)
         mx.eval(a)
-        speed = _gflops(lambda a=a: mx.eval(a @ a))
-        lines.append((f"MLX matmul {str(dtype).split('.')[-1]}", f"{speed:,.1f} GFLOP/s ({MATMUL} x {MATMUL})"))
+
+        def multiply(a: Any = a) -> None:
+            mx.eval(a @ a)
+
+        lines.append(
+            (f"MLX matmul {str(dtype).split('.')[-1]}", f"{_gflops(multiply):,.1f} GFLOP/s ({MATMUL} x {MATMUL})")
+        )
     return {"lines": lines, "advice": [hint] if (hint := blas.hint()) else []}
 
 

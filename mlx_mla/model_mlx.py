@@ -19,8 +19,9 @@ Shape legend, used as suffixes of array names:
     N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,7 +58,7 @@ class ModelArgs(BaseModelArgs):
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.attention not in ("mla", "mha"):
             raise ValueError(f"attention must be 'mla' or 'mha', not {self.attention!r}")
         if self.activation_function not in ("gelu_new", "gelu"):
@@ -102,6 +103,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        assert args.kv_lora_rank and args.v_head_dim  # ModelArgs fills them in
         self.n_head = args.n_head
         self.qk_nope_head_dim = args.n_embd // args.n_head
         self.qk_rope_head_dim = args.qk_rope_head_dim
@@ -157,7 +159,8 @@ class LatentAttention(nn.Module):
                 out = self._attend_absorbed(q_BHLN, latent, cache, mask, *w_up)
             else:
                 if hasattr(cache, "bits"):
-                    latent = mx.dequantize(*latent, group_size=cache.group_size, bits=cache.bits)
+                    w, scales, biases = latent
+                    latent = mx.dequantize(w, scales, biases, group_size=cache.group_size, bits=cache.bits)
                 k, v = self._expand(latent)
                 out = mx.fast.scaled_dot_product_attention(q_BHLN, k, v, scale=self.scale, mask=mask)
         return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
@@ -184,18 +187,22 @@ class LatentAttention(nn.Module):
             w_uk, w_uv = w_HOR[:, : self.qk_nope_head_dim], w_HOR[:, self.qk_nope_head_dim :]
             return (lambda q: q @ w_uk), (lambda o: o @ w_uv.swapaxes(-1, -2))
         if type(proj) is nn.QuantizedLinear:
-            parts = [proj.weight, proj.scales] + ([proj.biases] if proj.get("biases") is not None else [])
-            parts = [p.reshape(H, -1, p.shape[-1]) for p in parts]
-            kinds = {"group_size": proj.group_size, "bits": proj.bits, "mode": proj.mode}
-            uk = [p[:, : self.qk_nope_head_dim] for p in parts]
-            uv = [p[:, self.qk_nope_head_dim :] for p in parts]
-            return (
-                lambda q: mx.quantized_matmul(q, *uk, transpose=False, **kinds),
-                lambda o: mx.quantized_matmul(o, *uv, transpose=True, **kinds),
-            )
+            parts = [proj.weight, proj.scales, proj.get("biases")]
+            parts = [None if p is None else p.reshape(H, -1, p.shape[-1]) for p in parts]
+            uk = [None if p is None else p[:, : self.qk_nope_head_dim] for p in parts]
+            uv = [None if p is None else p[:, self.qk_nope_head_dim :] for p in parts]
+
+            def apply(x: mx.array, w: list, transpose: bool) -> mx.array:
+                return mx.quantized_matmul(
+                    x, w[0], w[1], w[2], transpose, group_size=proj.group_size, bits=proj.bits, mode=proj.mode
+                )
+
+            return (lambda q: apply(q, uk, transpose=False)), (lambda o: apply(o, uv, transpose=True))
         return None
 
-    def _attend_absorbed(self, q, latent, cache, mask, to_latent, from_latent) -> mx.array:
+    def _attend_absorbed(
+        self, q: mx.array, latent: Any, cache: Any, mask: Any, to_latent: Callable, from_latent: Callable
+    ) -> mx.array:
         """One query position against the cached latents (B, 1, T, R + P); returns (B, H, 1, V)."""
         q_BH1R = to_latent(q[..., : self.qk_nope_head_dim])
         if self.qk_rope_head_dim:
@@ -294,7 +301,7 @@ def check_positions(cache: Any, length: int, n_positions: int) -> None:
         # Batched: offsets differ by row and live on the device, so look only when it may matter.
         right_padding = getattr(cache, "_right_padding", None)
         ends = cache.offset + length - (0 if right_padding is None else right_padding)
-        end = mx.max(ends).item()
+        end = cast(int, mx.max(ends).item())
     if end > n_positions:
         raise ValueError(
             f"{end} tokens of context do not fit this model's n_positions={n_positions}; "
@@ -329,10 +336,10 @@ class Model(nn.Module):
         return {k: w for k, w in weights.items() if k != "lm_head.weight"}
 
     @property
-    def layers(self):
+    def layers(self) -> list[Block]:
         return self.transformer.h
 
     @property
-    def quant_predicate(self):
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
         """Keep the position table whole: it is small, and rounding it costs most."""
         return lambda path, _: not path.endswith("wpe")

@@ -97,7 +97,7 @@ def train(
         None if start is None else start.optimizer_state,
         done,
     )
-    return _Loop(config, out, data, session, console, done).run()
+    return _Loop(config, out, data, session, console, start).run()
 
 
 class _Data:
@@ -116,18 +116,26 @@ class _Data:
 @dataclasses.dataclass(frozen=True)
 class _ResumePoint:
     step: int
+    val_loss: float | None
     weights: dict[str, np.ndarray]
     optimizer_state: dict[str, np.ndarray]
 
 
 class _Loop:
-    def __init__(self, config: TrainConfig, out: Path, data: _Data, session: TrainSession, console: Console, done: int):
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        data: _Data,
+        session: TrainSession,
+        console: Console,
+        start: _ResumePoint | None,
+    ):
         self.config, self.out, self.data, self.session = config, out, data, session
-        self.done = done
-        self.saved = done
-        self.val_loss: float | None = None
+        self.done = self.saved = 0 if start is None else start.step
+        self.val_loss = None if start is None else start.val_loss
         self.tokenizer = data.encoder.fast_tokenizer()
-        self.display = TrainDisplay(console, done, config.steps)
+        self.display = TrainDisplay(console, self.done, config.steps)
         # Time spent training, without validation and saving, since the last logged step.
         self._clock, self._clock_tokens = 0.0, 0
         self._spent, self._spent_steps, self._timed = 0.0, 0, False
@@ -205,6 +213,7 @@ class _Loop:
             "format": 1,
             "step": self.done,
             "tokens": self.done * config.tokens_per_step,
+            "val_loss": self.val_loss,
             "optimizer": "adamw",
             "data_sha256": self.data.fingerprint,
         }
@@ -318,7 +327,7 @@ def _resume_point(config: TrainConfig, out: Path, from_step: int | None, data: _
             f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, "
             f"or generate from it with --model {out}"
         )
-    return _ResumePoint(info["step"], checkpoint.read_weights(folder, config.model), optimizer_state)
+    return _ResumePoint(info["step"], info["val_loss"], checkpoint.read_weights(folder, config.model), optimizer_state)
 
 
 def _keep_metrics_until(path: Path, step: int) -> None:
