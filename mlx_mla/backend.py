@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Protocol
 
-import numpy as np
-
 from mlx_mla.config import TrainConfig
 from mlx_mla.shards import Batch
+
+import numpy as np
 
 CacheKind = Literal["latent", "materialized", "none"]
 

@@ -5,19 +5,19 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import mlx.core as mx
-import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_flatten, tree_map
-from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_sampler
-
 from mlx_mla.backend import CacheKind, StepResult
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model, ModelArgs
 from mlx_mla.shards import Batch
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_sampler
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 

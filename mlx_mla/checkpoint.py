@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
+
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
-
-from mlx_mla.config import ModelConfig
-from mlx_mla.errors import UserError
-from mlx_mla.weights import parameter_shapes
 
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import tyro
-
 from mlx_mla.errors import UserError
+
+import tyro
 
 T = TypeVar("T")
 

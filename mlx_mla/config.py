@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from mlx_mla.errors import UserError
+
 import tomli_w
 from tyro.conf import OmitArgPrefixes
-
-from mlx_mla.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

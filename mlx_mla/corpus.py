@@ -3,10 +3,10 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np
-
 from mlx_mla.errors import UserError
 from mlx_mla.tokenizer import TextEncoder
+
+import numpy as np
 
 BUILTIN = "builtin"
 

@@ -5,6 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_mla import checkpoint
+from mlx_mla.backend import CacheKind, GenerationOptions, Piece
+from mlx_mla.errors import UserError
+from mlx_mla.model_mlx import LatentAttention, Model, ModelArgs
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream, wired_limit
@@ -13,11 +18,6 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 from mlx_lm.utils import load_model
 from transformers import PreTrainedTokenizerFast
-
-from mlx_mla import checkpoint
-from mlx_mla.backend import CacheKind, GenerationOptions, Piece
-from mlx_mla.errors import UserError
-from mlx_mla.model_mlx import LatentAttention, Model, ModelArgs
 
 DEFAULT_MAX_TOKENS = 200
 

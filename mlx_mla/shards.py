@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from functools import lru_cache
 
-import numpy as np
-
 from mlx_mla.errors import UserError
+
+import numpy as np
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Inputs and next-token targets, both int32 of shape (batch, seq_len)."""

@@ -9,13 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mlx_mla.errors import UserError
+
 import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from mlx_mla.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES_EOT = 256

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from rich.console import Console
-
 from mlx_mla import blas, cli
 from mlx_mla.config import TrainConfig, overlay, preset, read_toml
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
+
+from rich.console import Console
 
 PROG = "python -m mlx_mla.train"
 

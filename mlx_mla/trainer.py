@@ -14,9 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-
 from mlx_mla import checkpoint, corpus
 from mlx_mla.backend import TrainSession, get_backend
 from mlx_mla.card import model_card
@@ -27,6 +24,9 @@ from mlx_mla.plot import plot_loss, read_metrics
 from mlx_mla.shards import TokenWindows
 from mlx_mla.tokenizer import TextEncoder, get_encoder
 from mlx_mla.weights import initial_weights
+
+import numpy as np
+from rich.console import Console
 
 CONFIG, METRICS, PLOT, LATEST = "config.toml", "metrics.jsonl", "loss.png", "latest"
 

@@ -2,9 +2,9 @@
 
 import zlib
 
-import numpy as np
-
 from mlx_mla.config import ModelConfig
+
+import numpy as np
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

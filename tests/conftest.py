@@ -7,12 +7,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from mlx_mla import train
+
 import numpy as np
 import pytest
 from hypothesis import settings
-
-import mlx_mla  # noqa: F401  (before mlx: it loads OpenBLAS)
-from mlx_mla import train
 
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("default")

@@ -2,16 +2,16 @@
 
 import dataclasses
 
-import mlx.core as mx
-import numpy as np
-import pytest
-import reference
-
 from mlx_mla.backend import get_backend
 from mlx_mla.backend_mlx import MLXTrainSession
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.weights import initial_weights
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, qk_rope_head_dim=4)
 BASE = TrainConfig(batch_size=4, learning_rate=1e-2, compile=False, model=MODEL).resolved(60)

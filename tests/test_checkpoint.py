@@ -4,14 +4,14 @@ import json
 import shutil
 import subprocess
 
+from mlx_mla import checkpoint
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from mlx_mla import checkpoint
-from mlx_mla.config import ModelConfig
-from mlx_mla.errors import UserError
 
 
 def files(folder) -> dict[str, bytes]:

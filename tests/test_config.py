@@ -2,12 +2,12 @@
 
 import dataclasses
 
+from mlx_mla import config as c
+from mlx_mla.errors import UserError
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from mlx_mla import config as c
-from mlx_mla.errors import UserError
 
 
 @pytest.mark.parametrize("name", c.PRESETS)

@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
+from mlx_mla import doctor
+
 import pytest
 from conftest import python
-
-from mlx_mla import doctor
 
 
 def run(code: str, **env: str) -> str:

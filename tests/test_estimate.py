@@ -1,14 +1,14 @@
 """The figures of --dry-run against counts of the real thing."""
 
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx_lm.models.cache import make_prompt_cache
-
 from mlx_mla.backend_mlx import build_model
 from mlx_mla.config import PRESETS, ModelConfig, preset
 from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token
 from mlx_mla.weights import initial_weights
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 
 @pytest.mark.parametrize("kind", [{"attention": "mha"}, {"kv_lora_rank": 24}, {"qk_rope_head_dim": 8}])

@@ -5,12 +5,12 @@ import json
 import shutil
 import subprocess
 
+from mlx_mla import checkpoint, generate, train
+from mlx_mla.backend import GenerationOptions, get_backend
+
 import pytest
 from conftest import SHARED, TINY, python
 from test_train import refused
-
-from mlx_mla import checkpoint, generate, train
-from mlx_mla.backend import GenerationOptions, get_backend
 
 assert SHARED  # conftest is importable
 

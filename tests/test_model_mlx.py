@@ -1,5 +1,10 @@
 """The MLX model against numpy in float64, transformers, and itself on other paths."""
 
+from mlx_mla.backend_mlx import build_model
+from mlx_mla.config import PRESETS, ModelConfig, preset
+from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,11 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
-
-from mlx_mla.backend_mlx import build_model
-from mlx_mla.config import PRESETS, ModelConfig, preset
-from mlx_mla.model_mlx import Model, ModelArgs
-from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
 
 TOLERANCE = 1e-4
 

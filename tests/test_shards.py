@@ -1,12 +1,12 @@
 """Batches: pure, complete, and the same however they are cut."""
 
+from mlx_mla.errors import UserError
+from mlx_mla.shards import TokenWindows
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from mlx_mla.errors import UserError
-from mlx_mla.shards import TokenWindows
 
 
 def windows(n: int, seq_len: int, seed: int = 0) -> TokenWindows:

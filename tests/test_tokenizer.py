@@ -2,14 +2,14 @@
 
 import json
 
+from mlx_mla.errors import UserError
+from mlx_mla.tokenizer import ByteEncoder, GPT2Encoder, get_encoder
+
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
-
-from mlx_mla.errors import UserError
-from mlx_mla.tokenizer import ByteEncoder, GPT2Encoder, get_encoder
 
 TEXTS = [
     "Hello, world!",

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import time
 
-import pytest
-from conftest import TINY, python
-
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.plot import read_metrics
 from mlx_mla.trainer import learning_rate
+
+import pytest
+from conftest import TINY, python
 
 
 def refused(capsys, *argv: str, command=train.main) -> str:
