@@ -43,5 +43,7 @@ Decoding caches {cache_bytes_per_token(m, 2):,} bytes per token of context in 16
     python -m mlx_mla.generate --model THIS_FOLDER --prompt "The "
     mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "The "
 
-`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder.
+`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with `model_torch.py`:
+
+    AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 """

@@ -1,7 +1,7 @@
 """Model folders and training state on disk: complete or absent, checked by sha256.
 
-A model folder holds config.json, model.safetensors, model_mlx.py, the tokenizer's files and a
-README.md; a training checkpoint adds train_state.safetensors and train_state.json. `SHA256SUMS`
+A model folder holds config.json, model.safetensors, model_mlx.py, model_torch.py, the tokenizer's
+files and a README.md; a training checkpoint adds train_state.safetensors and train_state.json. `SHA256SUMS`
 (as `sha256sum -c` reads it) covers every file but the README.
 """
 
@@ -27,7 +27,7 @@ SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
 STATE = "train_state.safetensors"
 STATE_INFO = "train_state.json"
-MODEL_FILE = "model_mlx.py"
+MLX_FILE, TORCH_FILE = "model_mlx.py", "model_torch.py"
 
 
 @contextlib.contextmanager
@@ -101,7 +101,8 @@ def write_model(
     _save_tensors(folder / WEIGHTS, weights)
     _write_json(folder / "config.json", model_config_json(config, tokenizer.eos_token_id))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
+    for name in (MLX_FILE, TORCH_FILE):
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(str(folder))
 
@@ -111,7 +112,11 @@ def model_config_json(config: ModelConfig, eos_token_id: int | None) -> dict[str
     return {
         "model_type": "mla_gpt2",
         "architectures": ["MLAGPT2LMHeadModel"],
-        "model_file": MODEL_FILE,
+        "model_file": MLX_FILE,
+        "auto_map": {
+            "AutoConfig": f"{Path(TORCH_FILE).stem}.MLAGPT2Config",
+            "AutoModelForCausalLM": f"{Path(TORCH_FILE).stem}.MLAGPT2LMHeadModel",
+        },
         **config.to_dict(),
         # The names under which transformers and mlx-lm look for the same facts.
         "num_hidden_layers": config.n_layer,

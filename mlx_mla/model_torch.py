@@ -1,0 +1,357 @@
+"""GPT-2 with Multi-head Latent Attention (MLA), for PyTorch and transformers.
+
+This file is self-contained: a copy travels in every model folder (`auto_map` in config.json), so
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+gives the model that `model_mlx.py` gives in MLX, from the same `model.safetensors`.
+
+MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per token instead of keys
+and values per head. Training and prefill expand the latents; a step that decodes one token absorbs the
+up projection into the query and the output, and reads the cached latents as they are. The cache is
+transformers' own: keys hold the latents (and the shared RoPE key), values have width 0.
+
+Shape legend, used as suffixes of tensor names:
+    B batch   L query length   T key length (cached + new)   D n_embd   H n_head
+    N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class MLAGPT2Config(PretrainedConfig):
+    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each field."""
+
+    model_type = "mla_gpt2"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own form)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 50257,
+        n_positions: int = 1024,
+        n_embd: int = 768,
+        n_layer: int = 12,
+        n_head: int = 12,
+        n_inner: int | None = None,
+        attention: str = "mla",
+        kv_lora_rank: int | None = None,
+        q_lora_rank: int | None = None,
+        qk_rope_head_dim: int = 0,
+        v_head_dim: int | None = None,
+        latent_norm: bool = False,
+        attention_bias: bool | None = None,
+        rope_theta: float = 10000.0,
+        activation_function: str = "gelu_new",
+        layer_norm_epsilon: float = 1e-5,
+        dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ):
+        if attention not in ("mla", "mha"):
+            raise ValueError(f"attention must be 'mla' or 'mha', not {attention!r}")
+        if activation_function not in ("gelu_new", "gelu"):
+            raise ValueError(f"activation_function must be 'gelu_new' or 'gelu', not {activation_function!r}")
+        if n_embd % n_head:
+            raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
+        self.vocab_size = vocab_size
+        self.n_positions = n_positions
+        self.n_embd = n_embd
+        self.n_layer = n_layer
+        self.n_head = n_head
+        self.n_inner = n_inner or 4 * n_embd
+        self.attention = attention
+        self.kv_lora_rank = n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
+        self.q_lora_rank = q_lora_rank
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim or n_embd // n_head
+        self.latent_norm = latent_norm
+        self.attention_bias = attention == "mha" if attention_bias is None else attention_bias
+        self.rope_theta = rope_theta
+        self.activation_function = activation_function
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.dropout = dropout
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        super().__init__(**{"tie_word_embeddings": True, **kwargs})
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Scaled dot-product attention; causal where there is no mask and more than one query."""
+    # MPS has given silently wrong results for strided inputs (pytorch#163597).
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    causal = mask is None and q.shape[-2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+class MultiHeadAttention(nn.Module):
+    """GPT-2's attention: keys and values of every head are computed once and cached."""
+
+    def __init__(self, config: MLAGPT2Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.scale = (config.n_embd // config.n_head) ** -0.5
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.attention_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
+        B, L, _ = x_BLD.shape
+        q, k, v = (a.view(B, L, self.n_head, -1).transpose(1, 2) for a in self.c_attn(x_BLD).chunk(3, dim=-1))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        return self.c_proj(attend(q, k, v, mask, self.scale).transpose(1, 2).reshape(B, L, -1))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head Latent Attention; the cache holds latents (B, 1, T, R + P) and values of width 0."""
+
+    def __init__(self, config: MLAGPT2Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.qk_nope_head_dim = config.n_embd // config.n_head
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.kv_lora_rank = config.kv_lora_rank or 0
+        qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.scale = qk_head_dim**-0.5
+
+        q_width = config.n_head * qk_head_dim
+        # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
+        self.widths = [config.q_lora_rank or q_width, self.kv_lora_rank, self.qk_rope_head_dim]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False) if config.q_lora_rank else None
+        norms = config.latent_norm
+        self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=config.layer_norm_epsilon) if norms else None
+        self.q_a_layernorm = (
+            nn.RMSNorm(config.q_lora_rank, eps=config.layer_norm_epsilon) if norms and config.q_lora_rank else None
+        )
+        # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's kv_b_proj).
+        up_width = config.n_head * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_width, bias=False)
+        self.c_proj = nn.Linear(config.n_head * self.v_head_dim, config.n_embd)
+
+    def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
+        B, L, _ = x_BLD.shape
+        q, c_BLR, k_rope_BLP = self.c_attn(x_BLD).split(self.widths, dim=-1)
+        if self.kv_a_layernorm is not None:
+            c_BLR = self.kv_a_layernorm(c_BLR)
+        if self.q_b_proj is not None:
+            q = self.q_b_proj(q if self.q_a_layernorm is None else self.q_a_layernorm(q))
+        q_BHLN = q.view(B, L, self.n_head, -1).transpose(1, 2)
+        latent = c_BLR[:, None]
+        if self.qk_rope_head_dim:
+            q_nope, q_rope = q_BHLN.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+            q_BHLN = torch.cat([q_nope, rotate(q_rope, rotation)], dim=-1)
+            latent = torch.cat([latent, rotate(k_rope_BLP[:, None], rotation)], dim=-1)
+        if cache is not None:
+            latent, _ = cache.update(latent, latent.new_zeros(B, 1, L, 0), self.layer)
+
+        # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
+        if L == 1 and cache is not None and type(self.kv_b_proj) is nn.Linear:
+            out = self._attend_absorbed(q_BHLN, latent, mask)
+        else:
+            out = attend(q_BHLN, *self._expand(latent), mask, self.scale)
+        return self.c_proj(out.transpose(1, 2).reshape(B, L, -1))
+
+    def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
+        B, _, T, _ = latent.shape
+        c, k_rope = latent.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(c).view(B, T, self.n_head, -1).transpose(1, 2)
+        k, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        if self.qk_rope_head_dim:
+            k = torch.cat([k, k_rope.expand(B, self.n_head, T, -1)], dim=-1)
+        return k, v
+
+    def _attend_absorbed(self, q: torch.Tensor, latent: torch.Tensor, mask: Any) -> torch.Tensor:
+        """One query position against the cached latents; returns (B, H, 1, V)."""
+        w_HOR = self.kv_b_proj.weight.view(self.n_head, -1, self.kv_lora_rank)
+        w_uk, w_uv = w_HOR.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_BH1R = torch.cat([q_nope @ w_uk, q_rope], dim=-1)
+        # The heads go in as rows of one matrix, so that the latents are read once and not once a head.
+        if mask is None:
+            mask = latent.new_ones(1, 1, 1, 1, dtype=torch.bool)  # not causal: the rows are heads
+        out = attend(q_BH1R.transpose(1, 2), latent, latent[..., : self.kv_lora_rank], mask, self.scale)
+        return out.transpose(1, 2) @ w_uv.transpose(-1, -2)
+
+
+def rotation_of(positions: torch.Tensor, width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the RoPE angles, (B, 1, L, P / 2), in float32."""
+    frequency = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angle = positions[:, None, :, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the pairs (2i, 2i + 1) of the last axis (RoFormer, arXiv:2104.09864)."""
+    cos, sin = rotation
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: MLAGPT2Config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.approximate = "tanh" if config.activation_function == "gelu_new" else "none"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    def __init__(self, config: MLAGPT2Config, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = (LatentAttention if config.attention == "mla" else MultiHeadAttention)(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache, rotation))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class MLAGPT2PreTrainedModel(PreTrainedModel):
+    config_class = MLAGPT2Config
+    base_model_prefix = "transformer"
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (MLP, LatentAttention, MultiHeadAttention)):
+            # GPT-2 scales the projections that write to the residual stream.
+            nn.init.normal_(module.c_proj.weight, std=std / (2 * self.config.n_layer) ** 0.5)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+class MLAGPT2Model(MLAGPT2PreTrainedModel):
+    """The transformer without its head: token ids to the last hidden state."""
+
+    def __init__(self, config: MLAGPT2Config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        # With decoupled RoPE the positions live in the attention, as in DeepSeek.
+        self.wpe = None if config.qk_rope_head_dim else nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """Last hidden state (B, L, D) and the cache; raises ValueError past n_positions."""
+        h = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            # The row length bounds the positions, so this needs no look at the device.
+            check_positions(past + h.shape[1], self.config.n_positions)
+            position_ids = torch.arange(past, past + h.shape[1], device=h.device)[None]
+        elif past + h.shape[1] > self.config.n_positions:
+            check_positions(int(position_ids.max()) + 1, self.config.n_positions)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=h,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotation = None
+        if self.wpe is not None:
+            h = h + self.wpe(position_ids)
+        else:
+            rotation = rotation_of(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
+        h = self.drop(h)
+        for block in self.h:
+            h = block(h, mask, past_key_values, rotation)
+        return self.ln_f(h), past_key_values
+
+
+def check_positions(end: int, n_positions: int) -> None:
+    if end > n_positions:
+        raise ValueError(
+            f"{end} tokens of context do not fit this model's n_positions={n_positions}; "
+            "shorten the prompt or generate fewer tokens"
+        )
+
+
+class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
+    """The language model, by transformers' contract; its head is tied to the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MLAGPT2Config):
+        super().__init__(config)
+        self.transformer = MLAGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, L, vocab_size), the cache, and with `labels` (B, L) their mean cross-entropy."""
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        h, cache = self.transformer(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

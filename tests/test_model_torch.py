@@ -1,0 +1,156 @@
+"""The PyTorch model: the same folder gives the same logits, and transformers' tools work on it."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mlx_mla import checkpoint, model_torch  # noqa: E402
+from mlx_mla.backend_mlx import build_model  # noqa: E402
+from mlx_mla.config import ModelConfig  # noqa: E402
+from mlx_mla.weights import parameter_shapes  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from test_model_mlx import TOLERANCE, model_configs, random_weights, token_ids  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
+
+
+def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
+    model = model_torch.MLAGPT2LMHeadModel(model_torch.MLAGPT2Config(**config.to_dict()))
+    state = {name: torch.tensor(w) for name, w in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return model.eval()
+
+
+def logits(model, x: mx.array, chunks=()) -> np.ndarray:
+    """Logits of ids; with chunks, through a cache in chunks of these sizes and then token by token."""
+    ids = torch.tensor(np.array(x), dtype=torch.long)
+    with torch.no_grad():
+        if not chunks:
+            return model(ids, use_cache=False).logits.numpy()
+        out, cache, at = [], None, 0
+        for size in [*chunks, *[1] * ids.shape[1]]:
+            if at < ids.shape[1]:
+                step = model(ids[:, at : at + size], past_key_values=cache, use_cache=True)
+                out.append(step.logits)
+                cache, at = step.past_key_values, at + size
+        return torch.cat(out, dim=1).numpy()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run):
+    return checkpoint.latest(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).eval()
+
+
+@given(config=model_configs(), length=st.integers(1, 40), seed=st.integers(0, 99))
+def test_logits_are_mlxs(config, length, seed):
+    weights = random_weights(config, seed)
+    x = token_ids(config, 2, length, seed)
+    np.testing.assert_allclose(
+        logits(torch_model(config, weights), x), np.array(build_model(config, weights)(x)), atol=TOLERANCE, rtol=1e-4
+    )
+
+
+@given(
+    config=model_configs(),
+    batch=st.integers(1, 4),
+    length=st.integers(1, 90),
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+)
+@settings(max_examples=25)
+def test_cached_decoding_gives_the_logits_of_the_full_forward(config, batch, length, chunks):
+    model = torch_model(config, random_weights(config, length))
+    x = token_ids(config, batch, length)
+    np.testing.assert_allclose(logits(model, x, chunks), logits(model, x), atol=TOLERANCE, rtol=1e-4)
+
+
+def test_the_cache_holds_latents_alone(loaded):
+    ids = torch.tensor([[1, 2, 3]])
+    cache = loaded(ids, use_cache=True).past_key_values
+    assert cache.layers[0].keys.shape == (1, 1, 3, 16 + 8)
+    assert cache.layers[0].values.numel() == 0
+
+
+def test_parameters_are_those_of_the_table(loaded, folder):
+    shapes = {k: tuple(v.shape) for k, v in loaded.state_dict().items() if k != "lm_head.weight"}
+    assert shapes == parameter_shapes(checkpoint.read_config(folder))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_folder_loads_by_its_own_code(loaded, folder):
+    assert type(loaded).__module__.startswith("transformers_modules.")
+    config = checkpoint.read_config(folder)
+    x = token_ids(config, 2, 48)
+    expected = build_model(config, checkpoint.read_weights(folder, config))(x)
+    np.testing.assert_allclose(logits(loaded, x), np.array(expected), atol=TOLERANCE)
+
+
+def test_greedy_text_is_mlxs(loaded, folder):
+    from mlx_mla.backend import GenerationOptions, get_backend
+
+    decoder = get_backend("mlx").decoder(folder)
+    prompt = list(b"The st")
+    pieces = decoder.stream(prompt, GenerationOptions(temp=0, max_tokens=30))
+    expected = [t for p in pieces for t in p.token_ids]
+    got = loaded.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :].tolist()
+    assert got == expected
+
+
+def test_left_padded_batches_generate_what_single_prompts_do(loaded, folder):
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", pad_token="<|endoftext|>")
+    prompts = ["The", "A longer prompt", "x"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = loaded.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch.input_ids.shape[1] :]
+    for prompt, row in zip(prompts, together):
+        alone = tokenizer(prompt, return_tensors="pt")
+        expected = loaded.generate(**alone, max_new_tokens=12, do_sample=False)[0, alone.input_ids.shape[1] :]
+        assert row.tolist() == expected.tolist()
+
+
+def test_text_generation_pipeline(folder):
+    generate = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
+    (answer,) = generate("The st", max_new_tokens=5, do_sample=False)
+    assert answer["generated_text"].startswith("The st")
+
+
+def test_beam_search_reorders_the_latents(loaded):
+    ids = torch.tensor([list(b"The st")])
+    out = loaded.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False)
+    again = loaded.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, use_cache=False)
+    assert out.tolist() == again.tolist()
+
+
+def test_loss_is_that_of_the_shifted_tokens(loaded):
+    ids = torch.randint(0, 257, (2, 20))
+    with torch.no_grad():
+        out = loaded(ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_saved_by_transformers_it_loads_again(loaded, tmp_path):
+    loaded.save_pretrained(str(tmp_path))
+    again = AutoModelForCausalLM.from_pretrained(str(tmp_path), trust_remote_code=True).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=0, atol=0)
+
+
+def test_positions_past_the_table_are_refused(loaded):
+    with pytest.raises(ValueError, match="49 tokens of context do not fit this model's n_positions=48"):
+        loaded(torch.zeros((1, 49), dtype=torch.long))
+
+
+def test_the_copied_file_is_the_packages(folder):
+    from pathlib import Path
+
+    for name in ("model_mlx.py", "model_torch.py"):
+        assert (folder / name).read_bytes() == Path(checkpoint.__file__).with_name(name).read_bytes()
