@@ -244,14 +244,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [n for n in PRESETS if any(r["what"] == "decoding" and r["preset"] == n for r in rows)]
+    decoded = [r for r in rows if r["what"] == "decoding"]
+    # One context makes no line.
+    names = [n for n in PRESETS if len({r["context"] for r in decoded if r["preset"] == n}) > 1]
+    if not names:
+        return
     fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), layout="constrained", squeeze=False)
     for ax, name in zip(axes[0], names):
         for kind in CACHES:
-            points = [r for r in rows if r["what"] == "decoding" and (r["preset"], r["case"]) == (name, kind)]
+            points = [r for r in decoded if (r["preset"], r["case"]) == (name, kind)]
             ax.plot([r["context"] for r in points], [r["median"] for r in points], marker="o", label=kind)
         ax.set(title=name, xscale="log", yscale="log", xlabel="context (tokens)", ylabel="decoding (tok/s)")
-        ax.set_xticks(sorted({r["context"] for r in rows if r["preset"] == name and "context" in r}))
+        ax.set_xticks(sorted({r["context"] for r in decoded if r["preset"] == name}))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
         ax.grid(alpha=0.3)

@@ -24,7 +24,7 @@ class Estimate:
     optimizer_bytes: int
     """AdamW's two moments, float32."""
     activation_bytes: int
-    """Kept for the backward pass of one micro-batch."""
+    """Kept for the backward pass of one micro-batch, and worked with at its peak."""
     cache_bytes_per_token: int
     """Decoding cache over all layers, in bfloat16."""
     mha_cache_bytes_per_token: int
@@ -85,16 +85,18 @@ def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
 
 
 def _activation_bytes_per_token(m: ModelConfig, context: int, width: int, fused: bool) -> int:
-    """Values that the backward pass reads, per token; counted from the model's operations."""
+    """Bytes per token at the peak of a step: what every block keeps, and what one block works with.
+
+    The counts were fitted to `mx.get_peak_memory` of compiled float32 steps on a CPU, over widths,
+    lengths, heads and vocabularies (docs/diary.md); on Metal and CUDA they are not checked yet.
+    """
     assert m.n_inner and m.vocab_size
     value_width = m.n_head * (m.v_head_dim or m.n_embd // m.n_head)
     key_width = m.n_head * (m.n_embd // m.n_head + m.qk_rope_head_dim)
     latent = (m.kv_lora_rank or 0) + m.qk_rope_head_dim
-    # Residual stream and both LayerNorms (4), then q, k, v and their output, then the MLP: its
-    # input to GELU and the intermediate values of GELU's formula, and its output.
-    per_layer = 4 * m.n_embd + latent + 2 * key_width + 2 * value_width + 5 * m.n_inner
-    if not fused:
-        per_layer += m.n_head * context
-    # Logits in the compute type and in float32, and their gradient.
-    head = m.vocab_size * (8 + (width if width < 4 else 0)) + 2 * m.n_embd * width
-    return m.n_layer * per_layer * width + head
+    scores = 0 if fused else m.n_head * context
+    # Residual stream and both LayerNorms, then q, k, v and their output, then GELU's steps.
+    kept = 4 * m.n_embd + latent + 2 * key_width + 2 * value_width + 4.5 * m.n_inner + scores
+    working = 4 * scores + 5 * m.n_inner
+    head = 12 * m.vocab_size  # logits, their exponentials and their gradient, in float32
+    return int((m.n_layer * kept + working) * width + head)

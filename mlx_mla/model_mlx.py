@@ -267,6 +267,8 @@ class Transformer(nn.Module):
         L = inputs.shape[1]
         cache = cache or [None] * len(self.h)
         offset = 0 if cache[0] is None else cache[0].offset
+        if isinstance(offset, mx.array):
+            offset = offset + 0  # mlx-lm before 0.32 moves a batch's offsets in place at the first layer
         check_positions(cache[0], L, self.n_positions)
 
         h = self.wte(inputs)

@@ -1,6 +1,9 @@
 """The figures of --dry-run against counts of the real thing."""
 
-from mlx_mla.backend_mlx import build_model
+import dataclasses
+import gc
+
+from mlx_mla.backend_mlx import MLXTrainSession, build_model
 from mlx_mla.config import PRESETS, ModelConfig, preset
 from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token
 from mlx_mla.weights import initial_weights
@@ -59,3 +62,20 @@ def test_memory_estimate_adds_up():
     assert e.total_bytes > 18 * n
     unfused = estimate(preset("mla-124m").resolved(50257), fused_attention=False)
     assert unfused.activation_bytes > e.activation_bytes
+
+
+@pytest.mark.parametrize("change", [{}, {"n_layer": 6}, {"n_inner": 1024}, {"vocab_size": 4000}, {"n_head": 4}])
+def test_memory_estimate_is_near_the_measured_peak(change):
+    """Within a quarter, for compiled steps on a CPU, where it was fitted."""
+    if mx.is_available(mx.gpu):
+        pytest.skip("fitted on CPUs")
+    base = preset("nano")
+    config = dataclasses.replace(base, model=dataclasses.replace(base.model, **change)).resolved(257)
+    gc.collect()
+    before = mx.get_active_memory()  # what other tests left
+    session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+    x = np.zeros((config.batch_size, config.context), np.int32)
+    for step in range(2):
+        session.step(step, 1e-4, [(x, x)])
+    expected = estimate(config, fused_attention=False).total_bytes
+    assert session.peak_memory_bytes() - before == pytest.approx(expected, rel=0.25)
