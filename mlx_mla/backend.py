@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Protocol
 
 from mlx_mla.config import TrainConfig
+from mlx_mla.errors import UserError
 from mlx_mla.shards import Batch
 
 import numpy as np
@@ -142,13 +143,25 @@ class Backend(Protocol):
         ...
 
 
-def get_backend(name: str, device: str = "auto") -> Backend:
+BackendName = Literal["mlx", "torch"]
+DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
+
+
+def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
     """The backend by its command-line name, on a device; imports its framework.
 
     Raises:
-        UserError: If the device is not there.
+        UserError: If the framework is not installed, or the device is not there.
     """
-    assert name == "mlx", name
-    from mlx_mla import backend_mlx
+    try:
+        if name == "torch":
+            from mlx_mla.backend_torch import TorchBackend
 
-    return backend_mlx.MLXBackend(device)
+            return TorchBackend(device)
+        from mlx_mla.backend_mlx import MLXBackend
+
+        return MLXBackend(device)
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] not in ("torch", "mlx", "mlx_lm"):
+            raise
+        raise UserError(f"--backend {name}: {e.name} is not installed; pip install {e.name}") from None

@@ -28,6 +28,8 @@ class MLXBackend:
     name = "mlx"
 
     def __init__(self, device: str = "auto"):
+        if device in ("mps", "cuda"):
+            raise UserError(f"--device {device} goes with --backend torch; for MLX's GPU use --device gpu")
         if device == "gpu" and not mx.is_available(mx.gpu):
             raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
         if device != "auto":

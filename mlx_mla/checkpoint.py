@@ -146,6 +146,11 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_dict(values).resolved()
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether mlx-lm has quantised the weights of a folder."""
+    return "quantization" in _read_json(folder / "config.json")
+
+
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     """All tensors of a folder as float32, after checking names and shapes against `config`."""
     tensors = _load_tensors(folder / WEIGHTS)

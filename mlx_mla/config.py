@@ -196,10 +196,10 @@ class TrainConfig:
     """Prompt of the sample printed at the end."""
     sample_tokens: int = 200
     """Length of that sample. 0: none."""
-    backend: Literal["mlx"] = "mlx"
-    """Framework that does the computing."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Device of the backend; "auto" takes the GPU where there is one."""
+    backend: Literal["mlx", "torch"] = "mlx"
+    """Framework that does the computing; a run begun in one can be resumed in the other."""
+    device: Literal["auto", "cpu", "gpu", "mps", "cuda"] = "auto"
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
     model: OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
 
     @property

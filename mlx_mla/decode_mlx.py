@@ -1,12 +1,12 @@
 """Generation in MLX, on mlx-lm's own decoding loop, samplers and caches."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_mla import checkpoint
 from mlx_mla.backend import CacheKind, GenerationOptions, Piece
+from mlx_mla.decoding import Meter, TextWriter, check_request, fit_context
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import LatentAttention, Model, ModelArgs
 
@@ -15,11 +15,8 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 from mlx_lm.utils import load_model
 from transformers import PreTrainedTokenizerFast
-
-DEFAULT_MAX_TOKENS = 200
 
 
 class WithoutCache(nn.Module):
@@ -78,8 +75,8 @@ class MLXDecoder:
         max_tokens = self.check(prompt, options)
         mx.random.seed(options.seed)
         mx.reset_peak_memory()
-        meter = _Meter(len(prompt))
-        writer = _Writer(self.tokenizer, options.stop)
+        meter = Meter(len(prompt), mx.get_peak_memory)
+        writer = TextWriter(self.tokenizer, options.stop)
         with wired_limit(self.model, [generation_stream]):
             for token, cache in self._tokens(prompt, max_tokens, options):
                 meter.count(0 if self.cache == "none" else sum(c.nbytes for c in cache))
@@ -108,8 +105,8 @@ class MLXDecoder:
         )
         uids = generator.insert([list(p) for p in prompts], limits)
         index = {uid: i for i, uid in enumerate(uids)}
-        meters = [_Meter(len(p)) for p in prompts]
-        writers = [_Writer(self.tokenizer, options.stop) for _ in prompts]
+        meters = [Meter(len(p), mx.get_peak_memory) for p in prompts]
+        writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
         unfinished = set(uids)
         try:
             while unfinished and (responses := generator.next_generated()):
@@ -132,42 +129,10 @@ class MLXDecoder:
             generator.close()
 
     def check(self, prompt: Sequence[int], options: GenerationOptions) -> int:
-        """Refuse what the model cannot do; returns how many tokens to generate.
-
-        Raises:
-            UserError: Naming the option and its remedy.
-        """
-        if len(prompt) == 0:
-            raise UserError("the prompt has no tokens; give some text")
-        if max(prompt) >= self.vocab_size or min(prompt) < 0:
-            bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
-            raise UserError(
-                f"the prompt has token id {bad}, outside the model's vocabulary of {self.vocab_size}; "
-                "the tokenizer in the folder does not belong to this model"
-            )
-        _check_sampling(options, self.vocab_size)
+        """Refuse what the model cannot do; returns how many tokens to generate."""
         if options.kv_bits is not None:
             self._group_size()
-        if options.max_kv_size is not None:
-            if not 2 <= options.max_kv_size <= self.n_positions:
-                raise UserError(
-                    f"--max-kv-size must be from 2 to n_positions ({self.n_positions}), not {options.max_kv_size}"
-                )
-            return DEFAULT_MAX_TOKENS if options.max_tokens is None else options.max_tokens
-        room = self.n_positions - len(prompt)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and the model n_positions={self.n_positions}; "
-                f"shorten it to {self.n_positions - 1}, or give --max-kv-size {self.n_positions}"
-            )
-        if options.max_tokens is None:
-            return min(DEFAULT_MAX_TOKENS, room)
-        if options.max_tokens > room:
-            raise UserError(
-                f"{len(prompt)} prompt tokens and --max-tokens {options.max_tokens} exceed the model's "
-                f"n_positions={self.n_positions}; use --max-tokens {room}, or give --max-kv-size {self.n_positions}"
-            )
-        return options.max_tokens
+        return check_request(prompt, options, self.vocab_size, self.n_positions)
 
     def _tokens(
         self, prompt: Sequence[int], max_tokens: int, options: GenerationOptions
@@ -176,9 +141,7 @@ class MLXDecoder:
         limit = options.max_kv_size or self.n_positions
         context, left = list(prompt), max_tokens
         while left:
-            if len(context) >= limit:
-                # Positions are learned, so a full context cannot slide: its newest half is read again.
-                context = context[-max(1, limit // 2) :]
+            context = fit_context(context, limit)
             n = min(left, limit - len(context))
             cache = make_prompt_cache(self.model)
             quantized = (
@@ -227,94 +190,6 @@ class MLXDecoder:
             f"--kv-bits: the cache is {width} wide, and the quantiser takes multiples of 32; "
             "a kv_lora_rank that is a multiple of 32 would fit"
         )
-
-
-def _check_sampling(options: GenerationOptions, vocab_size: int) -> None:
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise UserError(f"--max-tokens must be at least 1, not {options.max_tokens}")
-    if options.temp < 0:
-        raise UserError(f"--temp must not be negative, not {options.temp}; 0 is greedy")
-    if not 0 <= options.top_k < vocab_size:
-        raise UserError(f"--top-k must be from 0 (off) to {vocab_size - 1}, not {options.top_k}")
-    for name, value in (("--top-p", options.top_p), ("--min-p", options.min_p)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} must be between 0 and 1, not {value}")
-    if options.repetition_penalty <= 0:
-        raise UserError(f"--repetition-penalty must be positive, not {options.repetition_penalty}; 1 is off")
-    if options.repetition_context_size < 1:
-        raise UserError(f"--repetition-context-size must be at least 1, not {options.repetition_context_size}")
-    if "" in options.stop:
-        raise UserError("--stop takes strings that are not empty")
-
-
-class _Writer:
-    """Turns token ids into text, holding back what may become a stop string or an incomplete character."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]):
-        self._detokenizer = NaiveStreamingDetokenizer(tokenizer)
-        self._detokenizer.reset()
-        self._end_of_text = tokenizer.eos_token_id
-        self._stop = list(stop)
-        self._held = ""
-
-    def add(self, token: int) -> str | None:
-        """Take one token; returns "stop" at the end of text or at a stop string."""
-        if token == self._end_of_text:
-            self._detokenizer.finalize()
-            self._held += self._detokenizer.last_segment
-            self._cut()
-            return "stop"
-        self._detokenizer.add_token(token)
-        self._held += self._detokenizer.last_segment
-        return "stop" if self._cut() else None
-
-    def _cut(self) -> bool:
-        found = [i for s in self._stop if (i := self._held.find(s)) >= 0]
-        if found:
-            self._held, self._stop = self._held[: min(found)], []
-        return bool(found)
-
-    def take(self, final: bool) -> str:
-        """The text that is safe to show; with `final`, all that is left."""
-        if final:
-            self._detokenizer.finalize()
-            self._held += self._detokenizer.last_segment
-            self._cut()
-        keep = 0
-        if not final:
-            ends = (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n]))
-            keep = max(ends, default=0)
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return text
-
-
-class _Meter:
-    """Speeds and sizes of one generation."""
-
-    def __init__(self, prompt_tokens: int):
-        self.prompt_tokens = prompt_tokens
-        self.tokens = 0
-        self._start = self._now = self._first = time.perf_counter()
-        self._cache_bytes = 0
-
-    def count(self, cache_bytes: int) -> None:
-        self._now = time.perf_counter()
-        if self.tokens == 0:
-            self._first = self._now
-        self.tokens += 1
-        self._cache_bytes = max(self._cache_bytes, cache_bytes)
-
-    def figures(self) -> dict[str, Any]:
-        ttft, rest = self._first - self._start, self._now - self._first
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "prompt_tps": self.prompt_tokens / ttft if ttft else 0.0,
-            # The first token comes with the prompt; the others took `rest`.
-            "generation_tps": (self.tokens - 1) / rest if rest else 0.0,
-            "ttft_ms": ttft * 1e3,
-            "kv_cache_bytes": self._cache_bytes,
-            "peak_memory_bytes": mx.get_peak_memory(),
-        }
 
 
 def _first_line(error: Exception) -> str:

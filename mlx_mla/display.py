@@ -43,14 +43,12 @@ class TrainDisplay:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
 
-    def step(self, step: int, loss: float, tokens_per_sec: float, eta_seconds: float) -> None:
-        """Report a finished step."""
+    def step(self, step: int, loss: float, tokens_per_sec: float, eta_seconds: float | None) -> None:
+        """Report a finished step; the time left is None while it is not known."""
         self._bar.update(self._task, completed=step, loss=loss, tps=tokens_per_sec)
         if not self.console.is_terminal and (step % self._every == 0 or step == 1):
-            self.say(
-                f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_sec:,.0f} tok/s  "
-                f"ETA {int(eta_seconds) // 60}:{int(eta_seconds) % 60:02d}"
-            )
+            eta = "" if eta_seconds is None else f"  ETA {int(eta_seconds) // 60}:{int(eta_seconds) % 60:02d}"
+            self.say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_sec:,.0f} tok/s{eta}")
 
     def validation(self, step: int, loss: float) -> None:
         """Report a validation loss."""

@@ -29,10 +29,10 @@ class GenerateCommand(GenerationOptions):
     """File with one prompt a line, all generated together as one batch."""
     json: bool = False
     """Print one JSON object for each prompt instead, with the text and the figures."""
-    backend: Literal["mlx"] = "mlx"
+    backend: Literal["mlx", "torch"] = "mlx"
     """Framework that does the computing."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Device of the backend; "auto" takes the GPU where there is one."""
+    device: Literal["auto", "cpu", "gpu", "mps", "cuda"] = "auto"
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _main(argv: Sequence[str]) -> int:
     from mlx_mla.hub import find_model
 
     folder = find_model(command.model)
-    if (hint := blas.hint()) is not None:
+    if command.backend == "mlx" and (hint := blas.hint()) is not None:
         print(hint, file=sys.stderr)
     decoder = get_backend(command.backend, command.device).decoder(folder, command.cache)
     encoded = [encode(decoder, prompt) for prompt in prompts]

@@ -129,6 +129,7 @@ class LatentAttention(nn.Module):
         self.kv_lora_rank = config.kv_lora_rank or 0
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
+        self.materialize_cache = False
 
         q_width = config.n_head * qk_head_dim
         # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
@@ -158,14 +159,20 @@ class LatentAttention(nn.Module):
             q_nope, q_rope = q_BHLN.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
             q_BHLN = torch.cat([q_nope, rotate(q_rope, rotation)], dim=-1)
             latent = torch.cat([latent, rotate(k_rope_BLP[:, None], rotation)], dim=-1)
-        if cache is not None:
-            latent, _ = cache.update(latent, latent.new_zeros(B, 1, L, 0), self.layer)
 
-        # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
-        if L == 1 and cache is not None and type(self.kv_b_proj) is nn.Linear:
-            out = self._attend_absorbed(q_BHLN, latent, mask)
+        if self.materialize_cache:
+            k, v = self._expand(latent)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer)
+            out = attend(q_BHLN, k, v, mask, self.scale)
         else:
-            out = attend(q_BHLN, *self._expand(latent), mask, self.scale)
+            if cache is not None:
+                latent, _ = cache.update(latent, latent.new_zeros(B, 1, L, 0), self.layer)
+            # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
+            if L == 1 and cache is not None and type(self.kv_b_proj) is nn.Linear:
+                out = self._attend_absorbed(q_BHLN, latent, mask)
+            else:
+                out = attend(q_BHLN, *self._expand(latent), mask, self.scale)
         return self.c_proj(out.transpose(1, 2).reshape(B, L, -1))
 
     def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,6 +334,12 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         self.transformer = MLAGPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+
+    def materialize_cache(self, on: bool) -> None:
+        """Cache expanded keys and values (True) or latents (False, the default). No effect on MHA."""
+        for block in self.transformer.h:
+            if isinstance(block.attn, LatentAttention):
+                block.attn.materialize_cache = on
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head

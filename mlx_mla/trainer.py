@@ -175,7 +175,8 @@ class _Loop:
             self._spent_steps += 1
         self._timed = True
         speed = self._clock_tokens / self._clock
-        eta = (config.steps - self.done) * self._spent / max(1, self._spent_steps)
+        left = config.steps - self.done
+        eta = left * self._spent / self._spent_steps if self._spent_steps else None
         self.display.step(self.done, result.loss, speed, eta)
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
             self._log("train", result.loss, lr, speed)

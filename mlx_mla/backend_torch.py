@@ -1,0 +1,158 @@
+"""The PyTorch backend: the same training step, loss and decoding on MPS, CUDA or the CPU."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_mla.backend import CacheKind, StepResult
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.decode_torch import TorchDecoder, peak_memory_bytes
+from mlx_mla.errors import UserError
+from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
+from mlx_mla.shards import Batch
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+class TorchBackend:
+    """Runs the model in PyTorch."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "auto"):
+        self.device = torch.device(_find_device(device))
+
+    def train_session(
+        self,
+        config: TrainConfig,
+        weights: Mapping[str, np.ndarray],
+        optimizer_state: Mapping[str, np.ndarray] | None = None,
+        steps_done: int = 0,
+    ) -> "TorchTrainSession":
+        return TorchTrainSession(self.device, config, weights, optimizer_state, steps_done)
+
+    def decoder(self, folder: Path, cache: CacheKind = "latent") -> TorchDecoder:
+        return TorchDecoder(folder, cache, self.device)
+
+
+def _find_device(name: str) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [device for device, is_there in there.items() if is_there]
+    if name == "auto":
+        return found[0]
+    if name == "gpu" and len(found) > 1:
+        return found[0]
+    if name not in found:
+        raise UserError(f"--device {name}: PyTorch has {', '.join(found)} here; use one of these, or auto")
+    return name
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray], device: torch.device) -> MLAGPT2LMHeadModel:
+    """A model with the given float32 weights, in evaluation mode."""
+    model = MLAGPT2LMHeadModel(MLAGPT2Config(**config.to_dict()))
+    missing, unexpected = model.load_state_dict({k: torch.tensor(w) for k, w in weights.items()}, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is tied
+    model.tie_weights()
+    return model.to(device).eval()
+
+
+class TorchTrainSession:
+    """See `mlx_mla.backend.TrainSession`.
+
+    Weights, gradients and optimiser state are float32; bfloat16 runs the forward pass under autocast.
+    On CUDA the forward pass is compiled and AdamW fused; elsewhere both run as they are.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        config: TrainConfig,
+        weights: Mapping[str, np.ndarray],
+        optimizer_state: Mapping[str, np.ndarray] | None,
+        steps_done: int,
+    ):
+        self.config, self.device = config, device
+        self.model = build_model(config.model, weights, device)
+        self.parameters = dict(self.model.named_parameters())
+        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
+        others = [p for p in self.parameters.values() if p.ndim < 2]
+        on_cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_epsilon,
+            fused=on_cuda,
+        )
+        if optimizer_state is not None:
+            self._load_optimizer_state(optimizer_state, steps_done)
+        self._forward: Any = torch.compile(self.model) if on_cuda and config.compile else self.model
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
+        self.model.train()
+        if self.config.model.dropout:
+            # The masks are a function of (seed, step), so resuming needs no RNG state on disk.
+            torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self._loss(batch, "mean") / len(batches)
+            loss.backward()
+            total += loss.detach()
+        limit = self.config.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        self.optimizer.step()
+        return StepResult(total.item(), norm.item())
+
+    def loss_sum(self, batch: Batch) -> float:
+        self.model.eval()
+        with torch.no_grad():
+            return self._loss(batch, "sum").item()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {name: p.detach().cpu().numpy().copy() for name, p in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = state[moment].detach().cpu().numpy().copy()
+        return tensors
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
+        self.model.eval()
+        torch.manual_seed(seed)
+        ids = torch.tensor([list(prompt)], device=self.device)
+        sampling: dict[str, Any] = {"do_sample": temp > 0, "temperature": temp or None, "top_k": 0}
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, **sampling)
+        return out[0, len(prompt) :].tolist()
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self.device)
+
+    def _loss(self, batch: Batch, reduction: str) -> torch.Tensor:
+        x, y = (torch.tensor(a, dtype=torch.long, device=self.device) for a in batch)
+        bfloat16 = self.config.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+            logits = self._forward(x, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+
+    def _load_optimizer_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
+        for name, parameter in self.parameters.items():
+            state: dict[str, Any] = {"step": torch.tensor(float(steps_done))}
+            for moment in ("exp_avg", "exp_avg_sq"):
+                stored = tensors.get(f"{moment}.{name}")
+                if stored is None or stored.shape != tuple(parameter.shape):
+                    raise UserError(f"the checkpoint's optimiser state does not fit the model at {name}")
+                state[moment] = torch.tensor(stored, device=self.device)
+            if self.device.type == "cuda":
+                state["step"] = state["step"].to(self.device)  # where fused AdamW keeps it
+            self.optimizer.state[parameter] = state

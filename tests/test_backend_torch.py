@@ -1,0 +1,176 @@
+"""The PyTorch backend against the MLX backend: same losses, same folders, same text."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mlx_mla import checkpoint, generate, train  # noqa: E402
+from mlx_mla.backend import get_backend  # noqa: E402
+from mlx_mla.config import preset  # noqa: E402
+from mlx_mla.corpus import read_documents, tokenize  # noqa: E402
+from mlx_mla.errors import UserError  # noqa: E402
+from mlx_mla.plot import read_metrics  # noqa: E402
+from mlx_mla.shards import TokenWindows  # noqa: E402
+from mlx_mla.tokenizer import ByteEncoder  # noqa: E402
+from mlx_mla.trainer import learning_rate  # noqa: E402
+from mlx_mla.weights import initial_weights  # noqa: E402
+
+import numpy as np  # noqa: E402
+from conftest import TINY  # noqa: E402
+from test_backend_mlx import BASE, batch  # noqa: E402
+from test_generate import objects  # noqa: E402
+from test_train import refused  # noqa: E402
+
+
+def sessions(config):
+    weights = initial_weights(config.model, config.seed, config.initializer_range)
+    return [get_backend(name).train_session(config, weights) for name in ("mlx", "torch")]
+
+
+def test_loss_curves_agree_over_50_steps_of_nano():
+    config = dataclasses.replace(preset("nano").resolved(257), compile=False)
+    tokens = tokenize(read_documents("builtin"), ByteEncoder())
+    data = TokenWindows(tokens, config.context, config.seed, 257)
+    mlx, torch_ = sessions(config)
+    for step in range(50):
+        lr, batches = learning_rate(config, step), [data.batch(step, config.batch_size)]
+        a, b = (s.step(step, lr, batches) for s in (mlx, torch_))
+        assert a.loss == pytest.approx(b.loss, abs=1e-3), f"step {step}"
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_clip": 0.0}, {"model": {"attention": "mha", "qk_rope_head_dim": 0}}])
+def test_weights_and_moments_agree_after_some_steps(changes):
+    changes = dict(changes)
+    model = dataclasses.replace(BASE.model, **changes.pop("model", {}))
+    config = dataclasses.replace(BASE, model=model, **changes)
+    mlx, torch_ = sessions(config)
+    for step in range(4):
+        batches = [batch(2 * step, 2), batch(2 * step + 1, 2)]  # accumulated
+        for s in (mlx, torch_):
+            s.step(step, 1e-2, batches)
+    assert mlx.loss_sum(batch(9)) == pytest.approx(torch_.loss_sum(batch(9)), rel=1e-4)
+    for a, b in ((mlx.weights(), torch_.weights()), (mlx.optimizer_state(), torch_.optimizer_state())):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
+def test_a_run_begun_in_one_backend_goes_on_in_the_other(tmp_path, text_file, first, second):
+    def run(out, *flags):
+        assert train.main([*TINY, "--data", str(text_file), "--out", str(out), "--log-every", "1", *flags]) == 0
+        return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "train"]
+
+    expected = run(tmp_path / "straight", "--steps", "16", "--backend", first)
+    run(tmp_path / "mixed", "--steps", "16", "--save-every", "8", "--backend", first)
+    shutil.rmtree(tmp_path / "mixed" / "checkpoints" / "step-000016")
+    got = run(tmp_path / "mixed", "--steps", "16", "--backend", second, "--resume")
+    assert got == pytest.approx(expected, abs=1e-3)
+
+
+def test_resuming_is_bit_identical(tmp_path, text_file):
+    flags = [*TINY, "--data", str(text_file), "--backend", "torch", "--dropout", "0.1", "--save-every", "4"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train.main([*flags, "--out", str(straight), "--steps", "8"]) == 0
+    assert train.main([*flags, "--out", str(stopped), "--steps", "8"]) == 0
+    shutil.rmtree(stopped / "checkpoints" / "step-000008")
+    assert train.main(["--resume", "--out", str(stopped)]) == 0
+    for name in ("model.safetensors", "train_state.safetensors", "train_state.json"):
+        a, b = ((run / "checkpoints" / "step-000008" / name).read_bytes() for run in (straight, stopped))
+        assert a == b, name
+
+
+def test_bfloat16_learns_with_float32_weights():
+    config = dataclasses.replace(BASE, dtype="bfloat16")
+    session = get_backend("torch").train_session(config, initial_weights(config.model, 0, 0.1))
+    losses = [session.step(step, 1e-2, [batch(0)]).loss for step in range(15)]
+    assert losses[-1] < losses[0] - 0.5
+    assert {w.dtype for w in session.weights().values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("cache", ["latent", "materialized", "none"])
+def test_greedy_text_is_mlxs_with_each_cache(tiny_run, capfd, cache):
+    argv = ("--model", tiny_run, "--prompt", "The st", "--temp", "0", "--max-tokens", "40", "--cache", cache)
+    (mlx,), (torch_,) = (objects(capfd, *argv, "--backend", name) for name in ("mlx", "torch"))
+    assert mlx["token_ids"] == torch_["token_ids"]
+    assert mlx["finish_reason"] == torch_["finish_reason"]
+    assert (torch_["backend"], torch_["cache"]) == ("torch", cache)
+
+
+def test_caches_have_the_promised_sizes(tiny_run, capfd):
+    argv = ("--model", tiny_run, "--prompt", "The st", "--max-tokens", "10", "--backend", "torch", "--cache")
+    sizes = {cache: objects(capfd, *argv, cache)[0]["kv_cache_bytes"] for cache in ("latent", "materialized", "none")}
+    tokens, layers = 6 + 9, 2  # the last token is never read
+    assert sizes["latent"] == tokens * layers * (16 + 8) * 4
+    assert sizes["materialized"] == tokens * layers * (2 * (16 + 8) + 2 * 16) * 4
+    assert sizes["none"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--max-tokens", "100", "--max-kv-size", "48"),
+        ("--stop", "e", "th"),
+        ("--repetition-penalty", "1.5", "--repetition-context-size", "10", "--max-tokens", "20"),
+    ],
+)
+def test_options_mean_what_they_mean_in_mlx(tiny_run, capfd, options):
+    argv = ("--model", tiny_run, "--prompt", "The st", "--temp", "0", *options)
+    (mlx,), (torch_,) = (objects(capfd, *argv, "--backend", name) for name in ("mlx", "torch"))
+    assert mlx["text"] == torch_["text"]
+
+
+def test_sampling_is_narrowed_and_seeded(tiny_run, capfd):
+    argv = ("--model", tiny_run, "--prompt", "The st", "--max-tokens", "30", "--backend", "torch")
+    greedy = objects(capfd, *argv, "--temp", "0")[0]["text"]
+    for narrow in (("--top-k", "1"), ("--top-p", "0.000001"), ("--min-p", "1")):
+        assert objects(capfd, *argv, "--temp", "1", *narrow)[0]["text"] == greedy
+    a, b, c = (objects(capfd, *argv, "--temp", "1", "--seed", seed)[0]["text"] for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_a_batch_gives_each_prompt_its_own_text(tiny_run, tmp_path, capfd):
+    prompts = ["The", "A much longer prompt of words", "x"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    argv = ("--model", tiny_run, "--temp", "0", "--backend", "torch")
+    together = objects(capfd, *argv, "--prompts-file", file)
+    for prompt, answer in zip(prompts, together):
+        alone = objects(capfd, *argv, "--prompt", prompt)[0]
+        assert answer["text"] == alone["text"]
+        assert answer["tokens"] == alone["tokens"] == 48 - len(prompt)
+
+
+def test_bad_input_gets_one_line(tiny_run, tmp_path, capsys):
+    argv = ("--model", tiny_run, "--prompt", "x", "--backend", "torch")
+    assert "--kv-bits quantises the cache in MLX" in refused(capsys, *argv, "--kv-bits", "8", command=generate.main)
+    if not torch.cuda.is_available():
+        said = refused(capsys, *argv, "--device", "cuda", command=generate.main)
+        assert "--device cuda: PyTorch has" in said
+        assert "cpu here" in said
+    said = refused(capsys, "--model", tiny_run, "--prompt", "x", "--device", "mps", command=generate.main)
+    assert "goes with --backend torch" in said
+
+    folder = tmp_path / "quantised"
+    shutil.copytree(checkpoint.latest(tiny_run), folder)
+    (folder / "SHA256SUMS").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}}))
+    argv = ("--model", folder, "--prompt", "x", "--backend", "torch")
+    assert "which only MLX reads" in refused(capsys, *argv, command=generate.main)
+
+
+def test_a_missing_framework_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "mlx_mla.backend_torch", raising=False)
+    monkeypatch.delitem(sys.modules, "mlx_mla.decode_torch", raising=False)
+    monkeypatch.delitem(sys.modules, "mlx_mla.model_torch", raising=False)
+    with pytest.raises((UserError, ImportError), match="torch"):
+        get_backend("torch")
