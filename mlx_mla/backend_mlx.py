@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import mlx_mla._openblas  # noqa: F401  (before mlx)
 from mlx_mla.backend import CacheKind, StepResult
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder

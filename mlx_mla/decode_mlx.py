@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx_mla._openblas  # noqa: F401  (before mlx)
 from mlx_mla import checkpoint
 from mlx_mla.backend import CacheKind, GenerationOptions, Piece
 from mlx_mla.decoding import Meter, TextWriter, check_request, fit_context

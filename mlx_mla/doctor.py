@@ -72,6 +72,7 @@ def examine() -> tuple[list[str], list[str]]:
 
 def probe_mlx() -> dict[str, Any]:
     """Facts and speed of MLX in this process."""
+    blas.load_openblas()
     import mlx.core as mx
 
     info = mx.device_info()
@@ -138,11 +139,8 @@ def _gflops(multiply: Callable[[], Any]) -> float:
 
 
 def _run_probe(name: str) -> dict[str, Any]:
-    env = dict(os.environ)
-    if name == "torch":
-        env["MLX_MLA_BLAS"] = "off"  # PyTorch has its own, which ours would shadow
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_mla.doctor", "--probe", name], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-m", "mlx_mla.doctor", "--probe", name], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}

@@ -47,8 +47,10 @@ def _main(argv: Sequence[str]) -> int:
     from mlx_mla.hub import find_model
 
     folder = find_model(command.model)
-    if command.backend == "mlx" and (hint := blas.hint()) is not None:
-        print(hint, file=sys.stderr)
+    if command.backend == "mlx":
+        blas.load_openblas()
+        if (hint := blas.hint()) is not None:
+            print(hint, file=sys.stderr)
     decoder = get_backend(command.backend, command.device).decoder(folder, command.cache)
     encoded = [encode(decoder, prompt) for prompt in prompts]
     if len(prompts) == 1:

@@ -54,8 +54,10 @@ def _main(argv: Sequence[str]) -> int:
     from mlx_mla.trainer import train  # imports the framework, which --help and mistakes need not wait for
 
     console = Console(stderr=False)
-    if config.backend == "mlx" and (hint := blas.hint()) is not None:
-        print(hint, file=sys.stderr)
+    if config.backend == "mlx":
+        blas.load_openblas()
+        if (hint := blas.hint()) is not None:
+            print(hint, file=sys.stderr)
     out = command.out if command.out is not None else _free_folder(config.preset)
     result = train(config, out, resume=command.resume, from_step=command.from_step, console=console)
     if result.signal is not None:

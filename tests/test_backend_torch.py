@@ -57,6 +57,10 @@ def test_weights_and_moments_agree_after_some_steps(changes):
     for a, b in ((mlx.weights(), torch_.weights()), (mlx.optimizer_state(), torch_.optimizer_state())):
         assert a.keys() == b.keys()
         for name in a:
+            if name.endswith("c_attn.bias"):
+                # Softmax cancels the key bias: its gradient is noise, which Adam blows up to whole steps.
+                keys = slice(model.n_embd, 2 * model.n_embd)
+                a[name][keys] = b[name][keys] = 0
             np.testing.assert_allclose(a[name], b[name], atol=2e-4, err_msg=name)
 
 

@@ -69,14 +69,17 @@ def test_openblas_is_loaded_when_there_and_hinted_at_when_not():
 def test_openblas_comes_too_late_after_mlx():
     told = run("import mlx.core, mlx_mla.blas as b; print(b.load_openblas(), '|', b.hint())")
     assert told.startswith("None | ")
-    assert "import mlx_mla first" in told or "apt-get install" in told
+    assert "import mlx_mla.backend_mlx first" in told or "apt-get install" in told
 
 
 @linux
 def test_openblas_can_be_switched_off_and_its_environment_is_left_alone():
     assert run("import mlx_mla.blas as b; print(b.load_openblas(), b.hint())", MLX_MLA_BLAS="off") == "None None"
-    assert run("import mlx_mla, os; print(os.environ.get('OPENBLAS_CORETYPE'))") == "None"
-    assert run("import mlx_mla, os; print(os.environ['OPENBLAS_CORETYPE'])", OPENBLAS_CORETYPE="Haswell") == "Haswell"
+    assert run("import mlx_mla.backend_mlx, os; print(os.environ.get('OPENBLAS_CORETYPE'))") == "None"
+    assert (
+        run("import mlx_mla.backend_mlx, os; print(os.environ['OPENBLAS_CORETYPE'])", OPENBLAS_CORETYPE="Haswell")
+        == "Haswell"
+    )
 
 
 @linux
@@ -84,7 +87,16 @@ def test_openblas_can_be_switched_off_and_its_environment_is_left_alone():
 def test_mlx_really_multiplies_with_openblas():
     """OpenBLAS and the reference BLAS round differently, so a product tells which one ran."""
     code = (
-        "import mlx_mla, mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); "
+        "import mlx_mla.backend_mlx, mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); "
         "print((a @ a)[:5, :5].tolist())"
     )
     assert run(code) != run(code, MLX_MLA_BLAS="off")
+
+
+@linux
+@pytest.mark.skipif(not has_openblas(), reason="needs libopenblas0-pthread")
+def test_pytorch_keeps_its_own_blas():
+    """PyTorch's product has the same bits whether MLX's OpenBLAS was loaded or not."""
+    pytest.importorskip("torch")
+    code = "import torch; torch.manual_seed(0); a = torch.randn(300, 300); print((a @ a)[:5, :5].tolist())"
+    assert run(f"import mlx_mla.backend_mlx; {code}") == run(code)
