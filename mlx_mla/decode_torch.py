@@ -13,7 +13,7 @@ from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerFast, StaticCache
 from transformers.generation import logits_process
 
 
@@ -41,6 +41,8 @@ class TorchDecoder:
         model.materialize_cache(cache == "materialized")
         self.model = model.to(device).eval()
         self.device, self.cache = device, cache
+        # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never grows.
+        self.fixed_shapes = device.type == "mps"
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
         assert config.vocab_size
         self.vocab_size, self.n_positions = config.vocab_size, config.n_positions
@@ -92,13 +94,13 @@ class TorchDecoder:
             width = max(map(len, contexts))
             padding = torch.tensor([width - len(c) for c in contexts], device=self.device)
             ids = torch.tensor([[0] * (width - len(c)) + c for c in contexts], device=self.device)
-            columns = torch.arange(width, device=self.device)
-            cache = None if self.cache == "none" else DynamicCache()
+            columns, end = torch.arange(width, device=self.device), width
+            cache = self._new_cache()
             for _ in range(min(max_tokens - done, room)):
                 with torch.inference_mode():
                     # Rows that are finished may run past the position table; their tokens are not used.
                     positions = (columns[None] - padding[:, None]).clamp(0, self.n_positions - 1)
-                    keys = torch.arange(int(columns[-1]) + 1, device=self.device)
+                    keys = torch.arange(self.n_positions if self.fixed_shapes else end, device=self.device)
                     logits = self.model(
                         ids,
                         attention_mask=(keys[None] >= padding[:, None]).long() if len(prompts) > 1 else None,
@@ -112,11 +114,19 @@ class TorchDecoder:
                     context.append(token)
                 done += 1
                 yield chosen.tolist(), _cache_bytes(cache)
+                end += 1
                 if cache is None:
                     ids = torch.cat([ids, chosen[:, None]], dim=1)
-                    columns = torch.arange(ids.shape[1], device=self.device)
+                    columns = torch.arange(end, device=self.device)
                 else:
                     ids, columns = chosen[:, None], columns[-1:] + 1
+
+    def _new_cache(self) -> Any:
+        if self.cache == "none":
+            return None
+        if self.fixed_shapes:
+            return StaticCache(config=self.model.config, max_cache_len=self.n_positions)
+        return DynamicCache()
 
     def _choose(
         self,

@@ -50,8 +50,8 @@ def examine() -> tuple[list[str], list[str]]:
             "system",
             f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
         ),
-        _row("processor", f"{_processor()}, {os.cpu_count()} cores"),
-        _row("memory", _memory()),
+        _row("processor", f"{processor()}, {os.cpu_count()} cores"),
+        _row("memory", memory()),
         _row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB here"),
         _row("packages", ", ".join(f"{p} {_version(p)}" for p in PACKAGES)),
     ]
@@ -79,7 +79,7 @@ def probe_mlx() -> dict[str, Any]:
     lines = [
         ("MLX device", f"{mx.default_device()} ({info.get('device_name', 'unknown')})"),
         ("MLX GPU", "Metal" if mx.metal.is_available() else "CUDA" if mx.is_available(mx.gpu) else "none"),
-        ("MLX BLAS", _mlx_blas()),
+        ("MLX BLAS", mlx_blas()),
     ]
     if "max_recommended_working_set_size" in info:
         lines.append(
@@ -147,14 +147,16 @@ def _run_probe(name: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _mlx_blas() -> str:
+def mlx_blas() -> str:
+    """What multiplies matrices for MLX on the CPU."""
     if not sys.platform.startswith("linux"):
         return "Accelerate"
     name = blas.load_openblas()
     return f"OpenBLAS ({name})" if name else "the reference BLAS of the wheel (slow)"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor, as the system tells it."""
     if sys.platform == "darwin":
         done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         return done.stdout.strip() or platform.processor()
@@ -165,7 +167,8 @@ def _processor() -> str:
         return platform.processor() or "unknown"
 
 
-def _memory() -> str:
+def memory() -> str:
+    """Memory of the machine."""
     return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
 
 

@@ -291,7 +291,7 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
         h = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if position_ids is None:
             # The row length bounds the positions, so this needs no look at the device.
             check_positions(past + h.shape[1], self.config.n_positions)

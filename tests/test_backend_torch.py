@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mlx_mla import checkpoint, generate, train  # noqa: E402
-from mlx_mla.backend import get_backend  # noqa: E402
+from mlx_mla.backend import GenerationOptions, get_backend  # noqa: E402
 from mlx_mla.config import preset  # noqa: E402
 from mlx_mla.corpus import read_documents, tokenize  # noqa: E402
 from mlx_mla.errors import UserError  # noqa: E402
@@ -104,6 +104,23 @@ def test_greedy_text_is_mlxs_with_each_cache(tiny_run, capfd, cache):
     assert mlx["token_ids"] == torch_["token_ids"]
     assert mlx["finish_reason"] == torch_["finish_reason"]
     assert (torch_["backend"], torch_["cache"]) == ("torch", cache)
+
+
+@pytest.mark.parametrize("cache", ["latent", "materialized"])
+def test_a_cache_of_fixed_shape_gives_the_same_text(tiny_run, cache):
+    """What MPS uses, on the CPU."""
+    decoders = [get_backend("torch", "cpu").decoder(checkpoint.latest(tiny_run), cache) for _ in range(2)]
+    decoders[1].fixed_shapes = True
+    prompts = [list(b"The st"), list(b"x"), list(b"A longer prompt")]
+    texts = []
+    for decoder in decoders:
+        out = ["", "", ""]
+        for i, piece in decoder.batch(prompts, GenerationOptions(temp=0, max_tokens=20)):
+            out[i] += piece.text
+        alone = "".join(p.text for p in decoder.stream(prompts[0], GenerationOptions(temp=0, max_tokens=20)))
+        assert alone == out[0]
+        texts.append(out)
+    assert texts[0] == texts[1]
 
 
 def test_caches_have_the_promised_sizes(tiny_run, capfd):

@@ -1,0 +1,396 @@
+"""MLX and PyTorch side by side: forward, first token, decoding and training, MLA against GPT-2.
+
+    python bench/compare_backends.py --quick
+    python bench/compare_backends.py --out bench/results/my-mac
+
+Method: the same weights go into both backends, and their logits must agree before anything is timed;
+every subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart); then
+all subjects of a measurement take turns, so that drift of the machine hits them alike. Figures are the
+median, smallest and largest of the repetitions.
+
+Writes results.json after every measurement, and at the end report.md and plots. results.json:
+{"machine": {...}, "settings": {...}, "rates": {backend: {"matmul_flops", "copy_bytes"}}, "rows": [...]},
+a row being one measurement of one subject: measure (forward, first token, decoding, training), backend,
+model, cache (latent, materialized, none or null), batch, context (tokens), status ("ok" or why not),
+tokens_per_sec: {median, min, max, cold, values}, ms (of the whole call, median), peak_memory_bytes
+(null where the framework does not say), cache_bytes, cache_bytes_per_token, weight_bytes, flops and
+bytes (that one call must compute and move), roofline (the share reached of the time these need at the
+measured rates).
+"""
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from mlx_mla import checkpoint, cli
+from mlx_mla.config import PRESETS, ModelConfig, TrainConfig, preset
+from mlx_mla.errors import UserError
+from mlx_mla.estimate import forward_flops_per_token
+from mlx_mla.weights import initial_weights
+
+import numpy as np
+import subjects
+from compare_report import machine, write_report
+from subjects import Subject
+
+PROG = "python bench/compare_backends.py"
+PARITY = {"float32": 1e-3, "bfloat16": 0.5}
+ORIGINAL = "original's decoding"
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Compare:
+    """Set MLX and PyTorch side by side on this machine."""
+
+    models: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r256", "mla-124m-r128")
+    """Presets, or model folders. Ratios are against the first one with multi-head attention."""
+    backends: tuple[Literal["mlx", "torch"], ...] = ("mlx", "torch")
+    """Frameworks to time."""
+    device: Literal["auto", "cpu", "gpu", "mps", "cuda"] = "auto"
+    """Device of both; "auto" takes a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and computation."""
+    measures: tuple[Literal["forward", "first-token", "decoding", "training"], ...] = (
+        "forward", "first-token", "decoding", "training",
+    )  # fmt: skip
+    """What to measure."""
+    batch: tuple[int, ...] = (1, 8, 32)
+    """Batch sizes of decoding."""
+    context: tuple[int, ...] = (64, 512, 1000)
+    """Prompt lengths of the first token, and contexts of decoding."""
+    forward_batch: int = 8
+    """Batch of the forward pass at 512 tokens (8 is the original's setting); half of it at 1024."""
+    train_batch: int = 1
+    """Batch of the training step, at 512 tokens."""
+    repetitions: int = 5
+    """Timed runs of every subject."""
+    quick: bool = False
+    """Small models of the same kinds and short contexts: every path in under 3 minutes."""
+    out: Optional[Path] = None
+    """Folder for results.json, report.md and plots. None: only print."""
+    resume: bool = False
+    """Keep the rows that --out has already, and measure the rest."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    settings = cli.parse(Compare, argv, PROG)
+    _check(settings)
+    results = Results(settings)
+    bench = Bench(settings, results)
+    bench.parity()
+    for measure in settings.measures:
+        {
+            "forward": bench.forward,
+            "first-token": bench.first_token,
+            "decoding": bench.decoding,
+            "training": bench.training,
+        }[measure]()
+    print(write_report(results.document, settings.out))
+    return 0
+
+
+def _check(s: Compare) -> None:
+    if not s.models or not s.backends or not s.measures or not s.batch or not s.context:
+        raise UserError("--models, --backends, --measures, --batch and --context need at least one value each")
+    for name in ("forward_batch", "train_batch", "repetitions"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+    if min(s.batch) < 1 or min(s.context) < 1:
+        raise UserError("--batch and --context must be at least 1")
+    if s.resume and s.out is None:
+        raise UserError("--resume needs --out, the folder with the rows to keep")
+    if s.out is not None and (s.out / "results.json").exists() and not s.resume:
+        raise UserError(f"{s.out}: holds results; add --resume to complete them, or give --out a new name")
+
+
+class Results:
+    """The rows so far, on disk after every change."""
+
+    def __init__(self, settings: Compare):
+        self.path = settings.out and settings.out / "results.json"
+        shown = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
+        self.document: dict[str, Any] = {
+            "machine": machine(settings.backends), "settings": shown, "rates": {}, "rows": [],
+        }  # fmt: skip
+        if settings.resume and self.path and self.path.exists():
+            try:
+                self.document["rows"] = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as e:
+                raise UserError(f"{self.path}: not results of this benchmark ({e}); give --out a new name") from None
+
+    def has(self, **key: Any) -> bool:
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.document["rows"])
+
+    def add(self, rows: list[Row]) -> None:
+        self.document["rows"] += rows
+        self.save()
+
+    def save(self) -> None:
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One subject of a measurement: what to run, and what it costs."""
+
+    key: Row
+    run: Callable[[], Any]
+    tokens: int
+    flops: float
+    bytes: float
+    subject: Subject
+
+
+class Bench:
+    """Holds the models, and measures."""
+
+    def __init__(self, settings: Compare, results: Results):
+        self.s, self.results = settings, results
+        self.configs: dict[str, ModelConfig] = {}
+        self.subjects: list[Subject] = []
+        self.failed: set[tuple[str, str]] = set()
+        for name in settings.models:
+            config, weights = _model(name, settings.quick)
+            self.configs[name] = config
+            for backend in settings.backends:
+                self._load(backend, name, config, weights)
+            if config.attention == "mha" and not any("gpt2 " in s.model for s in self.subjects):
+                for backend in settings.backends:
+                    arguments = (config, weights, settings.dtype, settings.device)
+                    self.subjects.append(subjects.load_reference(backend, *arguments))
+        for backend in settings.backends:
+            matmul, copy = subjects.rates(backend, settings.dtype, settings.device)
+            results.document["rates"][backend] = {"matmul_flops": matmul, "copy_bytes": copy}
+        self.reference_weights: subjects.Weights | None = None
+
+    def _load(self, backend: str, name: str, config: ModelConfig, weights: subjects.Weights) -> None:
+        self.subjects.append(subjects.load(backend, name, config, weights, self.s.dtype, self.s.device))
+
+    def parity(self) -> None:
+        """Compare logits of every subject with the first of the same weights; those that differ are not timed."""
+        for name, config in self.configs.items():
+            same = [s for s in self.subjects if s.model == name or (config.attention == "mha" and s.config is config)]
+            ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(48, config.n_positions)))
+            expected = same[0].logits(ids.astype(np.int32))
+            for subject in same[1:]:
+                difference = float(np.abs(subject.logits(ids.astype(np.int32)) - expected).max())
+                ok = difference <= PARITY[self.s.dtype]
+                print(
+                    f"parity {subject.backend} {subject.model}: largest logit difference {difference:.2g}", flush=True
+                )
+                if not ok:
+                    self.failed.add((subject.backend, subject.model))
+                    row = {"measure": "parity", "backend": subject.backend, "model": subject.model}
+                    status = f"logits differ by {difference:.3g}; not timed"
+                    if not self.results.has(**row):
+                        self.results.add([{**row, "status": status}])
+
+    def forward(self) -> None:
+        """Logits of every position, no cache built by anyone."""
+        for batch, length in ((self.s.forward_batch, 512), (max(1, self.s.forward_batch // 2), 1024)):
+            length = length // 16 if self.s.quick else length
+            cases = []
+            for s in self._timed():
+                if length <= s.config.n_positions:
+                    flops = float(batch * length * forward_flops_per_token(s.config, length))
+                    ids = _ids(batch, length, s.config)
+                    run: Any = lambda s=s, i=ids: s.forward(i)  # noqa: E731
+                    cases.append(self._case("forward", s, None, batch, length, run, flops))
+            self._measure(cases)
+
+    def first_token(self) -> None:
+        """A prompt into an empty cache, and the token after it."""
+        for context in self.s.context:
+            context = context // 16 if self.s.quick else context
+            cases = []
+            for s, kind in self._decoders():
+                if context < s.config.n_positions:
+                    flops = context * forward_flops_per_token(s.config, context)
+                    ids = _ids(1, context, s.config)[0]
+                    run: Any = lambda s=s, i=ids, k=kind: s.first_token(i, k)  # noqa: E731
+                    cases.append(self._case("first token", s, kind, 1, context, run, flops))
+            self._measure(cases)
+
+    def decoding(self) -> None:
+        """Greedy steps after a context, each waiting for the one before; the original's way at batch 1 alone."""
+        for batch in self.s.batch:
+            for context in self.s.context:
+                context = context // 16 if self.s.quick else context
+                steps = 8 if batch == 1 else 2
+                cases = []
+                for s, kind in self._decoders():
+                    if context + steps > s.config.n_positions or (kind == "none" and batch > 1):
+                        continue
+                    flops: float
+                    if kind == "none":
+                        flops = batch * context * forward_flops_per_token(s.config, context)
+                    else:
+                        flops = batch * subjects.decode_flops(s.config, kind, context)
+                    run: Any = lambda s=s, k=kind, b=batch, c=context, n=steps: s.decode(b, c, n, k)  # noqa: E731
+                    cases.append(self._case("decoding", s, kind, batch, context, run, steps * flops, steps))
+                self._measure(cases)
+
+    def training(self) -> None:
+        """One optimiser step; a backend at a time, since each holds weights, gradients and moments."""
+        length = 32 if self.s.quick else 512
+        for backend in self.s.backends:
+            cases = []
+            for s in self._timed():
+                if s.backend != backend or s.model not in self.configs or length > s.config.n_positions:
+                    continue
+                key = self._key("training", s, None, self.s.train_batch, length)
+                if self.results.has(**key):
+                    continue
+                train = dataclasses.replace(
+                    TrainConfig(dtype=self.s.dtype, model=s.config), batch_size=self.s.train_batch, seq_len=length
+                )
+                step = s.train_step(train)
+                ids = _ids(self.s.train_batch, length + 1, s.config)
+                flops = 3 * self.s.train_batch * length * forward_flops_per_token(s.config, length)
+                run: Any = lambda step=step, i=ids: step(i[:, :-1], i[:, 1:])  # noqa: E731
+                cases.append(self._case("training", s, None, self.s.train_batch, length, run, flops))
+            self._measure(cases)
+            del cases
+            gc.collect()
+
+    def _timed(self) -> list[Subject]:
+        return [s for s in self.subjects if (s.backend, s.model) not in self.failed]
+
+    def _decoders(self) -> list[tuple[Subject, str]]:
+        """Subjects with each kind of cache; the original's way, without one, in PyTorch for its own shape."""
+        pairs = []
+        for s in self._timed():
+            pairs.append((s, "latent" if s.config.attention == "mla" else "materialized"))
+            if s.config.attention == "mla":
+                pairs.append((s, "materialized"))
+        first_mla = next((n for n, c in self.configs.items() if c.attention == "mla"), None)
+        pairs += [(s, "none") for s in self._timed() if s.backend == "torch" and s.model == first_mla]
+        return pairs
+
+    def _key(self, measure: str, s: Subject, kind: str | None, batch: int, context: int) -> Row:
+        model = f"{ORIGINAL} ({s.model})" if kind == "none" else s.model
+        return {
+            "measure": measure, "backend": s.backend, "model": model, "cache": kind, "batch": batch, "context": context,
+        }  # fmt: skip
+
+    def _case(
+        self, measure: str, s: Subject, kind: str | None, batch: int, context: int, run: Callable[[], Any],
+        flops: float, steps: int = 1,
+    ) -> Case:  # fmt: skip
+        weights = subjects.weight_bytes(s.config, self.s.dtype)
+        cached = subjects.cache_bytes(s.config, kind, self.s.dtype) * context * batch if kind else 0
+        moved = steps * (weights + (cached if measure == "decoding" else 0))
+        tokens = batch * (steps if measure == "decoding" else context)
+        return Case(self._key(measure, s, kind, batch, context), run, tokens, flops, moved, s)
+
+    def _measure(self, cases: list[Case]) -> None:
+        """Warm up and time the cases that have no row yet, in turns."""
+        cases = [c for c in cases if not self.results.has(**c.key)]
+        cold: dict[int, float] = {}
+        status: dict[int, str] = {}
+        seconds: dict[int, list[float]] = {i: [] for i in range(len(cases))}
+        extra: dict[int, dict[str, Any]] = {i: {"cache_bytes": None} for i in range(len(cases))}
+
+        def once(i: int) -> float | None:
+            cases[i].subject.peak_memory_bytes()
+            began = time.perf_counter()
+            try:
+                outcome = cases[i].run()
+            except (MemoryError, RuntimeError) as e:
+                if not isinstance(e, MemoryError) and "memory" not in str(e).lower():
+                    raise
+                status[i] = "out of memory"
+                return None
+            took = time.perf_counter() - began
+            if isinstance(outcome, tuple):  # decoding times its own steps, without the filling of the cache
+                took, extra[i]["cache_bytes"] = outcome
+            extra[i]["peak_memory_bytes"] = cases[i].subject.peak_memory_bytes()
+            return took
+
+        for i in range(len(cases)):
+            last: float | None = None
+            for _ in range(3):
+                took = once(i)
+                if took is None:
+                    break
+                cold.setdefault(i, took)
+                if last is not None and abs(took - last) <= 0.1 * last:
+                    break
+                last = took
+        for _ in range(self.s.repetitions):
+            for i in range(len(cases)):
+                if i not in status and (took := once(i)) is not None:
+                    seconds[i].append(took)
+        rows = []
+        for i, case in enumerate(cases):
+            row = {**case.key, "status": status.get(i, "ok"), **extra[i]}
+            if i not in status:
+                row |= self._figures(case, seconds[i], cold[i])
+            rows.append(row)
+            shown = f"{row['tokens_per_sec']['median']:,.1f} tok/s" if "tokens_per_sec" in row else row["status"]
+            k = case.key
+            where = f"batch {k['batch']}, {k['context']} tokens"
+            print(
+                f"{k['measure']:<12} {k['backend']:<6} {k['model']:<36} {k['cache'] or '':<13}{where}: {shown}",
+                flush=True,
+            )
+        self.results.add(rows)
+
+    def _figures(self, case: Case, seconds: list[float], cold: float) -> Row:
+        rates = self.results.document["rates"][case.subject.backend]
+        median = statistics.median(seconds)
+        need = max(case.flops / rates["matmul_flops"], case.bytes / rates["copy_bytes"])
+        config, kind = case.subject.config, case.key["cache"]
+        return {
+            "tokens_per_sec": {
+                "median": case.tokens / median, "min": case.tokens / max(seconds), "max": case.tokens / min(seconds),
+                "cold": case.tokens / cold, "values": [case.tokens / t for t in seconds],
+            },
+            "ms": median * 1e3,
+            "weight_bytes": subjects.weight_bytes(config, self.s.dtype),
+            "cache_bytes_per_token": subjects.cache_bytes(config, kind, self.s.dtype) if kind else None,
+            "flops": case.flops, "bytes": case.bytes, "roofline": need / median,
+        }  # fmt: skip
+
+
+def _model(name: str, quick: bool) -> tuple[ModelConfig, subjects.Weights]:
+    """A preset with random weights, or a model folder with its own; `quick` shrinks presets."""
+    if name not in PRESETS and Path(name).exists():
+        folder = checkpoint.model_folder(Path(name))
+        config = checkpoint.read_config(folder)
+        return config, checkpoint.read_weights(folder, config)
+    config = preset(name).resolved(257 if name == "nano" else 50257).model
+    if quick:
+        rank = None if config.kv_lora_rank is None else max(8, config.kv_lora_rank // 8)
+        config = ModelConfig(
+            attention=config.attention,
+            n_layer=2,
+            n_head=3,
+            n_embd=96,
+            n_positions=128,
+            vocab_size=512,
+            kv_lora_rank=rank,
+        ).resolved()
+    return config, initial_weights(config, 0)
+
+
+def _ids(batch: int, length: int, config: ModelConfig) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, config.vocab_size or 1, (batch, length)).astype(np.int32)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

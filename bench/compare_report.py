@@ -1,0 +1,177 @@
+"""Report and plots of compare_backends' results."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_mla import doctor
+
+Row = dict[str, Any]
+
+
+def machine(backends: Sequence[str]) -> dict[str, Any]:
+    """What the figures depend on, and that can be told."""
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": f"{doctor.processor()}, {os.cpu_count()} cores",
+        "memory": doctor.memory(),
+        "python": platform.python_version(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "as the libraries choose"),
+    }
+    for package in ("mlx", "mlx-lm", "torch", "transformers", "numpy"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "missing"
+    if "mlx" in backends:
+        facts["MLX BLAS"] = doctor.mlx_blas()
+        import mlx.core as mx
+
+        facts["MLX device"] = str(mx.default_device())
+    return facts
+
+
+def write_report(document: dict[str, Any], out: Path | None) -> str:
+    """The report as Markdown; with `out`, also written there with its plots."""
+    plots = {} if out is None else write_plots(document, out)
+    text = markdown(document, plots)
+    if out is not None:
+        (out / "report.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
+    rows: list[Row] = document["rows"]
+    lines = ["# MLX and PyTorch side by side", ""]
+    lines += [f"- {key}: {value}" for key, value in document["machine"].items()]
+    for backend, r in document["rates"].items():
+        lines.append(
+            f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x 2048 product, "
+            f"{r['copy_bytes'] / 1e9:,.1f} GB/s copying"
+        )
+    s = document["settings"]
+    lines += [f"- {s['dtype']}, median of {s['repetitions']} runs in turns (smallest - largest)"]
+    lines += [f"- not timed: {r['backend']} {r['model']}: {r['status']}" for r in rows if r["measure"] == "parity"]
+    lines += ["", "Ratios are against this project's GPT-2 (MHA) in the same backend and row group. Roofline is the"]
+    lines += ["share reached of the time that the FLOPs and bytes of the call need at the rates above.", ""]
+    for measure in ("forward", "first token", "decoding", "training"):
+        chosen = [r for r in rows if r["measure"] == measure]
+        if chosen:
+            lines += [f"## {measure.capitalize()}", "", *_table(chosen), ""]
+            lines += [f"![{measure}]({plots[measure]})", ""] if measure in plots else []
+    if "cache" in plots:
+        lines += ["## Cache memory", "", f"![cache]({plots['cache']})"]
+    return "\n".join(lines).rstrip()
+
+
+def _table(rows: list[Row]) -> list[str]:
+    names = (
+        "batch",
+        "tokens",
+        "backend",
+        "model",
+        "cache",
+        "tok/s",
+        "ms",
+        "ratio",
+        "roofline",
+        "cold tok/s",
+        "peak MB",
+    )
+    lines = [f"| {' | '.join((*names, 'cache MB'))} |", "|---" * (len(names) + 1) + "|"]
+    for r in sorted(rows, key=lambda r: (r["batch"], r["context"])):
+        head = f"| {r['batch']} | {r['context']} | {r['backend']} | {r['model']} | {r['cache'] or '-'} | "
+        if r["status"] != "ok":
+            lines.append(head + f"{r['status']} |" + " - |" * 6)
+            continue
+        t = r["tokens_per_sec"]
+        base = _base(rows, r)
+        ratio = "-" if base is None else f"{t['median'] / base['tokens_per_sec']['median']:.2f}x"
+        lines.append(
+            head + f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])}) | {_n(r['ms'])} | {ratio} | "
+            f"{r['roofline']:.0%} | {_n(t['cold'])} | {_mb(r.get('peak_memory_bytes'))} | {_mb(r.get('cache_bytes'))} |"
+        )
+    return lines
+
+
+def _base(rows: list[Row], row: Row) -> Row | None:
+    """This project's GPT-2 (MHA) under the same conditions."""
+    for r in rows:
+        same = all(r[k] == row[k] for k in ("measure", "backend", "batch", "context"))
+        if same and r["status"] == "ok" and r["model"].startswith("gpt2"):
+            return r
+    return None
+
+
+def _n(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _mb(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:,.1f}"
+
+
+def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
+    """Draw what the rows allow; returns file names by measure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ok = [r for r in document["rows"] if r["status"] == "ok"]
+    names: dict[str, str] = {}
+
+    def finish(fig: Any, measure: str) -> None:
+        names[measure] = f"{measure.replace(' ', '-')}.png"
+        fig.savefig(out / names[measure], dpi=110)
+        plt.close(fig)
+
+    for measure in ("forward", "training"):
+        rows = [r for r in ok if r["measure"] == measure]
+        if rows:
+            first = min(r["context"] for r in rows)
+            rows = [r for r in rows if r["context"] == first]
+            fig, ax = plt.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
+            labels = [f"{r['backend']}: {r['model']}" for r in rows]
+            colors = ["C0" if r["backend"] == "mlx" else "C1" for r in rows]
+            ax.barh(labels[::-1], [r["tokens_per_sec"]["median"] for r in rows][::-1], color=colors[::-1])
+            ax.set(xlabel=f"{measure} tok/s, batch {rows[0]['batch']}, {first} tokens")
+            finish(fig, measure)
+    decoded = [r for r in ok if r["measure"] == "decoding"]
+    if decoded:
+        panels = [
+            (b, n) for n in sorted({r["batch"] for r in decoded}) for b in dict.fromkeys(r["backend"] for r in decoded)
+        ]
+        columns = len({b for b, _ in panels})
+        height = len(panels) // columns
+        fig, axes = plt.subplots(
+            height, columns, figsize=(5 * columns, 3 * height), layout="constrained", squeeze=False
+        )
+        for ax, (backend, batch) in zip(axes.flat, panels):
+            rows = [r for r in decoded if (r["backend"], r["batch"]) == (backend, batch)]
+            for model, cache in dict.fromkeys((r["model"], r["cache"]) for r in rows):
+                points = [r for r in rows if (r["model"], r["cache"]) == (model, cache)]
+                points.sort(key=lambda r: r["context"])
+                style = "--" if cache == "materialized" and not model.startswith("gpt2") else "-"
+                x, y = [r["context"] for r in points], [r["tokens_per_sec"]["median"] for r in points]
+                ax.plot(x, y, style, marker="o", ms=3, label=f"{model}, {cache}")
+            ax.set(title=f"{backend}, batch {batch}", xlabel="context", ylabel="decoding tok/s", yscale="log")
+            ax.grid(alpha=0.3)
+        axes.flat[0].legend(fontsize=6)
+        finish(fig, "decoding")
+        fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        widths = {(r["model"], r["cache"]): r["cache_bytes_per_token"] for r in decoded if r["cache_bytes_per_token"]}
+        end = max(r["context"] for r in decoded)
+        drawn: set[int] = set()
+        for (model, cache), width in sorted(widths.items(), key=lambda item: -item[1]):
+            if width not in drawn:
+                drawn.add(width)
+                ax.plot([0, end], [0, end * width / 1e6], label=f"{model}, {cache}: {width:,} bytes a token")
+        ax.set(xlabel="context (tokens)", ylabel="cache of one sequence (MB)")
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+        finish(fig, "cache")
+    return names

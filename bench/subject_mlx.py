@@ -1,0 +1,117 @@
+"""Models in MLX for compare_backends: this project's, and mlx-lm's own GPT-2."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx_mla._openblas  # noqa: F401  (before mlx)
+from mlx_mla.backend_mlx import MLXBackend, MLXTrainSession, build_model
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.weights import initial_weights
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generate_step
+from mlx_lm.models import gpt2
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from subjects import Weights, gpt2_shape
+
+
+class MLXSubject:
+    """A model by mlx-lm's contract: ours, or mlx-lm's own."""
+
+    backend = "mlx"
+
+    def __init__(self, model: str, network: Any, config: ModelConfig, dtype: str):
+        self.model, self.config = model, config
+        self._dtype = {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
+        self._network = network
+        self._network.set_dtype(self._dtype)
+        self._network.eval()
+        mx.eval(self._network.parameters())
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        return np.array(self._network(mx.array(ids)).astype(mx.float32))
+
+    def forward(self, ids: np.ndarray) -> None:
+        mx.eval(self._network(mx.array(ids)))
+
+    def first_token(self, ids: np.ndarray, kind: str) -> None:
+        self._use(kind)
+        next(generate_step(mx.array(ids), self._network, max_tokens=1))
+
+    def decode(self, batch: int, context: int, steps: int, kind: str) -> tuple[float, int]:
+        self._use(kind)
+        cache = self._filled(batch, context, steps)
+        y = mx.zeros((batch, 1), mx.int32)
+        began = time.perf_counter()
+        for _ in range(steps):
+            y = mx.argmax(self._network(y, cache=cache)[:, -1], axis=-1, keepdims=True)
+            mx.eval(y)
+        seconds, size = time.perf_counter() - began, sum(c.nbytes for c in cache)
+        del cache
+        mx.clear_cache()  # else MLX keeps the caches of all subjects
+        return seconds, size
+
+    def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
+        session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+
+        def step(x: np.ndarray, y: np.ndarray) -> None:
+            session.step(0, 1e-4, [(x, y)])
+
+        return step
+
+    def peak_memory_bytes(self) -> int | None:
+        peak = mx.get_peak_memory()
+        mx.reset_peak_memory()
+        return peak
+
+    def _use(self, kind: str) -> None:
+        if hasattr(self._network, "materialize_cache"):
+            self._network.materialize_cache(kind == "materialized")
+
+    def _filled(self, batch: int, context: int, steps: int) -> list[Any]:
+        """A cache that holds a context, with room for the steps: decoding takes as long whatever the values are."""
+        shapes = make_prompt_cache(self._network)
+        mx.eval(self._network(mx.zeros((1, 1), mx.int32), cache=shapes))
+        cache = []
+        for like in shapes:
+            c = KVCache()
+            shape = (batch, like.keys.shape[1], context + steps)
+            keys, values = (mx.full((*shape, a.shape[-1]), 0.01, a.dtype) for a in (like.keys, like.values))
+            c.update_and_fetch(keys, values)
+            c.trim(steps)
+            cache.append(c)
+        mx.eval([(c.keys, c.values) for c in cache])
+        return cache
+
+
+def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> MLXSubject:
+    """One of this project's models."""
+    MLXBackend(device)
+    return MLXSubject(model, build_model(config, weights), config, dtype)
+
+
+def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> MLXSubject:
+    """mlx-lm's `gpt2` with the weights of our MHA model."""
+    MLXBackend(device)
+    network = gpt2.Model(gpt2.ModelArgs(model_type="gpt2", **gpt2_shape(config)))
+    network.load_weights([(k.replace("transformer.", "model.", 1), mx.array(w)) for k, w in weights.items()])
+    return MLXSubject("mlx-lm gpt2", network, config, dtype)
+
+
+def rates(dtype: str) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, and bytes moved per second by a large copy."""
+    a = mx.random.normal((2048, 2048)).astype({"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype])
+    b = mx.zeros((1 << 26,), mx.float32)
+    mx.eval(a, b)
+
+    def best(action: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            mx.eval(action())
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return 2 * 2048**3 / best(lambda: a @ a), 2 * b.nbytes / best(lambda: b + 1)

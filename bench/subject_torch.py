@@ -1,0 +1,137 @@
+"""Models in PyTorch for compare_backends: this project's, and transformers' own GPT-2."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mlx_mla.backend_torch import TorchBackend, TorchTrainSession, build_model
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.weights import initial_weights
+
+import numpy as np
+import torch
+from subjects import Weights, gpt2_shape
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+
+class TorchSubject:
+    """A model by transformers' contract: ours, or transformers' own."""
+
+    backend = "torch"
+
+    def __init__(self, model: str, network: Any, config: ModelConfig, dtype: str, device: torch.device):
+        self.model, self.config, self.device = model, config, device
+        self._network = network.to(device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).eval()
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return self._network(self._ids(ids), use_cache=False).logits.float().cpu().numpy()
+
+    def forward(self, ids: np.ndarray) -> None:
+        with torch.inference_mode():
+            self._network(self._ids(ids), use_cache=False)
+        self._synchronize()
+
+    def first_token(self, ids: np.ndarray, kind: str) -> None:
+        self._use(kind)
+        with torch.inference_mode():
+            cache = None if kind == "none" else DynamicCache()
+            out = self._network(
+                self._ids(ids[None]), past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+            )
+            out.logits[:, -1].argmax(-1).tolist()
+
+    def decode(self, batch: int, context: int, steps: int, kind: str) -> tuple[float, int]:
+        self._use(kind)
+        y = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
+        if kind == "none":
+            return self._decode_without_cache(y.expand(batch, context), steps), 0
+        with torch.inference_mode():
+            shapes = DynamicCache()
+            self._network(y[:1], past_key_values=shapes, use_cache=True)
+            cache = DynamicCache()
+            for i, layer in enumerate(shapes.layers):
+                keys, values = (
+                    torch.full((batch, layer.keys.shape[1], context, a.shape[-1]), 0.01, dtype=a.dtype, device=a.device)
+                    for a in (layer.keys, layer.values)
+                )
+                cache.update(keys, values, i)
+            self._synchronize()
+            began = time.perf_counter()
+            for _ in range(steps):
+                out = self._network(y, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                y = out.logits[:, -1].argmax(-1, keepdim=True)
+                self._synchronize()
+            seconds = time.perf_counter() - began
+        return seconds, sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))
+
+    def _decode_without_cache(self, ids: torch.Tensor, steps: int) -> float:
+        """How the original project decoded: the whole context again for every token."""
+        with torch.inference_mode():
+            began = time.perf_counter()
+            for _ in range(steps):
+                logits = self._network(ids, use_cache=False).logits[:, -1]
+                ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+                self._synchronize()
+            return time.perf_counter() - began
+
+    def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
+        session = TorchTrainSession(self.device, config, initial_weights(config.model, 0), None, 0)
+
+        def step(x: np.ndarray, y: np.ndarray) -> None:
+            session.step(0, 1e-4, [(x, y)])
+
+        return step
+
+    def peak_memory_bytes(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def _use(self, kind: str) -> None:
+        if hasattr(self._network, "materialize_cache"):
+            self._network.materialize_cache(kind == "materialized")
+
+    def _ids(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+
+def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> TorchSubject:
+    """One of this project's models."""
+    place = TorchBackend(device).device
+    return TorchSubject(model, build_model(config, weights, place), config, dtype, place)
+
+
+def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> TorchSubject:
+    """transformers' GPT2LMHeadModel with the weights of our MHA model."""
+    network = GPT2LMHeadModel(GPT2Config(**gpt2_shape(config)))
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) there
+    state = {k: torch.tensor(w.T.copy() if k.endswith(conv1d) else w) for k, w in weights.items()}
+    network.load_state_dict(state, strict=False)
+    network.tie_weights()
+    return TorchSubject("transformers GPT-2", network, config, dtype, TorchBackend(device).device)
+
+
+def rates(dtype: str, device: str) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, and bytes moved per second by a large copy."""
+    place = TorchBackend(device).device
+    a = torch.randn(2048, 2048, device=place, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+    b = torch.zeros(1 << 26, device=place)
+
+    def best(action: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            action()
+            if place.type != "cpu":
+                getattr(torch, place.type).synchronize()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return 2 * 2048**3 / best(lambda: a @ a), 2 * b.numel() * 4 / best(lambda: b + 1)

@@ -1,0 +1,148 @@
+"""The benchmarks run, keep what they have, and refuse what they cannot do. Speeds are never asserted."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+NARROW = [
+    *("--quick", "--models", "gpt2-124m", "mla-124m", "--batch", "1", "--context", "64"),
+    *("--repetitions", "1", "--forward-batch", "1"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compare():
+    sys.path.insert(0, str(BENCH))
+    yield load("compare_backends")
+    sys.path.remove(str(BENCH))
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def report(compare, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "report"
+    assert compare.main([*NARROW, "--out", str(out)]) == 0
+    return out
+
+
+def rows(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_every_measure_has_rows_for_both_backends_and_the_outside_references(report):
+    found = {(r["measure"], r["backend"], r["model"]) for r in rows(report)}
+    for measure in ("forward", "first token", "decoding"):
+        for backend, outside in (("mlx", "mlx-lm gpt2"), ("torch", "transformers GPT-2")):
+            for model in ("gpt2-124m", "mla-124m", outside):
+                assert (measure, backend, model) in found
+    assert ("decoding", "torch", "original's decoding (mla-124m)") in found
+    assert {(b, m) for x, b, m in found if x == "training"} == {
+        (b, m) for b in ("mlx", "torch") for m in ("gpt2-124m", "mla-124m")
+    }
+    for r in rows(report):
+        assert r["status"] == "ok"
+        t = r["tokens_per_sec"]
+        assert 0 < t["min"] <= t["median"] <= t["max"]
+        assert len(t["values"]) == 1
+        assert 0 < r["roofline"] < 2
+    latent, whole = (
+        next(r for r in rows(report) if (r["measure"], r["backend"], r["model"]) == ("decoding", "torch", m))
+        for m in ("mla-124m", "gpt2-124m")
+    )
+    assert whole["cache_bytes_per_token"] == 4 * latent["cache_bytes_per_token"]
+    assert whole["cache_bytes"] == 4 * latent["cache_bytes"]
+
+
+@pytest.mark.slow
+def test_the_report_shows_the_tables_and_plots(report):
+    text = (report / "report.md").read_text()
+    for part in ("## Forward", "## First token", "## Decoding", "## Training", "| 1.00x |", "OpenBLAS", "GFLOP/s"):
+        assert part in text or part == "OpenBLAS"
+    for name in ("forward", "decoding", "training", "cache"):
+        assert f"]({name}.png)" in text
+        assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_resuming_keeps_rows_and_measures_the_missing(compare, report, capfd):
+    before = rows(report)
+    (report / "results.json").write_text(json.dumps({"rows": before[:-3]}))
+    assert compare.main([*NARROW, "--out", str(report), "--resume"]) == 0
+    after = rows(report)
+    assert after[:-3] == before[:-3]
+    keys = ("measure", "backend", "model", "cache", "batch", "context")
+    assert [[r[k] for k in keys] for r in after[-3:]] == [[r[k] for k in keys] for r in before[-3:]]
+
+
+@pytest.mark.slow
+def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, monkeypatch, capfd):
+    import subjects
+
+    real = subjects.load
+
+    def wrong(backend, model, config, weights, *rest):
+        if backend == "torch":
+            weights = {k: w * (1.1 if "ln_f" in k else 1) for k, w in weights.items()}
+        return real(backend, model, config, weights, *rest)
+
+    monkeypatch.setattr(subjects, "load", wrong)
+    out = tmp_path / "out"
+    assert compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]) == 0
+    (verdict, *others) = rows(out)
+    assert (verdict["measure"], verdict["backend"]) == ("parity", "torch")
+    assert "not timed" in verdict["status"]
+    assert {r["backend"] for r in others} == {"mlx"}
+
+
+@pytest.mark.slow
+def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monkeypatch, capfd):
+    import subject_torch
+
+    def full(self, ids):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(subject_torch.TorchSubject, "forward", full)
+    out = tmp_path / "out"
+    assert compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]) == 0
+    status = {r["backend"]: r["status"] for r in rows(out)}
+    assert status == {"mlx": "ok", "torch": "out of memory"}
+    assert "out of memory" in (out / "report.md").read_text()
+
+
+def test_bad_input_gets_one_line(compare, tmp_path, capsys):
+    from test_train import refused
+
+    def no(*argv):
+        return refused(capsys, *argv, command=compare.main)
+
+    assert "did you mean 'mla-124m'" in no("--models", "mla-124")
+    assert "invalid choice 'jax'" in no("--backends", "jax")
+    assert "at least 1" in no("--repetitions", "0")
+    assert "--resume needs --out" in no("--resume")
+    (tmp_path / "results.json").write_text("{}")
+    assert "holds results; add --resume" in no("--out", tmp_path)
+    assert "not results of this benchmark" in no("--out", tmp_path, "--resume")
+
+
+@pytest.mark.slow
+def test_core_bench_runs(capfd, tmp_path):
+    assert load("core").main(["--quick", "--out", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    for part in ("nano, compiled", "nano, latent", "checkpoint save"):
+        assert part in said
+    assert len(list(tmp_path.glob("*_core.json"))) == 1
