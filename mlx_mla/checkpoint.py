@@ -146,6 +146,14 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_dict(values).resolved()
 
 
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as e:  # tokenizers raises bare Exceptions
+        raise UserError(f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})") from None
+
+
 def is_quantized(folder: Path) -> bool:
     """Whether mlx-lm has quantised the weights of a folder."""
     return "quantization" in _read_json(folder / "config.json")

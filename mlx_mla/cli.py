@@ -76,15 +76,12 @@ def _known_flags(command: type, prog: str, default: object) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message inside the box that tyro draws around an error."""
-    message = box.split("──────\n")[0] if "──" not in box else box
-    lines = [line.strip("│╭╮╰╯─ \t") for line in message.splitlines()]
+    """The message in the box that tyro draws around an error: what stands before its first rule."""
     text = []
-    for raw, line in zip(message.splitlines(), lines):
-        if raw.startswith("╭"):
-            continue
-        if set(raw.strip("│ \t")) <= {"─"} and raw.startswith("│"):
+    for raw in box.splitlines():
+        line = raw.strip("│╭╮╰╯─ \t")
+        if raw.startswith("│") and not line:
             break
-        if line:
+        if line and not raw.startswith("╭"):
             text.append(line)
     return " ".join(text).rstrip(".")

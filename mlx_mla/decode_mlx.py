@@ -17,7 +17,6 @@ from mlx_lm.generate import BatchGenerator, generate_step, generation_stream, wi
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import load_model
-from transformers import PreTrainedTokenizerFast
 
 
 class WithoutCache(nn.Module):
@@ -64,7 +63,7 @@ class MLXDecoder:
         model.materialize_cache(cache == "materialized")
         self.cache = cache
         self.model: Any = WithoutCache(model) if cache == "none" else model
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        self.tokenizer = checkpoint.read_tokenizer(folder)
         self.args = model.args
         self.vocab_size = model.args.vocab_size
         self.n_positions = model.args.n_positions

@@ -13,7 +13,7 @@ from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerFast, StaticCache
+from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.generation import logits_process
 
 
@@ -43,7 +43,7 @@ class TorchDecoder:
         self.device, self.cache = device, cache
         # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never grows.
         self.fixed_shapes = device.type == "mps"
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        self.tokenizer = checkpoint.read_tokenizer(folder)
         assert config.vocab_size
         self.vocab_size, self.n_positions = config.vocab_size, config.n_positions
 

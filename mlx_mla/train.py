@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 from mlx_mla import blas, cli
-from mlx_mla.config import TrainConfig, overlay, preset, read_toml
+from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, preset, read_toml
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
 
@@ -103,6 +103,12 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     command = cli.parse(TrainCommand, argv, PROG, default)
     if command.from_step is not None and not command.resume:
         raise UserError("--from-step goes with --resume")
+    if command.init is not None and not command.resume:
+        for field in dataclasses.fields(ModelConfig):
+            if field.name != "dropout" and getattr(command.model, field.name) != getattr(base.model, field.name):
+                raise UserError(
+                    f"{flag(field.name)}: with --init the model's shape comes from its folder; leave it out"
+                )
     for name in ("data", "init", "bpe_dir"):
         value = getattr(command, name)
         # The run folder must find them again from any working directory.

@@ -77,12 +77,15 @@ def train(
     """
     encoder = get_encoder(config.tokenizer, config.bpe_dir)
     if config.init is not None and not resume:
-        config = _with_model_of(config, checkpoint.model_folder(Path(config.init)))
+        config = _with_model_of(config, checkpoint.model_folder(Path(config.init)), encoder)
     config = config.resolved(encoder.size)
     tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
     data = _Data(config, encoder, tokens)
     start = _resume_point(config, out, from_step, data) if resume else None
+    weights = _first_weights(config) if start is None else start.weights
+    backend = get_backend(config.backend, config.device)
     done = 0 if start is None else start.step
+    # All that the user may have got wrong is checked; from here on the run folder is written.
     if resume:
         checkpoint.write_text(out / CONFIG, to_toml(config))
         _keep_metrics_until(out / METRICS, done)
@@ -91,12 +94,7 @@ def train(
     console.print(
         f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}", highlight=False
     )
-    session = get_backend(config.backend, config.device).train_session(
-        config,
-        _first_weights(config) if start is None else start.weights,
-        None if start is None else start.optimizer_state,
-        done,
-    )
+    session = backend.train_session(config, weights, None if start is None else start.optimizer_state, done)
     return _Loop(config, out, data, session, console, start).run()
 
 
@@ -269,9 +267,16 @@ def _first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
     return checkpoint.read_weights(folder, config.model)
 
 
-def _with_model_of(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Take the model's shape from a folder; dropout and the like are not its shape and stay."""
+def _with_model_of(config: TrainConfig, folder: Path, encoder: TextEncoder) -> TrainConfig:
+    """Take the model's shape from a folder; dropout is not part of it and stays."""
     shape = checkpoint.read_config(folder)
+    ids = len(checkpoint.read_tokenizer(folder))
+    if ids != encoder.size:
+        fitting = {257: "bytes", 50257: "gpt2"}.get(ids)
+        advice = f"use --tokenizer {fitting}" if fitting else "no --tokenizer of this project fits it"
+        raise UserError(
+            f"--init {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has {encoder.size}; {advice}"
+        )
     return dataclasses.replace(config, model=dataclasses.replace(shape, dropout=config.model.dropout))
 
 

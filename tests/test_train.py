@@ -94,11 +94,19 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
 
 def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
     out = tmp_path / "healed"
-    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--init", str(tiny_run), "--steps", "1"]
+    argv = ["--data", str(text_file), "--out", str(out), "--init", str(tiny_run), "--steps", "1", "--no-compile"]
     assert train.main(argv) == 0
     old, new = (read_metrics(run / "metrics.jsonl") for run in (tiny_run, out))
     assert new[0]["loss"] == pytest.approx(old[-2]["loss"], abs=0.3)
     assert new[0]["loss"] < old[0]["loss"] - 0.5
+
+
+def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, capsys, shared_data):
+    argv = ("--data", text_file, "--out", tmp_path / "run", "--init", tiny_run)
+    assert "--n-layer: with --init the model's shape comes from its folder" in refused(capsys, *argv, "--n-layer", "5")
+    gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
+    assert "its tokenizer has 257 ids" in refused(capsys, *argv, *gpt2)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -206,6 +214,7 @@ def test_impossible_settings(tmp_path, text_file, capsys):
     assert "fewer than one context of 9000" in refused(capsys, *out, "--n-positions", "9000")
     assert "no such file" in refused(capsys, "--out", tmp_path / "run", "--data", tmp_path / "nothing")
     assert "no such model folder" in refused(capsys, *out, "--init", tmp_path / "nothing")
+    assert "goes with --backend torch" in refused(capsys, *out, "--device", "mps")
     assert not (tmp_path / "run").exists()
 
 
