@@ -223,13 +223,18 @@ def latest(run: Path) -> Path | None:
     return checkpoints(run)[-1] if checkpoints(run) else None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0: none), and what killed runs left half-written."""
+def prune(run: Path, keep: int, newest: int) -> None:
+    """Remove all but the newest `keep` checkpoints (0: none), and what killed runs left half-written.
+
+    Args:
+        newest: Step just saved. Checkpoints after it, of a run that was resumed from an earlier step, do
+            not count and stay until they are written anew.
+    """
     folder = run / "checkpoints"
     for leftover in [*folder.glob(".step-*.tmp-*"), *folder.glob(".step-*.old-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     if keep:
-        for old in checkpoints(run)[:-keep]:
+        for old in [c for c in checkpoints(run) if step_of(c) <= newest][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -225,7 +225,7 @@ class _Loop:
         except UserError as e:
             raise UserError(f"{e}; {self._go_on()}") from e
         self.saved = self.done
-        checkpoint.prune(self.out, config.keep)
+        checkpoint.prune(self.out, config.keep, self.done)
         try:
             plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
         except OSError as e:

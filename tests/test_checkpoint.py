@@ -103,9 +103,12 @@ def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):
     folder = tmp_path / "checkpoints"
     for name in ("step-000005", "step-000010", "step-1000000", ".step-000015.tmp-1", ".step-000005.old-1"):
         (folder / name).mkdir(parents=True)
-    checkpoint.prune(tmp_path, 0)
+    checkpoint.prune(tmp_path, 0, newest=10)
     assert sorted(p.name for p in folder.iterdir()) == ["step-000005", "step-000010", "step-1000000"]
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 1, newest=10)  # resumed from an earlier step: what comes later does not count
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000010", "step-1000000"]
+    (folder / "step-000005").mkdir()
+    checkpoint.prune(tmp_path, 2, newest=1000000)
     assert sorted(p.name for p in folder.iterdir()) == ["step-000010", "step-1000000"]
 
 
