@@ -9,13 +9,13 @@ all subjects of a measurement take turns, so that drift of the machine hits them
 median, smallest and largest of the repetitions.
 
 Writes results.json after every measurement, and at the end report.md and plots. results.json:
-{"machine": {...}, "settings": {...}, "rates": {backend: {"matmul_flops", "copy_bytes"}}, "rows": [...]},
+{"machine": {...}, "settings": {...}, "rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]},
 a row being one measurement of one subject: measure (forward, first token, decoding, training), backend,
 model, cache (latent, materialized, none or null), batch, context (tokens), status ("ok" or why not),
 tokens_per_sec: {median, min, max, cold, values}, ms (of the whole call, median), peak_memory_bytes
 (null where the framework does not say), cache_bytes, cache_bytes_per_token, weight_bytes, flops and
-bytes (that one call must compute and move), roofline (the share reached of the time these need at the
-measured rates).
+bytes (that one call must compute and move), roofline (the time that these need at the measured rates, as
+a share of the time taken). The rates are those of the last run into the file.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from mlx_mla.weights import initial_weights
 
 import numpy as np
 import subjects
-from compare_report import machine, write_report
+from compare_report import machine, set_rooflines, write_report
 from subjects import Subject
 
 PROG = "python bench/compare_backends.py"
@@ -138,6 +138,7 @@ class Results:
         self.save()
 
     def save(self) -> None:
+        set_rooflines(self.document)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
@@ -173,8 +174,8 @@ class Bench:
                     arguments = (config, weights, settings.dtype, settings.device)
                     self.subjects.append(subjects.load_reference(backend, *arguments))
         for backend in settings.backends:
-            matmul, copy = subjects.rates(backend, settings.dtype, settings.device)
-            results.document["rates"][backend] = {"matmul_flops": matmul, "copy_bytes": copy}
+            matmul, memory = subjects.rates(backend, settings.dtype, settings.device)
+            results.document["rates"][backend] = {"matmul_flops": matmul, "memory_bytes": memory}
         self.reference_weights: subjects.Weights | None = None
 
     def _load(self, backend: str, name: str, config: ModelConfig, weights: subjects.Weights) -> None:
@@ -351,9 +352,7 @@ class Bench:
         self.results.add(rows)
 
     def _figures(self, case: Case, seconds: list[float], cold: float) -> Row:
-        rates = self.results.document["rates"][case.subject.backend]
         median = statistics.median(seconds)
-        need = max(case.flops / rates["matmul_flops"], case.bytes / rates["copy_bytes"])
         config, kind = case.subject.config, case.key["cache"]
         return {
             "tokens_per_sec": {
@@ -363,7 +362,7 @@ class Bench:
             "ms": median * 1e3,
             "weight_bytes": subjects.weight_bytes(config, self.s.dtype),
             "cache_bytes_per_token": subjects.cache_bytes(config, kind, self.s.dtype) if kind else None,
-            "flops": case.flops, "bytes": case.bytes, "roofline": need / median,
+            "flops": case.flops, "bytes": case.bytes,
         }  # fmt: skip
 
 

@@ -34,6 +34,15 @@ def machine(backends: Sequence[str]) -> dict[str, Any]:
     return facts
 
 
+def set_rooflines(document: dict[str, Any]) -> None:
+    """Give every timed row the share of its time that its FLOPs or bytes need at the document's rates."""
+    for row in document["rows"]:
+        rates = document["rates"].get(row["backend"])
+        if rates and row["status"] == "ok":
+            need = max(row["flops"] / rates["matmul_flops"], row["bytes"] / rates["memory_bytes"])
+            row["roofline"] = need / (row["ms"] / 1e3)
+
+
 def write_report(document: dict[str, Any], out: Path | None) -> str:
     """The report as Markdown; with `out`, also written there with its plots."""
     plots = {} if out is None else write_plots(document, out)
@@ -50,7 +59,7 @@ def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
     for backend, r in document["rates"].items():
         lines.append(
             f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x 2048 product, "
-            f"{r['copy_bytes'] / 1e9:,.1f} GB/s copying"
+            f"{r['memory_bytes'] / 1e9:,.1f} GB/s copying or in a matrix-vector product"
         )
     s = document["settings"]
     lines += [f"- {s['dtype']}, median of {s['repetitions']} runs in turns (smallest - largest)"]

@@ -101,17 +101,19 @@ def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) ->
 
 
 def rates(dtype: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, and bytes moved per second by a large copy."""
+    """FLOP/s of a large matrix product, and bytes per second of a large copy or matrix-vector product."""
     a = mx.random.normal((2048, 2048)).astype({"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype])
-    b = mx.zeros((1 << 26,), mx.float32)
-    mx.eval(a, b)
+    b = mx.random.normal((8192, 8192))
+    v = mx.random.normal((8192,))
+    mx.eval(a, b, v)
 
     def best(action: Callable[[], Any]) -> float:
         times = []
-        for _ in range(4):
+        for _ in range(6):
             began = time.perf_counter()
             mx.eval(action())
             times.append(time.perf_counter() - began)
         return min(times)
 
-    return 2 * 2048**3 / best(lambda: a @ a), 2 * b.nbytes / best(lambda: b + 1)
+    memory = max(2 * b.nbytes / best(lambda: b + 1), b.nbytes / best(lambda: b @ v))
+    return 2 * 2048**3 / best(lambda: a @ a), memory

@@ -119,14 +119,15 @@ def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) ->
 
 
 def rates(dtype: str, device: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, and bytes moved per second by a large copy."""
+    """FLOP/s of a large matrix product, and bytes per second of a large copy or matrix-vector product."""
     place = TorchBackend(device).device
     a = torch.randn(2048, 2048, device=place, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
-    b = torch.zeros(1 << 26, device=place)
+    b = torch.randn(8192, 8192, device=place)
+    v, target = torch.randn(8192, device=place), torch.empty_like(b)
 
     def best(action: Callable[[], Any]) -> float:
         times = []
-        for _ in range(4):
+        for _ in range(6):
             began = time.perf_counter()
             action()
             if place.type != "cpu":
@@ -134,4 +135,6 @@ def rates(dtype: str, device: str) -> tuple[float, float]:
             times.append(time.perf_counter() - began)
         return min(times)
 
-    return 2 * 2048**3 / best(lambda: a @ a), 2 * b.numel() * 4 / best(lambda: b + 1)
+    size = b.numel() * b.element_size()
+    memory = max(2 * size / best(lambda: target.copy_(b)), size / best(lambda: b @ v))
+    return 2 * 2048**3 / best(lambda: a @ a), memory

@@ -60,7 +60,7 @@ def load_reference(backend: str, config: ModelConfig, weights: Weights, dtype: s
 
 
 def rates(backend: str, dtype: str, device: str) -> tuple[float, float]:
-    """What the device does at best in this framework: matmul FLOP/s, and bytes per second of a copy."""
+    """What the device does at best in this framework: matmul FLOP/s, and bytes per second from memory."""
     module = _module(backend)
     return module.rates(dtype) if backend == "mlx" else module.rates(dtype, device)
 

@@ -59,7 +59,7 @@ def test_every_measure_has_rows_for_both_backends_and_the_outside_references(rep
         t = r["tokens_per_sec"]
         assert 0 < t["min"] <= t["median"] <= t["max"]
         assert len(t["values"]) == 1
-        assert 0 < r["roofline"] < 2
+        assert r["roofline"] > 0
     latent, whole = (
         next(r for r in rows(report) if (r["measure"], r["backend"], r["model"]) == ("decoding", "torch", m))
         for m in ("mla-124m", "gpt2-124m")
@@ -71,8 +71,8 @@ def test_every_measure_has_rows_for_both_backends_and_the_outside_references(rep
 @pytest.mark.slow
 def test_the_report_shows_the_tables_and_plots(report):
     text = (report / "report.md").read_text()
-    for part in ("## Forward", "## First token", "## Decoding", "## Training", "| 1.00x |", "OpenBLAS", "GFLOP/s"):
-        assert part in text or part == "OpenBLAS"
+    for part in ("## Forward", "## First token", "## Decoding", "## Training", "| 1.00x |", "GFLOP/s"):
+        assert part in text
     for name in ("forward", "decoding", "training", "cache"):
         assert f"]({name}.png)" in text
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
