@@ -159,17 +159,20 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
         fig, axes = plt.subplots(
             height, columns, figsize=(5 * columns, 3 * height), layout="constrained", squeeze=False
         )
+        color_of = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(r["model"] for r in decoded))}
+        with_latents = {r["model"] for r in decoded if r["cache"] == "latent"}
         for ax, (backend, batch) in zip(axes.flat, panels):
             rows = [r for r in decoded if (r["backend"], r["batch"]) == (backend, batch)]
             for model, cache in dict.fromkeys((r["model"], r["cache"]) for r in rows):
-                points = [r for r in rows if (r["model"], r["cache"]) == (model, cache)]
-                points.sort(key=lambda r: r["context"])
-                style = "--" if cache == "materialized" and not model.startswith("gpt2") else "-"
-                x, y = [r["context"] for r in points], [r["tokens_per_sec"]["median"] for r in points]
-                ax.plot(x, y, style, marker="o", ms=3, label=f"{model}, {cache}")
-            ax.set(title=f"{backend}, batch {batch}", xlabel="context", ylabel="decoding tok/s", yscale="log")
+                own = [r for r in rows if (r["model"], r["cache"]) == (model, cache)]
+                points = sorted((r["context"], r["tokens_per_sec"]["median"]) for r in own)
+                label = f"{model}, {cache}" if model in with_latents else model
+                style = "--" if model in with_latents and cache == "materialized" else "-"
+                ax.plot(*zip(*points), style, color=color_of[model], marker="o", ms=3, label=label)
+            ax.set(title=f"{backend}, batch {batch}", xlabel="context (tokens)", ylabel="decoding tok/s")
+            ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)
-        axes.flat[0].legend(fontsize=6)
+            ax.legend(fontsize=6, loc="lower left")
         finish(fig, "decoding")
         fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
         widths = {(r["model"], r["cache"]): r["cache_bytes_per_token"] for r in decoded if r["cache_bytes_per_token"]}
