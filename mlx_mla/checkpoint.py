@@ -182,10 +182,13 @@ def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any
     return _load_tensors(folder / STATE), _read_json(folder / STATE_INFO)
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, training: bool = True) -> str | None:
     """What is wrong with a folder by its SHA256SUMS, in a few words; None if it is whole.
 
     A folder without SHA256SUMS (another tool wrote it) is not checked.
+
+    Args:
+        training: Also check the training state, twice the size of the model, which only resuming reads.
     """
     sums = folder / SUMS
     if not sums.is_file():
@@ -193,6 +196,8 @@ def damage(folder: Path) -> str | None:
     for line in sums.read_text(encoding="utf-8").splitlines():
         expected, _, name = line.partition("  ")
         path = folder / name
+        if name in (STATE, STATE_INFO) and not training:
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != expected:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -59,8 +60,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return EXIT_USER
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; that is no error.
-        sys.stderr.close()
+        # The reader of our output (head, less) has gone, which is no error; Python must not flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

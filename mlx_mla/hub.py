@@ -29,7 +29,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         folder = checkpoint.model_folder(_download(name, revision))
     else:
         raise UserError(f"{name}: no such folder, and not a hub id of the form owner/name")
-    if problem := checkpoint.damage(folder):
+    if problem := checkpoint.damage(folder, training=False):
         older = checkpoint.checkpoints(path) if folder.parent.name == "checkpoints" and path != folder else []
         others = [p for p in older if p != folder]
         advice = f"the one before is {others[-1]}" if others else "restore it from a copy"

@@ -262,7 +262,7 @@ def _first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
     if config.init is None:
         return initial_weights(config.model, config.seed, config.initializer_range)
     folder = checkpoint.model_folder(Path(config.init))
-    if problem := checkpoint.damage(folder):
+    if problem := checkpoint.damage(folder, training=False):
         raise UserError(f"--init {folder}: {problem}; the folder is damaged")
     return checkpoint.read_weights(folder, config.model)
 

@@ -61,6 +61,8 @@ def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     (folder / name).write_bytes(content)
     assert checkpoint.damage(folder) == f"{name} is truncated or changed (its sha256 differs)"
+    # Only resuming reads the training state.
+    assert (checkpoint.damage(folder, training=False) is None) == name.startswith("train_state")
     (folder / name).unlink()
     assert checkpoint.damage(folder) == f"{name} is missing"
 

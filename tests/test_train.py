@@ -68,6 +68,12 @@ def test_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reader_that_goes_away_is_no_error():
+    command = " ".join(python("-m", "mlx_mla.train", "--dry-run"))
+    done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
 def test_settings_come_from_preset_then_file_then_flags(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('preset = "mla-124m-r128"\nsteps = 7\nseed = 5\n[model]\nn_layer = 3\n')
