@@ -19,6 +19,10 @@ else:
     import tomli as tomllib
 
 
+MLA_ONLY = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "latent_norm")
+"""Fields of the model that mean nothing to multi-head attention."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name closest to a mistyped one, as a hint to append to an error; may be empty."""
     known = list(known)
@@ -106,7 +110,7 @@ class ModelConfig:
 
     @staticmethod
     def _resolve_mha(c: "ModelConfig") -> None:
-        for name in ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "latent_norm"):
+        for name in MLA_ONLY:
             if getattr(c, name):
                 raise UserError(f"{flag(name)} has no meaning with --attention mha; leave it out")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 from mlx_mla import blas, cli
-from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, preset, read_toml
+from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag, overlay, preset, read_toml
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
 
@@ -101,6 +101,11 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     base = overlay(base, file, str(known.config))
     default = TrainCommand(**{f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)})
     command = cli.parse(TrainCommand, argv, PROG, default)
+    if command.model.attention == "mha" and base.model.attention == "mla" and not command.resume:
+        # Every comparison is one flag apart: what the preset says of latents goes, what a flag says stays.
+        defaults = ModelConfig()
+        same = [n for n in MLA_ONLY if getattr(command.model, n) == getattr(base.model, n)]
+        command.model = dataclasses.replace(command.model, **{n: getattr(defaults, n) for n in same})
     if command.from_step is not None and not command.resume:
         raise UserError("--from-step goes with --resume")
     if command.init is not None and not command.resume:

@@ -81,6 +81,15 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path):
     assert (command.steps, command.seed, command.model.n_layer, command.model.kv_lora_rank) == (7, 6, 4, 128)
 
 
+def test_multi_head_attention_is_one_flag_apart(capsys):
+    for name in ("nano", "mla-124m", "mla-124m-r128"):
+        mla = train.parse(["--preset", name])
+        mha = train.parse(["--preset", name, "--attention", "mha"])
+        assert mha.resolved(257 if name == "nano" else 50257).model.attention == "mha"
+        assert (mha.steps, mha.seed, mha.model.n_embd) == (mla.steps, mla.seed, mla.model.n_embd)
+    assert "no meaning with --attention mha" in refused(capsys, "--attention", "mha", "--kv-lora-rank", "8")
+
+
 def test_the_default_run_folder_is_never_taken_twice(tmp_path, text_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for expected in ("nano", "nano-2", "nano-3"):
