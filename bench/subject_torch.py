@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlx_mla.backend_torch import TorchBackend, TorchTrainSession, build_model
+from mlx_mla.backend_torch import TorchBackend, TorchTrainSession
 from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.decode_torch import build_model
 from mlx_mla.weights import initial_weights
 
 import numpy as np

@@ -143,6 +143,20 @@ class Backend(Protocol):
         ...
 
 
+def dropout_seed(seed: int, step: int) -> int:
+    """Seed of the dropout masks of a step: a function of both alone, so resuming needs no RNG state on disk."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def stored_moment(tensors: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a checkpoint's optimiser state; UserError if it is missing or of another shape."""
+    stored = tensors.get(key)
+    if stored is None or stored.shape != shape:
+        name = key.partition(".")[2]
+        raise UserError(f"the checkpoint's optimiser state does not fit the model at {name}")
+    return stored
+
+
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
 

@@ -1,12 +1,12 @@
 """The MLX backend: the training step, the loss, and the model ready to decode."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import mlx_mla._openblas  # noqa: F401  (before mlx)
-from mlx_mla.backend import CacheKind, StepResult
+from mlx_mla.backend import CacheKind, StepResult, dropout_seed, stored_moment
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder
 from mlx_mla.errors import UserError
@@ -106,8 +106,7 @@ class MLXTrainSession:
     def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         self.model.train()
         if self.config.model.dropout:
-            # The masks are a function of (seed, step), so resuming needs no RNG state on disk.
-            mx.random.seed(int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0]))
+            mx.random.seed(dropout_seed(self.config.seed, step))
         total, grads = self._grad_step(*map(mx.array, batches[0]))
         for batch in batches[1:]:
             mx.eval(total, grads)  # frees this pass's activations before the next one
@@ -126,13 +125,7 @@ class MLXTrainSession:
         return {name: np.array(w) for name, w in tree_flatten(self.model.parameters())}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        tensors = {}
-        for part in self.optimizer.state["states"]:
-            for key, value in tree_flatten(part):
-                name, _, moment = key.rpartition(".")
-                if moment in ("m", "v"):
-                    tensors[f"{'exp_avg' if moment == 'm' else 'exp_avg_sq'}.{name}"] = np.array(value)
-        return tensors
+        return {key: np.array(value) for key, _, _, value in self._moments()}
 
     def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
         self.model.eval()
@@ -149,14 +142,17 @@ class MLXTrainSession:
         # Written into the dictionaries that init made, so that each optimiser keeps its own tensors.
         for part in self.optimizer.state["states"]:
             part["step"] = mx.array(steps_done, mx.uint64)
-            for key, value in tree_flatten(part):
-                name, _, moment = key.rpartition(".")
-                if moment not in ("m", "v"):
-                    continue
-                stored = tensors.get(f"{'exp_avg' if moment == 'm' else 'exp_avg_sq'}.{name}")
-                if stored is None or stored.shape != value.shape:
-                    raise UserError(f"the checkpoint's optimiser state does not fit the model at {name}")
-                _set_path(part, key, mx.array(stored))
+        for key, part, path, value in list(self._moments()):
+            _set_path(part, path, mx.array(stored_moment(tensors, key, value.shape)))
+
+    def _moments(self) -> Iterator[tuple[str, dict, str, mx.array]]:
+        """AdamW's moments: name on disk, the optimiser's state, the path in it, and the tensor."""
+        names = {"m": "exp_avg", "v": "exp_avg_sq"}
+        for part in self.optimizer.state["states"]:
+            for path, value in tree_flatten(part):
+                name, _, moment = path.rpartition(".")
+                if moment in names:
+                    yield f"{names[moment]}.{name}", part, path, value
 
     def _forward_loss(self, x: mx.array, y: mx.array) -> mx.array:
         """Cross-entropy of every token, float32 of shape (B, L)."""

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.backend import CacheKind, StepResult
-from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.decode_torch import TorchDecoder, peak_memory_bytes
+from mlx_mla.backend import CacheKind, StepResult, dropout_seed, stored_moment
+from mlx_mla.config import TrainConfig
+from mlx_mla.decode_torch import TorchDecoder, build_model, peak_memory_bytes
 from mlx_mla.errors import UserError
-from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 from mlx_mla.shards import Batch
 
 import numpy as np
@@ -50,15 +49,6 @@ def _find_device(name: str) -> str:
     return name
 
 
-def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray], device: torch.device) -> MLAGPT2LMHeadModel:
-    """A model with the given float32 weights, in evaluation mode."""
-    model = MLAGPT2LMHeadModel(MLAGPT2Config(**config.to_dict()))
-    missing, unexpected = model.load_state_dict({k: torch.tensor(w) for k, w in weights.items()}, strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is tied
-    model.tie_weights()
-    return model.to(device).eval()
-
-
 class TorchTrainSession:
     """See `mlx_mla.backend.TrainSession`.
 
@@ -96,8 +86,7 @@ class TorchTrainSession:
     def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         self.model.train()
         if self.config.model.dropout:
-            # The masks are a function of (seed, step), so resuming needs no RNG state on disk.
-            torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0]))
+            torch.manual_seed(dropout_seed(self.config.seed, step))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -149,9 +138,7 @@ class TorchTrainSession:
         for name, parameter in self.parameters.items():
             state: dict[str, Any] = {"step": torch.tensor(float(steps_done))}
             for moment in ("exp_avg", "exp_avg_sq"):
-                stored = tensors.get(f"{moment}.{name}")
-                if stored is None or stored.shape != tuple(parameter.shape):
-                    raise UserError(f"the checkpoint's optimiser state does not fit the model at {name}")
+                stored = stored_moment(tensors, f"{moment}.{name}", tuple(parameter.shape))
                 state[moment] = torch.tensor(stored, device=self.device)
             if self.device.type == "cuda":
                 state["step"] = state["step"].to(self.device)  # where fused AdamW keeps it

@@ -2,19 +2,30 @@
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_mla import checkpoint
 from mlx_mla.backend import CacheKind, GenerationOptions, Piece
+from mlx_mla.config import ModelConfig
 from mlx_mla.decoding import Meter, TextWriter, check_request, fit_context
 from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
+import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.generation import logits_process
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray], device: torch.device) -> MLAGPT2LMHeadModel:
+    """A model with the given float32 weights, in evaluation mode."""
+    model = MLAGPT2LMHeadModel(MLAGPT2Config(**config.to_dict()))
+    missing, unexpected = model.load_state_dict({k: torch.tensor(w) for k, w in weights.items()}, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is tied
+    model.tie_weights()
+    return model.to(device).eval()
 
 
 class TorchDecoder:
@@ -34,12 +45,8 @@ class TorchDecoder:
         config = checkpoint.read_config(folder)
         if checkpoint.is_quantized(folder):
             raise UserError(f"{folder}: quantised by mlx-lm, which only MLX reads; use --backend mlx")
-        model = MLAGPT2LMHeadModel(MLAGPT2Config(**config.to_dict()))
-        weights = checkpoint.read_weights(folder, config)
-        model.load_state_dict({name: torch.tensor(w) for name, w in weights.items()}, strict=False)
-        model.tie_weights()
-        model.materialize_cache(cache == "materialized")
-        self.model = model.to(device).eval()
+        self.model = build_model(config, checkpoint.read_weights(folder, config), device)
+        self.model.materialize_cache(cache == "materialized")
         self.device, self.cache = device, cache
         # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never grows.
         self.fixed_shapes = device.type == "mps"
