@@ -9,13 +9,14 @@ all subjects of a measurement take turns, so that drift of the machine hits them
 median, smallest and largest of the repetitions.
 
 Writes results.json after every measurement, and at the end report.md and plots. results.json:
-{"machine": {...}, "settings": {...}, "rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]},
-a row being one measurement of one subject: measure (forward, first token, decoding, training), backend,
-model, cache (latent, materialized, none or null), batch, context (tokens), status ("ok" or why not),
-tokens_per_sec: {median, min, max, cold, values}, ms (of the whole call, median), peak_memory_bytes
-(null where the framework does not say), cache_bytes, cache_bytes_per_token, weight_bytes, flops and
-bytes (that one call must compute and move), roofline (the time that these need at the measured rates, as
-a share of the time taken). The rates are those of the last run into the file.
+{"machine": {...}, "settings": {...}, "baseline": the model that ratios are against (absent without MHA),
+"rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]}, a row being one measurement of one
+subject: measure (forward, first token, decoding, training), backend, model, cache (latent, materialized,
+none or null), batch, context (tokens), status ("ok" or why not), tokens_per_sec: {median, min, max, cold,
+values}, ms (of the whole call, median), peak_memory_bytes (null where the framework does not say),
+cache_bytes, cache_bytes_per_token, weight_bytes, flops and bytes (that one call must compute and move),
+roofline (the time that these need at the measured rates, as a share of the time taken). The rates are
+those of the last run into the file.
 """
 
 import dataclasses
@@ -167,19 +168,14 @@ class Bench:
         for name in settings.models:
             config, weights = _model(name, settings.quick)
             self.configs[name] = config
-            for backend in settings.backends:
-                self._load(backend, name, config, weights)
-            if config.attention == "mha" and not any("gpt2 " in s.model for s in self.subjects):
-                for backend in settings.backends:
-                    arguments = (config, weights, settings.dtype, settings.device)
-                    self.subjects.append(subjects.load_reference(backend, *arguments))
+            how = (config, weights, settings.dtype, settings.device)
+            self.subjects += [subjects.load(backend, name, *how) for backend in settings.backends]
+            if config.attention == "mha" and "baseline" not in results.document:
+                results.document["baseline"] = name
+                self.subjects += [subjects.load_reference(backend, *how) for backend in settings.backends]
         for backend in settings.backends:
             matmul, memory = subjects.rates(backend, settings.dtype, settings.device)
             results.document["rates"][backend] = {"matmul_flops": matmul, "memory_bytes": memory}
-        self.reference_weights: subjects.Weights | None = None
-
-    def _load(self, backend: str, name: str, config: ModelConfig, weights: subjects.Weights) -> None:
-        self.subjects.append(subjects.load(backend, name, config, weights, self.s.dtype, self.s.device))
 
     def parity(self) -> None:
         """Compare logits of every subject with the first of the same weights; those that differ are not timed."""

@@ -69,14 +69,14 @@ def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
     for measure in ("forward", "first token", "decoding", "training"):
         chosen = [r for r in rows if r["measure"] == measure]
         if chosen:
-            lines += [f"## {measure.capitalize()}", "", *_table(chosen), ""]
+            lines += [f"## {measure.capitalize()}", "", *_table(chosen, document.get("baseline")), ""]
             lines += [f"![{measure}]({plots[measure]})", ""] if measure in plots else []
     if "cache" in plots:
         lines += ["## Cache memory", "", f"![cache]({plots['cache']})"]
     return "\n".join(lines).rstrip()
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Row], baseline: str | None) -> list[str]:
     names = (
         "batch",
         "tokens",
@@ -97,7 +97,7 @@ def _table(rows: list[Row]) -> list[str]:
             lines.append(head + f"{r['status']} |" + " - |" * 6)
             continue
         t = r["tokens_per_sec"]
-        base = _base(rows, r)
+        base = _base(rows, r, baseline)
         ratio = "-" if base is None else f"{t['median'] / base['tokens_per_sec']['median']:.2f}x"
         lines.append(
             head + f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])}) | {_n(r['ms'])} | {ratio} | "
@@ -106,11 +106,11 @@ def _table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _base(rows: list[Row], row: Row) -> Row | None:
+def _base(rows: list[Row], row: Row, baseline: str | None) -> Row | None:
     """This project's GPT-2 (MHA) under the same conditions."""
     for r in rows:
         same = all(r[k] == row[k] for k in ("measure", "backend", "batch", "context"))
-        if same and r["status"] == "ok" and r["model"].startswith("gpt2"):
+        if same and r["status"] == "ok" and r["model"] == baseline:
             return r
     return None
 
