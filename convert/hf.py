@@ -1,0 +1,176 @@
+"""Hugging Face's GPT-2 (`GPT2LMHeadModel`), in and out.
+
+Its Conv1D matrices are stored (in, out), the transpose of ours; names are otherwise the same (transformers,
+modeling_gpt2.py).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.pickles import open_pickle, state_dict
+from convert.source import LazyTensor, Source, Tensors, check_tensors, check_tied, resolved
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+BUFFERS = ("attn.bias", "attn.masked_bias")
+"""Causal masks that older versions saved as tensors."""
+
+ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu": "gelu"}
+"""Names of transformers for the two functions we have; the first three are one formula."""
+
+
+def read_gpt2(folder: Path, name: str) -> Source:
+    """Read a folder with config.json and safetensors (sharded or not) or pytorch_model.bin.
+
+    Raises:
+        UserError: If the architecture or an option is not supported, or the weights do not fit it.
+    """
+    where = folder / "config.json"
+    values = read_json(where)
+    config = _config(values, where)
+    return Source("Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError if it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def _config(values: dict[str, Any], where: Path) -> ModelConfig:
+    architectures = values.get("architectures") or ["GPT2LMHeadModel"]
+    if values.get("model_type") != "gpt2" or not set(architectures) & {"GPT2LMHeadModel", "GPT2Model"}:
+        raise UserError(
+            f"{where}: architecture {architectures[0]} (model_type {values.get('model_type')!r}) is not supported; "
+            "supported are GPT2LMHeadModel and this project's own mla_gpt2"
+        )
+    for option in ("add_cross_attention", "quantization_config"):
+        if values.get(option):
+            raise UserError(f"{where}: {option} is not supported")
+    if values.get("tie_word_embeddings") is False:
+        raise UserError(f"{where}: tie_word_embeddings false is not supported; the head must be the embedding")
+    c = GPT2Config().to_dict() | values
+    activation = ACTIVATIONS.get(c["activation_function"])
+    if activation is None:
+        raise UserError(
+            f"{where}: activation_function {c['activation_function']!r} is not supported; "
+            f"supported are {', '.join(ACTIVATIONS)}"
+        )
+    names = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size", "layer_norm_epsilon")
+    return resolved(where, attention="mha", activation_function=activation, **{n: c[n] for n in names})
+
+
+def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Tensors:
+    where, found = _open_weights(folder)
+    # GPT2Model saves its tensors without the prefix of GPT2LMHeadModel.
+    found = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t for n, t in found.items()}
+    check_tied(where, found, "lm_head.weight", "transformer.wte.weight")
+    found = {n: t for n, t in found.items() if n != "lm_head.weight" and not n.endswith(BUFFERS[1]) and not _mask(n, t)}
+    shapes = parameter_shapes(config)
+    check_tensors(where, found, {n: s[::-1] if n.endswith(CONV1D) else s for n, s in shapes.items()})
+    tensors = {n: t.T if n.endswith(CONV1D) else t for n, t in found.items()}
+
+    D, head_dim = config.n_embd, config.n_embd // config.n_head
+    for i in range(config.n_layer):
+        # What divides the scores otherwise than by sqrt(head_dim) goes into the query projection.
+        factor = 1.0 if values.get("scale_attn_weights", True) else math.sqrt(head_dim)
+        if values.get("scale_attn_by_inverse_layer_idx", False):
+            factor /= i + 1
+        if factor != 1.0:
+            for part in ("weight", "bias"):
+                name = f"transformer.h.{i}.attn.c_attn.{part}"
+                tensors[name] = tensors[name].scaled_rows(0, D, factor)
+    return tensors
+
+
+def _mask(name: str, tensor: LazyTensor) -> bool:
+    return name.endswith(BUFFERS[0]) and len(tensor.shape) == 4
+
+
+def _open_weights(folder: Path) -> tuple[Path, Tensors]:
+    """The weights of a folder by their names, and the file to blame."""
+    for single, index, opener in (
+        ("model.safetensors", "model.safetensors.index.json", open_safetensors),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", lambda p: state_dict(open_pickle(p), p)),
+    ):
+        if (folder / single).is_file():
+            return folder / single, opener(folder / single)
+        if (folder / index).is_file():
+            return folder / index, _open_shards(folder / index, opener)
+    raise UserError(f"{folder}: has no weights (model.safetensors or pytorch_model.bin); the folder is incomplete")
+
+
+def _open_shards(index: Path, opener: Any) -> Tensors:
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+        raise UserError(f"{index}: has no weight_map; the index is damaged")
+    tensors: Tensors = {}
+    for shard in sorted(set(placed.values())):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise UserError(f"{index.parent / shard}: no such file, and {index.name} names it; download it again")
+        tensors |= opener(index.parent / shard)
+    return tensors
+
+
+def open_safetensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
+    try:
+        file = safe_open(str(path), "pt")
+        return {n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(file, n)) for n in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
+
+
+def _reader(file: Any, name: str) -> Any:
+    return lambda: file.get_tensor(name).float().numpy()
+
+
+def write_gpt2(
+    folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Write a plain `GPT2LMHeadModel` folder.
+
+    Args:
+        folder: Exists, and is empty.
+        config: Resolved; multi-head attention.
+        weights: Tensors in our layout, float32.
+
+    Raises:
+        UserError: If the model has latent attention, for which GPT-2 has no name.
+    """
+    if config.attention != "mha":
+        raise UserError("--to hf needs multi-head attention; this model's is latent (transformers loads it as it is)")
+    state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
+    if not config.attention_bias:
+        for i in range(config.n_layer):
+            state[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * config.n_embd, np.float32)
+    save_file(state, str(folder / "model.safetensors"), {"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes its files private
+    fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()
+    values = {n: getattr(config, n) for n in fields}
+    eos = tokenizer.eos_token_id
+    hf = GPT2Config(
+        **values, resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=0.0, bos_token_id=eos,
+        eos_token_id=eos, architectures=["GPT2LMHeadModel"], dtype="float32",
+    )  # fmt: skip
+    hf.save_pretrained(str(folder))
+    tokenizer.model_max_length = config.n_positions
+    tokenizer.save_pretrained(str(folder))

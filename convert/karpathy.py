@@ -1,0 +1,147 @@
+"""Training checkpoints of nanoGPT, build-nanogpt and MLA-Transformer: one family, matrices as nn.Linear stores them.
+
+nanoGPT (karpathy/nanoGPT, train.py): `model, optimizer, model_args, iter_num, ...`; exact GELU, biases optional.
+build-nanogpt (karpathy/build-nanogpt, train_gpt2.py): `model, config, step, val_loss`; tanh GELU.
+MLA-Transformer (Marques-079/MLA-Transformer): `step, model, optimizer, config`, or the state dict alone; tanh GELU,
+latent attention as q_proj, c_proj (to the latent), k_from_c, v_from_c and c_proj_out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.pickles import PickledConfig, open_pickle, state_dict
+from convert.source import LazyTensor, Source, Tensors, check_tensors, check_tied, count_layers, resolved, zeros
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
+
+import numpy as np
+
+LATENT_PARTS = ("q_proj", "c_proj", "k_from_c", "v_from_c", "c_proj_out")
+
+
+def read_checkpoint(path: Path, n_head: int | None) -> Source:
+    """Read a `.pt` file of one of the three projects.
+
+    Args:
+        n_head: Heads, for a bare state dict, which does not say; None: n_embd / 64, as in every GPT-2.
+
+    Raises:
+        UserError: If it is none of them, is damaged, or its tensors do not fit its settings.
+    """
+    values = open_pickle(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {_article(values)}, not a checkpoint of a model that is known here")
+    if "model_args" in values:
+        settings, kind = values["model_args"], "nanoGPT"
+    else:
+        settings, kind = values.get("config"), "build-nanogpt"
+    if isinstance(settings, PickledConfig):
+        settings = vars(settings)
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError(f"{path}: its configuration is {_article(settings)}, not a mapping; it is damaged")
+    tensors = state_dict(values.get("model", values), path)
+    tensors = {n: t for n, t in tensors.items() if not _is_mask(n, t)}
+    check_tied(path, tensors, "lm_head.weight", "transformer.wte.weight")
+    tensors.pop("lm_head.weight", None)
+    if "transformer.wte.weight" not in tensors or "transformer.wpe.weight" not in tensors:
+        raise UserError(f"{path}: has no transformer.wte.weight and wpe.weight; it is no GPT-2 of a project known here")
+
+    if "transformer.h.0.attn.k_from_c.weight" in tensors:
+        return _latent(path, settings, tensors, n_head)
+    if settings is None:
+        raise UserError(
+            f"{path}: a bare state dict does not say its heads and activation; give the checkpoint it is part of"
+        )
+    return _multi_head(path, kind, settings, tensors)
+
+
+def _multi_head(path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors) -> Source:
+    bias = bool(settings.get("bias", True))
+    activation = "gelu" if kind == "nanoGPT" else "gelu_new"
+    config = _config(path, settings, attention="mha", attention_bias=bias, activation_function=activation)
+    shapes = parameter_shapes(config)
+    check_tensors(path, tensors, {n: s for n, s in shapes.items() if bias or not n.endswith(".bias")})
+    # Only the projections that read x may lack a bias in our layout.
+    tensors = {n: tensors[n] if n in tensors else zeros(s) for n, s in shapes.items()}
+    return Source(kind, path.name, config, tensors)
+
+
+def _latent(path: Path, settings: Mapping[str, Any] | None, tensors: Tensors, n_head: int | None) -> Source:
+    down = tensors.get("transformer.h.0.attn.c_proj.weight")
+    if down is None or len(down.shape) != 2:
+        raise UserError(f"{path}: missing tensor transformer.h.0.attn.c_proj.weight, whose rows are the latent width")
+    rank, n_embd = down.shape
+    if settings is None:
+        if n_head is None and n_embd % 64:
+            raise UserError(
+                f"{path}: a bare state dict does not say its heads, and {n_embd} is no multiple of 64; give --n-head"
+            )
+        settings = {
+            "n_layer": count_layers(tensors, "transformer.h."),
+            "n_head": n_head or n_embd // 64,
+            "n_embd": n_embd,
+            "block_size": tensors["transformer.wpe.weight"].shape[0],
+            "vocab_size": tensors["transformer.wte.weight"].shape[0],
+        }
+    elif n_head is not None:
+        raise UserError(f"{path}: says its heads itself; leave --n-head out")
+    config = _config(path, settings, attention="mla", kv_lora_rank=rank, attention_bias=False)
+    shapes = parameter_shapes(config)
+    check_tensors(path, tensors, _latent_shapes(config))
+    out: Tensors = {n: tensors[n] for n in shapes if ".attn." not in n}
+    for i in range(config.n_layer):
+        attn = f"transformer.h.{i}.attn"
+        part = {p: tensors[f"{attn}.{p}.weight"] for p in LATENT_PARTS}
+        out |= {
+            f"{attn}.c_attn.weight": _joined(part["q_proj"], part["c_proj"]),
+            f"{attn}.kv_b_proj.weight": _by_head(part["k_from_c"], part["v_from_c"], config.n_head),
+            f"{attn}.c_proj.weight": part["c_proj_out"],
+            f"{attn}.c_proj.bias": tensors[f"{attn}.c_proj_out.bias"],
+        }
+    return Source("MLA-Transformer", path.name, config, out)
+
+
+def _latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, R = config.n_embd, config.kv_lora_rank
+    assert R
+    shapes = {n: s for n, s in parameter_shapes(config).items() if ".attn." not in n}
+    for i in range(config.n_layer):
+        attn = f"transformer.h.{i}.attn"
+        for name, shape in zip(LATENT_PARTS, ((D, D), (R, D), (D, R), (D, R), (D, D))):
+            shapes[f"{attn}.{name}.weight"] = shape
+        shapes[f"{attn}.c_proj_out.bias"] = (D,)
+    return shapes
+
+
+def _config(path: Path, settings: Mapping[str, Any], **known: Any) -> ModelConfig:
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    if missing := [n for n in names if n not in settings]:
+        raise UserError(f"{path}: its configuration lacks {', '.join(missing)}; it is no project's that is known here")
+    values = {"n_positions" if n == "block_size" else n: settings[n] for n in names}
+    return resolved(path, **values, **known)
+
+
+def _joined(*parts: LazyTensor) -> LazyTensor:
+    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+    return LazyTensor(shape, lambda: np.concatenate([p.read() for p in parts]))
+
+
+def _by_head(k: LazyTensor, v: LazyTensor, n_head: int) -> LazyTensor:
+    """Rows of [k | v] for one head after the other, as `kv_b_proj` holds them; k and v are (D, R)."""
+    shape = (k.shape[0] + v.shape[0], k.shape[1])
+
+    def read() -> np.ndarray:
+        parts = [t.read().reshape(n_head, -1, k.shape[1]) for t in (k, v)]
+        return np.concatenate(parts, axis=1).reshape(shape)
+
+    return LazyTensor(shape, read)
+
+
+def _is_mask(name: str, tensor: LazyTensor) -> bool:
+    return name.endswith(".attn.bias") and len(tensor.shape) == 4
+
+
+def _article(value: Any) -> str:
+    return f"a value of type {type(value).__name__}"

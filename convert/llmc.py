@@ -1,0 +1,72 @@
+"""Model files of llm.c: 256 int32 of header, then the parameters, layer by layer within each kind.
+
+Version 3 holds float32, version 5 bfloat16 (karpathy/llm.c, train_gpt2.cu: gpt2_write_to_checkpoint; train_gpt2.py:
+write_tensors). The vocabulary is padded to a multiple of 128.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from convert.source import LazyTensor, Source, Tensors, resolved
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
+
+import numpy as np
+
+MAGIC = 20240326
+TOKENS_MAGIC = 20240520
+"""llm.c's token shards, easily mistaken for models."""
+HEADER_BYTES = 1024
+VERSIONS: dict[int, np.dtype] = {3: np.dtype("<f4"), 5: np.dtype("<u2")}
+
+PER_LAYER = (
+    "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
+    "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias",
+)  # fmt: skip
+"""In the order of the file; each is there for all layers before the next begins."""
+
+
+def read_llmc(path: Path) -> Source:
+    """Read a model file; the parameters stay on disk until they are asked for.
+
+    Raises:
+        UserError: If the version is unknown, the header impossible, or the size not the one it asks for.
+    """
+    with path.open("rb") as f:
+        header = np.frombuffer(f.read(HEADER_BYTES), "<i4")
+    if len(header) < 256:
+        raise UserError(f"{path}: shorter than llm.c's header of {HEADER_BYTES} bytes; it is truncated")
+    _, version, n_positions, vocab_size, n_layer, n_head, n_embd, padded = map(int, header[:8])
+    if version not in VERSIONS:
+        raise UserError(f"{path}: llm.c model version {version} is not supported; supported are 3 (fp32) and 5 (bf16)")
+    if padded < vocab_size:
+        raise UserError(f"{path}: header says {padded} padded rows for a vocabulary of {vocab_size}; it is damaged")
+    config = resolved(
+        path, attention="mha", n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=n_positions, vocab_size=padded
+    )
+    shapes = parameter_shapes(config)
+    names = ["transformer.wte.weight", "transformer.wpe.weight"]
+    names += [f"transformer.h.{i}.{part}" for part in PER_LAYER for i in range(n_layer)]
+    names += ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+    dtype = VERSIONS[version]
+    expected = HEADER_BYTES + dtype.itemsize * sum(math.prod(shapes[n]) for n in names)
+    size = path.stat().st_size
+    if size != expected:
+        raise UserError(f"{path}: {size:,} bytes, and its header asks for {expected:,}; it is truncated or damaged")
+    tensors: Tensors = {}
+    offset = HEADER_BYTES
+    for name in names:
+        tensors[name] = LazyTensor(shapes[name], _reader(path, offset, shapes[name], dtype))
+        offset += dtype.itemsize * math.prod(shapes[name])
+    return Source("llm.c", path.name, config, tensors)
+
+
+def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        stored = np.memmap(path, dtype, "r", offset, shape)
+        if dtype.itemsize == 4:
+            return np.array(stored)
+        return (stored.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+
+    return read

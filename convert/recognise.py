@@ -1,0 +1,103 @@
+"""Find out what a checkpoint is, and open it."""
+
+import zipfile
+from pathlib import Path
+
+from convert import hf, karpathy, llmc
+from convert.source import Source, check_tensors
+from mlx_mla import checkpoint
+from mlx_mla.errors import UserError
+from mlx_mla.hub import find_model
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+KNOWN = (
+    "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT or build-nanogpt, a model .bin of llm.c, "
+    "or a model folder of this project"
+)
+SMALL_FILES = ["*.json", "*.txt"]
+
+
+def open_source(name: str, revision: str | None = None, n_head: int | None = None) -> Source:
+    """Open a checkpoint of any kind that is known here; nothing in it is executed.
+
+    Args:
+        name: A path, or `owner/name` on the hub, which is downloaded to the hub's own cache.
+        revision: Branch, tag or commit, for a hub id.
+        n_head: Heads, where the file does not say.
+
+    Raises:
+        UserError: If there is nothing of that name, or it is damaged or of no known kind.
+    """
+    path = Path(name)
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"--revision goes with a hub id, and {name} is a path; leave it out")
+        source = _open_folder(path, path.resolve().name) if path.is_dir() else _open_file(path, n_head)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".pt":
+        source = _open_folder(_download(name, revision), name)
+    else:
+        raise UserError(f"{name}: no such file or folder, and not a hub id of the form owner/name")
+    if n_head is not None and source.kind != "MLA-Transformer":
+        raise UserError(f"{name}: says its heads itself; leave --n-head out")
+    return source
+
+
+def _open_folder(path: Path, name: str) -> Source:
+    if (path / "checkpoints").is_dir():
+        return _own(find_model(str(path)), name)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: has no config.json; known are {KNOWN}")
+    if hf.read_json(path / "config.json").get("model_type") == "mla_gpt2":
+        return _own(find_model(str(path)), name)
+    return hf.read_gpt2(path, name)
+
+
+def _own(folder: Path, name: str) -> Source:
+    config = checkpoint.read_config(folder)
+    if checkpoint.is_quantized(folder):
+        raise UserError(f"{folder}: quantised by mlx-lm; convert the model it was made from")
+    tensors = hf.open_safetensors(folder / checkpoint.WEIGHTS)
+    check_tensors(folder / checkpoint.WEIGHTS, tensors, checkpoint.parameter_shapes(config))
+    return Source("mlx_mla", name, config, tensors, folder)
+
+
+def _open_file(path: Path, n_head: int | None) -> Source:
+    try:
+        with path.open("rb") as f:
+            start = f.read(4)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    magic = int(np.frombuffer(start, "<i4")[0]) if len(start) == 4 else 0
+    if magic == llmc.MAGIC:
+        return llmc.read_llmc(path)
+    if magic == llmc.TOKENS_MAGIC:
+        raise UserError(f"{path}: token ids of llm.c, not a model; a model .bin begins with {llmc.MAGIC}")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path}: give the folder it is in, which has the config.json it needs")
+    if zipfile.is_zipfile(path) or start[:1] == b"\x80" or path.suffix in (".pt", ".pth"):
+        return karpathy.read_checkpoint(path, n_head)
+    raise UserError(f"{path}: not a checkpoint that is known here; known are {KNOWN}")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The local copy of a repository: its small files, and its weights in the safest format it has."""
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=[*SMALL_FILES, weights], ignore_patterns=["*/*"]
+                )
+            )
+            if any(folder.glob(weights)):
+                break
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{name}: no such file or folder here, and the hub cannot be reached to download it; "
+            "check the path or the network (and HF_HUB_OFFLINE)"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as e:
+        raise UserError(f"{name}: no such file or folder, and the hub says: {str(e).strip().splitlines()[0]}") from None
+    return folder
