@@ -127,7 +127,12 @@ class Results:
         }  # fmt: skip
         if settings.resume and self.path and self.path.exists():
             try:
-                self.document["rows"] = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+                stored = json.loads(self.path.read_text(encoding="utf-8"))
+                if different := [k for k, v in self.document["machine"].items() if stored["machine"].get(k, v) != v]:
+                    raise UserError(f"{self.path}: measured with another {different[0]}; give --out a new name")
+                self.document["rows"] = stored["rows"]
+                if "baseline" in stored:
+                    self.document["baseline"] = stored["baseline"]
             except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as e:
                 raise UserError(f"{self.path}: not results of this benchmark ({e}); give --out a new name") from None
 
@@ -170,8 +175,8 @@ class Bench:
             self.configs[name] = config
             how = (config, weights, settings.dtype, settings.device)
             self.subjects += [subjects.load(backend, name, *how) for backend in settings.backends]
-            if config.attention == "mha" and "baseline" not in results.document:
-                results.document["baseline"] = name
+            if config.attention == "mha" and all(c.attention == "mla" for c in list(self.configs.values())[:-1]):
+                results.document.setdefault("baseline", name)
                 self.subjects += [subjects.load_reference(backend, *how) for backend in settings.backends]
         for backend in settings.backends:
             matmul, memory = subjects.rates(backend, settings.dtype, settings.device)
