@@ -7,10 +7,12 @@ from typing import Any, Literal, Optional, Protocol
 
 from mlx_mla.config import TrainConfig
 from mlx_mla.errors import UserError
+from mlx_mla.scoring import Scorer
 from mlx_mla.shards import Batch
 
 import numpy as np
 
+DType = Literal["float32", "bfloat16"]
 CacheKind = Literal["latent", "materialized", "none"]
 
 
@@ -53,6 +55,10 @@ class TrainSession(Protocol):
 
     def peak_memory_bytes(self) -> int:
         """Most bytes the framework has held at once since the session began."""
+        ...
+
+    def scorer(self, tokenizer: Any) -> Scorer:
+        """Scores text with the weights as they are."""
         ...
 
 
@@ -140,6 +146,10 @@ class Backend(Protocol):
 
     def decoder(self, folder: Path, cache: CacheKind = "latent") -> Decoder:
         """Load a model folder for generation."""
+        ...
+
+    def scorer(self, folder: Path, dtype: DType = "float32") -> Scorer:
+        """Load a model folder to score text with."""
         ...
 
 

@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx_mla._openblas  # noqa: F401  (before mlx)
-from mlx_mla.backend import CacheKind, StepResult, dropout_seed, stored_moment
+from mlx_mla.backend import CacheKind, DType, StepResult, dropout_seed, stored_moment
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.score_mlx import MLXScorer
 from mlx_mla.shards import Batch
 
 import mlx.core as mx
@@ -47,6 +48,12 @@ class MLXBackend:
 
     def decoder(self, folder: Path, cache: CacheKind = "latent") -> MLXDecoder:
         return MLXDecoder(folder, cache)
+
+    def scorer(self, folder: Path, dtype: DType = "float32") -> MLXScorer:
+        decoder = MLXDecoder(folder)
+        decoder.model.set_dtype(DTYPES[dtype])
+        decoder.model.eval()
+        return MLXScorer(decoder.model, decoder.tokenizer)
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model:
@@ -137,6 +144,10 @@ class MLXTrainSession:
 
     def peak_memory_bytes(self) -> int:
         return mx.get_peak_memory()
+
+    def scorer(self, tokenizer: Any) -> MLXScorer:
+        self.model.eval()
+        return MLXScorer(self.model, tokenizer)
 
     def _load_optimizer_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
         # Written into the dictionaries that init made, so that each optimiser keeps its own tensors.

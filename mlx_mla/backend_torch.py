@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.backend import CacheKind, StepResult, dropout_seed, stored_moment
+from mlx_mla.backend import CacheKind, DType, StepResult, dropout_seed, stored_moment
 from mlx_mla.config import TrainConfig
 from mlx_mla.decode_torch import TorchDecoder, build_model, peak_memory_bytes
 from mlx_mla.errors import UserError
+from mlx_mla.score_torch import TorchScorer
 from mlx_mla.shards import Batch
 
 import numpy as np
@@ -35,6 +36,10 @@ class TorchBackend:
 
     def decoder(self, folder: Path, cache: CacheKind = "latent") -> TorchDecoder:
         return TorchDecoder(folder, cache, self.device)
+
+    def scorer(self, folder: Path, dtype: DType = "float32") -> TorchScorer:
+        decoder = TorchDecoder(folder, "latent", self.device)
+        return TorchScorer(decoder.model.to(getattr(torch, dtype)), decoder.tokenizer)
 
 
 def _find_device(name: str) -> str:
@@ -126,6 +131,10 @@ class TorchTrainSession:
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self.device)
+
+    def scorer(self, tokenizer: Any) -> TorchScorer:
+        self.model.eval()
+        return TorchScorer(self.model, tokenizer)
 
     def _loss(self, batch: Batch, reduction: str) -> torch.Tensor:
         x, y = (torch.tensor(a, dtype=torch.long, device=self.device) for a in batch)

@@ -1,0 +1,72 @@
+"""Reading evaluation files, with what is wrong told by file, line and field."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_mla.errors import UserError
+
+# Of the published files; another content is used, but said.
+SHA256 = {
+    "lambada_test.jsonl": "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+    "wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
+    "wiki.valid.raw": "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
+}
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file; UserError if it cannot be read."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); --data-dir must hold this file") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: byte {e.start} is not UTF-8; fetch the file again") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a JSON-lines file with the place to name in errors."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{where}: not JSON ({e.msg})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: must be an object with named fields")
+        yield where, value
+
+
+def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """A field of a row; UserError if it is missing or of another type."""
+    if name not in row:
+        raise UserError(f"{where}: field {name!r} is missing; it has {', '.join(map(repr, row))}")
+    if not isinstance(row[name], kind):
+        raise UserError(f"{where}: field {name!r} must be {kind.__name__}, not {row[name]!r:.60}")
+    return row[name]
+
+
+def unpublished(path: Path) -> str | None:
+    """A line of warning where the file is not the published one, as far as its sha256 is known."""
+    known = SHA256.get(path.name)
+    if known is None or hashlib.sha256(path.read_bytes()).hexdigest() == known:
+        return None
+    return f"{path}: not the published file (its sha256 differs), so scores are not comparable with others'"
+
+
+def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
+    """A split of a dataset on the hub; UserError says what to put where if it cannot be had."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as e:  # datasets passes on whatever its transports raise
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(
+            f"dataset {name} cannot be loaded from the hub ({reason:.120}); put {where} into a folder and give "
+            "it as --data-dir, or check the network"
+        ) from None

@@ -1,0 +1,90 @@
+"""Batched log-probabilities against a plain forward pass, one row at a time."""
+
+from mlx_mla.backend_mlx import build_model as build_mlx
+from mlx_mla.config import ModelConfig
+from mlx_mla.decode_torch import build_model as build_torch
+from mlx_mla.errors import UserError
+from mlx_mla.score_mlx import MLXScorer
+from mlx_mla.score_torch import TorchScorer
+from mlx_mla.scoring import Request, encode_choices, encode_pair, score
+from mlx_mla.tokenizer import ByteEncoder
+from mlx_mla.weights import initial_weights
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CONFIGS = {
+    "mla": {"attention": "mla", "kv_lora_rank": 8},
+    "rope": {"attention": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 4},
+    "mha": {"attention": "mha", "kv_lora_rank": None},
+}
+
+
+@pytest.fixture(scope="module")
+def scorers():
+    tokenizer = ByteEncoder().fast_tokenizer()
+    made = {}
+    for name, values in CONFIGS.items():
+        config = ModelConfig(vocab_size=272, n_layer=2, n_head=2, n_embd=24, n_positions=40, **values).resolved()
+        weights = initial_weights(config, 1, 0.4)
+        model = build_torch(config, weights, torch.device("cpu"))
+        made[name] = MLXScorer(build_mlx(config, weights), tokenizer), TorchScorer(model, tokenizer), model
+    return made
+
+
+def alone(model, context, target, n_positions=40):
+    """Log-probabilities of a continuation, by PyTorch in float64, and whether all are the likeliest."""
+    row = (list(context) + list(target))[-n_positions - 1 :]
+    with torch.no_grad():
+        logits = model(torch.tensor([row[:-1]])).logits[0, -len(target) :, :257].double()
+    logprobs = logits.log_softmax(-1)[torch.arange(len(target)), torch.tensor(target)]
+    return float(logprobs.sum()), bool((logits.argmax(-1) == torch.tensor(target)).all())
+
+
+tokens = st.lists(st.integers(0, 256), min_size=1, max_size=36).map(tuple)
+short = st.lists(st.integers(0, 256), min_size=1, max_size=12).map(tuple)
+request = st.tuples(tokens, st.lists(short, min_size=1, max_size=4).map(tuple)).map(lambda p: Request(*p))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=10)
+@given(requests=st.lists(request, min_size=1, max_size=9), batch_size=st.integers(1, 8))
+def test_batches_score_what_single_rows_do(scorers, name, requests, batch_size):
+    mlx, other, model = scorers[name]
+    for scorer in (mlx, other):
+        found = score(scorer, requests, batch_size)
+        assert sorted(found) == list(range(len(requests)))
+        for i, r in enumerate(requests):
+            expected = [alone(model, r.context, t) for t in r.targets]
+            assert found[i].logprob == pytest.approx([s for s, _ in expected], abs=1e-3)
+            assert list(found[i].greedy) == [g for _, g in expected]
+
+
+def test_rows_that_pad_the_vocabulary_get_no_probability(scorers):
+    for scorer in scorers["mla"][:2]:
+        every = score(scorer, [Request((1, 2), tuple((t,) for t in range(257)))], 64)[0]
+        assert np.exp(every.logprob).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_continuation_past_the_table_is_refused(scorers):
+    with pytest.raises(UserError, match="41 tokens does not fit this model's n_positions=40"):
+        score(scorers["mla"][0], [Request((1,), (tuple(range(41)),))])
+
+
+def test_the_likeliest_continuation_is_greedy(scorers):
+    mlx, _, model = scorers["mha"]
+    context = (5, 6, 7)
+    with torch.no_grad():
+        best = int(model(torch.tensor([context])).logits[0, -1, :257].argmax())
+    assert score(mlx, [Request(context, ((best,), ((best + 1) % 257,)))])[0].greedy == (True, False)
+
+
+def test_blanks_before_the_ending_belong_to_it():
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    assert encode_pair(encode, 256, "a  ", "b") == Request((97,), ((32, 32, 98),))
+    assert encode_choices(encode, 256, "", [" b", " c"]) == Request((256,), ((32, 98), (32, 99)))

@@ -1,0 +1,148 @@
+"""Tasks on the real files, and their statistics against numpy and textbook formulas."""
+
+import json
+import math
+
+from mlx_mla.errors import UserError
+from mlx_mla.tasks import TASKS, Context, Measured
+from mlx_mla.tasks.base import compare
+from mlx_mla.tasks.wikitext2 import pages
+from mlx_mla.tokenizer import GPT2Encoder
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture(scope="module")
+def context(shared_data):
+    tokenizer = GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer()
+    return Context(lambda t: tokenizer.encode(t, add_special_tokens=False), 50256, 1024, 1024)
+
+
+def read(shared_data, name, protocol="standard"):
+    task = TASKS[name]
+    return task.documents_from_file(shared_data / task.files[protocol], protocol)
+
+
+def test_wikitext_windows_score_every_token_but_the_first(shared_data, context):
+    documents = read(shared_data, "wikitext2")
+    assert [kind for kind, _ in documents] == ["text"] + ["page"] * 62  # the harness counts 62 pages
+    ids = context.encode(documents[0][1])
+    assert len(ids) == 287_644
+    windows = TASKS["wikitext2"].requests(documents[:1], "standard", context)[0]
+    plain = math.ceil(len(ids) / 1024)
+    assert sum(len(r.targets[0]) for r in windows[:plain]) == len(ids) - plain
+    assert [t for r in windows[plain:] for t in r.targets[0]] == ids[1:]
+    assert {len(r.context) + len(r.targets[0]) for r in windows[:-1]} <= {1024, len(ids) % 1024, len(ids) % 512 + 512}
+
+
+def test_the_originals_wikitext_scores_the_published_number_of_tokens(shared_data, context):
+    documents = read(shared_data, "wikitext2", "original")
+    requests = TASKS["wikitext2"].requests(documents, "original", context)
+    assert sum(len(r.targets[0]) for own in requests for r in own) == 242_367
+
+
+def test_documents_are_all_read(shared_data, context):
+    assert len(read(shared_data, "lambada")) == 5153
+    assert len(read(shared_data, "hellaswag")) == 10042
+
+
+def test_hub_and_folder_give_the_same_documents(shared_data, monkeypatch):
+    lines = (shared_data / "wikitext2/wiki.test.raw").read_text(encoding="utf-8").split("\n")[:-1]
+    published = {
+        "wikitext": Dataset.from_dict({"text": [line + "\n" if line.strip() else "" for line in lines]}),
+        "EleutherAI/lambada_openai": Dataset.from_json(str(shared_data / "lambada/lambada_test.jsonl")),
+        "Rowan/hellaswag": Dataset.from_json(str(shared_data / "hellaswag/hellaswag_val.jsonl")),
+    }
+    published["Rowan/hellaswag"] = published["Rowan/hellaswag"].map(lambda r: {"label": str(r["label"])})
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: asked.append(split) or published[name])
+    for name, task in TASKS.items():
+        assert task.documents_from_hub("standard") == read(shared_data, name)
+    assert asked == ["test", "test", "validation"]
+
+
+def test_without_network_the_message_says_what_to_put_where():
+    with pytest.raises(UserError, match=r"put lambada/lambada_test.jsonl into a folder and give it as --data-dir"):
+        TASKS["lambada"].documents_from_hub("standard")
+
+
+def test_pages_begin_at_first_level_headings():
+    rows = [" \n", " = One = \n", " = = Part = = \n", " text \n", "", " = Two = \n", " more \n"]
+    assert pages(rows) == [" = One = \n = = Part = = \n text \n ", " = Two = \n more "]
+
+
+def test_a_sample_is_seeded_and_not_the_first_rows(shared_data):
+    task, documents = TASKS["hellaswag"], read(shared_data, "hellaswag")
+    chosen = [task.sample(documents, 300, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(chosen[0]) == 300
+    assert max(documents.index(d) for d in chosen[0]) > 9000  # beyond the ActivityNet rows
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("lambada", {"txt": "a b"}, "line 2: field 'text' is missing; it has 'txt'"),
+        ("lambada", {"text": "word"}, "line 2: field 'text' must be several words"),
+        ("hellaswag", {"label": 4}, "line 2: field 'label' must be 0, 1, 2 or 3, not 4"),
+        ("hellaswag", {"endings": ["a"]}, "line 2: field 'endings' must be four texts"),
+        ("hellaswag", {"ctx": 3}, "line 2: field 'ctx' must be str, not 3"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, name, row, message):
+    good = {
+        "lambada": {"text": "one two"},
+        "hellaswag": {
+            "activity_label": "A",
+            "ctx_a": "b",
+            "ctx_b": "c",
+            "ctx": "b c",
+            "endings": list("defg"),
+            "label": 0,
+        },
+    }[name]
+    bad = row if name == "lambada" else {**good, **row}
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    with pytest.raises(UserError, match=r"file\.jsonl, ") as error:
+        TASKS[name].documents_from_file(path, "standard")
+    assert message in str(error.value)
+    path.write_text(json.dumps(good) + "\n{")
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        TASKS[name].documents_from_file(path, "standard")
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=50))
+def test_accuracy_error_is_the_sample_standard_error(correct):
+    values = np.array(correct, float)
+    metric = Measured("acc", values, np.ones(len(values))).metric()
+    assert metric.value == pytest.approx(values.mean())
+    assert metric.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def test_perplexity_error_and_interval_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    inside = paired = 0
+    for _ in range(400):
+        tokens = rng.integers(50, 200, 60).astype(float)
+        shared = rng.normal(0, 0.3, 60)
+        first = Measured("ppl", (3 + shared) * tokens + rng.normal(0, 9, 60), tokens, True)
+        second = Measured("ppl", (3.01 + shared) * tokens + rng.normal(0, 9, 60), tokens, True)
+        metric = first.metric()
+        inside += abs(math.log(metric.value) - 3) < 1.96 * metric.stderr / metric.value
+        interval = compare(first, second)
+        paired += interval.low <= math.exp(0.01) - 1 <= interval.high
+        # Pairing takes out what items share.
+        assert interval.high - interval.low < 3.92 * metric.stderr / metric.value
+    assert 0.9 < inside / 400 < 0.98
+    assert 0.9 < paired / 400 < 0.98
+
+
+def test_models_that_count_other_tokens_are_not_compared():
+    first = Measured("ppl", np.ones(3), np.array([1.0, 2, 3]), True)
+    assert compare(first, Measured("ppl", np.ones(3), np.array([1.0, 2, 4]), True)) is None
+    assert not compare(first, first).shown
