@@ -4,20 +4,27 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 from mlx_mla import checkpoint, cli
 from mlx_mla.errors import UserError
 from mlx_mla.weights import num_parameters
 
+from rich.console import Console
 from tyro.conf import Positional
+
+if TYPE_CHECKING:
+    from convert.to_mla import Calibration
+
+    from transformers import PreTrainedTokenizerFast
 
 PROG = "python -m convert"
 
 
 @dataclasses.dataclass(kw_only=True)
 class ConvertCommand:
-    """Turn a GPT-2 checkpoint into a model folder of this project, or back into Hugging Face's GPT-2.
+    """Turn a GPT-2 checkpoint into a model folder of this project, with latent attention if asked, or back into
+    Hugging Face's GPT-2.
 
     The source is recognised by its content; nothing in it is executed.
     """
@@ -27,8 +34,23 @@ class ConvertCommand:
     llm.c; or a run or model folder of this project."""
     out: Path
     """Folder to write; it must not exist yet, or be empty. It appears complete or not at all."""
-    to: Optional[Literal["hf"]] = None
-    """"hf" writes a plain GPT2LMHeadModel folder. None: a model folder with the source's own attention."""
+    to: Optional[Literal["mla", "hf"]] = None
+    """"mla" replaces multi-head by latent attention; "hf" writes a plain GPT2LMHeadModel folder. None: a model folder
+    with the source's own attention."""
+    rank: Optional[int] = None
+    """--to mla: width of the latent; n_embd is exact and halves the cache, half of it quarters the cache."""
+    method: Optional[Literal["balanced", "whitened", "svd"]] = None
+    """--to mla: what the factorisation minimises: the error of keys and values on the calibration text ("whitened"),
+    that error weighed by the loss's gradient ("balanced"), or the error of the weights ("svd"). None: "whitened" with
+    --calibration, else "svd"."""
+    calibration: Optional[str] = None
+    """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures perplexity."""
+    calibration_tokens: int = 131072
+    """Tokens of the text to calibrate on, from its beginning. 0: all."""
+    held_out_tokens: int = 32768
+    """Tokens of its last tenth to measure perplexity on. 0: all."""
+    device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
+    """Where PyTorch runs the model on the calibration text. "auto" takes a GPU where there is one."""
     revision: Optional[str] = None
     """Branch, tag or commit, for a hub id."""
     tokenizer: Optional[str] = None
@@ -47,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     command = cli.parse(ConvertCommand, argv, PROG)
     _check_out(command.out)
+    _check_flags(command)
 
     # These import torch and transformers, which --help and mistakes need not wait for.
     from convert import hf
     from convert.card import converted_card
     from convert.recognise import open_source
+    from convert.to_mla import check_rank, convert_to_mla
     from convert.vocabulary import find_tokenizer
 
     source = open_source(command.src, command.revision, command.n_head)
@@ -61,14 +85,51 @@ def _main(argv: Sequence[str]) -> int:
     assert config.vocab_size
     if padding := config.vocab_size - len(tokenizer):
         print(f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are kept, and never sampled")
+    rank = check_rank(config, command.rank) if command.to == "mla" else None
     with checkpoint.atomic_folder(command.out) as folder:
+        weights, steps = source.weights(), []
         if command.to == "hf":
-            hf.write_gpt2(folder, config, source.weights(), tokenizer)
+            hf.write_gpt2(folder, config, weights, tokenizer)
         else:
-            card = converted_card(config, source.name, source.kind, len(tokenizer), [])
-            checkpoint.write_model(folder, config, source.weights(), tokenizer, card)
+            if rank is not None:
+                calibration = _calibration(command, tokenizer, config.n_positions)
+                method = command.method or ("whitened" if calibration else "svd")
+                config, weights, report = convert_to_mla(
+                    source.name, config, weights, rank, method, calibration, Console()
+                )
+                steps = report.sentences()
+                print("\n".join(steps))
+                report.write(folder)
+            card = converted_card(config, source.name, source.kind, len(tokenizer), steps)
+            checkpoint.write_model(folder, config, weights, tokenizer, card)
     print(f"wrote {command.out}")
     return 0
+
+
+def _calibration(
+    command: ConvertCommand, tokenizer: "PreTrainedTokenizerFast", n_positions: int
+) -> "Calibration | None":
+    from convert.calibration import Text
+    from convert.to_mla import Calibration
+    from mlx_mla.backend_torch import TorchBackend
+
+    if command.calibration is None:
+        return None
+    text = Text(command.calibration, tokenizer, n_positions)
+    device = TorchBackend(command.device).device
+    return Calibration(text, command.calibration_tokens, command.held_out_tokens, device)
+
+
+def _check_flags(command: ConvertCommand) -> None:
+    if command.to != "mla":
+        for name in ("rank", "method", "calibration"):
+            if getattr(command, name) is not None:
+                raise UserError(f"--{name} goes with --to mla; leave it out")
+    if command.method in ("balanced", "whitened") and command.calibration is None:
+        raise UserError(f"--method {command.method} needs --calibration TEXT; without one there is --method svd")
+    for name in ("calibration_tokens", "held_out_tokens"):
+        if getattr(command, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative; 0 takes all")
 
 
 def _check_out(out: Path) -> None:

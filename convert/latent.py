@@ -1,0 +1,137 @@
+"""Multi-head attention as latent attention: the linear algebra, in float64.
+
+Keys and values of a layer are [k | v] = A x + b with A = [Wk; Wv], (2D, D). A latent of width R is a factorisation
+A ~ U V with V (R, D) and U (2D, R). Two constants cost nothing: what is added to every key leaves the softmax as it
+is, and what is added to every value comes out of attention unchanged, so it goes into the output bias. Hence both
+biases fold away, and only the error's spread around its mean counts: the covariance of x, not its second moment.
+
+    svd        min |A - UV|                        (blind to what x looks like)
+    whitened   min E |(A - UV)(x - mean)|^2        (Sigma = cov(x); CARE, ASVD and SVD-LLM do this for RoPE models)
+    balanced   min E |g . (A - UV)(x - mean)|^2    (g = gradient of the loss at [k | v], taken as independent of x)
+
+Each is a truncated SVD of L A S, with S S^T = Sigma and L^T L = E[g g^T]: the Kronecker-factored form of the
+loss's second-order change (K-FAC, arXiv:1503.05671), in which keys and values have one unit, the loss.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+Method = Literal["balanced", "whitened", "svd"]
+
+RIDGE = 1e-5
+"""Added to the covariance, relative to its mean variance: directions the text never took come last, but are not lost."""
+GRADIENT_RIDGE = 1e-2
+"""The same for the gradients' second moment, which fewer tokens determine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What calibration text says of the input of one attention layer."""
+
+    mean: np.ndarray
+    """(D,)"""
+    covariance: np.ndarray
+    """(D, D)"""
+    gradient: np.ndarray | None = None
+    """Second moment of the loss's gradient at [k | v], (2D, 2D); only for "balanced"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """All factors of one layer, the most important first; the first R are the best latent of width R."""
+
+    up: np.ndarray
+    """(2D, D)"""
+    down: np.ndarray
+    """(D, D); the whole up @ down is A."""
+    singular_values: np.ndarray
+    """(D,), in the units of the method's error."""
+
+    def kept_energy(self, rank: int) -> float:
+        """Share of the sum of squared singular values that a latent of this width keeps."""
+        energy = np.cumsum(self.singular_values**2)
+        return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
+
+
+def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomposition:
+    """Factorise A = [Wk; Wv], (2D, D), in the order of what matters.
+
+    Args:
+        moments: Needed by all but "svd"; "balanced" needs their gradient.
+    """
+    A = kv.astype(np.float64)
+    S = L = L_inverse = None
+    if method != "svd":
+        assert moments is not None
+        S, _ = _root(moments.covariance, RIDGE)
+    if method == "balanced":
+        assert moments is not None and moments.gradient is not None
+        L, L_inverse = _root(moments.gradient, GRADIENT_RIDGE)
+    B = A if L is None else L @ A
+    # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse is not needed.
+    U, singular_values, _ = np.linalg.svd(B if S is None else B @ S, full_matrices=False)
+    return Decomposition(U if L_inverse is None else L_inverse @ U, U.T @ B, singular_values)
+
+
+def _root(matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """The symmetric square root of a positive matrix and its inverse, after adding a ridge."""
+    matrix = matrix.astype(np.float64)
+    scale = float(np.trace(matrix)) / len(matrix) or 1.0
+    values, vectors = np.linalg.eigh(matrix)
+    roots = np.sqrt(np.maximum(values, 0) + ridge * scale)
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+@dataclasses.dataclass(frozen=True)
+class MhaLayer:
+    """Weights of a multi-head attention layer, matrices (out, in); biases may be absent."""
+
+    c_attn: np.ndarray
+    """(3D, D), rows [q | k | v]."""
+    c_attn_bias: np.ndarray | None
+    c_proj: np.ndarray
+    """(D, D)"""
+    c_proj_bias: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class MlaLayer:
+    """Weights of the latent attention layer that replaces it."""
+
+    c_attn: np.ndarray
+    """(D + R, D), rows [q | latent]."""
+    c_attn_bias: np.ndarray | None
+    kv_b_proj: np.ndarray
+    """(2D, R), for each head its key rows, then its value rows."""
+    c_proj: np.ndarray
+    c_proj_bias: np.ndarray
+
+
+def to_latent(layer: MhaLayer, factors: Decomposition, rank: int, n_head: int, mean: np.ndarray | None) -> MlaLayer:
+    """Replace a layer's keys and values by a latent of width `rank`.
+
+    Args:
+        mean: Mean of the layer's input, (D,): the values' mean error goes into the output bias. None: zero.
+
+    Returns:
+        float32 weights. With rank D they compute what the layer did, up to rounding.
+    """
+    D = layer.c_proj.shape[0]
+    up, down = factors.up[:, :rank], factors.down[:rank]
+    value_shift = np.zeros(D)
+    if mean is not None:
+        value_shift += (layer.c_attn[2 * D :].astype(np.float64) - up[D:] @ down) @ mean
+    q_bias = None
+    if layer.c_attn_bias is not None:
+        value_shift += layer.c_attn_bias[2 * D :]
+        q_bias = np.concatenate([layer.c_attn_bias[:D], np.zeros(rank, np.float32)])
+    by_head = np.stack([up[:D].reshape(n_head, -1, rank), up[D:].reshape(n_head, -1, rank)], axis=1)
+    return MlaLayer(
+        c_attn=np.concatenate([layer.c_attn[:D], down.astype(np.float32)]),
+        c_attn_bias=q_bias,
+        kv_b_proj=by_head.reshape(2 * D, rank).astype(np.float32),
+        c_proj=layer.c_proj,
+        c_proj_bias=(layer.c_proj_bias + layer.c_proj.astype(np.float64) @ value_shift).astype(np.float32),
+    )

@@ -1,0 +1,87 @@
+"""The report beside a model whose attention was made latent: conversion.json and conversion.png."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from convert.latent import Decomposition
+
+
+@dataclasses.dataclass
+class Report:
+    """What the conversion did, and what it cost."""
+
+    source: str
+    method: str
+    kv_lora_rank: int
+    n_embd: int
+    cache_bytes_per_token: dict[str, int]
+    """"before" and "after", over all layers, in 16-bit types."""
+    kept_energy: list[float]
+    """Per layer, the share of the squared singular values that is kept."""
+    singular_values: list[list[float]]
+    """Per layer, in the units of the method's error."""
+    calibration: dict[str, Any] | None = None
+    """"text" and "tokens" of the moments."""
+    perplexity: dict[str, Any] | None = None
+    """On the held-out end of the calibration text: "before", "after", "tokens", and "masked_rows" of the vocabulary."""
+
+    def sentences(self) -> list[str]:
+        """The report in a few sentences, for the model card and the terminal."""
+        before, after = self.cache_bytes_per_token["before"], self.cache_bytes_per_token["after"]
+        text = [
+            f"Attention made latent: kv_lora_rank {self.kv_lora_rank} of {self.n_embd}, method {self.method}, keeping "
+            f"{min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of a layer's energy.",
+            f"Cache per token: {before:,} bytes before, {after:,} after ({before / after:.3g} times less).",
+        ]
+        if self.calibration:
+            text.append(f"Calibrated on {self.calibration['tokens']:,} tokens of {self.calibration['text']}.")
+        if p := self.perplexity:
+            masked = f", {p['masked_rows']} rows of padding masked" if p["masked_rows"] else ""
+            text.append(
+                f"Perplexity on {p['tokens']:,} held-out tokens: {p['before']:.4f} before, {p['after']:.4f} after "
+                f"({p['after'] / p['before'] - 1:+.2%}{masked})."
+            )
+        return text
+
+    def write(self, folder: Path) -> None:
+        """Write both files into a folder."""
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        (folder / "conversion.json").write_text(text + "\n", encoding="utf-8")
+        self._plot(folder / "conversion.png")
+
+    def _plot(self, path: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        colours = plt.get_cmap("viridis")
+        n = len(self.singular_values)
+        for i, values in enumerate(self.singular_values):
+            top = values[0] or 1.0
+            label = f"layer {i}" if i in (0, n - 1) else None
+            left.plot(
+                range(1, len(values) + 1), [v / top for v in values], color=colours(i / max(1, n - 1)), label=label
+            )
+        left.axvline(self.kv_lora_rank, color="black", ls="--", lw=1, label=f"rank {self.kv_lora_rank}")
+        left.set(yscale="log", xlabel="index", ylabel="singular value / largest", title="spectrum of [Wk; Wv]")
+        left.set_ylim(bottom=1e-6)
+        left.legend()
+        right.bar(range(n), [1 - kept for kept in self.kept_energy])
+        right.set(
+            xlabel="layer",
+            ylabel="share of energy lost",
+            title=f"{self.method}, rank {self.kv_lora_rank} of {self.n_embd}",
+        )
+        for ax in (left, right):
+            ax.grid(alpha=0.3)
+        fig.savefig(path, dpi=120)
+        plt.close(fig)
+
+
+def spectra(layers: list[Decomposition]) -> list[list[float]]:
+    """Singular values of every layer, to five digits."""
+    return [[float(f"{v:.5g}") for v in layer.singular_values] for layer in layers]

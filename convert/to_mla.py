@@ -1,0 +1,119 @@
+"""A model with multi-head attention becomes one with latent attention."""
+
+import dataclasses
+
+from convert.calibration import Text, collect_moments, perplexity
+from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, to_latent
+from convert.report import Report, spectra
+from mlx_mla.config import ModelConfig
+from mlx_mla.decode_torch import build_model
+from mlx_mla.errors import UserError
+from mlx_mla.estimate import cache_bytes_per_token
+
+import numpy as np
+import torch
+from rich.console import Console
+
+Weights = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Text to weigh the factorisation by, and how much of it."""
+
+    text: Text
+    max_tokens: int
+    held_out_tokens: int
+    device: torch.device
+
+
+def check_rank(config: ModelConfig, rank: int | None) -> int:
+    """The latent width, if it is possible for a model; UserError otherwise."""
+    if config.attention != "mha":
+        raise UserError(
+            f"--to mla needs multi-head attention; this model is latent already (rank {config.kv_lora_rank})"
+        )
+    if rank is None:
+        raise UserError(f"--to mla needs --rank R, from 1 to {config.n_embd} (exact)")
+    if not 1 <= rank <= config.n_embd:
+        raise UserError(f"--rank must be from 1 to the model's n_embd, {config.n_embd} (exact), not {rank}")
+    return rank
+
+
+def convert_to_mla(
+    name: str,
+    config: ModelConfig,
+    weights: Weights,
+    rank: int,
+    method: Method,
+    calibration: Calibration | None,
+    console: Console,
+) -> tuple[ModelConfig, Weights, Report]:
+    """Give every layer a latent of width `rank`.
+
+    Args:
+        name: What the source is called, for the report.
+        config: Resolved; multi-head attention.
+        weights: float32, in this project's layout.
+        calibration: Needed by every method but "svd"; where there is one, perplexity is measured too.
+    """
+    moments: list[Moments] | None = None
+    calibrated = before = None
+    if calibration is not None:
+        model = build_model(config, weights, calibration.device)
+        if method != "svd":
+            moments, tokens = collect_moments(
+                model, calibration.text, calibration.max_tokens, method == "balanced", console
+            )
+            calibrated = {"text": calibration.text.name, "tokens": tokens}
+        before, scored = perplexity(model, calibration.text, calibration.held_out_tokens)
+        del model
+
+    layers = []
+    for i in range(config.n_layer):
+        kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
+        layers.append(decompose(kv, method, moments[i] if moments else None))
+    new_config, new_weights = _assemble(config, weights, rank, layers, moments)
+    report = Report(
+        source=name,
+        method=method,
+        kv_lora_rank=rank,
+        n_embd=config.n_embd,
+        cache_bytes_per_token={
+            "before": cache_bytes_per_token(config, 2),
+            "after": cache_bytes_per_token(new_config, 2),
+        },
+        kept_energy=[layer.kept_energy(rank) for layer in layers],
+        singular_values=spectra(layers),
+        calibration=calibrated,
+    )
+    if calibration is not None:
+        model = build_model(new_config, new_weights, calibration.device)
+        after, _ = perplexity(model, calibration.text, calibration.held_out_tokens)
+        assert config.vocab_size
+        masked = config.vocab_size - len(calibration.text.tokenizer)
+        report.perplexity = {"before": before, "after": after, "tokens": scored, "masked_rows": masked}
+    return new_config, new_weights, report
+
+
+def _assemble(
+    config: ModelConfig, weights: Weights, rank: int, layers: list[Decomposition], moments: list[Moments] | None
+) -> tuple[ModelConfig, Weights]:
+    values = {**config.to_dict(), "attention": "mla", "kv_lora_rank": rank}
+    new_config = ModelConfig.from_dict(values).resolved()
+    new = {n: w for n, w in weights.items() if ".attn." not in n}
+    for i, factors in enumerate(layers):
+        attn = f"transformer.h.{i}.attn"
+        old = MhaLayer(
+            c_attn=weights[f"{attn}.c_attn.weight"],
+            c_attn_bias=weights.get(f"{attn}.c_attn.bias"),
+            c_proj=weights[f"{attn}.c_proj.weight"],
+            c_proj_bias=weights[f"{attn}.c_proj.bias"],
+        )
+        layer = to_latent(old, factors, rank, config.n_head, moments[i].mean if moments else None)
+        new[f"{attn}.c_attn.weight"] = layer.c_attn
+        if layer.c_attn_bias is not None:
+            new[f"{attn}.c_attn.bias"] = layer.c_attn_bias
+        new[f"{attn}.kv_b_proj.weight"] = layer.kv_b_proj
+        new[f"{attn}.c_proj.weight"], new[f"{attn}.c_proj.bias"] = layer.c_proj, layer.c_proj_bias
+    return new_config, new

@@ -1,0 +1,229 @@
+"""Multi-head attention made latent: exact at full rank, optimal below, reported, whatever the text's length."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from convert import __main__ as convert  # noqa: E402
+from convert import latent  # noqa: E402
+from convert.calibration import Text, collect_moments, perplexity  # noqa: E402
+from mlx_mla import checkpoint, generate  # noqa: E402
+from mlx_mla.decode_torch import build_model  # noqa: E402
+from mlx_mla.tokenizer import ByteEncoder  # noqa: E402
+
+import foreign  # noqa: E402
+import numpy as np  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+METHODS = ("balanced", "whitened", "svd")
+CPU = torch.device("cpu")
+
+
+def converted(src, out, *flags):
+    argv = [str(src), "--out", str(out), "--to", "mla", "--tokenizer", "bytes", "--device", "cpu", *map(str, flags)]
+    assert convert.main(argv) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def model():
+    return foreign.gpt2(spread=0.15)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mla") / "gpt2"
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_full_rank_is_exact_with_half_the_cache(method, model, hf_folder, text_file, tmp_path):
+    flags = [] if method == "svd" else ["--calibration", text_file, "--calibration-tokens", 1000]
+    out = converted(hf_folder, tmp_path / "out", "--rank", 32, "--method", method, *flags)
+    x = foreign.ids(length=48)
+    torch.testing.assert_close(foreign.logits_of_folder(out, x), foreign.logits_of(model, x), atol=1e-4, rtol=0)
+    report = json.loads((out / "conversion.json").read_text())
+    assert report["cache_bytes_per_token"]["before"] == 2 * report["cache_bytes_per_token"]["after"]
+    assert report["method"] == method
+    assert checkpoint.damage(out) is None
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_full_rank_is_exact_for_any_shape(data):
+    heads, width = data.draw(st.sampled_from([(1, 6), (2, 8), (3, 12), (4, 20)]))
+    D, rng = width, np.random.default_rng(data.draw(st.integers(0, 99)))
+    bias = data.draw(st.booleans())
+    method = data.draw(st.sampled_from(METHODS))
+    layer = latent.MhaLayer(
+        rng.normal(size=(3 * D, D)).astype(np.float32),
+        rng.normal(size=3 * D).astype(np.float32) if bias else None,
+        rng.normal(size=(D, D)).astype(np.float32),
+        rng.normal(size=D).astype(np.float32),
+    )
+    # Fewer samples than directions: the moments are singular, and the model must be exact all the same.
+    x, g = rng.normal(1, 1, (4, D)), rng.normal(size=(4, 2 * D))
+    moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True), g.T @ g / 4)
+    factors = latent.decompose(layer.c_attn[D:], method, moments)
+    new = latent.to_latent(layer, factors, D, heads, moments.mean)
+    up = new.kv_b_proj.reshape(heads, 2, D // heads, D).transpose(1, 0, 2, 3).reshape(2 * D, D)
+    np.testing.assert_allclose(up.astype(np.float64) @ new.c_attn[D:], layer.c_attn[D:], atol=1e-4)
+    expected = layer.c_proj_bias + (layer.c_proj @ layer.c_attn_bias[2 * D :] if bias else 0)
+    np.testing.assert_allclose(new.c_proj_bias, expected, atol=1e-3)
+
+
+def test_whitening_is_the_best_latent_for_the_text():
+    """No other map of the same rank has a smaller error on the inputs it was fitted to."""
+    rng = np.random.default_rng(0)
+    A = rng.normal(size=(24, 12))
+    x = rng.normal(size=(500, 12)) @ rng.normal(size=(12, 12)) * np.geomspace(1, 0.01, 12) + 3.0
+    moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True))
+
+    def error(factors, rank):
+        E = A - factors.up[:, :rank] @ factors.down[:rank]
+        return np.mean(np.sum(((x - x.mean(0)) @ E.T) ** 2, axis=1))
+
+    white, plain = latent.decompose(A, "whitened", moments), latent.decompose(A, "svd", None)
+    for rank in range(1, 12):
+        assert error(white, rank) <= error(plain, rank) * (1 + 1e-6)
+        lost = np.sum(white.singular_values[rank:] ** 2)
+        assert error(white, rank) == pytest.approx(lost, rel=0.05, abs=1e-3)  # the ridge is all that parts them
+    assert error(white, 4) < 0.5 * error(plain, 4)
+
+
+def test_balancing_is_the_best_latent_under_the_gradients_weight():
+    rng = np.random.default_rng(1)
+    A, x = rng.normal(size=(16, 8)), rng.normal(size=(200, 8))
+    g = rng.normal(size=(200, 16)) * np.geomspace(1, 0.05, 16)
+    moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True), g.T @ g / 200)
+
+    def change(factors, rank):
+        E = A - factors.up[:, :rank] @ factors.down[:rank]
+        return np.trace(moments.gradient @ E @ moments.covariance @ E.T)
+
+    balanced, white = (latent.decompose(A, m, moments) for m in ("balanced", "whitened"))
+    for rank in range(1, 8):
+        assert change(balanced, rank) <= change(white, rank) * 1.05
+
+
+def test_keys_constants_and_values_means_cost_nothing(model, text_file):
+    """Directions that the text holds constant leave the outputs as they were at any rank."""
+    D = 8
+    rng = np.random.default_rng(0)
+    layer = latent.MhaLayer(*(rng.normal(size=s).astype(np.float32) for s in ((3 * D, D), (3 * D,), (D, D), (D,))))
+    x = np.concatenate([rng.normal(size=(50, 3)), np.full((50, 5), 2.0)], axis=1)
+    moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True))
+    new = latent.to_latent(layer, latent.decompose(layer.c_attn[D:], "whitened", moments), 3, 1, moments.mean)
+    v = x @ layer.c_attn[2 * D :].T + layer.c_attn_bias[2 * D :]
+    v_new = x @ (new.kv_b_proj[D:] @ new.c_attn[D:]).T
+    p = rng.dirichlet(np.ones(50))
+    old_out, new_out = (p @ v) @ layer.c_proj.T + layer.c_proj_bias, (p @ v_new) @ new.c_proj.T + new.c_proj_bias
+    np.testing.assert_allclose(new_out, old_out, atol=1e-3)
+    k, k_new = x @ layer.c_attn[D : 2 * D].T, x @ (new.kv_b_proj[:D] @ new.c_attn[D:]).T
+    np.testing.assert_allclose(k_new - k_new.mean(0), k - k.mean(0), atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_file):
+    """A multi-head model that has learned something."""
+    from mlx_mla import train
+
+    out = tmp_path_factory.mktemp("runs") / "mha"
+    argv = ["--attention", "mha", "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--n-positions", "48"]
+    argv += ["--data", str(text_file), "--out", str(out), "--steps", "120", "--batch-size", "8", "--sample-tokens", "0"]
+    assert train.main([*argv, "--backend", "torch", "--device", "cpu", "--vocab-size", "272"]) == 0
+    return out
+
+
+def test_report_card_and_order_of_the_methods(trained, text_file, tmp_path, capfd):
+    lost = {}
+    for method in METHODS:
+        out = converted(
+            trained, tmp_path / method, "--rank", 8, "--method", method, "--calibration", text_file,
+            "--calibration-tokens", 8000, "--held-out-tokens", 0,
+        )  # fmt: skip
+        report = json.loads((out / "conversion.json").read_text())
+        p = report["perplexity"]
+        lost[method] = p["after"] / p["before"] - 1
+        assert p["masked_rows"] == 15 and 1500 < p["tokens"] < 2100
+        assert len(report["singular_values"]) == 2 and len(report["singular_values"][0]) == 32
+        assert all(0.1 < kept < 1 for kept in report["kept_energy"])
+        assert (out / "conversion.png").read_bytes().startswith(b"\x89PNG")
+        assert "15 rows of padding masked" in (out / "README.md").read_text()
+    assert "Perplexity on" in capfd.readouterr().out
+    assert 0 < lost["whitened"] < lost["svd"], lost
+    assert 0 < lost["balanced"] < lost["svd"], lost
+
+
+def test_a_converted_model_decodes_as_in_full(trained, text_file, tmp_path, capfd):
+    out = converted(trained, tmp_path / "out", "--rank", 12, "--calibration", text_file)
+    answers = []
+    for backend, cache in (("mlx", "latent"), ("mlx", "none"), ("torch", "latent")):
+        capfd.readouterr()
+        argv = ["--model", str(out), "--prompt", "The ", "--temp", "0", "--max-tokens", "30", "--json"]
+        assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
+        answers.append(json.loads(capfd.readouterr().out)["text"])
+    assert len(set(answers)) == 1
+
+
+def text_of(path, context=16) -> Text:
+    return Text(str(path), ByteEncoder().fast_tokenizer(), context)
+
+
+def test_moments_are_those_of_all_tokens_at_once(hf_folder, tmp_path):
+    assert convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
+    config = checkpoint.read_config(tmp_path / "mha")
+    model = build_model(config, checkpoint.read_weights(tmp_path / "mha", config), CPU)
+    file = tmp_path / "text.txt"
+    file.write_bytes(bytes(range(32, 127)) * 100)
+    text = text_of(file)
+    moments, tokens = collect_moments(model, text, 0, True, Console())
+    seen = []
+    handle = model.transformer.h[1].attn.c_attn.register_forward_pre_hook(lambda m, x: seen.append(x[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in text.calibration(0):
+            model(torch.tensor(batch[:, :-1]))
+    handle.remove()
+    x = torch.cat(seen).double().numpy()
+    assert tokens == len(x) == 9500 * 9 // 10 // 16 * 16
+    np.testing.assert_allclose(moments[1].mean, x.mean(0), atol=1e-5)
+    np.testing.assert_allclose(moments[1].covariance, np.cov(x.T, bias=True), atol=1e-4)
+    g = moments[1].gradient
+    assert g.shape == (64, 64) and np.linalg.eigvalsh(g).min() > -1e-9
+
+
+def test_text_streams_without_gap_or_overlap(tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.calibration.BLOCK", 37)
+    file = tmp_path / "text.txt"
+    content = "naïve 東京 text. " * 200
+    file.write_text(content, encoding="utf-8")
+    text = text_of(file)
+    batches = list(text.calibration(0))
+    got = bytes(t for b in batches for row in b for t in row[:-1] if t < 256)
+    assert content.encode().startswith(got)
+    assert len(got) > 0.88 * len(content.encode())
+    for b in batches:
+        assert (b[1:, 0] == b[:-1, -1]).all()
+    held = bytes(t for b in text.held_out(0) for row in b for t in row[:-1] if t < 256)
+    assert held in content.encode()
+    assert sum(b.shape[0] * (b.shape[1] - 1) for b in text.calibration(100)) <= 2048
+
+
+def test_perplexity_is_of_the_tokens_alone(hf_folder, tmp_path):
+    assert convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
+    config = checkpoint.read_config(tmp_path / "mha")
+    model = build_model(config, checkpoint.read_weights(tmp_path / "mha", config), CPU)
+    file = tmp_path / "text.txt"
+    file.write_text("abcdefgh" * 100)
+    value, tokens = perplexity(model, text_of(file), 0)
+    batch = np.concatenate(list(text_of(file).held_out(0)))
+    with torch.no_grad():
+        logits = model(torch.tensor(batch[:, :-1])).logits[..., :257]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(batch[:, 1:]).flatten())
+    assert value == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert tokens == batch[:, 1:].size
