@@ -21,7 +21,7 @@ import numpy as np
 Method = Literal["balanced", "whitened", "svd"]
 
 RIDGE = 1e-5
-"""Added to the covariance, relative to its mean variance: directions the text never took come last, but are not lost."""
+"""Added to the covariance, relative to its mean variance: directions that the text never took are not lost."""
 GRADIENT_RIDGE = 1e-2
 """The same for the gradients' second moment, which fewer tokens determine."""
 

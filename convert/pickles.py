@@ -1,6 +1,7 @@
 """PyTorch's pickled files, opened without running what is in them."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def open_pickle(path: Path) -> Any:
         UserError: If the file is damaged, or names code beyond tensors, plain values and `ALLOWED`.
     """
     try:
-        with torch.serialization.safe_globals(ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # it remarks on protocols other than torch.save's, and then says why it stops
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         reason = str(e)
