@@ -1,0 +1,132 @@
+"""Scores against lm-evaluation-harness and transformers, on the real files."""
+
+import json
+import os
+
+from mlx_mla import evaluate
+from mlx_mla.backend import get_backend
+from mlx_mla.tasks import TASKS
+
+import numpy as np
+import pytest
+import torch
+from eval_models import write
+from transformers import AutoModelForCausalLM
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
+
+pytestmark = pytest.mark.slow
+N = 200
+
+
+@pytest.fixture(scope="module")
+def folder(shared_data, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("referee") / "model", shared_data)
+
+
+@pytest.fixture(scope="module")
+def sample(shared_data, tmp_path_factory):
+    """A data folder with N random rows of each jsonl file and the first pages of WikiText, as it is published."""
+    folder = tmp_path_factory.mktemp("sample")
+    for name in ("lambada", "hellaswag"):
+        path = TASKS[name].files["standard"]
+        lines = (shared_data / path).read_text(encoding="utf-8").splitlines()
+        chosen = np.random.default_rng(0).choice(len(lines), N, replace=False)
+        (folder / path).parent.mkdir()
+        (folder / path).write_text("\n".join(lines[i] for i in sorted(chosen)) + "\n", encoding="utf-8")
+    (folder / "wikitext2").mkdir()
+    text = (shared_data / "wikitext2/wiki.test.raw").read_text(encoding="utf-8")
+    (folder / "wikitext2/wiki.test.raw").write_text(text[:60_000].rpartition("\n")[0] + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder, sample, tmp_path_factory):
+    """Results of both backends."""
+    results = {}
+    for backend in ("mlx", "torch"):
+        out = tmp_path_factory.mktemp("ours") / "results.json"
+        argv = ["--model", str(folder), "--data-dir", str(sample), "--out", str(out), "--backend", backend]
+        assert evaluate.main([*argv, "--tasks", "wikitext2,lambada,hellaswag"]) == 0
+        results[backend] = json.loads(out.read_text())["models"][0]["tasks"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def theirs(folder, sample, tmp_path_factory):
+    """lm_eval's results through its `hf` model, with its own tasks pointed at the same files."""
+    from lm_eval.tasks import TaskManager
+
+    tasks = tmp_path_factory.mktemp("tasks")
+    own = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
+    pages = tmp_path_factory.mktemp("pages") / "pages.jsonl"
+    documents = TASKS["wikitext2"].documents_from_file(sample / "wikitext2/wiki.test.raw", "standard")
+    pages.write_text("\n".join(json.dumps({"page": p}) for kind, p in documents if kind == "page"), encoding="utf-8")
+    files = {
+        "wikitext": ("wikitext/wikitext.yaml", pages),
+        "lambada_openai": ("lambada/lambada_openai.yaml", sample / "lambada/lambada_test.jsonl"),
+        "hellaswag": ("hellaswag/hellaswag.yaml", sample / "hellaswag/hellaswag_val.jsonl"),
+    }
+    for name, (yaml, data) in files.items():
+        lines = [
+            f"include: {os.path.join(own, yaml)}", f"task: local_{name}", "dataset_path: json", "dataset_name: null",
+            "training_split: null", "validation_split: null", "test_split: test",
+            f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}",
+        ]  # fmt: skip
+        (tasks / f"local_{name}.yaml").write_text("\n".join(lines) + "\n")
+    outcome = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32"},
+        tasks=[f"local_{name}" for name in files],
+        task_manager=TaskManager(include_path=str(tasks)),
+        batch_size=8,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    return {name: outcome["results"][f"local_{name}"] for name in files}
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_hellaswag_is_lm_evals(ours, theirs, backend):
+    for metric in ("acc", "acc_norm"):
+        assert ours[backend]["hellaswag"][metric] == pytest.approx(theirs["hellaswag"][f"{metric},none"], abs=1e-9)
+        assert ours[backend]["hellaswag"]["n"] == N
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_lambada_is_lm_evals(ours, theirs, backend):
+    mine, other = ours[backend]["lambada"], theirs["lambada_openai"]
+    assert np.log(mine["ppl"]) == pytest.approx(np.log(other["perplexity,none"]), rel=1e-4)
+    assert mine["ppl"] == pytest.approx(other["perplexity,none"], rel=1e-3)
+    assert mine["acc"] == pytest.approx(other["acc,none"], abs=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_wikitext_pages_are_lm_evals(ours, theirs, backend):
+    mine, other = ours[backend]["wikitext2"], theirs["wikitext"]
+    assert mine["word_ppl"] == pytest.approx(other["word_perplexity,none"], rel=1e-3)
+    assert mine["byte_ppl"] == pytest.approx(other["byte_perplexity,none"], rel=1e-3)
+    assert mine["bits_per_byte"] == pytest.approx(other["bits_per_byte,none"], rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.parametrize("stride", [1024, 512])
+def test_windows_are_those_of_transformers_documentation(ours, folder, sample, backend, stride):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    documents = TASKS["wikitext2"].documents_from_file(sample / "wikitext2/wiki.test.raw", "standard")
+    scorer = get_backend(backend).scorer(folder)
+    ids = torch.tensor([scorer.tokenizer.encode(documents[0][1], add_special_tokens=False)])
+    total, count, before = 0.0, 0, 0
+    for start in range(0, ids.shape[1], stride):
+        end = min(start + 1024, ids.shape[1])
+        labels = ids[:, start:end].clone()
+        labels[:, : before - start] = -100
+        with torch.no_grad():
+            loss = model(ids[:, start:end], labels=labels).loss.item()
+        scored = int((labels[:, 1:] != -100).sum())
+        total, count, before = total + loss * scored, count + scored, end
+        if end == ids.shape[1]:
+            break
+    name = "token_ppl" if stride == 1024 else "token_ppl_stride512"
+    assert ours[backend]["wikitext2"][name] == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert ours[backend]["wikitext2"][f"{name}_count"] == {"token": count}
