@@ -1,0 +1,156 @@
+"""Stock mlx-lm on a converted model: every tool of it that the README promises."""
+
+import concurrent.futures
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from convert import __main__ as convert  # noqa: E402
+from mlx_mla.backend import GenerationOptions, get_backend  # noqa: E402
+
+import foreign  # noqa: E402
+from conftest import python  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+PROMPT, TOKENS = "The st", 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A latent model; its widths are multiples of mlx-lm's quantisation group, 64."""
+    tmp = tmp_path_factory.mktemp("mlx_lm")
+    model = foreign.gpt2(spread=0.15, n_embd=128, n_positions=128, vocab_size=257)
+    with torch.no_grad():  # the likeliest tokens are then ASCII, so texts can be compared
+        for ids in (slice(0, 33), slice(127, None)):
+            model.transformer.wte.weight[ids] = 0
+    model.save_pretrained(str(tmp / "hf"))
+    argv = [str(tmp / "hf"), "--out", str(tmp / "mla"), "--tokenizer", "bytes", "--to", "mla", "--rank", "64"]
+    assert convert.main(argv) == 0
+    return tmp / "mla"
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """Our own greedy text."""
+    options = GenerationOptions(temp=0, max_tokens=TOKENS)
+    decoder = get_backend("torch", "cpu").decoder(folder)
+    return "".join(p.text for p in decoder.stream(list(PROMPT.encode()), options))
+
+
+def mlx_lm(tool: str, *args: object) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        python("-m", "mlx_lm", tool, *map(str, args)), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def generated(folder, *flags: object) -> str:
+    flags = ("--model", folder, "--trust-remote-code", "--temp", 0, "--max-tokens", TOKENS, *flags)
+    text = mlx_lm("generate", *flags, "--prompt", PROMPT).stdout
+    return text.split("==========\n")[1].removesuffix("\n")
+
+
+def test_generate(folder, expected):
+    assert generated(folder).strip() == expected.strip()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
+    out = tmp_path / f"q{bits}"
+    mlx_lm("convert", "--hf-path", folder, "--mlx-path", out, "-q", "--q-bits", bits, "--trust-remote-code")
+    assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == bits
+    smaller = (out / "model.safetensors").stat().st_size / (folder / "model.safetensors").stat().st_size
+    assert smaller < (0.25 if bits == 4 else 0.4)
+    text = generated(out)
+    assert text
+    if bits == 8:  # the first characters of a random model survive eight bits
+        assert text.strip()[:2] == expected.strip()[:2]
+
+
+def test_prompt_cache_saved_and_loaded(folder, tmp_path, expected):
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+
+    model, tokenizer = load(str(folder), {"trust_remote_code": True}, trust_remote_code=True)[:2]
+    ids = tokenizer.encode(PROMPT, add_special_tokens=False)
+    cache = make_prompt_cache(model)
+    model(mx.array([ids[:-1]]), cache=cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    again = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert again[0].offset == len(ids) - 1
+    assert again[0].keys.shape[-1] == 64 and again[0].values.shape[-1] == 0
+    steps = generate_step(mx.array(ids[-1:]), model, max_tokens=TOKENS, prompt_cache=again)
+    got = tokenizer.decode([int(token) for token, _ in steps])
+    assert got == expected
+
+
+def loss(folder, text: str, **adapter) -> float:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm import load
+
+    model, tokenizer = load(str(folder), {"trust_remote_code": True}, trust_remote_code=True, **adapter)[:2]
+    ids = mx.array([tokenizer.encode(text)])
+    return float(nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean"))
+
+
+def test_lora_trains_some_steps_and_its_adapter_loads(folder, tmp_path):
+    data, adapter = tmp_path / "data", tmp_path / "adapter"
+    data.mkdir()
+    for split in ("train", "valid"):
+        lines = [json.dumps({"text": f"The story of number {i} is short."}) for i in range(8)]
+        (data / f"{split}.jsonl").write_text("\n".join(lines))
+    mlx_lm(
+        "lora", "--model", folder, "--train", "--data", data, "--iters", 20, "--batch-size", 4, "--num-layers", 2,
+        "--learning-rate", 1e-3, "--adapter-path", adapter, "--steps-per-eval", 20, "--val-batches", 1,
+        "--trust-remote-code",
+    )  # fmt: skip
+    text = "The story of number 3 is short."
+    assert loss(folder, text, adapter_path=str(adapter)) < 0.9 * loss(folder, text)
+    assert generated(folder, "--adapter-path", adapter)
+
+
+def ask(port: int, prompt: str) -> str:
+    body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0.0}).encode()
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.loads(answer.read())["choices"][0]["text"]
+
+
+def test_server_answers_three_at_once_as_it_answers_each(folder):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen(
+        python("-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port), "--trust-remote-code"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for _ in range(240):
+            assert process.poll() is None, "the server ended"
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.25)
+        prompts = ["The st", "A rather longer beginning of", "x"]
+        alone = [ask(port, p) for p in prompts]
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(lambda p: ask(port, p), prompts))
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert all(alone)
+    assert together == alone
