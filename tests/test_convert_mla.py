@@ -136,6 +136,7 @@ def trained(tmp_path_factory, text_file):
     out = tmp_path_factory.mktemp("runs") / "mha"
     argv = ["--attention", "mha", "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--n-positions", "48"]
     argv += ["--data", str(text_file), "--out", str(out), "--steps", "120", "--batch-size", "8", "--sample-tokens", "0"]
+    argv += ["--eval-every", "0"]
     assert train.main([*argv, "--backend", "torch", "--device", "cpu", "--vocab-size", "272"]) == 0
     return out
 

@@ -23,7 +23,7 @@ def models(shared_data, tmp_path_factory):
 def data(shared_data, tmp_path_factory):
     """The first rows of the real files."""
     folder = tmp_path_factory.mktemp("data")
-    for name, lines in (("lambada", 40), ("hellaswag", 20), ("wikitext2", 60)):
+    for name, lines in (("lambada", 40), ("hellaswag", 20), ("wikitext2", 25)):
         for path in set(TASKS[name].files.values()):
             text = (shared_data / path).read_text(encoding="utf-8").split("\n")[:lines]
             (folder / path).parent.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
 @pytest.mark.parametrize("protocol", ["standard", "original"])
 def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol):
     out = tmp_path / "r.json"
-    assert run("--model", *models, "--data-dir", data, "--protocol", protocol, "--out", out) == 0
+    assert run("--model", *models, "--data-dir", data, "--protocol", protocol, "--out", out, "--backend", "torch") == 0
     document = results(out)
     assert [m["model"] for m in document["models"]] == models
     for model in document["models"]:
@@ -114,7 +114,7 @@ def test_a_sample_is_of_the_asked_size_and_seeded(models, data, tmp_path):
     scores = []
     for i, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"{i}.json"
-        argv = ["--model", models[0], "--data-dir", data, "--tasks", "lambada,wikitext2", "--limit", 7]
+        argv = ["--model", models[0], "--data-dir", data, "--tasks", "lambada", "--limit", 7]
         assert run(*argv, "--seed", seed, "--out", out) == 0
         tasks = results(out)["models"][0]["tasks"]
         assert tasks["lambada"]["n"] == 7

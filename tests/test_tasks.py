@@ -1,5 +1,6 @@
 """Tasks on the real files, and their statistics against numpy and textbook formulas."""
 
+import dataclasses
 import json
 import math
 
@@ -37,6 +38,16 @@ def test_wikitext_windows_score_every_token_but_the_first(shared_data, context):
     assert sum(len(r.targets[0]) for r in windows[:plain]) == len(ids) - plain
     assert [t for r in windows[plain:] for t in r.targets[0]] == ids[1:]
     assert {len(r.context) + len(r.targets[0]) for r in windows[:-1]} <= {1024, len(ids) % 1024, len(ids) % 512 + 512}
+
+
+def test_a_sample_of_windows_is_spread_over_the_text(shared_data, context):
+    documents, task = read(shared_data, "wikitext2")[:1], TASKS["wikitext2"]
+    sampled = dataclasses.replace(context, limit=9, seed=3)
+    every, some = (task.requests(documents, "standard", c)[0] for c in (context, sampled))
+    assert len(some) == 18
+    assert set(some) < set(every)
+    assert every.index(some[8]) > 100
+    assert task.requests(documents, "standard", sampled)[0] == some
 
 
 def test_the_originals_wikitext_scores_the_published_number_of_tokens(shared_data, context):
