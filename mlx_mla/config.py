@@ -192,6 +192,12 @@ class TrainConfig:
     """Steps between measurements of the validation loss. 0: only at the end."""
     eval_batches: int = 20
     """Batches of one such measurement, spread evenly. 0: the whole held-out text; the last one always takes it."""
+    eval_tasks: str = ""
+    """Tasks to run at the same steps, separated by commas: wikitext2, lambada, hellaswag. Empty: none."""
+    eval_limit: int = 100
+    """Items of each of these tasks: one seeded random sample for the whole run."""
+    eval_data_dir: Optional[str] = None
+    """Folder with the tasks' files, as --data-dir of mlx_mla.evaluate. None: the Hugging Face hub."""
     save_every: int = 200
     """Steps between checkpoints. 0: only at the end."""
     keep: int = 2
@@ -217,7 +223,7 @@ class TrainConfig:
 
     def resolved(self, tokenizer_size: int) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""
-        for name in ("steps", "batch_size", "grad_accum_steps", "log_every"):
+        for name in ("steps", "batch_size", "grad_accum_steps", "log_every", "eval_limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
@@ -236,6 +242,8 @@ class TrainConfig:
                 raise UserError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
         if self.bpe_dir is not None and self.tokenizer != "gpt2":
             raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
+        if self.eval_data_dir is not None and not self.eval_tasks:
+            raise UserError("--eval-data-dir goes with --eval-tasks; leave it out")
         model = self.model.resolved(tokenizer_size)
         if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
             raise UserError(f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not {self.seq_len}")

@@ -1,7 +1,9 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
 import math
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,6 +56,12 @@ class TrainDisplay:
         """Report a validation loss."""
         self._bar.update(self._task, val=f"{loss:.3f}")
         self.say(f"step {step}/{self._total}  validation loss {loss:.4f}")
+
+    def task(self, step: int, name: str, metrics: Mapping[str, Any]) -> None:
+        """Report a task's metrics with their standard errors."""
+        names = [key for key in metrics if f"{key}_stderr" in metrics]
+        values = [f"{key} {metrics[key]:.4g} ± {metrics[f'{key}_stderr']:.2g}" for key in names]
+        self.say(f"step {step}/{self._total}  {name}  {'  '.join(values)}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -103,6 +103,7 @@ def score(
     Raises:
         UserError: If a continuation alone does not fit in n_positions.
     """
+    check_lengths(requests, scorer.n_positions)
     chosen = range(len(requests)) if only is None else only
     units = [u for i in chosen for u in _units(i, requests[i], scorer.n_positions)]
     units.sort(key=lambda u: (len(u.prefix) + u.shape[2], u.shape), reverse=True)
@@ -119,6 +120,13 @@ def score(
                 if done is not None:
                     done(unit.request, result)
     return finished
+
+
+def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
+    """UserError if a continuation alone does not fit in the position table."""
+    longest = max((len(target) for request in requests for target in request.targets), default=0)
+    if longest > n_positions:
+        raise UserError(f"a continuation of {longest} tokens does not fit this model's n_positions={n_positions}")
 
 
 def encode_pair(encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, ending: str) -> Request:
@@ -143,8 +151,6 @@ def encode_choices(
 
 def _units(index: int, request: Request, n_positions: int) -> Iterator[_Unit]:
     longest = max(map(len, request.targets))
-    if longest > n_positions:
-        raise UserError(f"a continuation of {longest} tokens does not fit this model's n_positions={n_positions}")
     context = request.context
     several = len(request.targets) > 1 and len(context) + longest - 1 <= n_positions
     shared = (len(context) - 1) // BUCKET * BUCKET if several else 0

@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from mlx_mla.card import model_card
 from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, read_toml, to_toml
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
+from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
 from mlx_mla.plot import plot_loss, read_metrics
 from mlx_mla.shards import TokenWindows
+from mlx_mla.tasks import TASKS
+from mlx_mla.tasks.wikitext2 import WINDOW
 from mlx_mla.tokenizer import TextEncoder, get_encoder
 from mlx_mla.weights import initial_weights
 
@@ -81,6 +84,7 @@ def train(
     config = config.resolved(encoder.size)
     tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
     data = _Data(config, encoder, tokens)
+    tasks = _tasks(config, data)
     start = _resume_point(config, out, from_step, data) if resume else None
     weights = _first_weights(config) if start is None else start.weights
     backend = get_backend(config.backend, config.device)
@@ -95,7 +99,7 @@ def train(
         f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}", highlight=False
     )
     session = backend.train_session(config, weights, None if start is None else start.optimizer_state, done)
-    return _Loop(config, out, data, session, console, start).run()
+    return _Loop(config, out, data, tasks, session, console, start).run()
 
 
 class _Data:
@@ -104,6 +108,7 @@ class _Data:
     def __init__(self, config: TrainConfig, encoder: TextEncoder, tokens: np.ndarray):
         assert config.model.vocab_size
         self.encoder = encoder
+        self.tokenizer = encoder.fast_tokenizer()
         self.fingerprint = corpus.fingerprint(tokens)
         cut = int(len(tokens) * (1 - config.val_fraction))
         T, vocab = config.context, config.model.vocab_size
@@ -125,14 +130,15 @@ class _Loop:
         config: TrainConfig,
         out: Path,
         data: _Data,
+        tasks: Sequence[PreparedTask],
         session: TrainSession,
         console: Console,
         start: _ResumePoint | None,
     ):
         self.config, self.out, self.data, self.session = config, out, data, session
+        self.tasks, self.tokenizer = tasks, data.tokenizer
         self.done = self.saved = 0 if start is None else start.step
         self.val_loss = None if start is None else start.val_loss
-        self.tokenizer = data.encoder.fast_tokenizer()
         self.display = TrainDisplay(console, self.done, config.steps)
         # Time spent training, without validation and saving, since the last logged step.
         self._clock, self._clock_tokens = 0.0, 0
@@ -147,6 +153,7 @@ class _Loop:
                 finished = self.done == config.steps
                 if finished or _due(self.done, config.eval_every):
                     self._validate(everything=finished)
+                    self._run_tasks()
                 if finished or _due(self.done, config.save_every):
                     self._save()
             if self.saved != self.done:
@@ -177,7 +184,7 @@ class _Loop:
         eta = left * self._spent / self._spent_steps if self._spent_steps else None
         self.display.step(self.done, result.loss, speed, eta)
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
-            self._log("train", result.loss, lr, speed)
+            self._log_loss("train", result.loss, lr, speed)
             self._clock, self._clock_tokens = 0.0, 0
 
     def _validate(self, everything: bool) -> None:
@@ -188,18 +195,21 @@ class _Loop:
         self.val_loss = total / count
         self.display.validation(self.done, self.val_loss)
         rate = learning_rate(self.config, self.done - 1)
-        self._log("val", self.val_loss, rate, count / (time.perf_counter() - began))
+        self._log_loss("val", self.val_loss, rate, count / (time.perf_counter() - began))
 
-    def _log(self, split: str, loss: float, lr: float, tokens_per_sec: float) -> None:
-        row = {
-            "step": self.done,
-            "split": split,
-            "loss": loss,
-            "lr": lr,
-            "tokens": self.done * self.config.tokens_per_step,
-            "tokens_per_sec": round(tokens_per_sec, 1),
-            "peak_memory_bytes": self.session.peak_memory_bytes(),
-        }
+    def _run_tasks(self) -> None:
+        scorer = self.session.scorer(self.tokenizer)
+        for prepared in self.tasks:
+            row = metrics(prepared.run(scorer, self.config.batch_size))
+            self._log(prepared.task.name, row)
+            self.display.task(self.done, prepared.task.name, row)
+
+    def _log_loss(self, split: str, loss: float, lr: float, tokens_per_sec: float) -> None:
+        rest = {"tokens_per_sec": round(tokens_per_sec, 1), "peak_memory_bytes": self.session.peak_memory_bytes()}
+        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.tokens_per_step, **rest})
+
+    def _log(self, split: str, values: dict[str, Any]) -> None:
+        row = {"step": self.done, "split": split, **values}
         try:
             with (self.out / METRICS).open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
@@ -252,6 +262,22 @@ class _Loop:
             f"training diverged at step {self.done} (loss {loss}, gradient norm {norm}) and was stopped; "
             f"{self._go_on()} with a lower --learning-rate"
         )
+
+
+def _tasks(config: TrainConfig, data: _Data) -> list[PreparedTask]:
+    """The tasks of --eval-tasks, on the samples that the whole run uses."""
+    if not config.eval_tasks:
+        return []
+    n_positions = config.model.n_positions
+    # Windows as long as the model allows: its progress is wanted here, not a figure to set beside others.
+    window = min(WINDOW, n_positions)
+    context = context_of(data.tokenizer, n_positions, window, config.eval_limit, config.seed)
+    folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
+    prepared = []
+    for name in task_names(config.eval_tasks, "--eval-tasks"):
+        documents = load(TASKS[name], "standard", folder, config.eval_limit, config.seed)
+        prepared.append(PreparedTask(TASKS[name], documents, "standard", context))
+    return prepared
 
 
 def _due(step: int, every: int) -> bool:

@@ -21,7 +21,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); --data-dir must hold this file") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); the data folder must hold this file") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: byte {e.start} is not UTF-8; fetch the file again") from None
 
@@ -68,5 +68,5 @@ def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
             f"dataset {name} cannot be loaded from the hub ({reason:.120}); put {where} into a folder and give "
-            "it as --data-dir, or check the network"
+            "it as --data-dir (--eval-data-dir in training), or check the network"
         ) from None

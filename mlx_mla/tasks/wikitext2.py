@@ -22,6 +22,9 @@ from mlx_mla.tasks.data import load_hub, read_text
 
 import numpy as np
 
+WINDOW = 1024
+"""Tokens of the window that published values of `token_ppl` mean."""
+
 # Spaces that WikiText's tokeniser put in, undone in this order.
 _PLAIN = [
     (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "),
