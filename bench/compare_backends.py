@@ -37,7 +37,8 @@ from mlx_mla.weights import initial_weights
 
 import numpy as np
 import subjects
-from compare_report import machine, set_rooflines, write_report
+from compare_report import set_rooflines, write_report
+from machine import machine
 from subjects import Subject
 
 PROG = "python bench/compare_backends.py"

@@ -1,37 +1,9 @@
 """Report and plots of compare_backends' results."""
 
-import importlib.metadata
-import os
-import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mla import doctor
-
 Row = dict[str, Any]
-
-
-def machine(backends: Sequence[str]) -> dict[str, Any]:
-    """What the figures depend on, and that can be told."""
-    facts: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": f"{doctor.processor()}, {os.cpu_count()} cores",
-        "memory": doctor.memory(),
-        "python": platform.python_version(),
-        "threads": os.environ.get("OMP_NUM_THREADS", "as the libraries choose"),
-    }
-    for package in ("mlx", "mlx-lm", "torch", "transformers", "numpy"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "missing"
-    if "mlx" in backends:
-        facts["MLX BLAS"] = doctor.mlx_blas()
-        import mlx.core as mx
-
-        facts["MLX device"] = str(mx.default_device())
-    return facts
 
 
 def set_rooflines(document: dict[str, Any]) -> None:

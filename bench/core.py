@@ -9,11 +9,7 @@ NAME.png, NAME being the machine and the date.
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from mlx_mla import blas, checkpoint, cli
+from mlx_mla import checkpoint, cli
 from mlx_mla.backend_mlx import MLXTrainSession, build_model
 from mlx_mla.config import PRESETS, TrainConfig, preset
 from mlx_mla.decode_mlx import WithoutCache
@@ -34,6 +30,7 @@ from mlx_mla.weights import initial_weights, num_parameters
 
 import mlx.core as mx
 import numpy as np
+from machine import machine, report_name
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -73,10 +70,11 @@ def _main(argv: Sequence[str]) -> int:
     if bench.repetitions < 1 or bench.new_tokens < 2 or min(bench.contexts, default=0) < 2:
         raise UserError("--repetitions must be at least 1, --new-tokens and --contexts at least 2")
     rows = training(bench) + decoding(bench) + saving(bench)
-    report = markdown(bench, rows, machine())
+    facts = machine(["mlx"], ("mlx", "mlx-lm", "numpy"))
+    report = markdown(bench, rows, facts)
     print(report)
     if bench.out is not None:
-        write(bench.out, rows, report)
+        write(bench.out, rows, facts, report)
     return 0
 
 
@@ -178,19 +176,6 @@ def resolved(name: str) -> TrainConfig:
     return dataclasses.replace(preset(name).resolved(257 if name == "nano" else 50257), dtype="float32")
 
 
-def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    info = mx.device_info()
-    return {
-        "device": f"{mx.default_device()}, {info.get('device_name', platform.processor())}",
-        "cores": str(os.cpu_count()),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("mlx", "mlx-lm", "numpy")),
-        "BLAS": str(blas.load_openblas() or "MLX's own"),
-    }
-
-
 def markdown(bench: CoreBench, rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
     """The report: the machine, then a table a measurement with ratios within this run."""
     lines = [f"- {key}: {value}" for key, value in facts.items()]
@@ -225,13 +210,11 @@ def markdown(bench: CoreBench, rows: list[dict[str, Any]], facts: dict[str, str]
     return "\n".join(lines)
 
 
-def write(out: Path, rows: list[dict[str, Any]], report: str) -> None:
+def write(out: Path, rows: list[dict[str, Any]], facts: dict[str, str], report: str) -> None:
     """Write the report's three files."""
     out.mkdir(parents=True, exist_ok=True)
-    processor = mx.device_info().get("device_name", platform.machine())
-    words = "".join(c if c.isalnum() else " " for c in str(processor).replace("(R)", "")).lower().split()
-    name = f"{'-'.join(words)}-{os.cpu_count()}cores_{datetime.date.today().isoformat()}_core"
-    (out / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    name = report_name("core")
+    (out / f"{name}.json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
     (out / f"{name}.md").write_text(f"# bench/core.py\n\n{report}\n")
     plot(rows, out / f"{name}.png")
     print(f"\nwritten: {out / name}.json, .md, .png")

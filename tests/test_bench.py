@@ -1,15 +1,14 @@
 """The benchmarks run, keep what they have, and refuse what they cannot do. Speeds are never asserted."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+pytestmark = pytest.mark.xdist_group("bench")  # the report is made once
+
 NARROW = [
     *("--quick", "--models", "gpt2-124m", "mla-124m", "--batch", "1", "--context", "64"),
     *("--repetitions", "1", "--forward-batch", "1"),
@@ -18,18 +17,9 @@ NARROW = [
 
 @pytest.fixture(scope="module")
 def compare():
-    sys.path.insert(0, str(BENCH))
-    yield load("compare_backends")
-    sys.path.remove(str(BENCH))
+    import compare_backends
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return compare_backends
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +134,43 @@ def test_bad_input_gets_one_line(compare, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_core_bench_runs(capfd, tmp_path):
-    assert load("core").main(["--quick", "--out", str(tmp_path)]) == 0
+    import core
+
+    assert core.main(["--quick", "--out", str(tmp_path)]) == 0
     said = capfd.readouterr().out
     for part in ("nano, compiled", "nano, latent", "checkpoint save"):
         assert part in said
     assert len(list(tmp_path.glob("*_core.json"))) == 1
+
+
+@pytest.mark.slow
+def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
+    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
+    import evaluation
+    from eval_models import write
+
+    folder = write(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
+    argv = ["--data-dir", str(shared_data), "--model", str(folder), "--limit", "12", "--out", str(tmp_path / "out")]
+    assert evaluation.main([*argv, "--batch-size", "4"]) == 0
+    (path,) = (tmp_path / "out").glob("*_evaluation.json")
+    found = json.loads(path.read_text())["rows"]
+    assert len(found) == 6
+    for task in ("hellaswag", "lambada"):
+        rows = [r for r in found if r["task"] == task]
+        assert {r["subject"] for r in rows} == {"lm_eval hf", "mlx_mla mlx", "mlx_mla torch"}
+        assert {r["items"] for r in rows} == {12}
+        assert len({r["acc"] for r in rows}) == 1
+    assert "| against lm_eval |" in path.with_suffix(".md").read_text()
+
+
+def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
+    import evaluation
+    from test_train import refused
+
+    def no(*argv):
+        return refused(capsys, "--data-dir", shared_data, *argv, command=evaluation.main)
+
+    assert "wikitext2 has too few items" in no("--tasks", "wikitext2")
+    assert "must be at least 1" in no("--limit", "0")
+    assert "did you mean lambada?" in no("--tasks", "lamda")

@@ -1,7 +1,6 @@
 """Scores against lm-evaluation-harness and transformers, on the real files."""
 
 import json
-import os
 
 from mlx_mla import evaluate
 from mlx_mla.backend import get_backend
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("referees")]  # each is asked once
 N = 200
 
 
@@ -55,58 +54,43 @@ def ours(folder, sample, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(folder, sample, tmp_path_factory):
     """lm_eval's results through its `hf` model, with its own tasks pointed at the same files."""
-    from lm_eval.tasks import TaskManager
+    import referee
+    from lm_eval.models.huggingface import HFLM
 
-    tasks = tmp_path_factory.mktemp("tasks")
-    own = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
     pages = tmp_path_factory.mktemp("pages") / "pages.jsonl"
     documents = TASKS["wikitext2"].documents_from_file(sample / "wikitext2/wiki.test.raw", "standard")
     pages.write_text("\n".join(json.dumps({"page": p}) for kind, p in documents if kind == "page"), encoding="utf-8")
     files = {
-        "wikitext": ("wikitext/wikitext.yaml", pages),
-        "lambada_openai": ("lambada/lambada_openai.yaml", sample / "lambada/lambada_test.jsonl"),
-        "hellaswag": ("hellaswag/hellaswag.yaml", sample / "hellaswag/hellaswag_val.jsonl"),
+        "wikitext2": pages,
+        "lambada": sample / "lambada/lambada_test.jsonl",
+        "hellaswag": sample / "hellaswag/hellaswag_val.jsonl",
     }
-    for name, (yaml, data) in files.items():
-        lines = [
-            f"include: {os.path.join(own, yaml)}", f"task: local_{name}", "dataset_path: json", "dataset_name: null",
-            "training_split: null", "validation_split: null", "test_split: test",
-            f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}",
-        ]  # fmt: skip
-        (tasks / f"local_{name}.yaml").write_text("\n".join(lines) + "\n")
-    outcome = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32"},
-        tasks=[f"local_{name}" for name in files],
-        task_manager=TaskManager(include_path=str(tasks)),
-        batch_size=8,
-        device="cpu",
-        bootstrap_iters=0,
-    )
-    return {name: outcome["results"][f"local_{name}"] for name in files}
+    tasks = referee.local_tasks(files, tmp_path_factory.mktemp("tasks"))
+    model = HFLM(pretrained=str(folder), trust_remote_code=True, dtype="float32", device="cpu", batch_size=8)
+    return {name: referee.evaluate(model, tasks, name, 8) for name in files}
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_hellaswag_is_lm_evals(ours, theirs, backend):
     for metric in ("acc", "acc_norm"):
-        assert ours[backend]["hellaswag"][metric] == pytest.approx(theirs["hellaswag"][f"{metric},none"], abs=1e-9)
+        assert ours[backend]["hellaswag"][metric] == pytest.approx(theirs["hellaswag"][metric], abs=1e-9)
         assert ours[backend]["hellaswag"]["n"] == N
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_lambada_is_lm_evals(ours, theirs, backend):
-    mine, other = ours[backend]["lambada"], theirs["lambada_openai"]
-    assert np.log(mine["ppl"]) == pytest.approx(np.log(other["perplexity,none"]), rel=1e-4)
-    assert mine["ppl"] == pytest.approx(other["perplexity,none"], rel=1e-3)
-    assert mine["acc"] == pytest.approx(other["acc,none"], abs=1e-9)
+    mine, other = ours[backend]["lambada"], theirs["lambada"]
+    assert np.log(mine["ppl"]) == pytest.approx(np.log(other["perplexity"]), rel=1e-4)
+    assert mine["ppl"] == pytest.approx(other["perplexity"], rel=1e-3)
+    assert mine["acc"] == pytest.approx(other["acc"], abs=1e-9)
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_wikitext_pages_are_lm_evals(ours, theirs, backend):
-    mine, other = ours[backend]["wikitext2"], theirs["wikitext"]
-    assert mine["word_ppl"] == pytest.approx(other["word_perplexity,none"], rel=1e-3)
-    assert mine["byte_ppl"] == pytest.approx(other["byte_perplexity,none"], rel=1e-3)
-    assert mine["bits_per_byte"] == pytest.approx(other["bits_per_byte,none"], rel=1e-4)
+    mine, other = ours[backend]["wikitext2"], theirs["wikitext2"]
+    assert mine["word_ppl"] == pytest.approx(other["word_perplexity"], rel=1e-3)
+    assert mine["byte_ppl"] == pytest.approx(other["byte_perplexity"], rel=1e-3)
+    assert mine["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

@@ -1,0 +1,213 @@
+"""Measure evaluation: items per second of HellaSwag and LAMBADA against lm-evaluation-harness.
+
+    python bench/evaluation.py --data-dir DIR [--limit 64] [--out bench/results]
+
+Both read the same items of the same model folder in batches of the same size on the same device, and take turns.
+Timed is all but loading the model: reading and tokenising the items, scoring, metrics. The scores of all are set
+beside each other, since only equal work may be compared. Memory is the process's resident memory, by half of the
+run: it is flat if the second half needs no more than the first. Prints a table; writes NAME.json and NAME.md.
+"""
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from mlx_mla import checkpoint, cli
+from mlx_mla.backend import get_backend
+from mlx_mla.backend_torch import TorchBackend
+from mlx_mla.config import PRESETS, preset
+from mlx_mla.errors import UserError
+from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
+from mlx_mla.scoring import Scorer
+from mlx_mla.tasks import TASKS
+from mlx_mla.tokenizer import get_encoder
+from mlx_mla.weights import initial_weights
+
+import numpy as np
+import psutil
+import referee
+from lm_eval.models.huggingface import HFLM
+from machine import PACKAGES, machine, report_name
+
+PROG = "python bench/evaluation.py"
+WARM_UP = 4
+REFEREE = "lm_eval hf"
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluationBench:
+    """Time HellaSwag and LAMBADA against lm-evaluation-harness on one model."""
+
+    data_dir: Path
+    """Folder with lambada/lambada_test.jsonl and hellaswag/hellaswag_val.jsonl."""
+    model: str = "mla-124m"
+    """A model folder, or a preset, whose weights are then random."""
+    bpe_dir: Optional[str] = None
+    """Folder with encoder.json and vocab.bpe, for a preset. None: tiktoken downloads them once."""
+    tasks: str = "hellaswag,lambada"
+    """Tasks, separated by commas."""
+    backends: tuple[Literal["mlx", "torch"], ...] = ("mlx", "torch")
+    """Our backends to time."""
+    device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
+    """Device of PyTorch, in both. MLX takes its default."""
+    batch_size: int = 32
+    """Rows scored at once, in all."""
+    limit: Optional[int] = None
+    """A random sample of so many items. None: all."""
+    repetitions: int = 1
+    """Rounds of all."""
+    out: Optional[Path] = None
+    """Folder for the report. None: only print."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    bench = cli.parse(EvaluationBench, argv, PROG)
+    names = task_names(bench.tasks)
+    if "wikitext2" in names:
+        raise UserError("--tasks: wikitext2 has too few items to be timed by item; take hellaswag or lambada")
+    if min(bench.batch_size, bench.repetitions, 1 if bench.limit is None else bench.limit) < 1:
+        raise UserError("--batch-size, --repetitions and --limit must be at least 1")
+    facts = machine(bench.backends, (*PACKAGES, "lm_eval"))
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = measure(bench, names, Path(temporary))
+    text = report(bench, rows, facts)
+    print(text)
+    if bench.out is not None:
+        bench.out.mkdir(parents=True, exist_ok=True)
+        name = report_name("evaluation")
+        settings = json.loads(json.dumps(dataclasses.asdict(bench), default=str))
+        document = {"machine": facts, "settings": settings, "rows": rows}
+        (bench.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (bench.out / f"{name}.md").write_text(f"# bench/evaluation.py\n\n{text}\n", encoding="utf-8")
+    return 0
+
+
+def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> list[dict[str, Any]]:
+    """A row of each task and subject."""
+    folder = model_folder(bench, temporary)
+    data = {name: sample(bench, name, temporary) for name in names}
+    scorers: dict[str, Scorer] = {
+        b: get_backend(b, bench.device if b == "torch" else "auto").scorer(folder, "float32") for b in bench.backends
+    }
+    theirs = HFLM(
+        pretrained=str(folder), trust_remote_code=True, dtype="float32", device=str(TorchBackend(bench.device).device),
+        batch_size=bench.batch_size,
+    )  # fmt: skip
+    (temporary / "tasks").mkdir()
+    files = {name: data[name] / TASKS[name].files["standard"] for name in names}
+    referees = referee.local_tasks(files, temporary / "tasks")
+
+    def ours(backend: str, name: str, limit: int | None = None) -> dict[str, float]:
+        scorer = scorers[backend]
+        documents = load(TASKS[name], "standard", data[name], None, 0)[:limit]
+        context = context_of(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
+        return metrics(PreparedTask(TASKS[name], documents, "standard", context).run(scorer, bench.batch_size))
+
+    rows = []
+    for name in names:
+        subjects: dict[str, Callable[..., dict[str, float]]] = {
+            REFEREE: lambda limit=None, name=name: referee.evaluate(theirs, referees, name, bench.batch_size, limit)
+        }
+        for b in bench.backends:
+            subjects[f"mlx_mla {b}"] = lambda limit=None, b=b, name=name: ours(b, name, limit)
+        items = sum(1 for line in files[name].read_text(encoding="utf-8").splitlines() if line.strip())
+        for run in subjects.values():
+            run(limit=WARM_UP)
+        found: dict[str, dict[str, Any]] = {s: {"seconds": [], "memory": []} for s in subjects}
+        for _ in range(bench.repetitions):
+            for subject, run in subjects.items():
+                with watched() as figures:
+                    scores = run()
+                found[subject]["seconds"].append(figures["seconds"])
+                found[subject]["memory"].append([figures["first_half"], figures["second_half"]])
+                found[subject]["acc"] = scores["acc"]
+        for subject, f in found.items():
+            rate = items / statistics.median(f["seconds"])
+            rows.append({"task": name, "subject": subject, "items": items, "items_per_second": rate, **f})
+    return rows
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Seconds, and the most resident bytes in either half of the time, of what runs inside."""
+    process, figures, samples = psutil.Process(), dict[str, float](), list[tuple[float, int]]()
+    stop, began = threading.Event(), time.perf_counter()
+
+    def look() -> None:
+        while not stop.wait(0.1):
+            samples.append((time.perf_counter() - began, process.memory_info().rss))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield figures
+    finally:
+        figures["seconds"] = seconds = time.perf_counter() - began
+        stop.set()
+        thread.join()
+        for name, half in (("first_half", (0, seconds / 2)), ("second_half", (seconds / 2, seconds))):
+            figures[name] = max((rss for t, rss in samples if half[0] <= t <= half[1]), default=0)
+
+
+def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
+    """The folder of --model; a preset's is written with random weights."""
+    if bench.model not in PRESETS:
+        return checkpoint.model_folder(Path(bench.model))
+    encoder = get_encoder("gpt2", bench.bpe_dir)
+    config = preset(bench.model)
+    if config.tokenizer != "gpt2":
+        raise UserError(f"--model {bench.model}: the tasks need a preset with --tokenizer gpt2")
+    model = config.resolved(encoder.size).model
+    folder = temporary / bench.model
+    folder.mkdir()
+    checkpoint.write_model(folder, model, initial_weights(model, 0, 0.02), encoder.fast_tokenizer(), "")
+    return folder
+
+
+def sample(bench: EvaluationBench, name: str, temporary: Path) -> Path:
+    """A data folder with the items of --limit."""
+    path = TASKS[name].files["standard"]
+    if bench.limit is None:
+        return bench.data_dir.resolve()
+    lines = (bench.data_dir / path).read_text(encoding="utf-8").splitlines()
+    chosen = np.random.default_rng(0).choice(len(lines), min(bench.limit, len(lines)), replace=False)
+    folder = temporary / "data"
+    (folder / path).parent.mkdir(parents=True)
+    (folder / path).write_text("".join(lines[i] + "\n" for i in sorted(chosen)), encoding="utf-8")
+    return folder
+
+
+def report(bench: EvaluationBench, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> str:
+    """The machine and the table."""
+    lines = [f"- {key}: {value}" for key, value in facts.items()]
+    lines.append(f"- command: `{PROG} {' '.join(sys.argv[1:])}`")
+    lines += [
+        f"- {bench.model}, float32, batches of {bench.batch_size} rows, median of {bench.repetitions}", "",
+        "| task | subject | items | items/s | against lm_eval | accuracy | memory, first half | second half |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    reference = {r["task"]: r["items_per_second"] for r in rows if r["subject"] == REFEREE}
+    for r in rows:
+        first, second = (f"{statistics.median(m) / 2**20:,.0f} MiB" for m in zip(*r["memory"]))
+        lines.append(
+            f"| {r['task']} | {r['subject']} | {r['items']:,} | {r['items_per_second']:.2f} "
+            f"| {r['items_per_second'] / reference[r['task']]:.2f}x | {r['acc']:.4f} | {first} | {second} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

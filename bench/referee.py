@@ -1,0 +1,48 @@
+"""lm-evaluation-harness on local files, with its own definitions of the tasks."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+YAMLS = {
+    "wikitext2": "wikitext/wikitext.yaml",
+    "lambada": "lambada/lambada_openai.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+}
+"""Its definition of each of our tasks."""
+
+
+def local_tasks(files: Mapping[str, Path], folder: Path) -> TaskManager:
+    """Its tasks, as `local_NAME`, reading local files.
+
+    Args:
+        files: JSON-lines file of each task by our name, with the fields that the hub's has.
+        folder: Where to write the definitions.
+    """
+    own = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
+    for name, data in files.items():
+        lines = [
+            f"include: {os.path.join(own, YAMLS[name])}", f"task: local_{name}", "dataset_path: json",
+            "dataset_name: null", "training_split: null", "validation_split: null", "test_split: test",
+            f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}",
+        ]  # fmt: skip
+        (folder / f"local_{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return TaskManager(include_path=str(folder))
+
+
+def evaluate(model: Any, tasks: TaskManager, name: str, batch_size: int, limit: int | None = None) -> dict[str, float]:
+    """Metrics of one local task.
+
+    Args:
+        model: An `lm_eval.models.huggingface.HFLM`.
+        limit: First items only (for warming up).
+    """
+    outcome = lm_eval.simple_evaluate(
+        model=model, tasks=[f"local_{name}"], task_manager=tasks, batch_size=batch_size, limit=limit, bootstrap_iters=0,
+    )  # fmt: skip
+    results: dict[str, Any] = outcome["results"][f"local_{name}"]
+    return {key.removesuffix(",none"): value for key, value in results.items() if isinstance(value, float)}
