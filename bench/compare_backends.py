@@ -20,6 +20,7 @@ those of the last run into the file.
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import statistics
@@ -261,10 +262,11 @@ class Bench:
                 train = dataclasses.replace(
                     TrainConfig(dtype=self.s.dtype, model=s.config), batch_size=self.s.train_batch, seq_len=length
                 )
-                step = s.train_step(train)
+                # Made by the first call, so that running out of memory marks this row alone.
+                step = functools.cache(lambda s=s, train=train: s.train_step(train))
                 ids = _ids(self.s.train_batch, length + 1, s.config)
                 flops = 3 * self.s.train_batch * length * forward_flops_per_token(s.config, length)
-                run: Any = lambda step=step, i=ids: step(i[:, :-1], i[:, 1:])  # noqa: E731
+                run: Any = lambda step=step, i=ids: step()(i[:, :-1], i[:, 1:])  # noqa: E731
                 cases.append(self._case("training", s, None, self.s.train_batch, length, run, flops))
             self._measure(cases)
             del cases
@@ -373,6 +375,10 @@ def _model(name: str, quick: bool) -> tuple[ModelConfig, subjects.Weights]:
     if name not in PRESETS and Path(name).exists():
         folder = checkpoint.model_folder(Path(name))
         config = checkpoint.read_config(folder)
+        if checkpoint.is_quantized(folder):
+            raise UserError(
+                f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder it was made from"
+            )
         return config, checkpoint.read_weights(folder, config)
     config = preset(name).resolved(257 if name == "nano" else 50257).model
     if quick:

@@ -1,6 +1,7 @@
 """The benchmarks run, keep what they have, and refuse what they cannot do. Speeds are never asserted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monk
     assert "out of memory" in (out / "report.md").read_text()
 
 
-def test_bad_input_gets_one_line(compare, tmp_path, capsys):
+def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
     from test_train import refused
 
     def no(*argv):
@@ -130,6 +131,10 @@ def test_bad_input_gets_one_line(compare, tmp_path, capsys):
     (tmp_path / "results.json").write_text("{}")
     assert "holds results; add --resume" in no("--out", tmp_path)
     assert "not results of this benchmark" in no("--out", tmp_path, "--resume")
+    folder = shutil.copytree(tiny_run / "checkpoints/step-000040", tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}}))
+    assert "which only MLX reads; compare the folder it was made from" in no("--models", folder)
 
 
 @pytest.mark.slow
