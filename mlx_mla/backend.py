@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Protocol
 
-from mlx_mla.config import TrainConfig
+from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.scoring import Scorer
 from mlx_mla.shards import Batch
@@ -21,9 +21,24 @@ class StepResult:
     """Outcome of one optimiser step."""
 
     loss: float
-    """Mean cross-entropy before the step, in nats per token."""
+    """Mean loss before the step, in nats per token: cross-entropy, with a teacher mixed with the divergence."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen model to distil from; `TrainConfig` has the weight and the temperature.
+
+    The loss is (1 - w) CE + w T^2 KL(teacher || student), both softmaxes at temperature T (Hinton et al.,
+    arXiv:1503.02531, whose T^2 keeps the gradient's size as T changes).
+    """
+
+    config: ModelConfig
+    weights: Mapping[str, np.ndarray]
+    """float32 tensors by name."""
+    vocabulary: int
+    """Token ids of the tokenizer; rows of padding past them are in neither softmax of the divergence."""
 
 
 class TrainSession(Protocol):
@@ -134,6 +149,7 @@ class Backend(Protocol):
         weights: Mapping[str, np.ndarray],
         optimizer_state: Mapping[str, np.ndarray] | None = None,
         steps_done: int = 0,
+        teacher: Teacher | None = None,
     ) -> TrainSession:
         """Put a model and its optimiser on the device.
 
@@ -141,6 +157,7 @@ class Backend(Protocol):
             weights: float32 tensors by name, as `parameter_shapes` lists them.
             optimizer_state: What `TrainSession.optimizer_state` gave; None to start anew.
             steps_done: Optimiser steps behind that state.
+            teacher: A model to distil from; None to train on the text alone.
         """
         ...
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx_mla._openblas  # noqa: F401  (before mlx)
-from mlx_mla.backend import CacheKind, DType, StepResult, dropout_seed, stored_moment
+from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed, stored_moment
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder
 from mlx_mla.errors import UserError
@@ -43,8 +43,9 @@ class MLXBackend:
         weights: Mapping[str, np.ndarray],
         optimizer_state: Mapping[str, np.ndarray] | None = None,
         steps_done: int = 0,
+        teacher: Teacher | None = None,
     ) -> "MLXTrainSession":
-        return MLXTrainSession(config, weights, optimizer_state, steps_done)
+        return MLXTrainSession(config, weights, optimizer_state, steps_done, teacher)
 
     def decoder(self, folder: Path, cache: CacheKind = "latent") -> MLXDecoder:
         return MLXDecoder(folder, cache)
@@ -92,6 +93,7 @@ class MLXTrainSession:
         weights: Mapping[str, np.ndarray],
         optimizer_state: Mapping[str, np.ndarray] | None,
         steps_done: int,
+        teacher: Teacher | None = None,
     ):
         mx.reset_peak_memory()
         self.config = config
@@ -101,10 +103,16 @@ class MLXTrainSession:
         if optimizer_state is not None:
             self._load_optimizer_state(optimizer_state, steps_done)
         self._dtype = DTYPES[config.dtype]
+        self._teacher: Model | None = None
+        if teacher is not None:
+            self._teacher, self._vocabulary = build_model(teacher.config, teacher.weights), teacher.vocabulary
+            self._teacher.set_dtype(self._dtype)
         # Everything the compiled functions read or change beside their arguments.
         state = [self.model.state, self.optimizer.state, mx.random.state]
         jit = partial(mx.compile, inputs=state, outputs=state) if config.compile else lambda f: f
-        self._grad_step = jit(self._loss_and_grad)
+        frozen = [] if self._teacher is None else [self._teacher.state]
+        grad_jit = partial(mx.compile, inputs=state + frozen, outputs=state) if config.compile else jit
+        self._grad_step = grad_jit(self._loss_and_grad)
         self._apply_step = jit(self._clip_and_update)
         self._add = mx.compile(_tree_add) if config.compile else _tree_add
         self._loss_sum = jit(self._summed_loss)
@@ -169,12 +177,20 @@ class MLXTrainSession:
         """Cross-entropy of every token, float32 of shape (B, L)."""
         return mx.fast.cross_entropy(self.model(x).astype(mx.float32), y)
 
+    def _distillation_loss(self, x: mx.array, y: mx.array, taught: mx.array) -> mx.array:
+        weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
+        assert weight is not None and temperature is not None
+        logits, ids = self.model(x).astype(mx.float32), slice(self._vocabulary)
+        divergence = distillation_divergence(logits[..., ids], taught[..., ids].astype(mx.float32), temperature)
+        return (1 - weight) * mx.fast.cross_entropy(logits, y).mean() + weight * divergence
+
     def _loss_and_grad(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict]:
         master = self.model.trainable_parameters()
+        taught = None if self._teacher is None else self._teacher(x)
 
         def loss_fn(params: dict) -> mx.array:
             self.model.update(tree_map(lambda p: p.astype(self._dtype), params))
-            return self._forward_loss(x, y).mean()
+            return self._forward_loss(x, y).mean() if taught is None else self._distillation_loss(x, y, taught)
 
         loss, grads = mx.value_and_grad(loss_fn)(master)
         self.model.update(master)
@@ -195,6 +211,17 @@ class MLXTrainSession:
         loss = self._forward_loss(x, y).sum()
         self.model.update(master)
         return loss
+
+
+def distillation_divergence(student: mx.array, teacher: mx.array, temperature: float) -> mx.array:
+    """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, nats.
+
+    Args:
+        student: Logits, (..., V) float32.
+        teacher: The same.
+    """
+    log_q, log_p = (z - mx.logsumexp(z, -1, keepdims=True) for z in (student / temperature, teacher / temperature))
+    return temperature**2 * (mx.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
 
 def _number(scalar: mx.array) -> float:

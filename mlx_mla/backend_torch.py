@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.backend import CacheKind, DType, StepResult, dropout_seed, stored_moment
+from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed, stored_moment
 from mlx_mla.config import TrainConfig
 from mlx_mla.decode_torch import TorchDecoder, build_model, peak_memory_bytes
 from mlx_mla.errors import UserError
@@ -31,8 +31,9 @@ class TorchBackend:
         weights: Mapping[str, np.ndarray],
         optimizer_state: Mapping[str, np.ndarray] | None = None,
         steps_done: int = 0,
+        teacher: Teacher | None = None,
     ) -> "TorchTrainSession":
-        return TorchTrainSession(self.device, config, weights, optimizer_state, steps_done)
+        return TorchTrainSession(self.device, config, weights, optimizer_state, steps_done, teacher)
 
     def decoder(self, folder: Path, cache: CacheKind = "latent") -> TorchDecoder:
         return TorchDecoder(folder, cache, self.device)
@@ -68,9 +69,13 @@ class TorchTrainSession:
         weights: Mapping[str, np.ndarray],
         optimizer_state: Mapping[str, np.ndarray] | None,
         steps_done: int,
+        teacher: Teacher | None = None,
     ):
         self.config, self.device = config, device
         self.model = build_model(config.model, weights, device)
+        self._teacher: Any = None
+        if teacher is not None:
+            self._teacher, self._vocabulary = build_model(teacher.config, teacher.weights, device), teacher.vocabulary
         self.parameters = dict(self.model.named_parameters())
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         others = [p for p in self.parameters.values() if p.ndim < 2]
@@ -97,7 +102,7 @@ class TorchTrainSession:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self._loss(batch, "mean") / len(batches)
+            loss = self._training_loss(batch) / len(batches)
             loss.backward()
             total += loss.detach()
         limit = self.config.grad_clip or float("inf")
@@ -137,11 +142,32 @@ class TorchTrainSession:
         return TorchScorer(self.model, tokenizer)
 
     def _loss(self, batch: Batch, reduction: str) -> torch.Tensor:
+        x, y = self._tensors(batch)
+        return F.cross_entropy(self._logits(self._forward, x), y, reduction=reduction)
+
+    def _training_loss(self, batch: Batch) -> torch.Tensor:
+        if self._teacher is None:
+            return self._loss(batch, "mean")
+        weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
+        assert weight is not None and temperature is not None
+        x, y = self._tensors(batch)
+        with torch.no_grad():
+            taught = self._logits(self._teacher, x)[:, : self._vocabulary]
+        logits = self._logits(self._forward, x)
+        divergence = distillation_divergence(logits[:, : self._vocabulary], taught, temperature)
+        return (1 - weight) * F.cross_entropy(logits, y) + weight * divergence
+
+    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (B, L) and targets (B * L,) on the device."""
         x, y = (torch.tensor(a, dtype=torch.long, device=self.device) for a in batch)
+        return x, y.flatten()
+
+    def _logits(self, forward: Any, x: torch.Tensor) -> torch.Tensor:
+        """Float32 logits, (B * L, V)."""
         bfloat16 = self.config.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-            logits = self._forward(x, use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+            logits: torch.Tensor = forward(x, use_cache=False).logits
+        return logits.float().flatten(0, 1)
 
     def _load_optimizer_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
         for name, parameter in self.parameters.items():
@@ -152,3 +178,14 @@ class TorchTrainSession:
             if self.device.type == "cuda":
                 state["step"] = state["step"].to(self.device)  # where fused AdamW keeps it
             self.optimizer.state[parameter] = state
+
+
+def distillation_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, nats.
+
+    Args:
+        student: Logits, (N, V) float32.
+        teacher: The same.
+    """
+    log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")

@@ -154,6 +154,12 @@ class TrainConfig:
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them once."""
     init: Optional[str] = None
     """Model folder whose weights to start from. None: random weights."""
+    teacher: Optional[str] = None
+    """Model folder to distil from: adds the divergence of its predictions from the model's to the loss. None: off."""
+    teacher_weight: Optional[float] = None
+    """Share of that divergence in the loss, from 0 to 1; the rest is cross-entropy. None: 0.5 with --teacher."""
+    teacher_temperature: Optional[float] = None
+    """Temperature of both softmaxes in that divergence. None: 1 with --teacher."""
     steps: int = 1000
     """Optimiser steps in all."""
     batch_size: int = 16
@@ -244,10 +250,32 @@ class TrainConfig:
             raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
         if self.eval_data_dir is not None and not self.eval_tasks:
             raise UserError("--eval-data-dir goes with --eval-tasks; leave it out")
+        weight, temperature = self._distillation()
         model = self.model.resolved(tokenizer_size)
         if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
             raise UserError(f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not {self.seq_len}")
-        return dataclasses.replace(self, model=model, seq_len=self.seq_len or model.n_positions)
+        return dataclasses.replace(
+            self,
+            model=model,
+            seq_len=self.seq_len or model.n_positions,
+            teacher_weight=weight,
+            teacher_temperature=temperature,
+        )
+
+    def _distillation(self) -> tuple[Optional[float], Optional[float]]:
+        """Weight and temperature of the teacher, checked; None for both without one."""
+        if self.teacher is None:
+            for name in ("teacher_weight", "teacher_temperature"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{flag(name)} goes with --teacher DIR; leave it out")
+            return None, None
+        weight = 0.5 if self.teacher_weight is None else self.teacher_weight
+        temperature = 1.0 if self.teacher_temperature is None else self.teacher_temperature
+        if not 0 <= weight <= 1:
+            raise UserError(f"--teacher-weight must be from 0 to 1, not {weight}")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise UserError(f"--teacher-temperature must be positive, not {temperature}")
+        return weight, temperature
 
 
 _MLA_124M: dict[str, Any] = {

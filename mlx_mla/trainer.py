@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mla import checkpoint, corpus
-from mlx_mla.backend import TrainSession, get_backend
+from mlx_mla.backend import Teacher, TrainSession, get_backend
 from mlx_mla.card import model_card
 from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, read_toml, to_toml
 from mlx_mla.display import TrainDisplay
@@ -33,9 +33,10 @@ from rich.console import Console
 
 CONFIG, METRICS, PLOT, LATEST = "config.toml", "metrics.jsonl", "loss.png", "latest"
 
-# Beside the shape of the model, these decide which batch a step sees or where the run began.
+# Beside the shape of the model, these decide which batch a step sees, where the run began or what it minimises.
 FIXED_ON_RESUME = (
     "tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len", "seed", "init", "initializer_range",
+    "teacher", "teacher_weight", "teacher_temperature",
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ def train(
     tasks = _tasks(config, data)
     start = _resume_point(config, out, from_step, data) if resume else None
     weights = _first_weights(config) if start is None else start.weights
+    teacher = _teacher(config, encoder)
     backend = get_backend(config.backend, config.device)
     done = 0 if start is None else start.step
     # All that the user may have got wrong is checked; from here on the run folder is written.
@@ -98,7 +100,8 @@ def train(
     console.print(
         f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}", highlight=False
     )
-    session = backend.train_session(config, weights, None if start is None else start.optimizer_state, done)
+    optimizer_state = None if start is None else start.optimizer_state
+    session = backend.train_session(config, weights, optimizer_state, done, teacher)
     return _Loop(config, out, data, tasks, session, console, start).run()
 
 
@@ -287,23 +290,51 @@ def _due(step: int, every: int) -> bool:
 def _first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
     if config.init is None:
         return initial_weights(config.model, config.seed, config.initializer_range)
-    folder = checkpoint.model_folder(Path(config.init))
+    return _whole_weights("--init", checkpoint.model_folder(Path(config.init)), config.model)
+
+
+def _teacher(config: TrainConfig, encoder: TextEncoder) -> Teacher | None:
+    """The model of --teacher; UserError if it cannot teach this one."""
+    if config.teacher is None:
+        return None
+    folder = checkpoint.model_folder(Path(config.teacher))
+    shape = checkpoint.read_config(folder)
+    _check_tokenizer("--teacher", folder, encoder)
+    if shape.n_positions < config.context:
+        raise UserError(
+            f"--teacher {folder}: has {shape.n_positions} positions, a sequence {config.context} tokens; "
+            f"use --seq-len {shape.n_positions}, or another teacher"
+        )
+    assert shape.vocab_size
+    if shape.vocab_size < encoder.size:
+        raise UserError(
+            f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {encoder.size} ids; "
+            "the folder is damaged"
+        )
+    return Teacher(shape, _whole_weights("--teacher", folder, shape), encoder.size)
+
+
+def _whole_weights(option: str, folder: Path, shape: ModelConfig) -> dict[str, np.ndarray]:
     if problem := checkpoint.damage(folder, training=False):
-        raise UserError(f"--init {folder}: {problem}; the folder is damaged")
-    return checkpoint.read_weights(folder, config.model)
+        raise UserError(f"{option} {folder}: {problem}; the folder is damaged")
+    return checkpoint.read_weights(folder, shape)
 
 
 def _with_model_of(config: TrainConfig, folder: Path, encoder: TextEncoder) -> TrainConfig:
     """Take the model's shape from a folder; dropout is not part of it and stays."""
     shape = checkpoint.read_config(folder)
+    _check_tokenizer("--init", folder, encoder)
+    return dataclasses.replace(config, model=dataclasses.replace(shape, dropout=config.model.dropout))
+
+
+def _check_tokenizer(option: str, folder: Path, encoder: TextEncoder) -> None:
     ids = len(checkpoint.read_tokenizer(folder))
     if ids != encoder.size:
         fitting = {257: "bytes", 50257: "gpt2"}.get(ids)
         advice = f"use --tokenizer {fitting}" if fitting else "no --tokenizer of this project fits it"
         raise UserError(
-            f"--init {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has {encoder.size}; {advice}"
+            f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has {encoder.size}; {advice}"
         )
-    return dataclasses.replace(config, model=dataclasses.replace(shape, dropout=config.model.dropout))
 
 
 def _claim(out: Path, config: TrainConfig) -> None:
