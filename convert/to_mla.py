@@ -73,7 +73,7 @@ def convert_to_mla(
     for i in range(config.n_layer):
         kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
         layers.append(decompose(kv, method, moments[i] if moments else None))
-    new_config, new_weights = _assemble(config, weights, rank, layers, moments)
+    new_config, new_weights = assemble(config, weights, rank, layers, moments)
     report = Report(
         source=name,
         method=method,
@@ -96,9 +96,15 @@ def convert_to_mla(
     return new_config, new_weights, report
 
 
-def _assemble(
+def assemble(
     config: ModelConfig, weights: Weights, rank: int, layers: list[Decomposition], moments: list[Moments] | None
 ) -> tuple[ModelConfig, Weights]:
+    """Config and weights of the model whose layers have these factors, cut to `rank`.
+
+    Args:
+        config: Of the multi-head model, whose weights follow.
+        moments: Of the calibration text, whose mean goes into the output biases; None without a text.
+    """
     values = {**config.to_dict(), "attention": "mla", "kv_lora_rank": rank}
     new_config = ModelConfig.from_dict(values).resolved()
     new = {n: w for n, w in weights.items() if ".attn." not in n}

@@ -1,0 +1,250 @@
+"""What latent attention costs a trained MHA model: perplexity by rank and method, before and after healing.
+
+    python bench/convert_mla.py --model RUN --work FOLDER [--out bench/results]
+
+RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for example
+
+    python -m mlx_mla.train --attention mha --n-layer 4 --n-head 4 --n-embd 256 --n-positions 128 --batch-size 32 \\
+        --steps 400 --warmup-steps 40 --learning-rate 3e-3 --initializer-range 0.06 --backend torch \\
+        --data TEXT --out RUN
+
+Calibration and healing read what the model was trained on, perplexity is of the part it held out. Every loss is
+compared window by window with the MHA model's, so the difference has a standard error of its own: windows are alike
+for both, and their own spread cancels. Finished cells are kept in FOLDER, and an interrupted run goes on there.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional, get_args
+
+from convert.calibration import Text, collect_moments
+from convert.latent import Method, Moments, decompose
+from convert.to_mla import assemble
+from mlx_mla import checkpoint, cli, corpus
+from mlx_mla.backend import Teacher, get_backend
+from mlx_mla.config import ModelConfig
+from mlx_mla.decode_torch import build_model
+from mlx_mla.errors import UserError
+from mlx_mla.shards import TokenWindows
+from mlx_mla.tokenizer import get_encoder
+from mlx_mla.trainer import learning_rate, run_config
+
+import matplotlib
+import numpy as np
+import torch
+from machine import machine, report_name
+from rich.console import Console
+from torch.nn import functional as F
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PROG = "python bench/convert_mla.py"
+METHODS: tuple[Method, ...] = get_args(Method)
+Weights = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(kw_only=True)
+class ConvertBench:
+    """Measure held-out perplexity of an MHA model made latent, by rank and method, and after healing."""
+
+    model: Path
+    """Run folder of the multi-head model."""
+    work: Path
+    """Folder for models and finished cells; the same one goes on where it was interrupted."""
+    fractions: tuple[float, ...] = (1, 0.75, 0.5, 1 / 3, 1 / 6, 1 / 12)
+    """Ranks to measure, as shares of n_embd."""
+    methods: tuple[Literal["balanced", "whitened", "svd"], ...] = METHODS
+    """Methods to measure."""
+    calibration_tokens: int = 131072
+    """Tokens of the training text to calibrate on."""
+    held_out_windows: int = 512
+    """Windows of the held-out text, spread evenly. 0: all."""
+    heal: tuple[float, ...] = (0.01, 0.05)
+    """Shares of the training tokens to heal on; none: --heal 0."""
+    heal_fractions: tuple[float, ...] = (0.5, 1 / 3, 1 / 6)
+    """Ranks to heal, as shares of n_embd."""
+    heal_method: Literal["balanced", "whitened", "svd"] = "balanced"
+    """Method of the models that are healed."""
+    heal_learning_rate: float = 1e-4
+    """Highest learning rate of healing."""
+    out: Optional[Path] = None
+    """Folder for the report. None: only print."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measured model."""
+
+    rank: int
+    method: str
+    heal: float = 0.0
+    teacher: bool = False
+
+    @property
+    def name(self) -> str:
+        healed = f"-heal{self.heal:g}{'-teacher' if self.teacher else ''}" if self.heal else ""
+        return f"r{self.rank}-{self.method}{healed}"
+
+
+class Bench:
+    """The source model, its text, and what was measured."""
+
+    def __init__(self, options: ConvertBench):
+        self.options = options
+        self.run = run_config(options.model)
+        self.folder = checkpoint.model_folder(options.model)
+        self.config = checkpoint.read_config(self.folder)
+        if self.config.attention != "mha":
+            raise UserError(f"--model {options.model}: is latent already; give a run of --attention mha")
+        self.weights = checkpoint.read_weights(self.folder, self.config)
+        encoder = get_encoder(self.run.tokenizer, self.run.bpe_dir)
+        tokens = corpus.tokenize(corpus.read_documents(self.run.data), encoder)
+        cut = int(len(tokens) * (1 - self.run.val_fraction))
+        self.training, held_out = tokens[:cut], tokens[cut:]
+        assert self.config.vocab_size
+        windows = TokenWindows(held_out, self.run.context, 0, self.config.vocab_size)
+        self.batches = list(windows.sequential(16, math.ceil(options.held_out_windows / 16)))
+        self.text = Text(self.run.data, encoder.fast_tokenizer(), self.run.context)
+        options.work.mkdir(parents=True, exist_ok=True)
+        self.base = self.window_losses(self.config, self.weights)
+
+    def window_losses(self, config: ModelConfig, weights: Weights) -> np.ndarray:
+        """Mean loss of every held-out window, nats per token."""
+        model, losses = build_model(config, weights, torch.device("cpu")), []
+        with torch.inference_mode():
+            for x, y in self.batches:
+                logits = model(torch.tensor(x), use_cache=False).logits.transpose(1, 2)
+                losses.append(F.cross_entropy(logits, torch.tensor(y).long(), reduction="none").mean(1))
+        return torch.cat(losses).double().numpy()
+
+    def measure(self) -> list[dict[str, Any]]:
+        o, rows = self.options, []
+        D = self.config.n_embd
+        cells = [Cell(max(1, round(f * D)), m) for f in o.fractions for m in o.methods]
+        heal = [
+            Cell(max(1, round(f * D)), o.heal_method, h, teacher)
+            for f in o.heal_fractions for h in o.heal if h for teacher in (False, True)
+        ]  # fmt: skip
+        moments: list[Moments] | None = None
+        for cell in cells + heal:
+            done = o.work / f"{cell.name}.json"
+            if not done.is_file():
+                if moments is None:
+                    model = build_model(self.config, self.weights, torch.device("cpu"))
+                    moments, _ = collect_moments(model, self.text, o.calibration_tokens, True, Console())
+                converted = self._converted(cell, moments)
+                config, weights = self._healed(cell, *converted) if cell.heal else converted
+                row = {**dataclasses.asdict(cell), **compare(self.window_losses(config, weights), self.base)}
+                checkpoint.write_text(done, json.dumps(row))
+            rows.append(json.loads(done.read_text()))
+            print(line(rows[-1]), flush=True)
+        return rows
+
+    def _converted(self, cell: Cell, moments: list[Moments]) -> tuple[ModelConfig, Weights]:
+        method, layers = next(m for m in METHODS if m == cell.method), []
+        for i in range(self.config.n_layer):
+            kv = self.weights[f"transformer.h.{i}.attn.c_attn.weight"][self.config.n_embd :]
+            layers.append(decompose(kv, method, moments[i]))
+        return assemble(self.config, self.weights, cell.rank, layers, None if method == "svd" else moments)
+
+    def _healed(self, cell: Cell, config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+        assert self.config.vocab_size
+        steps = max(1, round(cell.heal * self.run.steps))
+        settings = dataclasses.replace(
+            self.run, model=config, steps=steps, learning_rate=self.options.heal_learning_rate,
+            warmup_steps=max(1, steps // 10), weight_decay=0.0,
+        )  # fmt: skip
+        teacher = None
+        if cell.teacher:
+            settings = dataclasses.replace(settings, teacher="--model", teacher_weight=1.0, teacher_temperature=1.0)
+            teacher = Teacher(self.config, self.weights, len(self.text.tokenizer))
+        session = get_backend("torch", "cpu").train_session(settings, weights, teacher=teacher)
+        # Another seed than the run's: other windows and another order.
+        data = TokenWindows(self.training, self.run.context, self.run.seed + 1, self.config.vocab_size)
+        accumulated = self.run.grad_accum_steps
+        for step in range(steps):
+            batches = [data.batch(step * accumulated + i, self.run.batch_size) for i in range(accumulated)]
+            session.step(step, learning_rate(settings, step), batches)
+        return config, session.weights()
+
+
+def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Perplexity, and its change against the base in per cent with the standard error of the paired difference."""
+    paired = losses - base
+    change, error = float(paired.mean()), float(paired.std(ddof=1) / math.sqrt(len(paired)))
+    perplexity = math.exp(losses.mean())
+    return {"perplexity": perplexity, "change": 100 * math.expm1(change), "stderr": 100 * math.exp(change) * error}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the Markdown table."""
+    healed = f"{row['heal']:.0%}{', teacher' if row['teacher'] else ''}" if row["heal"] else "-"
+    return (
+        f"| {row['rank']} | {row['method']} | {healed} | {row['perplexity']:.4f} "
+        f"| {row['change']:+.2f} ± {row['stderr']:.2f} |"
+    )
+
+
+def report(bench: Bench, rows: list[dict[str, Any]]) -> str:
+    """The Markdown page."""
+    run, m, base = bench.run, bench.config, math.exp(bench.base.mean())
+    tokens = run.steps * run.tokens_per_step
+    facts = "\n".join(f"- {k}: {v}" for k, v in machine(["torch"]).items())
+    head = (
+        f"# MHA made latent: perplexity by rank and method\n\n`{PROG}`, on\n\n{facts}\n\n"
+        f"The model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {run.context}, trained on "
+        f"{tokens:,} tokens ({run.tokenizer}); perplexity {base:.4f} on {len(bench.base):,} held-out windows. "
+        f"Calibrated on {bench.options.calibration_tokens:,} tokens of its training text. Healed: so much of the "
+        "training tokens, with the text's cross-entropy or the divergence from the MHA teacher alone. Change: "
+        "perplexity against the MHA model in per cent, ± the standard error of the paired difference over windows.\n\n"
+        "| rank | method | healed | perplexity | change, % |\n|---|---|---|---|---|\n"
+    )
+    return head + "\n".join(map(line, rows)) + "\n"
+
+
+def draw(bench: Bench, rows: list[dict[str, Any]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        healed = f", healed {row['heal']:.0%}{' with teacher' if row['teacher'] else ''}" if row["heal"] else ""
+        series.setdefault(row["method"] + healed, []).append(row)
+    for label, points in series.items():
+        x, y = ([p[key] for p in points] for key in ("rank", "change"))
+        axes.errorbar(x, y, [p["stderr"] for p in points], marker="o", ms=3, lw=1, label=label)
+    axes.set(xlabel="rank of the latent", ylabel="change of perplexity, %", title=f"n_embd = {bench.config.n_embd}")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.axhline(0, color="gray", lw=0.5)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    options = cli.parse(ConvertBench, argv, PROG)
+    bench = Bench(options)
+    rows = bench.measure()
+    page = report(bench, rows)
+    print(page)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        name = str(options.out / report_name("convert"))
+        values = {"machine": machine(["torch"]), "mha_perplexity": math.exp(bench.base.mean()), "cells": rows}
+        checkpoint.write_text(Path(name + ".json"), json.dumps(values, indent=1) + "\n")
+        checkpoint.write_text(Path(name + ".md"), page)
+        draw(bench, rows, Path(name + ".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
