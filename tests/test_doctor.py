@@ -12,7 +12,8 @@ from conftest import python
 
 
 def run(code: str, **env: str) -> str:
-    done = subprocess.run(python("-c", code), capture_output=True, text=True, check=False, env={**os.environ, **env})
+    inherited = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
+    done = subprocess.run(python("-c", code), capture_output=True, text=True, check=False, env={**inherited, **env})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
