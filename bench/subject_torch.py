@@ -128,7 +128,7 @@ def rates(dtype: str, device: str) -> tuple[float, float]:
 
     def best(action: Callable[[], Any]) -> float:
         times = []
-        for _ in range(6):
+        for _ in range(10):
             began = time.perf_counter()
             action()
             if place.type != "cpu":
@@ -137,5 +137,5 @@ def rates(dtype: str, device: str) -> tuple[float, float]:
         return min(times)
 
     size = b.numel() * b.element_size()
-    memory = max(2 * size / best(lambda: target.copy_(b)), size / best(lambda: b @ v))
+    memory = max(2 * size / best(lambda: target.copy_(b)), size / min(best(lambda: b @ v), best(lambda: v @ b)))
     return 2 * 2048**3 / best(lambda: a @ a), memory
