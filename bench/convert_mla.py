@@ -150,7 +150,9 @@ class Bench:
         for i in range(self.config.n_layer):
             kv = self.weights[f"transformer.h.{i}.attn.c_attn.weight"][self.config.n_embd :]
             layers.append(decompose(kv, method, moments[i]))
-        return assemble(self.config, self.weights, cell.rank, layers, None if method == "svd" else moments)
+        return assemble(
+            self.config, self.weights, [cell.rank] * self.config.n_layer, layers, None if method == "svd" else moments
+        )
 
     def _healed(self, cell: Cell, config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
         assert self.config.vocab_size

@@ -107,7 +107,7 @@ def decode_flops(config: ModelConfig, kind: str, context: int) -> float:
     matrices = sum(s[0] * s[1] for n, s in parameter_shapes(c).items() if len(s) == 2 and "wpe" not in n)
     key = c.n_embd // c.n_head + c.qk_rope_head_dim
     value = c.v_head_dim or c.n_embd // c.n_head
+    widths = c.n_layer * (key + value)
     if c.attention == "mla" and kind == "latent":
-        assert c.kv_lora_rank
-        key, value = c.kv_lora_rank + c.qk_rope_head_dim, c.kv_lora_rank
-    return 2.0 * matrices + 2.0 * c.n_layer * c.n_head * (key + value) * context
+        widths = sum(2 * rank + c.qk_rope_head_dim for rank in c.latent_ranks)
+    return 2.0 * matrices + 2.0 * c.n_head * widths * context

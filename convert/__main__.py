@@ -39,6 +39,8 @@ class ConvertCommand:
     with the source's own attention."""
     rank: Optional[int] = None
     """--to mla: width of the latent; n_embd is exact and halves the cache, half of it quarters the cache."""
+    rank_budget: Optional[int] = None
+    """--to mla: average width instead, shared out among the layers by what each loses."""
     method: Optional[Literal["balanced", "whitened", "svd"]] = None
     """--to mla: what the factorisation minimises: the error of keys and values on the calibration text ("whitened"),
     that error weighed by the loss's gradient ("balanced"), or the error of the weights ("svd"). None: "whitened" with
@@ -85,7 +87,7 @@ def _main(argv: Sequence[str]) -> int:
     assert config.vocab_size
     if padding := config.vocab_size - len(tokenizer):
         print(f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are kept, and never sampled")
-    rank = check_rank(config, command.rank) if command.to == "mla" else None
+    rank = check_rank(config, command.rank, command.rank_budget) if command.to == "mla" else None
     with checkpoint.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
         if command.to == "hf":
@@ -122,9 +124,9 @@ def _calibration(
 
 def _check_flags(command: ConvertCommand) -> None:
     if command.to != "mla":
-        for name in ("rank", "method", "calibration"):
+        for name in ("rank", "rank_budget", "method", "calibration"):
             if getattr(command, name) is not None:
-                raise UserError(f"--{name} goes with --to mla; leave it out")
+                raise UserError(f"--{name.replace('_', '-')} goes with --to mla; leave it out")
     if command.method in ("balanced", "whitened") and command.calibration is None:
         raise UserError(f"--method {command.method} needs --calibration TEXT; without one there is --method svd")
     for name in ("calibration_tokens", "held_out_tokens"):

@@ -16,8 +16,6 @@ def converted_card(config: ModelConfig, name: str, kind: str, tokens: int, steps
     """
     c = config
     assert c.vocab_size
-    latent = f"Multi-head Latent Attention, kv_lora_rank {c.kv_lora_rank}"
-    attention = latent if c.attention == "mla" else "multi-head attention"
     padding = f" (of which {c.vocab_size - tokens} pad the {tokens} tokens)" if c.vocab_size > tokens else ""
     done = "".join(f"- {step}\n" for step in steps) or "- Nothing: the weights are the source's, bit for bit.\n"
     return f"""---
@@ -27,7 +25,7 @@ tags: [mlx, mla_gpt2]
 ---
 # {name}, converted
 
-A GPT-2-style language model with {attention}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide,
+A GPT-2-style language model with {c.attention_text}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide,
 context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding}, {num_parameters(c):,} parameters. Decoding
 caches {cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.
 

@@ -14,6 +14,7 @@ loss's second-order change (K-FAC, arXiv:1503.05671), in which keys and values h
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
@@ -73,6 +74,27 @@ def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomp
     # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse is not needed.
     U, singular_values, _ = np.linalg.svd(B if S is None else B @ S, full_matrices=False)
     return Decomposition(U if L_inverse is None else L_inverse @ U, U.T @ B, singular_values)
+
+
+def share_ranks(layers: list[Decomposition], average: int, method: Method) -> list[int]:
+    """A width for every layer, `average` in the mean, that loses the least error in all.
+
+    Widths come in blocks of gcd(average, 32), as quantised caches and weights need multiples of 32. "balanced" errors
+    are changes of one loss and count as they are; those of the other methods count as shares of their layer's.
+    """
+    block, n = math.gcd(average, 32), len(layers)
+    gains = []
+    for i, layer in enumerate(layers):
+        energy = layer.singular_values**2
+        if method != "balanced":
+            energy = energy / (energy.sum() or 1.0)
+        # Every layer gets one block, whatever it is worth: a latent needs some width.
+        gains += [(float(energy[at : at + block].sum()), i) for at in range(block, len(energy) - block + 1, block)]
+    ranks = [block] * n
+    # A layer's blocks have falling gains, so that the largest gains of all are a choice of first blocks.
+    for _, i in sorted(gains, key=lambda gain: -gain[0])[: n * average // block - n]:
+        ranks[i] += block
+    return ranks
 
 
 def _root(matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:

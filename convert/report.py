@@ -14,7 +14,8 @@ class Report:
 
     source: str
     method: str
-    kv_lora_rank: int
+    kv_lora_ranks: list[int]
+    """Per layer."""
     n_embd: int
     cache_bytes_per_token: dict[str, int]
     """"before" and "after", over all layers, in 16-bit types."""
@@ -31,7 +32,7 @@ class Report:
         """The report in a few sentences, for the model card and the terminal."""
         before, after = self.cache_bytes_per_token["before"], self.cache_bytes_per_token["after"]
         text = [
-            f"Attention made latent: kv_lora_rank {self.kv_lora_rank} of {self.n_embd}, method {self.method}, keeping "
+            f"Attention made latent: kv_lora_rank {self._rank()} of {self.n_embd}, method {self.method}, keeping "
             f"{min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of a layer's energy.",
             f"Cache per token: {before:,} bytes before, {after:,} after ({before / after:.3g} times less).",
         ]
@@ -44,6 +45,16 @@ class Report:
                 f"({p['after'] / p['before'] - 1:+.2%}{masked})."
             )
         return text
+
+    @property
+    def _shared(self) -> bool:
+        return len(set(self.kv_lora_ranks)) > 1
+
+    def _rank(self) -> str:
+        ranks = self.kv_lora_ranks
+        if not self._shared:
+            return str(ranks[0])
+        return f"{min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):g} on average,"
 
     def write(self, folder: Path) -> None:
         """Write both files into a folder."""
@@ -66,7 +77,8 @@ class Report:
             left.plot(
                 range(1, len(values) + 1), [v / top for v in values], color=colours(i / max(1, n - 1)), label=label
             )
-        left.axvline(self.kv_lora_rank, color="black", ls="--", lw=1, label=f"rank {self.kv_lora_rank}")
+        mean = sum(self.kv_lora_ranks) / n
+        left.axvline(mean, color="black", ls="--", lw=1, label=f"{'mean ' if self._shared else ''}rank {mean:g}")
         left.set(yscale="log", xlabel="index", ylabel="singular value / largest", title="spectrum of [Wk; Wv]")
         left.set_ylim(bottom=1e-6)
         left.legend()
@@ -74,7 +86,7 @@ class Report:
         right.set(
             xlabel="layer",
             ylabel="share of energy lost",
-            title=f"{self.method}, rank {self.kv_lora_rank} of {self.n_embd}",
+            title=f"{self.method}, rank {self._rank()} of {self.n_embd}",
         )
         for ax in (left, right):
             ax.grid(alpha=0.3)

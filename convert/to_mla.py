@@ -3,7 +3,7 @@
 import dataclasses
 
 from convert.calibration import Text, collect_moments, perplexity
-from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, to_latent
+from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, share_ranks, to_latent
 from convert.report import Report, spectra
 from mlx_mla.config import ModelConfig
 from mlx_mla.decode_torch import build_model
@@ -27,29 +27,41 @@ class Calibration:
     device: torch.device
 
 
-def check_rank(config: ModelConfig, rank: int | None) -> int:
-    """The latent width, if it is possible for a model; UserError otherwise."""
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """How wide the latents are to be."""
+
+    width: int
+    shared: bool = False
+    """The width is an average, shared out among the layers."""
+
+
+def check_rank(config: ModelConfig, rank: int | None, budget: int | None = None) -> Rank:
+    """The latent width of --rank or --rank-budget, if it is possible for a model; UserError otherwise."""
     if config.attention != "mha":
         raise UserError(
             f"--to mla needs multi-head attention; this model is latent already (rank {config.kv_lora_rank})"
         )
-    if rank is None:
-        raise UserError(f"--to mla needs --rank R, from 1 to {config.n_embd} (exact)")
-    if not 1 <= rank <= config.n_embd:
-        raise UserError(f"--rank must be from 1 to the model's n_embd, {config.n_embd} (exact), not {rank}")
-    return rank
+    if rank is not None and budget is not None:
+        raise UserError("--rank and --rank-budget exclude each other; leave one out")
+    name, width = ("--rank-budget", budget) if rank is None else ("--rank", rank)
+    if width is None:
+        raise UserError(f"--to mla needs --rank R or --rank-budget R, from 1 to {config.n_embd} (exact)")
+    if not 1 <= width <= config.n_embd:
+        raise UserError(f"{name} must be from 1 to the model's n_embd, {config.n_embd} (exact), not {width}")
+    return Rank(width, rank is None)
 
 
 def convert_to_mla(
     name: str,
     config: ModelConfig,
     weights: Weights,
-    rank: int,
+    rank: Rank,
     method: Method,
     calibration: Calibration | None,
     console: Console,
 ) -> tuple[ModelConfig, Weights, Report]:
-    """Give every layer a latent of width `rank`.
+    """Give every layer a latent.
 
     Args:
         name: What the source is called, for the report.
@@ -73,17 +85,18 @@ def convert_to_mla(
     for i in range(config.n_layer):
         kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
         layers.append(decompose(kv, method, moments[i] if moments else None))
-    new_config, new_weights = assemble(config, weights, rank, layers, moments)
+    ranks = share_ranks(layers, rank.width, method) if rank.shared else [rank.width] * config.n_layer
+    new_config, new_weights = assemble(config, weights, ranks, layers, moments)
     report = Report(
         source=name,
         method=method,
-        kv_lora_rank=rank,
+        kv_lora_ranks=ranks,
         n_embd=config.n_embd,
         cache_bytes_per_token={
             "before": cache_bytes_per_token(config, 2),
             "after": cache_bytes_per_token(new_config, 2),
         },
-        kept_energy=[layer.kept_energy(rank) for layer in layers],
+        kept_energy=[layer.kept_energy(rank) for layer, rank in zip(layers, ranks, strict=True)],
         singular_values=spectra(layers),
         calibration=calibrated,
     )
@@ -97,15 +110,21 @@ def convert_to_mla(
 
 
 def assemble(
-    config: ModelConfig, weights: Weights, rank: int, layers: list[Decomposition], moments: list[Moments] | None
+    config: ModelConfig,
+    weights: Weights,
+    ranks: list[int],
+    layers: list[Decomposition],
+    moments: list[Moments] | None,
 ) -> tuple[ModelConfig, Weights]:
-    """Config and weights of the model whose layers have these factors, cut to `rank`.
+    """Config and weights of the model whose layers have these factors, each cut to its rank.
 
     Args:
         config: Of the multi-head model, whose weights follow.
         moments: Of the calibration text, whose mean goes into the output biases; None without a text.
     """
-    values = {**config.to_dict(), "attention": "mla", "kv_lora_rank": rank}
+    values = {**config.to_dict(), "attention": "mla", "kv_lora_rank": max(ranks)}
+    if len(set(ranks)) > 1:
+        values["kv_lora_ranks"] = ranks
     new_config = ModelConfig.from_dict(values).resolved()
     new = {n: w for n, w in weights.items() if ".attn." not in n}
     for i, factors in enumerate(layers):
@@ -116,7 +135,7 @@ def assemble(
             c_proj=weights[f"{attn}.c_proj.weight"],
             c_proj_bias=weights[f"{attn}.c_proj.bias"],
         )
-        layer = to_latent(old, factors, rank, config.n_head, moments[i].mean if moments else None)
+        layer = to_latent(old, factors, ranks[i], config.n_head, moments[i].mean if moments else None)
         new[f"{attn}.c_attn.weight"] = layer.c_attn
         if layer.c_attn_bias is not None:
             new[f"{attn}.c_attn.bias"] = layer.c_attn_bias

@@ -16,10 +16,6 @@ def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
     m = config.model
     data = "Python's built-in documentation" if config.data == BUILTIN else Path(config.data).name
     loss = "not measured yet" if val_loss is None else f"{val_loss:.4f} nats per token"
-    if m.attention == "mla":
-        kind = f"Multi-head Latent Attention, kv_lora_rank {m.kv_lora_rank}"
-    else:
-        kind = "multi-head attention"
     return f"""---
 library_name: mlx
 pipeline_tag: text-generation
@@ -27,7 +23,7 @@ tags: [mlx, mla_gpt2]
 ---
 # {config.preset}, step {step:,}
 
-A GPT-2-style language model with {kind}: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide,
+A GPT-2-style language model with {m.attention_text}: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide,
 context {m.n_positions}, vocabulary {m.vocab_size} ({config.tokenizer}), {num_parameters(m):,} parameters.
 Decoding caches {cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.
 

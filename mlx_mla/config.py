@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 
-MLA_ONLY = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "latent_norm")
+MLA_ONLY = ("kv_lora_rank", "kv_lora_ranks", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "latent_norm")
 """Fields of the model that mean nothing to multi-head attention."""
 
 
@@ -49,7 +49,9 @@ class ModelConfig:
     vocab_size: Optional[int] = None
     """Rows of the embedding. None: as many as the tokenizer has."""
     kv_lora_rank: Optional[int] = None
-    """MLA: width of the cached key/value latent. None: n_embd / 2."""
+    """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of kv_lora_ranks."""
+    kv_lora_ranks: Optional[list[int]] = None
+    """MLA: that width for every layer, where they differ. None: kv_lora_rank for all."""
     q_lora_rank: Optional[int] = None
     """MLA: width of a query latent, as in DeepSeek-V2. None: queries are projected directly."""
     qk_rope_head_dim: int = 0
@@ -116,6 +118,18 @@ class ModelConfig:
 
     @staticmethod
     def _resolve_mla(c: "ModelConfig") -> None:
+        if c.kv_lora_ranks is not None:
+            if len(c.kv_lora_ranks) != c.n_layer or min(c.kv_lora_ranks) < 1:
+                raise UserError(
+                    f"--kv-lora-ranks needs {c.n_layer} widths of at least 1, one for each layer, "
+                    f"not {' '.join(map(str, c.kv_lora_ranks))}"
+                )
+            if c.kv_lora_rank not in (None, max(c.kv_lora_ranks)):
+                raise UserError(
+                    f"--kv-lora-rank {c.kv_lora_rank} is not the largest of --kv-lora-ranks; "
+                    f"use {max(c.kv_lora_ranks)}, or leave out one of the two"
+                )
+            c.kv_lora_rank = max(c.kv_lora_ranks)
         if c.kv_lora_rank is None:
             c.kv_lora_rank = max(1, c.n_embd // 2)
         if c.v_head_dim is None:
@@ -126,6 +140,20 @@ class ModelConfig:
                 raise UserError(f"{flag(name)} must be at least 1, not {value}")
         if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
             raise UserError(f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}")
+
+    @property
+    def latent_ranks(self) -> list[int]:
+        """Width of the key/value latent of every layer of a resolved MLA configuration."""
+        assert self.attention == "mla" and self.kv_lora_rank
+        return self.kv_lora_ranks or [self.kv_lora_rank] * self.n_layer
+
+    @property
+    def attention_text(self) -> str:
+        """The kind of attention in a few words."""
+        if self.attention == "mha":
+            return "multi-head attention"
+        ranks = ", ".join(map(str, self.kv_lora_ranks)) if self.kv_lora_ranks else self.kv_lora_rank
+        return f"Multi-head Latent Attention, kv_lora_rank {ranks}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, without those that are None."""
@@ -359,7 +387,11 @@ def _is_instance(value: Any, expected: Any) -> bool:
 
     if get_origin(expected) is Literal:
         return value in get_args(expected)
-    options = get_args(expected) or (expected,)
+    if isinstance(value, list):
+        return any(
+            get_origin(t) is list and all(_is_instance(v, get_args(t)[0]) for v in value) for t in get_args(expected)
+        )
+    options = tuple(t for t in get_args(expected) or (expected,) if get_origin(t) is not list)
     if bool not in options and isinstance(value, bool):
         return False
     if float in options and isinstance(value, int):
@@ -373,7 +405,7 @@ def _describe(expected: Any) -> str:
     if get_origin(expected) is Literal:
         return "one of " + ", ".join(map(repr, get_args(expected)))
     options = [t for t in (get_args(expected) or (expected,)) if t is not type(None)]
-    return "a value of type " + " or ".join(t.__name__ for t in options)
+    return "a value of type " + " or ".join(str(t) if get_origin(t) else t.__name__ for t in options)
 
 
 def preset(name: str) -> TrainConfig:

@@ -67,9 +67,10 @@ class MLXDecoder:
         self.args = model.args
         self.vocab_size = model.args.vocab_size
         self.n_positions = model.args.n_positions
-        attn = model.layers[0].attn
-        is_mla = isinstance(attn, LatentAttention)
-        self._latent_width = attn.kv_lora_rank + attn.qk_rope_head_dim if is_mla else None
+        attentions = [block.attn for block in model.layers]
+        self._latent_widths = [
+            a.kv_lora_rank + a.qk_rope_head_dim for a in attentions if isinstance(a, LatentAttention)
+        ]
 
     def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
         max_tokens = self.check(prompt, options)
@@ -181,13 +182,14 @@ class MLXDecoder:
     def _group_size(self) -> int:
         if self.cache == "none":
             raise UserError("--kv-bits needs a cache; leave out --cache none")
-        latent = self._latent_width if self.cache == "latent" else None
-        width = latent or self.args.n_embd // self.args.n_head
+        latent = self._latent_widths if self.cache == "latent" else None
+        widths = latent or [self.args.n_embd // self.args.n_head]
         for group_size in (64, 32):
-            if width % group_size == 0:
+            if all(width % group_size == 0 for width in widths):
                 return group_size
+        found = " or ".join(map(str, sorted(set(widths))))
         raise UserError(
-            f"--kv-bits: the cache is {width} wide, and the quantiser takes multiples of 32; "
+            f"--kv-bits: the cache is {found} wide, and the quantiser takes multiples of 32; "
             "a kv_lora_rank that is a multiple of 32 would fit"
         )
 

@@ -77,11 +77,8 @@ def forward_flops_per_token(m: ModelConfig, context: int) -> int:
 def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
     """Bytes that decoding caches for one token of context, over all layers."""
     if m.attention == "mha":
-        width = 2 * m.n_embd
-    else:
-        assert m.kv_lora_rank
-        width = m.kv_lora_rank + m.qk_rope_head_dim
-    return m.n_layer * width * bytes_per_value
+        return m.n_layer * 2 * m.n_embd * bytes_per_value
+    return sum(rank + m.qk_rope_head_dim for rank in m.latent_ranks) * bytes_per_value
 
 
 def _activation_bytes_per_token(m: ModelConfig, context: int, width: int, fused: bool) -> int:
@@ -93,7 +90,7 @@ def _activation_bytes_per_token(m: ModelConfig, context: int, width: int, fused:
     assert m.n_inner and m.vocab_size
     value_width = m.n_head * (m.v_head_dim or m.n_embd // m.n_head)
     key_width = m.n_head * (m.n_embd // m.n_head + m.qk_rope_head_dim)
-    latent = (m.kv_lora_rank or 0) + m.qk_rope_head_dim
+    latent = cache_bytes_per_token(m, 1) / m.n_layer if m.attention == "mla" else 0
     scores = 0 if fused else m.n_head * context
     # Residual stream and both LayerNorms, then q, k, v and their output, then GELU's steps.
     kept = 4 * m.n_embd + latent + 2 * key_width + 2 * value_width + 4.5 * m.n_inner + scores

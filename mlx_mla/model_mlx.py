@@ -48,6 +48,7 @@ class ModelArgs(BaseModelArgs):
     n_inner: Optional[int] = None
     attention: str = "mla"
     kv_lora_rank: Optional[int] = None
+    kv_lora_ranks: Optional[list[int]] = None
     q_lora_rank: Optional[int] = None
     qk_rope_head_dim: int = 0
     v_head_dim: Optional[int] = None
@@ -65,8 +66,8 @@ class ModelArgs(BaseModelArgs):
             raise ValueError(f"activation_function must be 'gelu_new' or 'gelu', not {self.activation_function!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.attention == "mla" and self.kv_lora_rank is None:
-            self.kv_lora_rank = self.n_embd // 2
+        if self.attention == "mla" and self.kv_lora_ranks is None:
+            self.kv_lora_ranks = [self.kv_lora_rank or self.n_embd // 2] * self.n_layer
         if self.attention_bias is None:
             self.attention_bias = self.attention == "mha"
         self.n_inner = self.n_inner or 4 * self.n_embd
@@ -101,14 +102,14 @@ class LatentAttention(nn.Module):
     (B, 1, T, R + P) beside values of width 0, so every mlx-lm cache and tool works unchanged.
     """
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        assert args.kv_lora_rank and args.v_head_dim  # ModelArgs fills them in
+        assert args.kv_lora_ranks and args.v_head_dim  # ModelArgs fills them in
         self.n_head = args.n_head
         self.qk_nope_head_dim = args.n_embd // args.n_head
         self.qk_rope_head_dim = args.qk_rope_head_dim
         self.v_head_dim = args.v_head_dim
-        self.kv_lora_rank = args.kv_lora_rank
+        self.kv_lora_rank = args.kv_lora_ranks[layer]
         self.rope_theta = args.rope_theta
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
@@ -238,10 +239,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
-        self.attn = (LatentAttention if args.attention == "mla" else MultiHeadAttention)(args)
+        self.attn = LatentAttention(args, layer) if args.attention == "mla" else MultiHeadAttention(args)
         self.ln_2 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
         self.mlp = MLP(args)
         self.drop = nn.Dropout(args.dropout)
@@ -260,7 +261,7 @@ class Transformer(nn.Module):
         if not args.qk_rope_head_dim:
             self.wpe = nn.Embedding(args.n_positions, args.n_embd)
         self.drop = nn.Dropout(args.dropout)
-        self.h = [Block(args) for _ in range(args.n_layer)]
+        self.h = [Block(args, i) for i in range(args.n_layer)]
         self.ln_f = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:

@@ -48,6 +48,7 @@ class MLAGPT2Config(PretrainedConfig):
         n_inner: int | None = None,
         attention: str = "mla",
         kv_lora_rank: int | None = None,
+        kv_lora_ranks: list[int] | None = None,
         q_lora_rank: int | None = None,
         qk_rope_head_dim: int = 0,
         v_head_dim: int | None = None,
@@ -75,6 +76,7 @@ class MLAGPT2Config(PretrainedConfig):
         self.n_inner = n_inner or 4 * n_embd
         self.attention = attention
         self.kv_lora_rank = n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
+        self.kv_lora_ranks = kv_lora_ranks
         self.q_lora_rank = q_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim or n_embd // n_head
@@ -126,7 +128,7 @@ class LatentAttention(nn.Module):
         self.qk_nope_head_dim = config.n_embd // config.n_head
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
-        self.kv_lora_rank = config.kv_lora_rank or 0
+        self.kv_lora_rank = config.kv_lora_ranks[layer] if config.kv_lora_ranks else config.kv_lora_rank or 0
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
         self.materialize_cache = False

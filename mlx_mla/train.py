@@ -129,11 +129,10 @@ def dry_run(config: TrainConfig) -> str:
     # Metal and CUDA keep no score matrix; the CPU does.
     unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
     m = config.model
-    attention = f"MLA, kv_lora_rank {m.kv_lora_rank}" if m.attention == "mla" else "MHA"
     tokens = config.steps * config.tokens_per_step
     ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
     rows = {
-        "model": f"{config.preset}: {attention}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
+        "model": f"{config.preset}: {m.attention_text}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
         f"context {m.n_positions}, vocabulary {m.vocab_size}",
         "parameters": f"{unfused.parameters:,}",
         "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, {unfused.train_flops_per_token:,} training",

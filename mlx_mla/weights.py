@@ -36,18 +36,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             linear(f"{block}.attn.c_attn", c.n_embd, 3 * c.n_embd, bool(c.attention_bias))
             linear(f"{block}.attn.c_proj", c.n_embd, c.n_embd, True)
         else:
-            assert c.kv_lora_rank and c.v_head_dim
+            assert c.v_head_dim
+            rank = c.latent_ranks[i]
             q_width = c.n_head * (c.n_embd // c.n_head + c.qk_rope_head_dim)
-            width = (c.q_lora_rank or q_width) + c.kv_lora_rank + c.qk_rope_head_dim
+            width = (c.q_lora_rank or q_width) + rank + c.qk_rope_head_dim
             linear(f"{block}.attn.c_attn", c.n_embd, width, bool(c.attention_bias))
             if c.latent_norm:
-                norm(f"{block}.attn.kv_a_layernorm", c.kv_lora_rank, bias=False)
+                norm(f"{block}.attn.kv_a_layernorm", rank, bias=False)
             if c.q_lora_rank:
                 linear(f"{block}.attn.q_b_proj", c.q_lora_rank, q_width, False)
                 if c.latent_norm:
                     norm(f"{block}.attn.q_a_layernorm", c.q_lora_rank, bias=False)
             up_width = c.n_head * (c.n_embd // c.n_head + c.v_head_dim)
-            linear(f"{block}.attn.kv_b_proj", c.kv_lora_rank, up_width, False)
+            linear(f"{block}.attn.kv_b_proj", rank, up_width, False)
             linear(f"{block}.attn.c_proj", c.n_head * c.v_head_dim, c.n_embd, True)
         norm(f"{block}.ln_2", c.n_embd)
         linear(f"{block}.mlp.c_fc", c.n_embd, c.n_inner, True)

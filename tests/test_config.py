@@ -51,6 +51,13 @@ def test_every_comparison_is_one_flag_apart():
         ({"n_embd": 100, "n_head": 12}, "--n-embd 100 is not divisible by --n-head 12; try --n-embd 96"),
         ({"n_layer": 0}, "--n-layer must be at least 1"),
         ({"kv_lora_rank": 0}, "--kv-lora-rank must be at least 1, not 0"),
+        (
+            {"n_layer": 2, "kv_lora_ranks": [8]},
+            "--kv-lora-ranks needs 2 widths of at least 1, one for each layer, not 8",
+        ),
+        ({"n_layer": 2, "kv_lora_ranks": [8, 0]}, "--kv-lora-ranks needs 2 widths"),
+        ({"n_layer": 1, "kv_lora_ranks": [8], "kv_lora_rank": 4}, "--kv-lora-rank 4 is not the largest"),
+        ({"attention": "mha", "kv_lora_ranks": [8] * 12}, "no meaning with --attention mha"),
         ({"kv_lora_rank": -3}, "--kv-lora-rank must be at least 1, not -3"),
         ({"qk_rope_head_dim": 3}, "--qk-rope-head-dim must be even"),
         ({"vocab_size": 100}, "--vocab-size 100 is smaller than the tokenizer's 257"),

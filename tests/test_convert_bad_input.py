@@ -218,7 +218,10 @@ def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--to", "mla"), "needs --rank R, from 1 to 32"),
+        (("--to", "mla"), "needs --rank R or --rank-budget R, from 1 to 32"),
+        (("--to", "mla", "--rank-budget", "33"), "--rank-budget must be from 1 to the model's n_embd, 32"),
+        (("--to", "mla", "--rank", "4", "--rank-budget", "4"), "exclude each other"),
+        (("--rank-budget", "4"), "--rank-budget goes with --to mla"),
         (("--to", "mla", "--rank", "33"), "--rank must be from 1 to the model's n_embd, 32"),
         (("--to", "mla", "--rank", "0"), "--rank must be from 1"),
         (("--to", "mla", "--rank", "-4"), "--rank must be from 1"),

@@ -1,6 +1,8 @@
 """Multi-head attention made latent: exact at full rank, optimal below, reported, whatever the text's length."""
 
+import itertools
 import json
+import math
 
 import pytest
 
@@ -111,6 +113,27 @@ def test_balancing_is_the_best_latent_under_the_gradients_weight():
         assert change(balanced, rank) <= change(white, rank) * 1.05
 
 
+@given(data=st.data())
+@settings(max_examples=30)
+def test_a_budget_is_shared_out_as_well_as_can_be(data):
+    """Against every other way of giving three layers the same average."""
+    average, method = data.draw(st.integers(1, 5)), data.draw(st.sampled_from(METHODS))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    spectra = [np.sort(rng.exponential(10.0**i, 6))[::-1] for i in rng.permutation(3)]
+    layers = [latent.Decomposition(np.eye(6), np.eye(6), s) for s in spectra]
+
+    def lost(ranks):
+        tails = [s[r:] @ s[r:] / (1 if method == "balanced" else s @ s) for s, r in zip(spectra, ranks, strict=True)]
+        return sum(tails)
+
+    ranks = latent.share_ranks(layers, average, method)
+    assert sum(ranks) == 3 * average and min(ranks) >= 1 and max(ranks) <= 6
+    others = [r for r in itertools.product(range(1, 7), repeat=3) if sum(r) == 3 * average]
+    if math.gcd(average, 32) == 1:
+        assert lost(ranks) == pytest.approx(min(map(lost, others)))
+    assert all(r % math.gcd(average, 32) == 0 for r in ranks)
+
+
 def test_keys_constants_and_values_means_cost_nothing(model, text_file):
     """Directions that the text holds constant leave the outputs as they were at any rank."""
     D = 8
@@ -170,6 +193,29 @@ def test_a_converted_model_decodes_as_in_full(trained, text_file, tmp_path, capf
         assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
         answers.append(json.loads(capfd.readouterr().out)["text"])
     assert len(set(answers)) == 1
+
+
+def test_a_rank_budget_gives_layers_widths_of_their_own(trained, text_file, tmp_path, capfd):
+    flags = ["--calibration", text_file, "--calibration-tokens", 8000, "--method", "balanced"]
+    out = converted(trained, tmp_path / "out", "--rank-budget", 7, *flags)
+    config = checkpoint.read_config(out)
+    ranks = json.loads((out / "conversion.json").read_text())["kv_lora_ranks"]
+    assert sum(ranks) == 14 and ranks[0] != ranks[1]
+    assert (config.kv_lora_ranks, config.kv_lora_rank) == (ranks, max(ranks))
+    assert json.loads((out / "conversion.json").read_text())["cache_bytes_per_token"]["after"] == 2 * sum(ranks)
+    assert f"{min(ranks)} to {max(ranks)}, 7 on average" in (out / "README.md").read_text()
+    answers = []
+    for backend, cache in (("mlx", "latent"), ("mlx", "none"), ("torch", "latent"), ("torch", "none")):
+        capfd.readouterr()
+        argv = ["--model", str(out), "--prompt", "The ", "--temp", "0", "--max-tokens", "20", "--json"]
+        assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
+        answers.append(json.loads(capfd.readouterr().out)["text"])
+    assert len(set(answers)) == 1
+    # Healing goes on from such a model too.
+    from mlx_mla import train
+
+    argv = ["--init", str(out), "--data", str(text_file), "--steps", "2", "--out", str(tmp_path / "healed")]
+    assert train.main([*argv, "--sample-tokens", "0", "--batch-size", "2"]) == 0
 
 
 def text_of(path, context=16) -> Text:
