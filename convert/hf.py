@@ -133,14 +133,19 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
     try:
-        file = safe_open(str(path), "pt")
-        return {n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(file, n)) for n in file.keys()}  # noqa: SIM118
+        with safe_open(str(path), "pt") as file:
+            return {n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n)) for n in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
 
 
-def _reader(file: Any, name: str) -> Any:
-    return lambda: file.get_tensor(name).float().numpy()
+def _reader(path: Path, name: str) -> Any:
+    def read() -> np.ndarray:
+        # Opened anew for each tensor: one mapping for all would keep the whole file in memory beside the copies.
+        with safe_open(str(path), "pt") as file:
+            return file.get_tensor(name).float().numpy()
+
+    return read
 
 
 def write_gpt2(

@@ -63,16 +63,19 @@ def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomp
         moments: Needed by all but "svd"; "balanced" needs their gradient.
     """
     A = kv.astype(np.float64)
-    S = L = L_inverse = None
-    if method != "svd":
-        assert moments is not None
-        S, _ = _root(moments.covariance, RIDGE)
+    if method == "svd":
+        # A V V^T with the eigenvectors V of A^T A: faster than an SVD, and nothing is divided by small values.
+        energy, V = np.linalg.eigh(A.T @ A)
+        return Decomposition(A @ V[:, ::-1], V[:, ::-1].T, np.sqrt(np.maximum(energy[::-1], 0)))
+    assert moments is not None
+    S, _ = _root(moments.covariance, RIDGE)
+    L = L_inverse = None
     if method == "balanced":
-        assert moments is not None and moments.gradient is not None
+        assert moments.gradient is not None
         L, L_inverse = _root(moments.gradient, GRADIENT_RIDGE)
     B = A if L is None else L @ A
     # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse is not needed.
-    U, singular_values, _ = np.linalg.svd(B if S is None else B @ S, full_matrices=False)
+    U, singular_values, _ = np.linalg.svd(B @ S, full_matrices=False)
     return Decomposition(U if L_inverse is None else L_inverse @ U, U.T @ B, singular_values)
 
 
