@@ -190,7 +190,7 @@ def perplexity(model: MLAGPT2LMHeadModel, text: Text, max_tokens: int) -> tuple[
     with torch.inference_mode():
         for batch in text.held_out(max_tokens):
             x, targets = _tensors(batch, model)
-            total += float(_loss(model, x, targets, vocabulary).double().sum())
+            total += float(_loss(model, x, targets, vocabulary).cpu().double().sum())  # MPS has no float64
             tokens += x.numel()
     return float(np.exp(total / tokens)), tokens
 
