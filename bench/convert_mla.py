@@ -72,6 +72,8 @@ class ConvertBench:
     """Method of the models that are healed."""
     heal_learning_rate: float = 1e-4
     """Highest learning rate of healing."""
+    heal_batch_size: int = 4
+    """Sequences in a step of healing: small ones, since few tokens must give many steps."""
     out: Optional[Path] = None
     """Folder for the report. None: only print."""
 
@@ -156,10 +158,11 @@ class Bench:
 
     def _healed(self, cell: Cell, config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
         assert self.config.vocab_size
-        steps = max(1, round(cell.heal * self.run.steps))
+        size = self.options.heal_batch_size
+        steps = max(1, round(cell.heal * self.run.steps * self.run.tokens_per_step / (size * self.run.context)))
         settings = dataclasses.replace(
-            self.run, model=config, steps=steps, learning_rate=self.options.heal_learning_rate,
-            warmup_steps=max(1, steps // 10), weight_decay=0.0,
+            self.run, model=config, steps=steps, learning_rate=self.options.heal_learning_rate, batch_size=size,
+            grad_accum_steps=1, warmup_steps=max(1, steps // 10), weight_decay=0.0,
         )  # fmt: skip
         teacher = None
         if cell.teacher:
@@ -168,10 +171,8 @@ class Bench:
         session = get_backend("torch", "cpu").train_session(settings, weights, teacher=teacher)
         # Another seed than the run's: other windows and another order.
         data = TokenWindows(self.training, self.run.context, self.run.seed + 1, self.config.vocab_size)
-        accumulated = self.run.grad_accum_steps
         for step in range(steps):
-            batches = [data.batch(step * accumulated + i, self.run.batch_size) for i in range(accumulated)]
-            session.step(step, learning_rate(settings, step), batches)
+            session.step(step, learning_rate(settings, step), [data.batch(step, size)])
         return config, session.weights()
 
 

@@ -3,6 +3,7 @@
     python bench/evaluation.py --data-dir DIR [--limit 64] [--out bench/results]
 
 Both read the same items of the same model folder in batches of the same size on the same device, and take turns.
+HellaSwag is timed without its completion form, which `evaluate` also scores and lm_eval does not.
 Timed is all but loading the model: reading and tokenising the items, scoring, metrics. The scores of all are set
 beside each other, since only equal work may be compared. Memory is the process's resident memory, by half of the
 run: it is flat if the second half needs no more than the first. Prints a table; writes NAME.json and NAME.md.
@@ -26,8 +27,10 @@ from mlx_mla.backend_torch import TorchBackend
 from mlx_mla.config import PRESETS, preset
 from mlx_mla.errors import UserError
 from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
-from mlx_mla.scoring import Scorer
+from mlx_mla.scoring import Request, Scorer, Scores
 from mlx_mla.tasks import TASKS
+from mlx_mla.tasks.base import Context, Measured, Protocol, accuracy
+from mlx_mla.tasks.hellaswag import HellaSwag
 from mlx_mla.tokenizer import get_encoder
 from mlx_mla.weights import initial_weights
 
@@ -39,6 +42,23 @@ from machine import PACKAGES, machine, report_name
 
 PROG = "python bench/evaluation.py"
 WARM_UP = 4
+
+
+class AccuracyAlone(HellaSwag):
+    """HellaSwag as lm_eval scores it, so that both do the same work."""
+
+    def requests(self, documents: Sequence[Any], protocol: Protocol, context: Context) -> list[list[Request]]:
+        return [own[:1] for own in super().requests(documents, protocol, context)]
+
+    def measure(
+        self, documents: Sequence[Any], protocol: Protocol, context: Context,
+        requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
+    ) -> list[Measured]:  # fmt: skip
+        best = [own[0].logprob.index(max(own[0].logprob)) for own in scores]
+        return [accuracy("acc", [b == row["label"] for b, row in zip(best, documents, strict=True)])]
+
+
+TIMED = {**TASKS, "hellaswag": AccuracyAlone()}
 REFEREE = "lm_eval hf"
 
 
@@ -112,9 +132,9 @@ def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> li
 
     def ours(backend: str, name: str, limit: int | None = None) -> dict[str, float]:
         scorer = scorers[backend]
-        documents = load(TASKS[name], "standard", data[name], None, 0)[:limit]
+        documents = load(TIMED[name], "standard", data[name], None, 0)[:limit]
         context = context_of(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
-        return metrics(PreparedTask(TASKS[name], documents, "standard", context).run(scorer, bench.batch_size))
+        return metrics(PreparedTask(TIMED[name], documents, "standard", context).run(scorer, bench.batch_size))
 
     rows = []
     for name in names:
