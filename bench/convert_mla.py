@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
 from convert.calibration import Text, collect_moments
-from convert.latent import Method, Moments, decompose
+from convert.latent import Method, Moments, decompose, share_ranks
 from convert.to_mla import assemble
 from mlx_mla import checkpoint, cli, corpus
 from mlx_mla.backend import Teacher, get_backend
@@ -84,13 +84,16 @@ class Cell:
 
     rank: int
     method: str
+    budget: bool = False
+    """The rank is an average, shared out among the layers."""
     heal: float = 0.0
     teacher: bool = False
 
     @property
     def name(self) -> str:
+        method = f"{self.method}{'-budget' if self.budget else ''}"
         healed = f"-heal{self.heal:g}{'-teacher' if self.teacher else ''}" if self.heal else ""
-        return f"r{self.rank}-{self.method}{healed}"
+        return f"r{self.rank}-{method}{healed}"
 
 
 class Bench:
@@ -127,9 +130,12 @@ class Bench:
     def measure(self) -> list[dict[str, Any]]:
         o, rows = self.options, []
         D = self.config.n_embd
-        cells = [Cell(max(1, round(f * D)), m) for f in o.fractions for m in o.methods]
+        cells = [
+            Cell(max(1, round(f * D)), m, budget) for f in o.fractions for m in o.methods for budget in (False, True)
+        ]
+        cells = [c for c in cells if c.rank < D or not c.budget]
         heal = [
-            Cell(max(1, round(f * D)), o.heal_method, h, teacher)
+            Cell(max(1, round(f * D)), o.heal_method, heal=h, teacher=teacher)
             for f in o.heal_fractions for h in o.heal if h for teacher in (False, True)
         ]  # fmt: skip
         moments: list[Moments] | None = None
@@ -152,9 +158,8 @@ class Bench:
         for i in range(self.config.n_layer):
             kv = self.weights[f"transformer.h.{i}.attn.c_attn.weight"][self.config.n_embd :]
             layers.append(decompose(kv, method, moments[i]))
-        return assemble(
-            self.config, self.weights, [cell.rank] * self.config.n_layer, layers, None if method == "svd" else moments
-        )
+        ranks = share_ranks(layers, cell.rank, method) if cell.budget else [cell.rank] * self.config.n_layer
+        return assemble(self.config, self.weights, ranks, layers, None if method == "svd" else moments)
 
     def _healed(self, cell: Cell, config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
         assert self.config.vocab_size
@@ -187,8 +192,9 @@ def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
 def line(row: dict[str, Any]) -> str:
     """A row of the Markdown table."""
     healed = f"{row['heal']:.0%}{', teacher' if row['teacher'] else ''}" if row["heal"] else "-"
+    method = f"{row['method']}{', budget' if row['budget'] else ''}"
     return (
-        f"| {row['rank']} | {row['method']} | {healed} | {row['perplexity']:.4f} "
+        f"| {row['rank']} | {method} | {healed} | {row['perplexity']:.4f} "
         f"| {row['change']:+.2f} ± {row['stderr']:.2f} |"
     )
 
@@ -215,7 +221,7 @@ def draw(bench: Bench, rows: list[dict[str, Any]], path: Path) -> None:
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         healed = f", healed {row['heal']:.0%}{' with teacher' if row['teacher'] else ''}" if row["heal"] else ""
-        series.setdefault(row["method"] + healed, []).append(row)
+        series.setdefault(row["method"] + (", budget" if row["budget"] else "") + healed, []).append(row)
     for label, points in series.items():
         x, y = ([p[key] for p in points] for key in ("rank", "change"))
         axes.errorbar(x, y, [p["stderr"] for p in points], marker="o", ms=3, lw=1, label=label)

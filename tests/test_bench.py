@@ -179,3 +179,31 @@ def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
     assert "wikitext2 has too few items" in no("--tasks", "wikitext2")
     assert "must be at least 1" in no("--limit", "0")
     assert "did you mean lambada?" in no("--tasks", "lamda")
+
+
+@pytest.mark.slow
+def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capfd):
+    from mlx_mla import train
+
+    import convert_mla
+
+    run = tmp_path / "run"
+    argv = ["--attention", "mha", "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--n-positions", "32"]
+    argv += ["--data", str(text_file), "--out", str(run), "--steps", "40", "--batch-size", "4", "--eval-every", "0"]
+    assert train.main([*argv, "--backend", "torch", "--device", "cpu", "--sample-tokens", "0"]) == 0
+    flags = ["--model", str(run), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    flags += ["--fractions", "1", "0.25", "--heal", "0.2", "--heal-fractions", "0.25", "--calibration-tokens", "2000"]
+    assert convert_mla.main(flags) == 0
+    (path,) = (tmp_path / "out").glob("*_convert.json")
+    cells = json.loads(path.read_text())["cells"]
+    named = {(c["rank"], c["method"], c["budget"], c["heal"], c["teacher"]): c for c in cells}
+    assert len(named) == len(cells) == 3 + 6 + 2
+    for method in ("svd", "whitened", "balanced"):
+        assert abs(named[16, method, False, 0.0, False]["change"]) < 0.01  # full rank is exact
+        assert named[4, method, False, 0.0, False]["stderr"] > 0
+    assert named[4, "balanced", False, 0.2, False]["change"] < named[4, "balanced", False, 0.0, False]["change"]
+    (tmp_path / "work" / "r16-svd.json").unlink()
+    capfd.readouterr()
+    assert convert_mla.main(flags) == 0
+    assert json.loads(path.read_text())["cells"] == cells
+    assert convert_mla.main(["--model", str(tmp_path / "nowhere"), "--work", str(tmp_path / "w")]) == 2
