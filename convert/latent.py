@@ -50,11 +50,6 @@ class Decomposition:
     singular_values: np.ndarray
     """(D,), in the units of the method's error."""
 
-    def kept_energy(self, rank: int) -> float:
-        """Share of the sum of squared singular values that a latent of this width keeps."""
-        energy = np.cumsum(self.singular_values**2)
-        return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
-
 
 def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomposition:
     """Factorise A = [Wk; Wv], (2D, D), in the order of what matters.
@@ -77,6 +72,12 @@ def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomp
     # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse is not needed.
     U, singular_values, _ = np.linalg.svd(B @ S, full_matrices=False)
     return Decomposition(U if L_inverse is None else L_inverse @ U, U.T @ B, singular_values)
+
+
+def kept_energy(singular_values: np.ndarray, rank: int) -> float:
+    """Share of the sum of squared singular values that a latent of this width keeps."""
+    energy = np.cumsum(singular_values**2)
+    return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
 
 
 def share_ranks(layers: list[Decomposition], average: int, method: Method) -> list[int]:

@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert.latent import Decomposition
-
 
 @dataclasses.dataclass
 class Report:
@@ -22,7 +20,7 @@ class Report:
     kept_energy: list[float]
     """Per layer, the share of the squared singular values that is kept."""
     singular_values: list[list[float]]
-    """Per layer, in the units of the method's error."""
+    """Per layer, in the units of the method's error, to five digits."""
     calibration: dict[str, Any] | None = None
     """"text" and "tokens" of the moments."""
     perplexity: dict[str, Any] | None = None
@@ -92,8 +90,3 @@ class Report:
             ax.grid(alpha=0.3)
         fig.savefig(path, dpi=120)
         plt.close(fig)
-
-
-def spectra(layers: list[Decomposition]) -> list[list[float]]:
-    """Singular values of every layer, to five digits."""
-    return [[float(f"{v:.5g}") for v in layer.singular_values] for layer in layers]

@@ -1,10 +1,11 @@
 """A model with multi-head attention becomes one with latent attention."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 from convert.calibration import Text, collect_moments, perplexity
-from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, share_ranks, to_latent
-from convert.report import Report, spectra
+from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, kept_energy, share_ranks, to_latent
+from convert.report import Report
 from mlx_mla.config import ModelConfig
 from mlx_mla.decode_torch import build_model
 from mlx_mla.errors import UserError
@@ -81,12 +82,22 @@ def convert_to_mla(
         before, scored = perplexity(model, calibration.text, calibration.held_out_tokens)
         del model
 
-    layers = []
-    for i in range(config.n_layer):
-        kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
-        layers.append(decompose(kv, method, moments[i] if moments else None))
-    ranks = share_ranks(layers, rank.width, method) if rank.shared else [rank.width] * config.n_layer
-    new_config, new_weights = assemble(config, weights, ranks, layers, moments)
+    spectra: list[np.ndarray] = []
+
+    def factors() -> Iterator[Decomposition]:
+        for i in range(config.n_layer):
+            kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
+            layer = decompose(kv, method, moments[i] if moments else None)
+            spectra.append(layer.singular_values)
+            yield layer
+
+    if rank.shared:
+        layers = list(factors())
+        ranks = share_ranks(layers, rank.width, method)
+        new_config, new_weights = assemble(config, weights, ranks, layers, moments)
+    else:  # one layer's factors at a time in memory
+        ranks = [rank.width] * config.n_layer
+        new_config, new_weights = assemble(config, weights, ranks, factors(), moments)
     report = Report(
         source=name,
         method=method,
@@ -96,8 +107,8 @@ def convert_to_mla(
             "before": cache_bytes_per_token(config, 2),
             "after": cache_bytes_per_token(new_config, 2),
         },
-        kept_energy=[layer.kept_energy(rank) for layer, rank in zip(layers, ranks, strict=True)],
-        singular_values=spectra(layers),
+        kept_energy=[kept_energy(values, rank) for values, rank in zip(spectra, ranks, strict=True)],
+        singular_values=[[float(f"{v:.5g}") for v in values] for values in spectra],
         calibration=calibrated,
     )
     if calibration is not None:
@@ -113,7 +124,7 @@ def assemble(
     config: ModelConfig,
     weights: Weights,
     ranks: list[int],
-    layers: list[Decomposition],
+    layers: Iterable[Decomposition],
     moments: list[Moments] | None,
 ) -> tuple[ModelConfig, Weights]:
     """Config and weights of the model whose layers have these factors, each cut to its rank.
