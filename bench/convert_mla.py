@@ -4,8 +4,8 @@
 
 RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for example
 
-    python -m mlx_mla.train --attention mha --n-layer 4 --n-head 4 --n-embd 256 --n-positions 128 --batch-size 32 \\
-        --steps 400 --warmup-steps 40 --learning-rate 3e-3 --initializer-range 0.06 --backend torch \\
+    python -m mlx_mla.train --attention mha --n-layer 4 --n-head 4 --n-embd 256 --n-positions 128 --batch-size 16 \\
+        --steps 3200 --warmup-steps 100 --learning-rate 3e-3 --initializer-range 0.06 --backend torch \\
         --data TEXT --out RUN
 
 Calibration and healing read what the model was trained on, perplexity is of the part it held out. Every loss is
@@ -70,7 +70,9 @@ class ConvertBench:
     """Ranks to heal, as shares of n_embd."""
     heal_method: Literal["balanced", "whitened", "svd"] = "balanced"
     """Method of the models that are healed."""
-    heal_learning_rate: float = 1e-4
+    heal_budget: bool = True
+    """Whether their rank is an average, shared out among the layers."""
+    heal_learning_rate: float = 3e-5
     """Highest learning rate of healing."""
     heal_batch_size: int = 4
     """Sequences in a step of healing: small ones, since few tokens must give many steps."""
@@ -135,7 +137,7 @@ class Bench:
         ]
         cells = [c for c in cells if c.rank < D or not c.budget]
         heal = [
-            Cell(max(1, round(f * D)), o.heal_method, heal=h, teacher=teacher)
+            Cell(max(1, round(f * D)), o.heal_method, o.heal_budget, h, teacher)
             for f in o.heal_fractions for h in o.heal if h for teacher in (False, True)
         ]  # fmt: skip
         moments: list[Moments] | None = None

@@ -43,7 +43,7 @@ class ConvertCommand:
     """--to mla: average width instead, shared out among the layers by what each loses."""
     method: Optional[Literal["balanced", "whitened", "svd"]] = None
     """--to mla: what the factorisation minimises: the error of keys and values on the calibration text ("whitened"),
-    that error weighed by the loss's gradient ("balanced"), or the error of the weights ("svd"). None: "whitened" with
+    that error weighed by the loss's gradient ("balanced"), or the error of the weights ("svd"). None: "balanced" with
     --calibration, else "svd"."""
     calibration: Optional[str] = None
     """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures perplexity."""
@@ -95,7 +95,7 @@ def _main(argv: Sequence[str]) -> int:
         else:
             if rank is not None:
                 calibration = _calibration(command, tokenizer, config.n_positions)
-                method = command.method or ("whitened" if calibration else "svd")
+                method = command.method or ("balanced" if calibration else "svd")
                 config, weights, report = convert_to_mla(
                     source.name, config, weights, rank, method, calibration, Console()
                 )

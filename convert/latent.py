@@ -23,8 +23,9 @@ Method = Literal["balanced", "whitened", "svd"]
 
 RIDGE = 1e-5
 """Added to the covariance, relative to its mean variance: directions that the text never took are not lost."""
-GRADIENT_RIDGE = 1e-2
-"""The same for the gradients' second moment, which fewer tokens determine."""
+GRADIENT_RIDGE = 0.5
+"""The same for the gradients' second moment, which says what small errors do: where much is cut errors are large, and
+count for themselves too (docs/diary.md has other values)."""
 
 
 @dataclasses.dataclass(frozen=True)
