@@ -45,6 +45,7 @@ from matplotlib import pyplot as plt
 
 PROG = "python bench/convert_mla.py"
 METHODS: tuple[Method, ...] = get_args(Method)
+UNCONVERTED = "the MHA model"
 Weights = dict[str, np.ndarray]
 
 
@@ -140,6 +141,8 @@ class Bench:
             Cell(max(1, round(f * D)), o.heal_method, o.heal_budget, h, teacher)
             for f in o.heal_fractions for h in o.heal if h for teacher in (False, True)
         ]  # fmt: skip
+        # What the same tokens do to the MHA model itself, which could go on learning too.
+        heal += [Cell(D, UNCONVERTED, heal=h) for h in o.heal if h]
         moments: list[Moments] | None = None
         for cell in cells + heal:
             done = o.work / f"{cell.name}.json"
@@ -147,7 +150,8 @@ class Bench:
                 if moments is None:
                     model = build_model(self.config, self.weights, torch.device("cpu"))
                     moments, _ = collect_moments(model, self.text, o.calibration_tokens, True, Console())
-                converted = self._converted(cell, moments)
+                whole = cell.method == UNCONVERTED
+                converted = (self.config, self.weights) if whole else self._converted(cell, moments)
                 config, weights = self._healed(cell, *converted) if cell.heal else converted
                 row = {**dataclasses.asdict(cell), **compare(self.window_losses(config, weights), self.base)}
                 checkpoint.write_text(done, json.dumps(row))
@@ -211,7 +215,8 @@ def report(bench: Bench, rows: list[dict[str, Any]]) -> str:
         f"The model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {run.context}, trained on "
         f"{tokens:,} tokens ({run.tokenizer}); perplexity {base:.4f} on {len(bench.base):,} held-out windows. "
         f"Calibrated on {bench.options.calibration_tokens:,} tokens of its training text. Healed: so much of the "
-        "training tokens, with the text's cross-entropy or the divergence from the MHA teacher alone. Change: "
+        "training tokens, with the text's cross-entropy or the divergence from the MHA teacher alone; the MHA model "
+        "itself with the same tokens for comparison. Change: "
         "perplexity against the MHA model in per cent, ± the standard error of the paired difference over windows.\n\n"
         "| rank | method | healed | perplexity | change, % |\n|---|---|---|---|---|\n"
     )
@@ -223,6 +228,8 @@ def draw(bench: Bench, rows: list[dict[str, Any]], path: Path) -> None:
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         healed = f", healed {row['heal']:.0%}{' with teacher' if row['teacher'] else ''}" if row["heal"] else ""
+        if row["method"] == UNCONVERTED:
+            continue
         series.setdefault(row["method"] + (", budget" if row["budget"] else "") + healed, []).append(row)
     for label, points in series.items():
         x, y = ([p[key] for p in points] for key in ("rank", "change"))

@@ -197,11 +197,12 @@ def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capf
     (path,) = (tmp_path / "out").glob("*_convert.json")
     cells = json.loads(path.read_text())["cells"]
     named = {(c["rank"], c["method"], c["budget"], c["heal"], c["teacher"]): c for c in cells}
-    assert len(named) == len(cells) == 3 + 6 + 2
+    assert len(named) == len(cells) == 3 + 6 + 2 + 1
     for method in ("svd", "whitened", "balanced"):
         assert abs(named[16, method, False, 0.0, False]["change"]) < 0.01  # full rank is exact
         assert named[4, method, False, 0.0, False]["stderr"] > 0
-    assert named[4, "balanced", False, 0.2, False]["change"] < named[4, "balanced", False, 0.0, False]["change"]
+    assert named[4, "balanced", True, 0.2, False]["change"] < named[4, "balanced", True, 0.0, False]["change"]
+    assert named[16, "the MHA model", False, 0.2, False]["change"] < 0
     (tmp_path / "work" / "r16-svd.json").unlink()
     capfd.readouterr()
     assert convert_mla.main(flags) == 0
