@@ -8,8 +8,6 @@ import pytest
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.xdist_group("bench")  # the report is made once
-
 NARROW = [
     *("--quick", "--models", "gpt2-124m", "mla-124m", "--batch", "1", "--context", "64"),
     *("--repetitions", "1", "--forward-batch", "1"),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("referees")]  # each is asked once
+pytestmark = pytest.mark.slow
 N = 200
 
 
