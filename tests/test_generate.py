@@ -9,10 +9,8 @@ from mlx_mla import checkpoint, generate, train
 from mlx_mla.backend import GenerationOptions, get_backend
 
 import pytest
-from conftest import SHARED, TINY, python
+from conftest import TINY, python
 from test_train import refused
-
-assert SHARED  # conftest is importable
 
 
 @pytest.fixture(scope="module")
