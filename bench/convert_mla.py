@@ -14,6 +14,7 @@ for both, and their own spread cancels. Finished cells are kept in FOLDER, and a
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
 from convert.calibration import Text, collect_moments
-from convert.latent import Method, Moments, decompose, share_ranks
-from convert.to_mla import assemble
+from convert.latent import Method, Moments, share_ranks
+from convert.to_mla import assemble, factorise
 from mlx_mla import checkpoint, cli, corpus
 from mlx_mla.backend import Teacher, get_backend
 from mlx_mla.config import ModelConfig
@@ -143,15 +144,10 @@ class Bench:
         ]  # fmt: skip
         # What the same tokens do to the MHA model itself, which could go on learning too.
         heal += [Cell(D, UNCONVERTED, heal=h) for h in o.heal if h]
-        moments: list[Moments] | None = None
         for cell in cells + heal:
             done = o.work / f"{cell.name}.json"
             if not done.is_file():
-                if moments is None:
-                    model = build_model(self.config, self.weights, torch.device("cpu"))
-                    moments, _ = collect_moments(model, self.text, o.calibration_tokens, True, Console())
-                whole = cell.method == UNCONVERTED
-                converted = (self.config, self.weights) if whole else self._converted(cell, moments)
+                converted = self._converted(cell)
                 config, weights = self._healed(cell, *converted) if cell.heal else converted
                 row = {**dataclasses.asdict(cell), **compare(self.window_losses(config, weights), self.base)}
                 checkpoint.write_text(done, json.dumps(row))
@@ -159,13 +155,20 @@ class Bench:
             print(line(rows[-1]), flush=True)
         return rows
 
-    def _converted(self, cell: Cell, moments: list[Moments]) -> tuple[ModelConfig, Weights]:
-        method, layers = next(m for m in METHODS if m == cell.method), []
-        for i in range(self.config.n_layer):
-            kv = self.weights[f"transformer.h.{i}.attn.c_attn.weight"][self.config.n_embd :]
-            layers.append(decompose(kv, method, moments[i]))
+    @functools.cached_property
+    def moments(self) -> list[Moments]:
+        """Of the training text, with gradients."""
+        model = build_model(self.config, self.weights, torch.device("cpu"))
+        return collect_moments(model, self.text, self.options.calibration_tokens, True, Console())[0]
+
+    def _converted(self, cell: Cell) -> tuple[ModelConfig, Weights]:
+        if cell.method == UNCONVERTED:
+            return self.config, self.weights
+        method = next(m for m in METHODS if m == cell.method)
+        moments = None if method == "svd" else self.moments
+        layers = list(factorise(self.config, self.weights, method, moments))
         ranks = share_ranks(layers, cell.rank, method) if cell.budget else [cell.rank] * self.config.n_layer
-        return assemble(self.config, self.weights, ranks, layers, None if method == "svd" else moments)
+        return assemble(self.config, self.weights, ranks, layers, moments)
 
     def _healed(self, cell: Cell, config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
         assert self.config.vocab_size

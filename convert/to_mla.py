@@ -82,22 +82,19 @@ def convert_to_mla(
         before, scored = perplexity(model, calibration.text, calibration.held_out_tokens)
         del model
 
+    layers: Iterable[Decomposition] = factorise(config, weights, method, moments)
+    ranks = [rank.width] * config.n_layer
+    if rank.shared:
+        layers = list(layers)
+        ranks = share_ranks(layers, rank.width, method)
     spectra: list[np.ndarray] = []
 
-    def factors() -> Iterator[Decomposition]:
-        for i in range(config.n_layer):
-            kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
-            layer = decompose(kv, method, moments[i] if moments else None)
+    def noted() -> Iterator[Decomposition]:
+        for layer in layers:
             spectra.append(layer.singular_values)
             yield layer
 
-    if rank.shared:
-        layers = list(factors())
-        ranks = share_ranks(layers, rank.width, method)
-        new_config, new_weights = assemble(config, weights, ranks, layers, moments)
-    else:  # one layer's factors at a time in memory
-        ranks = [rank.width] * config.n_layer
-        new_config, new_weights = assemble(config, weights, ranks, factors(), moments)
+    new_config, new_weights = assemble(config, weights, ranks, noted(), moments)
     report = Report(
         source=name,
         method=method,
@@ -118,6 +115,19 @@ def convert_to_mla(
         masked = config.vocab_size - len(calibration.text.tokenizer)
         report.perplexity = {"before": before, "after": after, "tokens": scored, "masked_rows": masked}
     return new_config, new_weights, report
+
+
+def factorise(
+    config: ModelConfig, weights: Weights, method: Method, moments: list[Moments] | None
+) -> Iterator[Decomposition]:
+    """Factors of every layer of a multi-head model, one layer at a time, so that few need be in memory.
+
+    Args:
+        moments: Of every layer; None for "svd".
+    """
+    for i in range(config.n_layer):
+        kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
+        yield decompose(kv, method, moments[i] if moments else None)
 
 
 def assemble(
