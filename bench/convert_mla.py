@@ -173,7 +173,7 @@ class Bench:
     def _healed(self, cell: Cell, config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
         assert self.config.vocab_size
         size = self.options.heal_batch_size
-        steps = max(1, round(cell.heal * self.run.steps * self.run.tokens_per_step / (size * self.run.context)))
+        steps = max(1, round(cell.heal * self.run.steps * self.run.step_tokens / (size * self.run.context)))
         settings = dataclasses.replace(
             self.run, model=config, steps=steps, learning_rate=self.options.heal_learning_rate, batch_size=size,
             grad_accum_steps=1, warmup_steps=max(1, steps // 10), weight_decay=0.0,
@@ -211,7 +211,7 @@ def line(row: dict[str, Any]) -> str:
 def report(bench: Bench, rows: list[dict[str, Any]]) -> str:
     """The Markdown page."""
     run, m, base = bench.run, bench.config, math.exp(bench.base.mean())
-    tokens = run.steps * run.tokens_per_step
+    tokens = run.steps * run.step_tokens
     facts = "\n".join(f"- {k}: {v}" for k, v in machine(["torch"]).items())
     head = (
         f"# MHA made latent: perplexity by rank and method\n\n`{PROG}`, on\n\n{facts}\n\n"

@@ -61,7 +61,7 @@ class TrainSession(Protocol):
         ...
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        """AdamW's moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, float32."""
+        """AdamW's moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, Muon's as `momentum_buffer.NAME`, float32."""
         ...
 
     def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
@@ -173,6 +173,17 @@ class Backend(Protocol):
 def dropout_seed(seed: int, step: int) -> int:
     """Seed of the dropout masks of a step: a function of both alone, so resuming needs no RNG state on disk."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def is_hidden_matrix(name: str, ndim: int) -> bool:
+    """Whether a parameter is a matrix of a block, which --optimizer muon orthogonalises: not an embedding."""
+    return ndim == 2 and ".h." in name
+
+
+def muon_rate(config: TrainConfig, rate: float) -> float:
+    """Muon's learning rate where AdamW's is `rate`: both follow one schedule."""
+    assert config.muon_learning_rate
+    return rate * config.muon_learning_rate / config.learning_rate
 
 
 def stored_moment(tensors: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:

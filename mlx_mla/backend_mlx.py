@@ -1,12 +1,13 @@
 """The MLX backend: the training step, the loss, and the model ready to decode."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import mlx_mla._openblas  # noqa: F401  (before mlx)
-from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed, stored_moment
+from mlx_mla import loss_mlx, optim_mlx
+from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder
 from mlx_mla.errors import UserError
@@ -15,9 +16,8 @@ from mlx_mla.score_mlx import MLXScorer
 from mlx_mla.shards import Batch
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_reduce
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
@@ -65,21 +65,6 @@ def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model
     return model
 
 
-def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
-    """AdamW with bias correction; decay on matrices only, as in GPT-2 and GPT-3 training."""
-    adamw = partial(
-        optim.AdamW,
-        learning_rate=config.learning_rate,
-        betas=[config.beta1, config.beta2],
-        eps=config.adam_epsilon,
-        bias_correction=True,
-    )
-    return optim.MultiOptimizer(
-        [adamw(weight_decay=config.weight_decay), adamw(weight_decay=0.0)],
-        [lambda _, w: w.ndim >= 2],
-    )
-
-
 class MLXTrainSession:
     """See `mlx_mla.backend.TrainSession`.
 
@@ -98,10 +83,10 @@ class MLXTrainSession:
         mx.reset_peak_memory()
         self.config = config
         self.model = build_model(config.model, weights)
-        self.optimizer = make_optimizer(config)
+        self.optimizer = optim_mlx.make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
         if optimizer_state is not None:
-            self._load_optimizer_state(optimizer_state, steps_done)
+            optim_mlx.load_state(self.optimizer, optimizer_state, steps_done)
         self._dtype = DTYPES[config.dtype]
         self._teacher: Model | None = None
         if teacher is not None:
@@ -127,8 +112,9 @@ class MLXTrainSession:
             mx.eval(total, grads)  # frees this pass's activations before the next one
             loss, new = self._grad_step(*map(mx.array, batch))
             total, grads = total + loss, self._add(grads, new)
-        self.optimizer.learning_rate = learning_rate
+        optim_mlx.set_learning_rate(self.optimizer, self.config, learning_rate)
         norm = self._apply_step(grads, mx.array(1.0 / len(batches)))
+        del grads  # so that each can go once it is used
         mx.eval(self.model.state, self.optimizer.state, total, norm)
         return StepResult(_number(total) / len(batches), _number(norm))
 
@@ -140,7 +126,7 @@ class MLXTrainSession:
         return {name: np.array(w) for name, w in tree_flatten(self.model.parameters())}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        return {key: np.array(value) for key, _, _, value in self._moments()}
+        return optim_mlx.state_tensors(self.optimizer)
 
     def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
         self.model.eval()
@@ -157,30 +143,21 @@ class MLXTrainSession:
         self.model.eval()
         return MLXScorer(self.model, tokenizer)
 
-    def _load_optimizer_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
-        # Written into the dictionaries that init made, so that each optimiser keeps its own tensors.
-        for part in self.optimizer.state["states"]:
-            part["step"] = mx.array(steps_done, mx.uint64)
-        for key, part, path, value in list(self._moments()):
-            _set_path(part, path, mx.array(stored_moment(tensors, key, value.shape)))
+    def _hidden(self, x: mx.array) -> mx.array:
+        """Last hidden states; with gradients, as --checkpoint-every says."""
+        every = self.config.checkpoint_every if self.model.training else 0
+        return loss_mlx.hidden_states(self.model.transformer, x, every)
 
-    def _moments(self) -> Iterator[tuple[str, dict, str, mx.array]]:
-        """AdamW's moments: name on disk, the optimiser's state, the path in it, and the tensor."""
-        names = {"m": "exp_avg", "v": "exp_avg_sq"}
-        for part in self.optimizer.state["states"]:
-            for path, value in tree_flatten(part):
-                name, _, moment = path.rpartition(".")
-                if moment in names:
-                    yield f"{names[moment]}.{name}", part, path, value
-
-    def _forward_loss(self, x: mx.array, y: mx.array) -> mx.array:
-        """Cross-entropy of every token, float32 of shape (B, L)."""
-        return mx.fast.cross_entropy(self.model(x).astype(mx.float32), y)
+    def _cross_entropy(self, x: mx.array, y: mx.array, gradient: bool) -> mx.array:
+        """Summed over all tokens."""
+        head = self.model.transformer.wte.weight
+        return loss_mlx.head_loss(self._hidden(x), head, y, self.config.loss_chunk or 0, gradient)
 
     def _distillation_loss(self, x: mx.array, y: mx.array, taught: mx.array) -> mx.array:
         weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
         assert weight is not None and temperature is not None
-        logits, ids = self.model(x).astype(mx.float32), slice(self._vocabulary)
+        logits = self.model.transformer.wte.as_linear(self._hidden(x)).astype(mx.float32)
+        ids = slice(self._vocabulary)
         divergence = distillation_divergence(logits[..., ids], taught[..., ids].astype(mx.float32), temperature)
         return (1 - weight) * mx.fast.cross_entropy(logits, y).mean() + weight * divergence
 
@@ -190,25 +167,27 @@ class MLXTrainSession:
 
         def loss_fn(params: dict) -> mx.array:
             self.model.update(tree_map(lambda p: p.astype(self._dtype), params))
-            return self._forward_loss(x, y).mean() if taught is None else self._distillation_loss(x, y, taught)
+            if taught is not None:
+                return self._distillation_loss(x, y, taught)
+            return self._cross_entropy(x, y, gradient=True) * (1 / y.size)
 
         loss, grads = mx.value_and_grad(loss_fn)(master)
         self.model.update(master)
         return loss, grads
 
     def _clip_and_update(self, grads: dict, scale: mx.array) -> mx.array:
-        grads = tree_map(lambda g: g * scale, grads)
+        # One product scales and clips, so that one set of gradients is in memory, and not three.
+        squares = tree_reduce(lambda total, g: total + mx.square(g).sum(), grads, mx.zeros(()))
+        norm = mx.sqrt(squares) * scale
         if self.config.grad_clip:
-            grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
-        else:
-            norm = mx.sqrt(mx.stack([mx.square(g).sum() for _, g in tree_flatten(grads)]).sum())
-        self.optimizer.update(self.model, grads)
+            scale = scale * mx.minimum(self.config.grad_clip / (norm + 1e-6), 1.0)
+        self.optimizer.update(self.model, tree_map(lambda g: g * scale, grads))
         return norm
 
     def _summed_loss(self, x: mx.array, y: mx.array) -> mx.array:
         master = self.model.trainable_parameters()
         self.model.update(tree_map(lambda p: p.astype(self._dtype), master))
-        loss = self._forward_loss(x, y).sum()
+        loss = self._cross_entropy(x, y, gradient=False)
         self.model.update(master)
         return loss
 
@@ -230,12 +209,3 @@ def _number(scalar: mx.array) -> float:
 
 def _tree_add(a: dict, b: dict) -> dict:
     return tree_map(mx.add, a, b)
-
-
-def _set_path(tree: dict, path: str, value: mx.array) -> None:
-    """Replace one leaf of nested dictionaries and lists, by its tree_flatten path."""
-    *parents, last = path.split(".")
-    node = tree
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    node[last] = value

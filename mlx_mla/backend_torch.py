@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed, stored_moment
+from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed
 from mlx_mla.config import TrainConfig
 from mlx_mla.decode_torch import TorchDecoder, build_model, peak_memory_bytes
 from mlx_mla.errors import UserError
+from mlx_mla.loss_torch import head_loss, hidden_states
+from mlx_mla.optim_torch import Optimizers
 from mlx_mla.score_torch import TorchScorer
 from mlx_mla.shards import Batch
 
@@ -77,19 +79,11 @@ class TorchTrainSession:
         if teacher is not None:
             self._teacher, self._vocabulary = build_model(teacher.config, teacher.weights, device), teacher.vocabulary
         self.parameters = dict(self.model.named_parameters())
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        others = [p for p in self.parameters.values() if p.ndim < 2]
-        on_cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_epsilon,
-            fused=on_cuda,
-        )
+        self.optimizers = Optimizers(config, self.parameters)
         if optimizer_state is not None:
-            self._load_optimizer_state(optimizer_state, steps_done)
-        self._forward: Any = torch.compile(self.model) if on_cuda and config.compile else self.model
+            self.optimizers.load_state(optimizer_state, steps_done)
+        on_cuda = device.type == "cuda"
+        self._hidden: Any = torch.compile(hidden_states) if on_cuda and config.compile else hidden_states
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -97,9 +91,6 @@ class TorchTrainSession:
         self.model.train()
         if self.config.model.dropout:
             torch.manual_seed(dropout_seed(self.config.seed, step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for batch in batches:
             loss = self._training_loss(batch) / len(batches)
@@ -107,24 +98,19 @@ class TorchTrainSession:
             total += loss.detach()
         limit = self.config.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        self.optimizer.step()
+        self.optimizers.step(learning_rate)
         return StepResult(total.item(), norm.item())
 
     def loss_sum(self, batch: Batch) -> float:
         self.model.eval()
         with torch.no_grad():
-            return self._loss(batch, "sum").item()
+            return self._cross_entropy(*self._tensors(batch)).item()
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: p.detach().cpu().numpy().copy() for name, p in self.parameters.items()}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = state[moment].detach().cpu().numpy().copy()
-        return tensors
+        return self.optimizers.state_tensors()
 
     def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
         self.model.eval()
@@ -141,43 +127,37 @@ class TorchTrainSession:
         self.model.eval()
         return TorchScorer(self.model, tokenizer)
 
-    def _loss(self, batch: Batch, reduction: str) -> torch.Tensor:
-        x, y = self._tensors(batch)
-        return F.cross_entropy(self._logits(self._forward, x), y, reduction=reduction)
-
     def _training_loss(self, batch: Batch) -> torch.Tensor:
+        x, y = self._tensors(batch)
         if self._teacher is None:
-            return self._loss(batch, "mean")
+            return self._cross_entropy(x, y) / len(y)
         weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
         assert weight is not None and temperature is not None
-        x, y = self._tensors(batch)
-        with torch.no_grad():
-            taught = self._logits(self._teacher, x)[:, : self._vocabulary]
-        logits = self._logits(self._forward, x)
+        with torch.no_grad(), self._autocast():
+            taught = self._teacher(x, use_cache=False).logits[..., : self._vocabulary].float().flatten(0, 1)
+        with self._autocast():
+            logits = self.model.lm_head(self._last_hidden(x)).float().flatten(0, 1)
         divergence = distillation_divergence(logits[:, : self._vocabulary], taught, temperature)
         return (1 - weight) * F.cross_entropy(logits, y) + weight * divergence
+
+    def _cross_entropy(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Summed over all tokens."""
+        with self._autocast():
+            return head_loss(self._last_hidden(x), self.model.lm_head.weight, y, self.config.loss_chunk or 0)
+
+    def _last_hidden(self, x: torch.Tensor) -> torch.Tensor:
+        every = self.config.checkpoint_every if self.model.training else 0
+        h: torch.Tensor = self._hidden(self.model.transformer, x, every)
+        return h
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        bfloat16 = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (B, L) and targets (B * L,) on the device."""
         x, y = (torch.tensor(a, dtype=torch.long, device=self.device) for a in batch)
         return x, y.flatten()
-
-    def _logits(self, forward: Any, x: torch.Tensor) -> torch.Tensor:
-        """Float32 logits, (B * L, V)."""
-        bfloat16 = self.config.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-            logits: torch.Tensor = forward(x, use_cache=False).logits
-        return logits.float().flatten(0, 1)
-
-    def _load_optimizer_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
-        for name, parameter in self.parameters.items():
-            state: dict[str, Any] = {"step": torch.tensor(float(steps_done))}
-            for moment in ("exp_avg", "exp_avg_sq"):
-                stored = stored_moment(tensors, f"{moment}.{name}", tuple(parameter.shape))
-                state[moment] = torch.tensor(stored, device=self.device)
-            if self.device.type == "cuda":
-                state["step"] = state["step"].to(self.device)  # where fused AdamW keeps it
-            self.optimizer.state[parameter] = state
 
 
 def distillation_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

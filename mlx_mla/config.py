@@ -23,6 +23,10 @@ MLA_ONLY = ("kv_lora_rank", "kv_lora_ranks", "q_lora_rank", "qk_rope_head_dim", 
 """Fields of the model that mean nothing to multi-head attention."""
 
 
+LARGE_LOGITS = 64 * 2**20
+"""Bytes of a pass's float32 logits above which the loss takes them in chunks."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name closest to a mistyped one, as a hint to append to an error; may be empty."""
     known = list(known)
@@ -191,21 +195,33 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps in all."""
     batch_size: int = 16
-    """Sequences in one forward and backward pass; halve it when memory runs out, and double --grad-accum-steps."""
-    grad_accum_steps: int = 1
-    """Passes whose gradients are averaged into one optimiser step; memory stays that of one pass."""
+    """Sequences in one forward and backward pass; halve it when memory runs out."""
+    tokens_per_step: Optional[int] = None
+    """Tokens of one optimiser step, which decide --grad-accum-steps. None: --grad-accum-steps decides."""
+    grad_accum_steps: Optional[int] = None
+    """Passes whose gradients are averaged into one optimiser step; memory stays that of one pass. None: as many
+    as --tokens-per-step asks for, or 1."""
     seq_len: Optional[int] = None
     """Tokens in one sequence. None: n_positions."""
     seed: int = 1337
     """Decides the first weights, the order of the data and the dropout."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" orthogonalises the steps of the blocks' matrices; embeddings, biases and norms keep AdamW."""
     learning_rate: float = 6e-4
-    """Highest learning rate, reached after the warm-up."""
+    """Highest learning rate of AdamW, reached after the warm-up."""
+    muon_learning_rate: Optional[float] = None
+    """Highest learning rate of Muon's matrices, on the same schedule. None: 0.02 with --optimizer muon."""
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: "cosine" decays over all steps; "wsd" (warm-up, stable, decay) stays at the highest rate
+    and falls linearly over the last --decay-fraction, so that a run can be lengthened."""
+    decay_fraction: Optional[float] = None
+    """Share of all steps in which "wsd" decays. None: 0.2 with --lr-schedule wsd."""
     min_lr_ratio: float = 0.1
-    """Share of the learning rate that is left at the end of the cosine."""
+    """Share of the learning rate that is left at the end of the decay."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0. 0: no warm-up."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay, on matrices only."""
+    """Decoupled decay, on matrices only."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
@@ -218,6 +234,12 @@ class TrainConfig:
     """Standard deviation of the first weights; residual projections get 1/sqrt(2 n_layer) of it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on CPUs."""
+    checkpoint_every: int = 0
+    """Gradient checkpointing: keep the activations between groups of so many blocks only, and compute the others again
+    in the backward pass; less memory for a third more time. 1 saves most. 0: off."""
+    loss_chunk: Optional[int] = None
+    """Tokens whose logits the loss holds at a time. 0: all of a pass. None: 1024 where the logits of a pass exceed
+    64 MiB, else all."""
     compile: bool = True
     """Compile the training step with mx.compile (--no-compile: run it eagerly, to look for a fault)."""
     log_every: int = 10
@@ -252,23 +274,32 @@ class TrainConfig:
         return self.seq_len or self.model.n_positions
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.grad_accum_steps * self.context
+    def passes_per_step(self) -> int:
+        """Passes of one optimiser step of a resolved configuration."""
+        assert self.grad_accum_steps
+        return self.grad_accum_steps
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimiser step of a resolved configuration."""
+        return self.batch_size * self.passes_per_step * self.context
 
     def resolved(self, tokenizer_size: int) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""
-        for name in ("steps", "batch_size", "grad_accum_steps", "log_every", "eval_limit"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "batch_size", "tokens_per_step", "grad_accum_steps", "log_every", "eval_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "save_every",
-            "keep", "sample_tokens", "seed", "adam_epsilon", "initializer_range",
+            "keep", "sample_tokens", "seed", "adam_epsilon", "initializer_range", "checkpoint_every", "loss_chunk",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{flag(name)} must not be negative, not {value}")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise UserError(f"--learning-rate must be positive, not {self.learning_rate}")
+        for name in ("learning_rate", "muon_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{flag(name)} must be positive, not {value}")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction must be between 0 and 1, not {self.val_fraction}")
         for name in ("min_lr_ratio", "beta1", "beta2"):
@@ -279,16 +310,60 @@ class TrainConfig:
         if self.eval_data_dir is not None and not self.eval_tasks:
             raise UserError("--eval-data-dir goes with --eval-tasks; leave it out")
         weight, temperature = self._distillation()
+        muon_rate = self._only_with("muon_learning_rate", 0.02, "optimizer", "muon")
+        decay = self._only_with("decay_fraction", 0.2, "lr_schedule", "wsd")
+        if decay is not None and not 0 <= decay <= 1:
+            raise UserError(f"--decay-fraction must be from 0 to 1, not {decay}")
         model = self.model.resolved(tokenizer_size)
         if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
             raise UserError(f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not {self.seq_len}")
-        return dataclasses.replace(
+        resolved = dataclasses.replace(
             self,
             model=model,
             seq_len=self.seq_len or model.n_positions,
             teacher_weight=weight,
             teacher_temperature=temperature,
+            muon_learning_rate=muon_rate,
+            decay_fraction=decay,
         )
+        resolved.grad_accum_steps = resolved._passes()
+        resolved.tokens_per_step = resolved.step_tokens
+        if resolved.loss_chunk is None:
+            assert model.vocab_size
+            logits = 4 * resolved.batch_size * resolved.context * model.vocab_size
+            # Distillation compares whole rows of logits, so there they are held.
+            resolved.loss_chunk = 1024 if logits > LARGE_LOGITS and self.teacher is None else 0
+        if resolved.loss_chunk and self.teacher is not None:
+            raise UserError("--loss-chunk does not go with --teacher, whose loss needs all logits; leave it out")
+        return resolved
+
+    def _only_with(self, name: str, default: float, option: str, choice: str) -> Optional[float]:
+        """A setting that one choice of an option has: its value or default there, refused elsewhere."""
+        value: Optional[float] = getattr(self, name)
+        if getattr(self, option) == choice:
+            return default if value is None else value
+        if value is not None:
+            raise UserError(f"{flag(name)} goes with {flag(option)} {choice}; leave it out")
+        return None
+
+    def _passes(self) -> int:
+        """Passes of a step, from the tokens that it shall have."""
+        if self.tokens_per_step is None:
+            return self.grad_accum_steps or 1
+        one = self.batch_size * self.context
+        passes, rest = divmod(self.tokens_per_step, one)
+        if rest:
+            raise UserError(
+                f"--tokens-per-step {self.tokens_per_step} is no multiple of a pass, --batch-size {self.batch_size} x "
+                f"{self.context} tokens = {one}; use {max(1, round(self.tokens_per_step / one)) * one}, "
+                "or another --batch-size"
+            )
+        if self.grad_accum_steps not in (None, passes):
+            raise UserError(
+                f"--tokens-per-step {self.tokens_per_step} asks for --grad-accum-steps {passes}, "
+                f"not {self.grad_accum_steps}; leave out one of the two"
+            )
+        return passes
 
     def _distillation(self) -> tuple[Optional[float], Optional[float]]:
         """Weight and temperature of the teacher, checked; None for both without one."""
@@ -310,7 +385,7 @@ _MLA_124M: dict[str, Any] = {
     "tokenizer": "gpt2",
     "steps": 19073,
     "batch_size": 4,
-    "grad_accum_steps": 128,  # x 4 x 1024 = the original's 524,288 tokens a step
+    "tokens_per_step": 524288,  # the original's
     "warmup_steps": 715,
     "dtype": "bfloat16",
     "eval_every": 250,

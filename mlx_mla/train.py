@@ -106,6 +106,11 @@ def parse(argv: Sequence[str]) -> TrainCommand:
         defaults = ModelConfig()
         same = [n for n in MLA_ONLY if getattr(command.model, n) == getattr(base.model, n)]
         command.model = dataclasses.replace(command.model, **{n: getattr(defaults, n) for n in same})
+    passes_given = command.grad_accum_steps != base.grad_accum_steps
+    if command.tokens_per_step == base.tokens_per_step and (passes_given or command.resume):
+        command.tokens_per_step = None  # the number of passes decides, as it did in the run to resume
+    elif command.tokens_per_step is not None and not passes_given:
+        command.grad_accum_steps = None  # the tokens decide, whatever --batch-size is
     if command.from_step is not None and not command.resume:
         raise UserError("--from-step goes with --resume")
     if command.init is not None and not command.resume:
@@ -129,14 +134,14 @@ def dry_run(config: TrainConfig) -> str:
     # Metal and CUDA keep no score matrix; the CPU does.
     unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
     m = config.model
-    tokens = config.steps * config.tokens_per_step
+    tokens = config.steps * config.step_tokens
     ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
     rows = {
         "model": f"{config.preset}: {m.attention_text}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
         f"context {m.n_positions}, vocabulary {m.vocab_size}",
         "parameters": f"{unfused.parameters:,}",
         "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, {unfused.train_flops_per_token:,} training",
-        "training": f"{config.steps:,} steps x {config.tokens_per_step:,} tokens = {tokens:,} tokens, "
+        "training": f"{config.steps:,} steps x {config.step_tokens:,} tokens = {tokens:,} tokens, "
         f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
         "memory, CPU": _memory(unfused),
         "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",

@@ -36,7 +36,7 @@ CONFIG, METRICS, PLOT, LATEST = "config.toml", "metrics.jsonl", "loss.png", "lat
 # Beside the shape of the model, these decide which batch a step sees, where the run began or what it minimises.
 FIXED_ON_RESUME = (
     "tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len", "seed", "init", "initializer_range",
-    "teacher", "teacher_weight", "teacher_temperature",
+    "optimizer", "teacher", "teacher_weight", "teacher_temperature",
 )  # fmt: skip
 
 
@@ -56,12 +56,17 @@ class RunResult:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of the step that follows `step` finished ones: linear warm-up, then cosine decay."""
+    """Learning rate of the step that follows `step` finished ones: linear warm-up, then --lr-schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    if config.lr_schedule == "wsd":
+        # Warm-up, stable, decay (MiniCPM, arXiv:2404.06395), with the linear decay of arXiv:2405.18392.
+        decay = max(1, round((config.decay_fraction or 0) * config.steps))
+        left = min(1.0, max(0, config.steps - step) / decay)
+    else:
+        progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
 def train(
@@ -169,15 +174,15 @@ class _Loop:
     def _step(self) -> None:
         config, began = self.config, time.perf_counter()
         lr = learning_rate(config, self.done)
-        first = self.done * config.grad_accum_steps
-        batches = [self.data.train.batch(first + i, config.batch_size) for i in range(config.grad_accum_steps)]
+        first = self.done * config.passes_per_step
+        batches = [self.data.train.batch(first + i, config.batch_size) for i in range(config.passes_per_step)]
         result = self.session.step(self.done, lr, batches)
         self.done += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise UserError(self._diverged(result.loss, result.grad_norm))
         elapsed = time.perf_counter() - began
         self._clock += elapsed
-        self._clock_tokens += config.tokens_per_step
+        self._clock_tokens += config.step_tokens
         if self._timed:  # the first step compiles, which says nothing about those to come
             self._spent += elapsed
             self._spent_steps += 1
@@ -209,7 +214,7 @@ class _Loop:
 
     def _log_loss(self, split: str, loss: float, lr: float, tokens_per_sec: float) -> None:
         rest = {"tokens_per_sec": round(tokens_per_sec, 1), "peak_memory_bytes": self.session.peak_memory_bytes()}
-        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.tokens_per_step, **rest})
+        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.step_tokens, **rest})
 
     def _log(self, split: str, values: dict[str, Any]) -> None:
         row = {"step": self.done, "split": split, **values}
@@ -224,9 +229,9 @@ class _Loop:
         info = {
             "format": 1,
             "step": self.done,
-            "tokens": self.done * config.tokens_per_step,
+            "tokens": self.done * config.step_tokens,
             "val_loss": self.val_loss,
-            "optimizer": "adamw",
+            "optimizer": config.optimizer,
             "data_sha256": self.data.fingerprint,
         }
         try:

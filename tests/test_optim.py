@@ -1,0 +1,140 @@
+"""Muon against its formula and between the backends; schedules and the size of a step."""
+
+import dataclasses
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mlx_mla import train  # noqa: E402
+from mlx_mla.backend import get_backend  # noqa: E402
+from mlx_mla.config import TrainConfig, preset  # noqa: E402
+from mlx_mla.errors import UserError  # noqa: E402
+from mlx_mla.optim_mlx import Muon  # noqa: E402
+from mlx_mla.plot import read_metrics  # noqa: E402
+from mlx_mla.trainer import learning_rate  # noqa: E402
+from mlx_mla.weights import initial_weights  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+from conftest import TINY  # noqa: E402
+from mlx.optimizers import AdamW  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from test_backend_mlx import BASE, batch  # noqa: E402
+from test_train import refused  # noqa: E402
+
+MUON = dataclasses.replace(BASE, optimizer="muon", muon_learning_rate=0.02, grad_clip=0.0)
+MATRIX = "transformer.h.1.mlp.c_fc.weight"
+
+
+def session(backend: str = "mlx", config: TrainConfig = MUON):
+    return get_backend(backend).train_session(config, initial_weights(config.model, 0, 0.1))
+
+
+def muon(w, gradients, rate, decay, momentum=0.95):
+    """Weights after the gradients, in float64, from https://kellerjordan.github.io/posts/muon."""
+    v = np.zeros_like(w)
+    for g in gradients:
+        v = momentum * v + (1 - momentum) * g
+        x = (1 - momentum) * g + momentum * v
+        tall = x.shape[0] > x.shape[1]
+        x = (x.T if tall else x) / np.linalg.norm(x)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.T if tall else x
+        w = w * (1 - rate * decay) - rate * max(1, w.shape[0] / w.shape[1]) ** 0.5 * x
+    return w
+
+
+def test_muon_is_its_formula_with_decoupled_decay():
+    s = session()
+    before, gradients = s.weights()[MATRIX].astype(np.float64), []
+    for step in range(3):
+        x, y = batch(step)
+        gradients.append(
+            np.array(dict(tree_flatten(s._loss_and_grad(mx.array(x), mx.array(y))[1]))[MATRIX], np.float64)
+        )
+        s.step(step, BASE.learning_rate, [(x, y)])
+    expected = muon(before, gradients, 0.02, BASE.weight_decay)
+    np.testing.assert_allclose(s.weights()[MATRIX], expected, atol=2e-5)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    s = session()
+    assert [type(part) for part in s.optimizer.optimizers] == [Muon, AdamW, AdamW]
+    s.step(0, 1e-3, [batch(0)])
+    names = set(s.weights())
+    of_muon = {k.removeprefix("momentum_buffer.") for k in s.optimizer_state() if k.startswith("momentum_buffer.")}
+    of_adamw = {k.removeprefix("exp_avg.") for k in s.optimizer_state() if k.startswith("exp_avg.")}
+    assert of_muon == {n for n, w in s.weights().items() if w.ndim == 2 and "wte" not in n}
+    assert of_adamw == names - of_muon
+
+
+def test_muon_agrees_between_the_backends_and_follows_the_schedule():
+    """PyTorch iterates in bfloat16, whose noise stays within some per cent of a step."""
+    mlx, torch_ = session("mlx"), session("torch")
+    start = mlx.weights()[MATRIX]
+    for step in range(3):
+        for s in (mlx, torch_):
+            s.step(step, 1e-2 / (step + 1), [batch(step)])
+    a, b = mlx.weights()[MATRIX] - start, torch_.weights()[MATRIX] - start
+    assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(a)
+    assert mlx.loss_sum(batch(9)) == pytest.approx(torch_.loss_sum(batch(9)), rel=1e-2)
+    still = session()
+    still.step(0, 0.0, [batch(0)])
+    np.testing.assert_array_equal(still.weights()[MATRIX], start)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_muon_resumes_bit_identically(tmp_path, text_file, backend):
+    def run(out, *flags):
+        argv = [*TINY, "--data", str(text_file), "--out", str(out), "--backend", backend, "--optimizer", "muon"]
+        assert train.main([*argv, "--log-every", "1", *flags]) == 0
+        return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "train"]
+
+    expected = run(tmp_path / "straight", "--steps", "8")
+    run(tmp_path / "broken", "--steps", "8", "--save-every", "4")
+    for file in (tmp_path / "broken/checkpoints/step-000008").iterdir():
+        file.unlink()
+    (tmp_path / "broken/checkpoints/step-000008").rmdir()
+    assert run(tmp_path / "broken", "--steps", "8", "--resume") == expected
+    assert expected[-1] < expected[0]
+
+
+def test_the_optimiser_of_a_run_cannot_change(tiny_run, capsys):
+    said = refused(capsys, "--resume", "--out", tiny_run, "--steps", "50", "--optimizer", "muon")
+    assert "--optimizer is adamw" in said
+
+
+def test_warm_up_stable_decay():
+    flags = ["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--lr-schedule", "wsd"]
+    config = train.parse([*flags, "--min-lr-ratio", "0"]).resolved(257)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:81] == [1.0] * 71
+    assert rates[80:] == pytest.approx([i / 20 for i in range(20, -1, -1)])
+    # A longer run has the same rates until the shorter one decays.
+    longer = dataclasses.replace(config, steps=300)
+    assert [learning_rate(longer, step) for step in range(81)] == rates[:81]
+
+
+def test_tokens_of_a_step_decide_the_passes():
+    assert preset("mla-124m").resolved(50257).grad_accum_steps == 128
+    parsed = train.parse(["--preset", "mla-124m", "--batch-size", "8"]).resolved(50257)
+    assert (parsed.grad_accum_steps, parsed.step_tokens) == (64, 524288)
+    parsed = train.parse(["--preset", "mla-124m", "--grad-accum-steps", "2"]).resolved(50257)
+    assert (parsed.grad_accum_steps, parsed.tokens_per_step) == (2, 8192)
+    parsed = train.parse(["--tokens-per-step", "4096"]).resolved(257)
+    assert parsed.grad_accum_steps == 4
+
+
+def test_settings_that_contradict_each_other(capsys):
+    assert "use 2048, or another --batch-size" in refused(capsys, "--tokens-per-step", "2000")
+    said = refused(capsys, "--tokens-per-step", "2048", "--grad-accum-steps", "3")
+    assert "asks for --grad-accum-steps 2, not 3" in said
+    assert "goes with --optimizer muon" in refused(capsys, "--muon-learning-rate", "0.1")
+    assert "goes with --lr-schedule wsd" in refused(capsys, "--decay-fraction", "0.1")
+    assert "--loss-chunk must not be negative" in refused(capsys, "--loss-chunk", "-1")
+    with pytest.raises(UserError, match="does not go with --teacher"):
+        dataclasses.replace(preset("nano"), teacher="x", loss_chunk=5).resolved(257)
