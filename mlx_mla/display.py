@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from types import TracebackType
 from typing import Any
 
@@ -85,6 +85,8 @@ class PrepareDisplay:
         self._read: dict[str, float] = {}
         # What earlier runs have done counts as progress, but not as speed.
         self._before = 0.0
+        self._begun = set[str]()
+        self._start: dict[str, float] = {}
         self._bar = Progress(
             TextColumn("prepare"),
             BarColumn(bar_width=None),
@@ -105,15 +107,17 @@ class PrepareDisplay:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
 
-    def finished(self, size: float) -> None:
-        """Count what an earlier run has read."""
-        self._before += size
+    def resume(self, done: float, sources: Set[str]) -> None:
+        """Count what earlier runs have read: whole sources of size `done`, and some of each of `sources`."""
+        self._before, self._begun = done, set(sources)
 
-    def read(self, source: str, done: float, before: float = 0.0) -> None:
-        """Report how far a source has been read, and how far it had been when the run began."""
-        if source not in self._read:
-            self._before += before
-        self._read[source] = done - before
+    def read(self, source: str, done: float) -> None:
+        """Report how far a source has been read."""
+        if source in self._begun:
+            self._begun.remove(source)
+            self._before += done
+            self._start[source] = done
+        self._read[source] = done - self._start.get(source, 0.0)
 
     def tokens(self, size: int, count: int) -> None:
         """Report text of `size` bytes made into `count` tokens."""

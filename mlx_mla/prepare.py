@@ -66,6 +66,8 @@ class PrepareCommand:
     """Column (or key of a JSON line) that holds the text."""
     separator: str = "<|endoftext|>"
     """What stands between the documents of a plain text file."""
+    revision: Optional[str] = None
+    """Commit, branch or tag of a dataset on the hub. None: its newest commit, which the manifest names."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,13 +93,17 @@ def prepare(command: PrepareCommand, console: Console) -> str:
     """
     workers = _check(command)
     encoder = get_encoder(command.tokenizer, command.bpe_dir)
-    sources, others = find_sources(command.src, Reading(command.text_column, command.separator))
+    sources, others = find_sources(command.src, Reading(command.text_column, command.separator, command.revision))
     job = _Job(command, encoder, sources)
     if not job.manifest["complete"]:
         if others:
             console.print(f"left out {len(others)} other files, such as {others[0]}", markup=False, highlight=False)
-        with PrepareDisplay(console, sum(source.size for source in sources)) as display:
-            job.run(workers, display)
+        try:
+            with PrepareDisplay(console, sum(source.size for source in sources)) as display:
+                job.run(workers, display)
+        except KeyboardInterrupt:
+            console.print(f"stopped; run it again to go on: the finished shards are in {command.out}", markup=False)
+            raise
     return job.summary()
 
 
@@ -163,10 +169,14 @@ class _Job:
 
     def run(self, workers: int, display: PrepareDisplay) -> None:
         """Read, tokenise, shuffle and write until all is done."""
-        command = self.command
+        command, start = self.command, self.manifest["next"]
+        order = np.random.default_rng([command.seed]).permutation(len(self.sources))
+        opened = {file for file, _ in start["open"]}
+        done = sum(self.sources[order[file]].size for file in range(start["file"]) if file not in opened)
+        display.resume(done, {self.sources[order[file]].name for file in opened})
         pool = ThreadPoolExecutor(workers)
         try:
-            stream = _blocks(self.sources, self._order(), self.manifest["next"], min(BLOCK, command.shard_tokens), pool)
+            stream = _blocks(self.sources, order, start, min(BLOCK, command.shard_tokens), pool)
             for state, encoded in self._encoded(stream, pool, 4 * workers, display):
                 sizes = [len(tokens) for tokens in encoded.tokens]
                 waiting = len(self._train) + len(self._val)
@@ -211,9 +221,6 @@ class _Job:
             encoded = future.result()
             display.read(turn.source.name, turn.block.done)
             yield turn.state, encoded
-
-    def _order(self) -> np.ndarray:
-        return np.random.default_rng([self.command.seed]).permutation(len(self.sources))
 
     def _commit(self, state: dict[str, Any]) -> None:
         """Write what was gathered, then the manifest that says so; until then a kill leaves the old one true."""
@@ -284,8 +291,8 @@ class _Job:
             "parts": [],
             "next": {"open": [], "file": 0},
         }
-        if (out / MANIFEST).is_file():
-            old = read_manifest(out)
+        old = read_manifest(out) if (out / MANIFEST).is_file() else None
+        if old is not None and (old["shards"] or old.get("parts")):
             for name, value in settings.items():
                 before = old["settings"].get(name)
                 if before != value:
@@ -305,7 +312,7 @@ class _Job:
             for leftover in out.glob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)
             return old
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if old is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: is not an empty folder; give --out a new name")
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -390,7 +397,8 @@ def _check(command: PrepareCommand) -> int:
         raise UserError("--separator must not be empty")
     if not re.fullmatch(r"[\w.-]+", command.prefix) or re.search("train|val", command.prefix):
         raise UserError(f"--prefix {command.prefix!r} must be plain letters, without 'train' or 'val' in them")
-    return command.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return command.workers or cores or 1
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class Reading:
     """Column of a parquet file, or key of a JSON line."""
     separator: str = "<|endoftext|>"
     """What stands between the documents of a text file."""
+    revision: str | None = None
+    """Commit, branch or tag of a dataset on the hub; None: its newest commit."""
 
 
 def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
@@ -83,7 +85,11 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
         return _hub(src, reading), []
     found: list[Source] = []
     others: list[str] = []
-    for folder, names, files in os.walk(path):
+
+    def unreadable(e: OSError) -> None:
+        raise UserError(f"{e.filename}: cannot be read: {e.strerror}")
+
+    for folder, names, files in os.walk(path, onerror=unreadable):
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in sorted(files):
             full = Path(folder) / name
@@ -208,21 +214,24 @@ class ParquetSource(_FileSource):
 
     def blocks(self, start: Any, limit: int) -> Iterator[Block]:
         skip, column = start or 0, self.reading.column
+        position = skip
         try:
             with pq.ParquetFile(self.path) as file:
                 self._check(file.schema_arrow)
-                groups, first = [], 0
+                groups, first = list[int](), 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
-                    if first + rows > skip:
+                    if groups or first + rows > skip:
                         groups.append(group)
-                    if not groups:
+                    else:
                         first += rows
                 batches = file.iter_batches(256, row_groups=groups, columns=[column]) if groups else []
                 rows_of = (text for batch in batches for text in batch.column(0).to_pylist())
                 total = max(1, file.metadata.num_rows)
-                for texts, end in _grouped(rows_of, first, skip, limit):
-                    yield Block(_constant(texts), end, self.size * end / total)
+                for texts, position in _grouped(rows_of, first, skip, limit):
+                    yield Block(_constant(texts), position, self.size * position / total)
+        except UnicodeDecodeError as e:
+            raise UserError(f"{self.path}: column {column!r} is not UTF-8 after row {position:,} ({e})") from None
         except (pa.ArrowException, OSError) as e:
             reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
             raise UserError(f"{self.path}: cannot be read as parquet: {reason}") from None
@@ -234,7 +243,8 @@ class ParquetSource(_FileSource):
                 f"{self.path}: has no column {column!r}, but {_names(schema.names)}; choose one with --text-column"
             )
         kind = schema.field(column).type
-        if not any(is_string(kind) for is_string in _STRINGS):
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(is_string(plain) for is_string in _STRINGS):
             raise UserError(f"{self.path}: column {column!r} is {kind}, not string; choose another with --text-column")
 
 
@@ -269,10 +279,13 @@ class HubSource:
 
 def _hub(src: str, reading: Reading) -> list[Source]:
     import datasets  # takes seconds, and only this needs it
+    from huggingface_hub import HfApi
 
     name, _, config = src.partition(":")
     try:
-        data = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        # The commit becomes part of the files' names, so that a preparation never goes on with other data.
+        commit = HfApi().dataset_info(name, revision=reading.revision).sha or ""
+        data = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
         files = data.num_shards
         splits = data.info.splits or {}
         rows = splits["train"].num_examples if "train" in splits else 0
@@ -281,7 +294,8 @@ def _hub(src: str, reading: Reading) -> list[Source]:
             f"{src}: no such file or folder, and the dataset could not be opened ({type(e).__name__}: {_first_line(e)})"
         ) from None
     return [
-        HubSource(data.shard(files, i), f"{src}#{i:05d}", (rows or 0) / files, reading.column) for i in range(files)
+        HubSource(data.shard(files, i), f"{src}@{commit}#{i:05d}", (rows or 0) / files, reading.column)
+        for i in range(files)
     ]
 
 

@@ -127,7 +127,7 @@ def open_shard(path: Path) -> Shard:
         )
     if not count:
         raise UserError(f"{path}: holds no tokens; remove it")
-    return Shard(path, np.memmap(path, "<u2", "r", offset, (count,)), 0, size)
+    return Shard(path, np.memmap(path, "<u2", "r", offset, (count,)).view(np.ndarray), 0, size)
 
 
 def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count: int) -> str:
@@ -172,7 +172,10 @@ def open_folder(folder: Path) -> ShardFolder:
     """
     if (folder / MANIFEST).is_file():
         return _prepared(folder, read_manifest(folder))
-    paths = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES.values() and not p.name.startswith("."))
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES.values() and not p.name.startswith("."))
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read: {e.strerror}") from None
     if not paths:
         raise UserError(f"{folder}: holds no token shards (.npy, .bin); make some with python -m mlx_mla.prepare")
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
