@@ -291,6 +291,8 @@ class _Job:
             "parts": [],
             "next": {"open": [], "file": 0},
         }
+        for leftover in out.glob(".*.tmp-*"):
+            leftover.unlink(missing_ok=True)
         old = read_manifest(out) if (out / MANIFEST).is_file() else None
         if old is not None and (old["shards"] or old.get("parts")):
             for name, value in settings.items():
@@ -309,8 +311,6 @@ class _Job:
                 )
             for row in old["shards"] + old.get("parts", []):
                 open_shard(out / row["file"])
-            for leftover in out.glob(".*.tmp-*"):
-                leftover.unlink(missing_ok=True)
             return old
         if old is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: is not an empty folder; give --out a new name")
