@@ -260,13 +260,15 @@ class _Job:
                 groups.append([])
             groups[-1].append(part)
         rows = [self._merge(group, number) for number, group in enumerate(groups)]
-        parts = m["parts"]
         m["shards"] = rows + m["shards"]
         m["complete"] = True
         del m["parts"], m["next"]
         self._write()
-        for part in parts:
-            (self.out / part["file"]).unlink(missing_ok=True)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for path in self.out.glob(".val_*.npy"):
+            path.unlink(missing_ok=True)
 
     def _merge(self, parts: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
         name = f"{self.command.prefix}_val_{number:06d}{SUFFIXES[self.command.format]}"
@@ -311,6 +313,8 @@ class _Job:
                 )
             for row in old["shards"] + old.get("parts", []):
                 open_shard(out / row["file"])
+            if old["complete"]:
+                self._remove_parts()
             return old
         if old is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: is not an empty folder; give --out a new name")
