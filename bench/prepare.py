@@ -47,7 +47,7 @@ class PrepareBench:
     """Text, as for mlx_mla.prepare."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe. None: tiktoken downloads them once."""
-    megabytes: int = 60
+    megabytes: float = 60
     """Text to time, and a quarter of what memory is measured on."""
     web_page: int = 4500
     """Characters of the shorter documents; the mean of FineWeb-Edu's is about that."""
@@ -66,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     bench = cli.parse(PrepareBench, argv, PROG)
-    if min(bench.megabytes, bench.web_page, bench.repetitions) < 1:
-        raise UserError("--megabytes, --web-page and --repetitions must be at least 1")
+    if min(bench.web_page, bench.repetitions) < 1 or not bench.megabytes > 0:
+        raise UserError("--megabytes must be positive, --web-page and --repetitions at least 1")
     rows, memory = [], []
     with tempfile.TemporaryDirectory() as temporary:
         for name, cut in (("whole", None), (f"{bench.web_page} characters", bench.web_page)):
             rows += speed(bench, name, cut, Path(temporary) / f"cut-{cut}")
         for factor in (1, 4):
-            memory.append(peak(bench, factor * bench.megabytes * 10**6, Path(temporary) / f"memory-{factor}"))
+            memory.append(peak(bench, int(factor * bench.megabytes * 1e6), Path(temporary) / f"memory-{factor}"))
     facts = machine((), ("tiktoken", "numpy", "pyarrow"))
     text = report(bench, rows, memory, facts)
     print(text)
@@ -116,7 +116,7 @@ def write(documents: Iterator[str] | Sequence[str], folder: Path, files: int = F
 
 def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list[dict[str, Any]]:
     """A row for each subject."""
-    documents = list(texts(bench.src, bench.megabytes * 10**6, cut))
+    documents = list(texts(bench.src, int(bench.megabytes * 1e6), cut))
     size = write(documents, folder / "plain")
     (folder / "xz").mkdir()
 
@@ -186,7 +186,7 @@ def report(
     lines.append(f"- command: `{PROG} {' '.join(sys.argv[1:])}`")
     lines += [
         f"- GPT-2's tokenizer, {CORES} threads, median of {bench.repetitions} in turns; MB are 10^6 bytes of text", "",
-        "| documents | subject | MB/s | slowest - fastest | against tiktoken alone | MB by CPU second | against tiktoken alone |",
+        "| documents | subject | MB/s | slowest - fastest | against tiktoken | MB by CPU second | against tiktoken |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     reference = {r["documents"]: r for r in rows if r["subject"] == ALONE}
@@ -204,7 +204,7 @@ def report(
             f"| {rates[0]:.1f} - {rates[-1]:.1f} | {ratios[0]} | {cpu_rate:.1f} | {ratios[1]} |"
         )
     lines += ["", f"Memory with `--shard-tokens {bench.memory_shard_tokens}`:", "", "| text | peak |", "|---|---|"]
-    lines += [f"| {m['bytes'] / 1e6:,.0f} MB | {m['peak_bytes'] / 2**20:,.0f} MiB |" for m in memory]
+    lines += [f"| {m['bytes'] / 1e6:,.4g} MB | {m['peak_bytes'] / 2**20:,.0f} MiB |" for m in memory]
     return "\n".join(lines)
 
 
