@@ -393,6 +393,8 @@ def _check(command: PrepareCommand) -> int:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise UserError(f"{flag(name)} must be at least 1, not {value}")
+    if command.shard_tokens >= 2**31:  # llm.c's header counts in int32
+        raise UserError(f"--shard-tokens must be below {2**31}, not {command.shard_tokens}")
     if command.seed < 0:
         raise UserError(f"--seed must not be negative, not {command.seed}")
     if command.bpe_dir is not None and command.tokenizer != "gpt2":

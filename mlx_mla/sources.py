@@ -20,7 +20,7 @@ from mlx_mla.errors import UserError
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-TEXT, JSON_LINES, PARQUET = (".txt", ".text", ".md"), (".jsonl", ".ndjson", ".json"), (".parquet",)
+TEXT, JSON_LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 COMPRESSED = (".gz", ".xz", ".zst")
 
 LONGEST = 16 << 20

@@ -198,6 +198,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != 1:
             raise UserError(f"{path}: format {values['format']}, and this version reads 1; prepare the data again")
+        if missing := {"complete", "settings", "tokenizer", "sources", "shards"} - values.keys():
+            raise KeyError(missing)
         return values
     except (OSError, ValueError, KeyError, TypeError) as e:
         if isinstance(e, UserError):

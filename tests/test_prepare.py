@@ -203,6 +203,17 @@ def test_blocks_are_the_same_wherever_reading_starts(many, limit):
                 assert (again.end, again.documents()) == (blocks[i + 1].end, blocks[i + 1].documents())
 
 
+def test_parquet_goes_on_within_row_groups_of_any_size(tmp_path):
+    path, texts = tmp_path / "a.parquet", [f"row {i}" for i in range(110)]
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        for first, last in ((0, 100), (100, 103), (103, 104), (104, 110)):
+            writer.write_table(pa.table({"text": texts[first:last]}))
+    (source,), _ = sources.find_sources(str(path), sources.Reading())
+    for start in range(111):
+        rest = [d for block in source.blocks(start, 20) for d in block.documents()]
+        assert rest == texts[start:]
+
+
 def test_a_long_text_is_cut_at_line_breaks_and_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.TextSource, "longest", 100)
     path = tmp_path / "a.txt"
