@@ -32,7 +32,7 @@ Decoding caches {cache_bytes_per_token(m, 2):,} bytes per token of context in 16
 | training data | {data} |
 | steps | {step:,} of {config.steps:,} |
 | tokens seen | {step * config.step_tokens:,} |
-| validation loss (held-out tail of the data) | {loss} |
+| validation loss (held-out part of the data) | {loss} |
 
 ## Use
 

@@ -177,9 +177,10 @@ class TrainConfig:
     preset: str = "nano"
     """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128 or gpt2-124m."""
     data: str = "builtin"
-    """Text to train on: a UTF-8 file (.txt), or "builtin", the documentation that comes with Python."""
+    """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one; also those of
+    build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with Python."""
     val_fraction: float = 0.1
-    """Share of the text, at its end, that is held out for validation."""
+    """Share of the text, at its end, that is held out for validation. Not used where a folder has validation shards."""
     tokenizer: Literal["bytes", "gpt2"] = "bytes"
     """"bytes" (256 bytes and <|endoftext|>) or "gpt2" (GPT-2's byte-pair encoding, 50257 ids)."""
     bpe_dir: Optional[str] = None

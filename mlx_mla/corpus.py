@@ -29,11 +29,11 @@ def read_documents(source: str) -> list[str]:
         return [text for _, text in sorted(topics.items())]
     path = Path(source)
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; --data takes one UTF-8 text file")
+        raise UserError(f"{path}: is a folder; a UTF-8 text file is needed here")
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --data takes a UTF-8 text file or {BUILTIN!r}") from None
+        raise UserError(f"{path}: no such file; --data takes text, shards or {BUILTIN!r}") from None
     except UnicodeDecodeError as e:
         raise UserError(
             f"{path}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {e.start}); "

@@ -1,12 +1,13 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Set
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 
 class TrainDisplay:
@@ -66,3 +67,75 @@ class TrainDisplay:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class PrepareDisplay:
+    """Progress of a preparation.
+
+    Args:
+        console: Where to write; a bar if it is a terminal, else a line every ten seconds.
+        total: Size of all sources, in the unit of `read`. 0: not known, and then there is no ETA.
+    """
+
+    def __init__(self, console: Console, total: float):
+        self.console = console
+        self._total = total
+        self._began = self._said = time.monotonic()
+        self._bytes = self._tokens = 0
+        self._read: dict[str, float] = {}
+        # What earlier runs have done counts as progress, but not as speed.
+        self._before = 0.0
+        self._begun = set[str]()
+        self._start: dict[str, float] = {}
+        self._bar = Progress(
+            TextColumn("prepare"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[tokens]:,} tokens"),
+            TextColumn("{task.fields[speed]:.1f} MB/s"),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("prepare", total=total or None, tokens=0, speed=0.0, eta="-")
+
+    def __enter__(self) -> "PrepareDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def resume(self, done: float, sources: Set[str]) -> None:
+        """Count what earlier runs have read: whole sources of size `done`, and some of each of `sources`."""
+        self._before, self._begun = done, set(sources)
+
+    def read(self, source: str, done: float) -> None:
+        """Report how far a source has been read."""
+        if source in self._begun:
+            self._begun.remove(source)
+            self._before += done
+            self._start[source] = done
+        self._read[source] = done - self._start.get(source, 0.0)
+
+    def tokens(self, size: int, count: int) -> None:
+        """Report text of `size` bytes made into `count` tokens."""
+        self._bytes += size
+        self._tokens += count
+        elapsed = max(1e-6, time.monotonic() - self._began)
+        speed, now = self._bytes / 1e6 / elapsed, sum(self._read.values())
+        left = self._total - self._before - now
+        eta = "-" if not self._total or now <= 0 else _clock(max(0.0, left) / now * elapsed)
+        done = self._before + now
+        self._bar.update(self._task, completed=done, tokens=self._tokens, speed=speed, eta=eta)
+        if not self.console.is_terminal and time.monotonic() - self._said >= 10:
+            self._said = time.monotonic()
+            share = f"{100 * done / self._total:3.0f} %  " if self._total else ""
+            text = f"{share}{self._tokens:,} tokens  {speed:.1f} MB/s  ETA {eta}"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -5,6 +5,8 @@ before every document; it is never produced from text that merely spells it.
 """
 
 import hashlib
+import itertools
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol
@@ -28,6 +30,9 @@ GPT2_SHA256 = {
 }
 
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# White space as tiktoken's regular expressions have it, which do not count four control characters that Python's do.
+_LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")
 
 
 class TextEncoder(Protocol):
@@ -80,7 +85,15 @@ class GPT2Encoder:
 
     def encode(self, text: str) -> np.ndarray:
         # Surrogates cannot be encoded; tiktoken replaces them as UTF-16 decoding does.
-        return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=()), np.uint16)
+        try:
+            return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=()), np.uint16)
+        except ValueError:
+            # tiktoken's pattern backtracks over white space, and gives up after some 100,000 characters of it. It
+            # leaves the last one to what follows, so a cut before that one changes nothing.
+            cuts = [0, *(m.end() - 1 for m in _LONG_SPACE.finditer(text) if m.end() < len(text)), len(text)]
+            if len(cuts) == 2:
+                raise
+            return np.concatenate([self.encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
 
     def fast_tokenizer(self) -> PreTrainedTokenizerFast:
         ranks = self._encoding._mergeable_ranks

@@ -25,6 +25,7 @@ from mlx_mla.plot import plot_loss, read_metrics
 from mlx_mla.shards import TokenWindows
 from mlx_mla.tasks import TASKS
 from mlx_mla.tasks.wikitext2 import WINDOW
+from mlx_mla.token_files import Shard, open_folder
 from mlx_mla.tokenizer import TextEncoder, get_encoder
 from mlx_mla.weights import initial_weights
 
@@ -88,8 +89,7 @@ def train(
     if config.init is not None and not resume:
         config = _with_model_of(config, checkpoint.model_folder(Path(config.init)), encoder)
     config = config.resolved(encoder.size)
-    tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
-    data = _Data(config, encoder, tokens)
+    data = _Data(config, encoder)
     tasks = _tasks(config, data)
     start = _resume_point(config, out, from_step, data) if resume else None
     weights = _first_weights(config) if start is None else start.weights
@@ -111,17 +111,27 @@ def train(
 
 
 class _Data:
-    """Training and held-out windows of one token array."""
+    """Training and held-out windows of --data: a text, or a folder of token shards."""
 
-    def __init__(self, config: TrainConfig, encoder: TextEncoder, tokens: np.ndarray):
+    def __init__(self, config: TrainConfig, encoder: TextEncoder):
         assert config.model.vocab_size
         self.encoder = encoder
         self.tokenizer = encoder.fast_tokenizer()
-        self.fingerprint = corpus.fingerprint(tokens)
-        cut = int(len(tokens) * (1 - config.val_fraction))
+        train: np.ndarray | list[Shard]
+        val: np.ndarray | list[Shard]
+        if Path(config.data).is_dir():
+            folder = open_folder(Path(config.data))
+            folder.check_tokenizer(encoder.name)
+            self.fingerprint = folder.fingerprint
+            train, val = folder.held_out(config.val_fraction)
+        else:
+            tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
+            self.fingerprint = corpus.fingerprint(tokens)
+            cut = int(len(tokens) * (1 - config.val_fraction))
+            train, val = tokens[:cut], tokens[cut:]
         T, vocab = config.context, config.model.vocab_size
-        self.train = TokenWindows(tokens[:cut], T, config.seed, vocab, "the training part of --data")
-        self.val = TokenWindows(tokens[cut:], T, config.seed, vocab, "the held-out part of --data")
+        self.train = TokenWindows(train, T, config.seed, vocab, "the training part of --data")
+        self.val = TokenWindows(val, T, config.seed, vocab, "the held-out part of --data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +185,8 @@ class _Loop:
         config, began = self.config, time.perf_counter()
         lr = learning_rate(config, self.done)
         first = self.done * config.passes_per_step
-        batches = [self.data.train.batch(first + i, config.batch_size) for i in range(config.passes_per_step)]
+        with self._reading():
+            batches = [self.data.train.batch(first + i, config.batch_size) for i in range(config.passes_per_step)]
         result = self.session.step(self.done, lr, batches)
         self.done += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -197,7 +208,12 @@ class _Loop:
 
     def _validate(self, everything: bool) -> None:
         began, total, count = time.perf_counter(), 0.0, 0
-        for batch in self.data.val.sequential(self.config.batch_size, 0 if everything else self.config.eval_batches):
+        batches = self.data.val.sequential(self.config.batch_size, 0 if everything else self.config.eval_batches)
+        while True:
+            with self._reading():
+                batch = next(batches, None)
+            if batch is None:
+                break
             total += self.session.loss_sum(batch)
             count += batch[1].size
         self.val_loss = total / count
@@ -258,6 +274,14 @@ class _Loop:
             return None
         tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
         return self.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Data that vanish or prove bad end the run; the message then says how to go on."""
+        try:
+            yield
+        except UserError as e:
+            raise UserError(f"{e}; {self._go_on()}") from e
 
     def _go_on(self) -> str:
         newest = checkpoint.latest(self.out)
@@ -388,7 +412,7 @@ def _resume_point(config: TrainConfig, out: Path, from_step: int | None, data: _
     if info.get("data_sha256") != data.fingerprint:
         raise UserError(
             f"--resume: {config.data} is not the text that {out} was trained on (its sha256 differs); "
-            "restore the file, or start a new run with --init"
+            "restore it, or start a new run with --init"
         )
     if info["step"] >= config.steps:
         raise UserError(

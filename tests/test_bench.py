@@ -206,3 +206,20 @@ def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capf
     assert convert_mla.main(flags) == 0
     assert json.loads(path.read_text())["cells"] == cells
     assert convert_mla.main(["--model", str(tmp_path / "nowhere"), "--work", str(tmp_path / "w")]) == 2
+
+
+@pytest.mark.slow
+def test_prepare_is_timed_against_tiktoken_and_weighed(shared_data, tmp_path, capsys):
+    import prepare as bench
+
+    src = shared_data / "corpus/debian_sqlite_doc"
+    argv = [str(src), "--bpe-dir", str(shared_data / "gpt2_bpe"), "--megabytes", "0.2", "--repetitions", "1"]
+    assert bench.main([*argv, "--web-page", "900", "--memory-shard-tokens", "20000", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert {r["subject"] for r in found["speed"]} == {bench.ALONE, bench.PLAIN, bench.XZ, bench.UNPACK}
+    assert all(r["bytes"] >= 200_000 and min(r["seconds"] + r["cpu_seconds"]) > 0 for r in found["speed"])
+    assert found["memory"][1]["bytes"] > 3 * found["memory"][0]["bytes"]
+    assert all(m["peak_bytes"] > 10**7 for m in found["memory"])
+    assert said.count("1.00x") >= 2

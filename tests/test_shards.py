@@ -2,6 +2,7 @@
 
 from mlx_mla.errors import UserError
 from mlx_mla.shards import TokenWindows
+from mlx_mla.token_files import open_shard
 
 import numpy as np
 import pytest
@@ -73,3 +74,79 @@ def test_too_little_text_and_foreign_ids_are_refused():
         windows(10, 10)
     with pytest.raises(UserError, match="token id 99, outside the vocabulary of 99"):
         TokenWindows(np.arange(100), 10, 0, 99)
+
+
+# --- several shards ---
+
+
+def shards_of(sizes, folder):
+    """Shards of the given sizes, in which every token of the whole is another."""
+    found, first = [], 0
+    for i, n in enumerate(sizes):
+        np.save(folder / f"s_train_{i}.npy", np.arange(first, first + n, dtype=np.uint16))
+        found.append(open_shard(folder / f"s_train_{i}.npy"))
+        first += n
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+several = st.lists(st.integers(1, 300), min_size=1, max_size=5).filter(lambda sizes: max(sizes) > 30)
+
+
+@given(sizes=several, seq_len=st.integers(1, 30), seed=st.integers(0, 3), epoch=st.integers(0, 2))
+def test_an_epoch_visits_every_window_of_every_shard_once(folder, sizes, seq_len, seed, epoch):
+    data = TokenWindows(shards_of(sizes, folder), seq_len, seed, 65536)
+    n = data.windows_per_epoch
+    x, y = data.rows(epoch * n, n)
+    assert len(np.unique(x)) == x.size
+    np.testing.assert_array_equal(y, x + 1)
+    # No window reaches over the end of its shard.
+    ends = np.cumsum(sizes)
+    np.testing.assert_array_equal(np.searchsorted(ends, x[:, 0], "right"), np.searchsorted(ends, y[:, -1], "right"))
+    assert sum(size for size in sizes if size > seq_len) - x.size <= 2 * seq_len * len(sizes)
+
+
+@given(sizes=several, first=st.integers(0, 1000), count=st.integers(1, 12), cut=st.integers(0, 12))
+def test_rows_are_slices_of_one_order(folder, sizes, first, count, cut):
+    cut = min(cut, count - 1)
+    data = TokenWindows(shards_of(sizes, folder), 20, 0, 65536)
+    whole = data.rows(first, count)[0]
+    other = TokenWindows(shards_of(sizes, folder), 20, 0, 65536)
+    tail = other.rows(first + cut, count - cut)[0]  # before the head, by a reader that has read nothing else
+    head = other.rows(first, cut)[0] if cut else whole[:0]
+    np.testing.assert_array_equal(whole, np.concatenate([head, tail]))
+
+
+@given(sizes=several, batch=st.integers(1, 7))
+def test_validation_reads_all_shards_in_order(folder, sizes, batch):
+    data = TokenWindows(shards_of(sizes, folder), 10, 0, 65536)
+    x = np.concatenate([b[0].ravel() for b in data.sequential(batch)])
+    firsts = np.cumsum([0, *sizes])
+    expected = [np.arange((n - 1) // 10 * 10) + first for n, first in zip(sizes, firsts) if n > 10]
+    np.testing.assert_array_equal(x, np.concatenate(expected))
+
+
+@given(size=sizes, seed=st.integers(0, 9), step=st.integers(0, 1000))
+def test_one_shard_is_read_as_an_array_is(folder, size, seed, step):
+    shard = TokenWindows(shards_of([size[0]], folder), size[1], seed, 65536)
+    np.testing.assert_array_equal(shard.batch(step, 3)[0], windows(*size, seed).batch(step, 3)[0])
+
+
+def test_the_order_of_a_text_is_what_it_was_in_the_first_release():
+    """Checkpoints of then are resumed with it."""
+    data = windows(1000, 10, 1337)
+    for epoch in (0, 1):
+        rng = np.random.default_rng([1337, epoch])
+        starts = int(rng.integers(0, 10)) + rng.permutation(99) * 10
+        np.testing.assert_array_equal(data.rows(epoch * 99, 99)[0][:, 0], starts)
+
+
+def test_epochs_take_the_shards_in_different_orders(folder):
+    data = TokenWindows(shards_of([100] * 6, folder), 10, 0, 65536)
+    orders = [tuple(dict.fromkeys(data.rows(e * 54, 54)[0][:, 0] // 100)) for e in range(4)]
+    assert all(len(order) == 6 for order in orders)
+    assert len(set(orders)) > 1

@@ -1,6 +1,7 @@
 """Both tokenizers: the ids of tokenizer.json are those used in training, on any text."""
 
 import json
+import re
 
 from mlx_mla.errors import UserError
 from mlx_mla.tokenizer import ByteEncoder, GPT2Encoder, get_encoder
@@ -128,3 +129,30 @@ def test_no_network_and_no_files_says_what_to_give(monkeypatch, tmp_path):
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", refuse)
     with pytest.raises(UserError, match="give --bpe-dir a folder"):
         get_encoder("gpt2")
+
+
+class Impatient:
+    """tiktoken with a lower limit on white space."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+
+    def encode_to_numpy(self, text, **options):
+        if any(len(r[0]) > 1500 and r.end() < len(text) for r in re.finditer(r"\s+", text)):
+            raise ValueError("backtracking")
+        return self.encoding.encode_to_numpy(text, **options)
+
+
+def test_long_white_space_encodes_as_if_tiktoken_had_no_limit(shared_data):
+    encoder = GPT2Encoder(shared_data / "gpt2_bpe")
+    encoding = encoder._encoding
+    encoder._encoding = Impatient(encoding)
+    for space in (" ", "\n", " \n\t", "\u3000"):
+        for after in ("x", "é", ".. ", "\x1cx", "9", "'s"):
+            text = "a" + space * 1600 + after + "b" + space * 3000 + after + space * 1600
+            assert encoder.encode(text).tolist() == encoding.encode_ordinary(text)
+    encoder._encoding = encoding
+    text = "a" + " " * 1_000_000 + "x"
+    with pytest.raises(ValueError, match="backtracking"):
+        encoding.encode_to_numpy(text)
+    assert encoding.decode(encoder.encode(text).tolist()) == text

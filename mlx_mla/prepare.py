@@ -1,0 +1,411 @@
+"""Make token shards from text: `python -m mlx_mla.prepare SRC --out DIR`. docs/data.md says how, step by step."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Optional
+
+from mlx_mla import cli
+from mlx_mla.checkpoint import write_text
+from mlx_mla.config import flag
+from mlx_mla.display import PrepareDisplay
+from mlx_mla.errors import UserError
+from mlx_mla.sources import Block, Reading, Source, find_sources
+from mlx_mla.token_files import MANIFEST, SUFFIXES, Format, open_shard, read_manifest, write_shard
+from mlx_mla.tokenizer import TextEncoder, get_encoder
+
+import numpy as np
+from rich.console import Console
+from tyro.conf import Positional
+
+PROG = "python -m mlx_mla.prepare"
+
+OPEN_FILES = 8
+"""Files that are read in turns. Part of what decides the order of documents, so not a setting."""
+BLOCK = 1 << 20
+"""Bytes of text in one turn; for the same reason not a setting."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class PrepareCommand:
+    """Turn text into shuffled token shards for mlx_mla.train --data DIR.
+
+    Run it again with the same arguments after an interruption, and it goes on where it stopped.
+    """
+
+    src: Positional[str]
+    """A text file, a folder (searched recursively) of .txt, .jsonl (also .gz, .xz, .zst) and .parquet files, or a
+    dataset of the Hugging Face hub with its config, such as HuggingFaceFW/fineweb-edu:sample-10BT."""
+    out: Path
+    """Folder for the shards."""
+    tokenizer: Literal["bytes", "gpt2"] = "gpt2"
+    """"gpt2" (GPT-2's byte-pair encoding, 50257 ids) or "bytes" (256 bytes and <|endoftext|>)."""
+    bpe_dir: Optional[str] = None
+    """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them once."""
+    val_fraction: float = 0.01
+    """Share of the documents that is held out for validation, chosen by the hash of their text."""
+    format: Format = "npy"
+    """"npy" (as build-nanogpt's) or "llmc" (as llm.c's .bin)."""
+    prefix: str = "tokens"
+    """First part of the shards' names: PREFIX_train_000001.npy."""
+    shard_tokens: int = 100_000_000
+    """Most tokens in a shard, which is shuffled in memory (2 bytes each); a document is never cut in two."""
+    workers: Optional[int] = None
+    """Threads that read and tokenise. None: one for each core. The result does not depend on it."""
+    seed: int = 1337
+    """Decides the order of files and documents."""
+    text_column: str = "text"
+    """Column (or key of a JSON line) that holds the text."""
+    separator: str = "<|endoftext|>"
+    """What stands between the documents of a plain text file."""
+    revision: Optional[str] = None
+    """Commit, branch or tag of a dataset on the hub. None: its newest commit, which the manifest names."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    command = cli.parse(PrepareCommand, argv, PROG)
+    summary = prepare(command, Console(stderr=False))
+    print(summary)
+    return 0
+
+
+def prepare(command: PrepareCommand, console: Console) -> str:
+    """Write the shards, or what is still missing of them.
+
+    Returns:
+        What was made, in a few lines.
+
+    Raises:
+        UserError: For anything the user can set right; what was written until then is kept and used again.
+    """
+    workers = _check(command)
+    encoder = get_encoder(command.tokenizer, command.bpe_dir)
+    sources, others = find_sources(command.src, Reading(command.text_column, command.separator, command.revision))
+    job = _Job(command, encoder, sources)
+    if not job.manifest["complete"]:
+        if others:
+            console.print(f"left out {len(others)} other files, such as {others[0]}", markup=False, highlight=False)
+        try:
+            with PrepareDisplay(console, sum(source.size for source in sources)) as display:
+                job.run(workers, display)
+        except KeyboardInterrupt:
+            console.print(f"stopped; run it again to go on: the finished shards are in {command.out}", markup=False)
+            raise
+    return job.summary()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """A block as token ids, each document after an `<|endoftext|>`: [training, validation]."""
+
+    tokens: tuple[np.ndarray, np.ndarray]
+    lengths: tuple[list[int], list[int]]
+    empty: int
+    bytes: int
+
+
+def _encode(block: Block, encoder: TextEncoder, val_fraction: float) -> _Encoded:
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    lengths: tuple[list[int], list[int]] = ([], [])
+    start = np.array([encoder.end_of_text], np.uint16)
+    empty = size = 0
+    for text in block.documents():
+        if text is None or not text.strip():
+            empty += 1
+            continue
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError:  # halves of surrogate pairs, which JSON can spell
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            data = text.encode("utf-8")
+        size += len(data)
+        held_out = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < val_fraction * 2**64
+        ids = encoder.encode(text)
+        parts[held_out].extend((start, ids))
+        lengths[held_out].append(len(ids) + 1)
+    train, val = (np.concatenate(p) if p else np.empty(0, np.uint16) for p in parts)
+    return _Encoded((train, val), lengths, empty, size)
+
+
+class _Gathered:
+    """Documents that wait to be shuffled and written, of one split."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._documents: list[np.ndarray] = []
+
+    def add(self, tokens: np.ndarray, lengths: Sequence[int]) -> None:
+        self.count += len(tokens)
+        self._documents += np.split(tokens, np.cumsum(lengths)[:-1]) if lengths else []
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def shuffled(self, seed: Sequence[int]) -> Iterator[np.ndarray]:
+        return (self._documents[i] for i in np.random.default_rng(seed).permutation(len(self._documents)))
+
+
+class _Job:
+    """A preparation: its manifest on disk says what is done, and from where to go on."""
+
+    def __init__(self, command: PrepareCommand, encoder: TextEncoder, sources: list[Source]):
+        self.command, self.encoder, self.sources, self.out = command, encoder, sources, command.out
+        self.manifest = self._claim()
+        self._train, self._val = _Gathered(), _Gathered()
+        self._empty = 0
+
+    def run(self, workers: int, display: PrepareDisplay) -> None:
+        """Read, tokenise, shuffle and write until all is done."""
+        command, start = self.command, self.manifest["next"]
+        order = np.random.default_rng([command.seed]).permutation(len(self.sources))
+        opened = {file for file, _ in start["open"]}
+        done = sum(self.sources[order[file]].size for file in range(start["file"]) if file not in opened)
+        display.resume(done, {self.sources[order[file]].name for file in opened})
+        pool = ThreadPoolExecutor(workers)
+        try:
+            stream = _blocks(self.sources, order, start, min(BLOCK, command.shard_tokens), pool)
+            for state, encoded in self._encoded(stream, pool, 4 * workers, display):
+                sizes = [len(tokens) for tokens in encoded.tokens]
+                waiting = len(self._train) + len(self._val)
+                if waiting and max(self._train.count + sizes[0], self._val.count + sizes[1]) > command.shard_tokens:
+                    self._commit(state)
+                self._train.add(encoded.tokens[0], encoded.lengths[0])
+                self._val.add(encoded.tokens[1], encoded.lengths[1])
+                self._empty += encoded.empty
+                display.tokens(encoded.bytes, sum(sizes))
+            self._commit({"open": [], "file": len(self.sources)})
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self._finish()
+
+    def summary(self) -> str:
+        m = self.manifest
+        documents = {split: sum(s["documents"] for s in m["shards"] if s["split"] == split) for split in _SPLITS}
+        tokens = {split: sum(s["tokens"] for s in m["shards"] if s["split"] == split) for split in _SPLITS}
+        return (
+            f"training    {tokens['train']:,} tokens, {documents['train']:,} documents\n"
+            f"validation  {tokens['val']:,} tokens, {documents['val']:,} documents\n"
+            f"left out    {m['empty_documents']:,} empty documents\n"
+            f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
+            f"train with:\n  python -m mlx_mla.train --data {self.out} --tokenizer {self.command.tokenizer}"
+        )
+
+    def _encoded(
+        self,
+        stream: Iterator["_Turn"],
+        pool: ThreadPoolExecutor,
+        ahead: int,
+        display: PrepareDisplay,
+    ) -> Iterator[tuple[dict[str, Any], _Encoded]]:
+        """Tokenise up to `ahead` blocks at once, and give them in order, each with the state before it."""
+        running: collections.deque[tuple[_Turn, Future[_Encoded]]] = collections.deque()
+        while True:
+            for turn in itertools.islice(stream, ahead - len(running)):
+                running.append((turn, pool.submit(_encode, turn.block, self.encoder, self.command.val_fraction)))
+            if not running:
+                return
+            turn, future = running.popleft()
+            encoded = future.result()
+            display.read(turn.source.name, turn.block.done)
+            yield turn.state, encoded
+
+    def _commit(self, state: dict[str, Any]) -> None:
+        """Write what was gathered, then the manifest that says so; until then a kill leaves the old one true."""
+        m, command = self.manifest, self.command
+        number = len([s for s in m["shards"] if s["split"] == "train"]) + 1
+        if len(self._train):
+            name = f"{command.prefix}_train_{number:06d}{SUFFIXES[command.format]}"
+            m["shards"].append(self._write_shard(name, command.format, "train", self._train, [command.seed, number, 0]))
+        if len(self._val):  # few documents: they are put together into shards at the end
+            name = f".val_{len(m['parts']):06d}.npy"
+            m["parts"].append(self._write_shard(name, "npy", "val", self._val, [command.seed, number, 1]))
+        m["empty_documents"] += self._empty
+        m["next"] = state
+        self._write()
+        self._train, self._val, self._empty = _Gathered(), _Gathered(), 0
+
+    def _write_shard(
+        self, name: str, layout: Format, split: str, gathered: _Gathered, seed: Sequence[int]
+    ) -> dict[str, Any]:
+        digest = write_shard(self.out / name, layout, gathered.shuffled(seed), gathered.count)
+        return _row(name, split, gathered.count, len(gathered), digest)
+
+    def _finish(self) -> None:
+        m, command = self.manifest, self.command
+        if not m["shards"] and not m["parts"]:
+            raise UserError(f"{command.src}: all its {m['empty_documents']:,} documents are empty; give other text")
+        if not m["parts"]:
+            raise UserError(
+                f"{command.src}: none of its {sum(s['documents'] for s in m['shards'])} documents fell to validation; "
+                "give a larger --val-fraction, or cut text into more documents with --separator, into a new --out"
+            )
+        if not m["shards"]:
+            raise UserError(f"{command.src}: all documents fell to validation; give a smaller --val-fraction")
+        groups: list[list[dict[str, Any]]] = []
+        for part in m["parts"]:
+            if not groups or sum(p["tokens"] for p in [*groups[-1], part]) > command.shard_tokens:
+                groups.append([])
+            groups[-1].append(part)
+        rows = [self._merge(group, number) for number, group in enumerate(groups)]
+        m["shards"] = rows + m["shards"]
+        m["complete"] = True
+        del m["parts"], m["next"]
+        self._write()
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for path in self.out.glob(".val_*.npy"):
+            path.unlink(missing_ok=True)
+
+    def _merge(self, parts: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
+        name = f"{self.command.prefix}_val_{number:06d}{SUFFIXES[self.command.format]}"
+        count = sum(part["tokens"] for part in parts)
+        pieces = (open_shard(self.out / part["file"]).tokens for part in parts)
+        digest = write_shard(self.out / name, self.command.format, pieces, count)
+        documents = sum(part["documents"] for part in parts)
+        return _row(name, "val", count, documents, digest)
+
+    def _claim(self) -> dict[str, Any]:
+        """The manifest in --out, or a new one; UserError if something else is there."""
+        command, out = self.command, self.out
+        settings = {name: getattr(command, name) for name in _SETTINGS}
+        new: dict[str, Any] = {
+            "format": 1,
+            "complete": False,
+            "settings": settings,
+            "tokenizer": {"name": self.encoder.name, "ids": self.encoder.size, "end_of_text": self.encoder.end_of_text},
+            "sources": [[source.name, source.size] for source in self.sources],
+            "empty_documents": 0,
+            "shards": [],
+            "parts": [],
+            "next": {"open": [], "file": 0},
+        }
+        for leftover in out.glob(".*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+        old = read_manifest(out) if (out / MANIFEST).is_file() else None
+        if old is not None and (old["shards"] or old.get("parts")):
+            for name, value in settings.items():
+                before = old["settings"].get(name)
+                if before != value:
+                    raise UserError(
+                        f"{out}: holds another preparation, with {flag(name)} {before}, not {value}; "
+                        "give --out a new name"
+                    )
+            if old["sources"] != new["sources"]:
+                changed = [s for s in new["sources"] if s not in old["sources"]] + [
+                    s for s in old["sources"] if s not in new["sources"]
+                ]
+                raise UserError(
+                    f"{out}: was prepared from other files ({changed[0][0]} differs); give --out a new name"
+                )
+            for row in old["shards"] + old.get("parts", []):
+                open_shard(out / row["file"])
+            if old["complete"]:
+                self._remove_parts()
+            return old
+        if old is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: is not an empty folder; give --out a new name")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
+        self.manifest = new
+        self._write()
+        return new
+
+    def _write(self) -> None:
+        write_text(self.out / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+
+
+_SPLITS = ("train", "val")
+# They decide what is written.
+_SETTINGS = (
+    "tokenizer", "val_fraction", "format", "prefix", "shard_tokens", "seed", "text_column", "separator",
+)  # fmt: skip
+
+
+def _row(name: str, split: str, tokens: int, documents: int, sha256: str) -> dict[str, Any]:
+    """A shard in the manifest."""
+    return {"file": name, "split": split, "tokens": tokens, "documents": documents, "sha256": sha256}
+
+
+class _Turn(NamedTuple):
+    state: dict[str, Any]
+    """From where to go on if this block were not read."""
+    source: Source
+    block: Block
+
+
+def _blocks(
+    sources: Sequence[Source], order: np.ndarray, state: dict[str, Any], limit: int, pool: ThreadPoolExecutor
+) -> Iterator[_Turn]:
+    """Blocks from OPEN_FILES files in turns, each read ahead by one, with the state before it.
+
+    A state says which files are open, in the order of their turns, where each goes on, and which file is opened next.
+    """
+
+    @dataclasses.dataclass
+    class Open:
+        file: int
+        position: Any
+        blocks: Iterator[Block]
+        following: Future[Block | None]
+
+    def start(file: int, position: Any) -> Open:
+        blocks = sources[order[file]].blocks(position, limit)
+        return Open(file, position, blocks, pool.submit(next, blocks, None))
+
+    opened = collections.deque(start(file, position) for file, position in state["open"])
+    following = state["file"]
+    while True:
+        while len(opened) < OPEN_FILES and following < len(sources):
+            opened.append(start(following, None))
+            following += 1
+        if not opened:
+            return
+        state = {"open": [[o.file, o.position] for o in opened], "file": following}
+        first = opened.popleft()
+        block = first.following.result()
+        if block is None:
+            continue
+        first.position, first.following = block.end, pool.submit(next, first.blocks, None)
+        opened.append(first)
+        yield _Turn(state, sources[order[first.file]], block)
+
+
+def _check(command: PrepareCommand) -> int:
+    if not 0 < command.val_fraction < 1:
+        raise UserError(f"--val-fraction must be between 0 and 1, not {command.val_fraction}")
+    for name in ("shard_tokens", "workers"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag(name)} must be at least 1, not {value}")
+    if command.shard_tokens >= 2**31:  # llm.c's header counts in int32
+        raise UserError(f"--shard-tokens must be below {2**31}, not {command.shard_tokens}")
+    if command.seed < 0:
+        raise UserError(f"--seed must not be negative, not {command.seed}")
+    if command.bpe_dir is not None and command.tokenizer != "gpt2":
+        raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
+    if not command.separator:
+        raise UserError("--separator must not be empty")
+    if not re.fullmatch(r"[\w.-]+", command.prefix) or re.search("train|val", command.prefix):
+        raise UserError(f"--prefix {command.prefix!r} must be plain letters, without 'train' or 'val' in them")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return command.workers or cores or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,462 @@
+"""`python -m mlx_mla.prepare`: every document once, the same bytes whatever happens on the way, and clear refusals."""
+
+import gzip
+import itertools
+import json
+import lzma
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+from mlx_mla import prepare, sources
+from mlx_mla.errors import UserError
+from mlx_mla.tokenizer import get_encoder
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SPLITS = ("train", "val")
+
+
+def run(src, out, *flags) -> int:
+    tokenizer = () if "--tokenizer" in flags else ("--tokenizer", "bytes")
+    fraction = () if "--val-fraction" in flags else ("--val-fraction", "0.3")
+    return prepare.main([str(src), "--out", str(out), *tokenizer, *fraction, *map(str, flags)])
+
+
+def refused(capsys, src, out, *flags) -> str:
+    capsys.readouterr()
+    assert run(src, out, *flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def write_lines(path: Path, texts, key: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
+    packed = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda d: pa.compress(d, "zstd", asbytes=True)}
+    path.write_bytes(packed.get(path.suffix, bytes)(data))
+    return path
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """An independent reading of a shard: NumPy's own, or llm.c's layout by hand."""
+    if path.suffix == ".npy":
+        return np.load(path)
+    data = path.read_bytes()
+    magic, version, count = struct.unpack("<3i", data[:12])
+    assert (magic, version, len(data)) == (20240520, 1, 1024 + 2 * count)
+    return np.frombuffer(data[1024:], "<u2")
+
+
+def read_documents(out: Path, split: str, eot: int = 256, decode=None) -> list[str]:
+    found = []
+    for path in sorted(p for p in out.iterdir() if split in p.name):
+        tokens = read_tokens(path)
+        assert tokens.dtype == np.uint16
+        assert tokens[0] == eot
+        for part in np.split(tokens, np.flatnonzero(tokens == eot))[1:]:
+            found.append(decode(part[1:].tolist()) if decode else bytes(part[1:].astype(np.uint8)).decode())
+    return found
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """12 files of all kinds with 1,300 documents, some of them empty."""
+    folder, chance = tmp_path_factory.mktemp("many"), random.Random(5)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "Ænima", "été", "日本", "wrote", "123", "words"]
+
+    def text() -> str:
+        return " ".join(chance.choices(words, k=chance.choice([0, 3, 20, 200])))
+
+    endings = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
+    for i in range(8):
+        write_lines(folder / f"sub{i % 3}" / f"lines{i}{endings[i % 4]}", [text() for _ in range(100)])
+    for i in range(2):
+        rows = [text() if j % 10 else None for j in range(200)]
+        pq.write_table(pa.table({"text": rows, "n": range(200)}), folder / f"p{i}.parquet", row_group_size=37)
+    (folder / "stories.txt").write_text(
+        "<|endoftext|>".join([*(text() for _ in range(99)), "the end"]), encoding="utf-8"
+    )
+    (folder / "one.txt.gz").write_bytes(gzip.compress(b"a whole file is one document\n"))
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / ".hidden.txt").write_text("hidden")
+    return folder
+
+
+SHARDS = ("--shard-tokens", "20000")
+
+
+@pytest.fixture(scope="module")
+def prepared(many, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    assert run(many, out, *SHARDS) == 0
+    return out
+
+
+def source_documents(many: Path) -> list[str]:
+    """All documents, read in the plainest way."""
+    texts: list[str | None] = ["a whole file is one document\n"]
+    for path in many.rglob("*.jsonl*"):
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        with opener(path, "rb") as file:
+            data = file.read()
+        if path.suffix == ".zst":
+            data = pa.input_stream(str(path), "zstd").read()
+        texts += [json.loads(line)["text"] for line in data.splitlines()]
+    for path in many.glob("*.parquet"):
+        texts += pq.read_table(path)["text"].to_pylist()
+    texts += (many / "stories.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    return [t for t in texts if t and t.strip()]
+
+
+def test_every_document_is_there_once_and_nothing_else(many, prepared, capsys):
+    train, val = (read_documents(prepared, split) for split in SPLITS)
+    assert Counter(train + val) == Counter(source_documents(many))
+    assert not set(train) & set(val)  # equal documents fall on one side
+    assert 0.2 < len(val) / len(train + val) < 0.4
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert manifest["complete"]
+    for split, documents in zip(SPLITS, (train, val)):
+        assert sum(s["documents"] for s in manifest["shards"] if s["split"] == split) == len(documents)
+    assert manifest["empty_documents"] == 1301 - len(train + val)
+    assert all(s["tokens"] <= 20_000 for s in manifest["shards"])
+    assert len(manifest["shards"]) > 5
+    # Run again: nothing is done, and nothing changes.
+    before = content(prepared)
+    assert run(many, prepared, *SHARDS) == 0
+    assert f"{len(train):,} documents" in capsys.readouterr().out
+    assert content(prepared) == before
+
+
+def test_names_are_those_that_build_nanogpt_and_llm_c_look_for(many, prepared, tmp_path):
+    assert {p.name for p in prepared.iterdir() if "val" in p.name} >= {"tokens_val_000000.npy"}
+    assert "tokens_train_000001.npy" in content(prepared)
+    assert run(many, tmp_path / "c", *SHARDS, "--format", "llmc", "--prefix", "edufineweb") == 0
+    assert (tmp_path / "c" / "edufineweb_val_000000.bin").is_file()
+    for split in SPLITS:
+        assert read_documents(tmp_path / "c", split) == read_documents(prepared, split)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(many, prepared, tmp_path, workers):
+    assert run(many, tmp_path / "out", *SHARDS, "--workers", workers) == 0
+    assert content(tmp_path / "out") == content(prepared)
+
+
+def test_the_seed_changes_the_order_alone(many, prepared, tmp_path):
+    assert run(many, tmp_path / "out", *SHARDS, "--seed", "1") == 0
+    for split in SPLITS:
+        a, b = read_documents(prepared, split), read_documents(tmp_path / "out", split)
+        assert a != b
+        assert sorted(a) == sorted(b)
+
+
+def test_documents_are_shuffled_within_and_across_files(tmp_path):
+    for i in range(4):
+        write_lines(tmp_path / "in" / f"{i}.jsonl", [f"{i} {j}" for j in range(200)])
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    files = [int(d.split()[0]) for d in read_documents(tmp_path / "out", "train")]
+    assert sum(a != b for a, b in itertools.pairwise(files)) > len(files) / 2
+
+
+@settings(max_examples=8)
+@given(
+    texts=st.lists(st.text(max_size=40).map(lambda t: "x" + t), min_size=1, max_size=60),
+    shard_tokens=st.integers(1, 300),
+    ending=st.sampled_from([".jsonl", ".jsonl.zst"]),
+)
+def test_no_document_is_lost_whatever_they_are(tmp_path_factory, texts, shard_tokens, ending):
+    folder = tmp_path_factory.mktemp("some")
+    texts = [*texts, "a train document", "a val document 3"]
+    write_lines(folder / f"in{ending}", texts)
+    assert run(folder / f"in{ending}", folder / "out", "--shard-tokens", shard_tokens, "--val-fraction", "0.5") == 0
+    found = [d for split in SPLITS for d in read_documents(folder / "out", split)]
+    # A half of a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD.
+    expected = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
+    assert Counter(found) == Counter(expected)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64, 1 << 20])
+def test_blocks_are_the_same_wherever_reading_starts(many, limit):
+    for source in sources.find_sources(str(many), sources.Reading())[0]:
+        blocks = list(source.blocks(None, limit))[:40]
+        for i, block in enumerate(blocks[:-1]):
+            if i % 7 == 0:
+                again = next(iter(source.blocks(block.end, limit)))
+                assert (again.end, again.documents()) == (blocks[i + 1].end, blocks[i + 1].documents())
+
+
+def test_parquet_goes_on_within_row_groups_of_any_size(tmp_path):
+    path, texts = tmp_path / "a.parquet", [f"row {i}" for i in range(110)]
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        for first, last in ((0, 100), (100, 103), (103, 104), (104, 110)):
+            writer.write_table(pa.table({"text": texts[first:last]}))
+    (source,), _ = sources.find_sources(str(path), sources.Reading())
+    for start in range(111):
+        rest = [d for block in source.blocks(start, 20) for d in block.documents()]
+        assert rest == texts[start:]
+
+
+def test_a_long_text_is_cut_at_line_breaks_and_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.TextSource, "longest", 100)
+    path = tmp_path / "a.txt"
+    text = "".join("é" * n + "\n" for n in (10, 20, 30, 300, 5))
+    path.write_text(text, encoding="utf-8")
+    (source,), _ = sources.find_sources(str(path), sources.Reading())
+    parts = [d for block in source.blocks(None, 64) for d in block.documents()]
+    assert "".join(parts) == text
+    assert parts[0] == "é" * 10 + "\n" + "é" * 20 + "\n"
+    assert max(len(p.encode()) for p in parts) <= 100
+
+
+# --- killed, and gone on with ---
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} if folder.exists() else set()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_stopped_between_any_two_writes_it_goes_on_to_the_same_bytes(many, prepared, tmp_path, monkeypatch, at):
+    """Stops at the n-th write of a shard or of the manifest, each time a little further on."""
+    writes = {"left": 0}
+
+    def counting(function):
+        def call(*args):
+            writes["left"] -= 1
+            if writes["left"] < 0:
+                raise Killed
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(prepare, "write_shard", counting(prepare.write_shard))
+    monkeypatch.setattr(prepare, "write_text", counting(prepare.write_text))
+    for lives in range(1, 60):
+        writes["left"] = at + lives
+        try:
+            assert run(many, tmp_path / "out", *SHARDS, "--workers", 1 + lives % 3) == 0
+            break
+        except Killed:
+            pass
+    assert lives > 3
+    assert content(tmp_path / "out") == content(prepared)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(many, prepared, tmp_path):
+    chance, out, kills = random.Random(7), tmp_path / "out", 0
+    few_shards = ("--shard-tokens", "120000")
+    assert run(many, tmp_path / "straight", *few_shards) == 0
+    flags = ["--out", str(out), "--tokenizer", "bytes", "--val-fraction", "0.3", *few_shards]
+    while True:
+        process = subprocess.Popen(python("-m", "mlx_mla.prepare", str(many), *flags), stdout=subprocess.DEVNULL)
+        seen, more = names(out), chance.randint(2, 4)
+        while process.poll() is None and len(names(out) - seen) < more:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.05)
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+        assert kills < 30
+    assert kills >= 2
+    assert content(out) == content(tmp_path / "straight")
+
+
+def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, tmp_path):
+    flags = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--val-fraction", "0.3", *SHARDS]
+    command = python("-m", "mlx_mla.prepare", str(many), *flags)
+    largest = max(p.stat().st_size for p in prepared.glob("*train*"))
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written: File too large; make room and run it again" in done.stderr
+    assert run(many, tmp_path / "out", *SHARDS) == 0
+    assert content(tmp_path / "out") == content(prepared)
+
+
+# --- the hub ---
+
+
+@pytest.fixture
+def hub(many, monkeypatch):
+    """`load_dataset` as it is, on the parquet files of `many` instead of a dataset's on the hub."""
+    datasets = pytest.importorskip("datasets")
+    real = datasets.load_dataset
+    files = [str(p) for p in sorted(many.glob("*.parquet"))]
+
+    def load(name, config, split, streaming, revision):
+        assert (name, config, split, streaming, revision) == ("owner/name", "sample-10BT", "train", True, "c0ffee")
+        return real("parquet", data_files=files, split=split, streaming=streaming)
+
+    class Api:
+        def dataset_info(self, name, revision):
+            return type("Info", (), {"sha": "c0ffee"})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+
+
+def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with(many, hub, tmp_path, monkeypatch, capsys):
+    src = "owner/name:sample-10BT"
+    assert run(src, tmp_path / "a", "--shard-tokens", "5000") == 0
+    texts = [t for p in many.glob("*.parquet") for t in pq.read_table(p)["text"].to_pylist() if t and t.strip()]
+    assert Counter(d for s in SPLITS for d in read_documents(tmp_path / "a", s)) == Counter(texts)
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["sources"][1][0] == f"{src}@c0ffee#00001"
+
+    real, left = prepare.write_shard, {"n": 0}
+
+    def stopping(*args):
+        left["n"] -= 1
+        if left["n"] < 0:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(prepare, "write_shard", stopping)
+    for left["n"] in (3, 4, 5, 1000):
+        try:
+            assert run(src, tmp_path / "b", "--shard-tokens", "5000") == 0
+        except Killed:
+            assert left["n"] < 1000
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    said = refused(capsys, src, tmp_path / "c", "--text-column", "body")
+    assert "has no text column 'body', but 'text', 'n'; choose one with --text-column" in said
+
+
+def test_a_dataset_that_cannot_be_opened(tmp_path, capsys):
+    said = refused(capsys, "owner/name", tmp_path / "out")
+    assert "owner/name: no such file or folder, and the dataset could not be opened" in said
+
+
+# --- real files ---
+
+
+def test_real_files_with_gpt2s_tokenizer(shared_data, tmp_path):
+    names = ("debian_policy_devref/debian_policy_devref-000.jsonl.xz", "fineweb_edu_sample/fineweb_sample.txt")
+    (tmp_path / "in").mkdir()
+    for name in names:
+        shutil.copy(shared_data / "corpus" / name, tmp_path / "in")
+    bpe = shared_data / "gpt2_bpe"
+    assert run(tmp_path / "in", tmp_path / "out", "--tokenizer", "gpt2", "--bpe-dir", bpe) == 0
+    decode = get_encoder("gpt2", bpe)._encoding.decode
+    found = [d for s in SPLITS for d in read_documents(tmp_path / "out", s, 50256, decode)]
+    with lzma.open(tmp_path / "in" / Path(names[0]).name, "rt", encoding="utf-8") as lines:
+        expected = [json.loads(line)["text"] for line in lines]
+    expected.append((tmp_path / "in" / Path(names[1]).name).read_bytes().decode())
+    assert Counter(found) == Counter(expected)
+
+
+# --- bad input: one line, exit code 2 ---
+
+
+def test_sources_that_are_not_there(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "no such file or folder" in refused(capsys, tmp_path / "nothing.txt", out)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.png").write_bytes(b"x")
+    assert "holds no files to read (.txt" in refused(capsys, tmp_path / "empty", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"good\nna\xefve", "a.txt: not UTF-8 text (byte 0xef at offset 7); convert it"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', "a.jsonl, line 3: not UTF-8 text (byte 0xff at offset 10"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        ("a.json", b'["a", "b"]', "a.json, line 1: not a JSON object; this needs one object a line"),
+        ("a.jsonl", b'{"id": 1, "body": "x"}\n', "line 1: has no 'text', but 'id', 'body'; choose one with --text-col"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: 'text' is not a string"),
+        ("a.jsonl", b'{"text": ""}\n{"text": " \\n"}\n{"text": null}\n', "all its 3 documents are empty"),
+        ("a.txt", b"", "all its 0 documents are empty; give other text"),
+        ("a.txt", b"only one", "none of its 1 documents fell to validation; give a larger --val-fraction, or cut"),
+        ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz: cannot be read: damaged"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-20], "a.jsonl.xz: cannot be read: damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.gz: cannot be read: damaged or truncated"),
+        ("a.jsonl.zst", pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9], "a.jsonl.zst: cannot be read"),
+        ("a.parquet", b"PAR1 not really", "a.parquet: cannot be read as parquet"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_read(name, data, message, tmp_path, capsys):
+    (tmp_path / name).write_bytes(data)
+    assert message in refused(capsys, tmp_path / name, tmp_path / "out", "--val-fraction", "0.0001")
+
+
+def test_a_parquet_file_without_text_lists_its_columns(tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    bodies = pa.array([f"text {i % 20}" for i in range(60)]).dictionary_encode()
+    pq.write_table(pa.table({"id": range(60), "body": bodies}), path)
+    said = refused(capsys, path, tmp_path / "out")
+    assert "a.parquet: has no column 'text', but 'id', 'body'; choose one with --text-column" in said
+    said = refused(capsys, path, tmp_path / "out", "--text-column", "id")
+    assert "column 'id' is int64, not string" in said
+    assert run(path, tmp_path / "out", "--text-column", "body") == 0
+    assert len([d for s in SPLITS for d in read_documents(tmp_path / "out", s)]) == 60
+
+
+def test_separators_make_documents_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree\n\n")
+    assert run(tmp_path / "a.txt", tmp_path / "out", "--separator", "\n\n", "--val-fraction", "0.5") == 0
+    assert Counter(d for s in SPLITS for d in read_documents(tmp_path / "out", s)) == Counter(["one", "two", "three"])
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["empty_documents"] == 1
+
+
+def test_another_preparation_is_never_overwritten(many, prepared, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    before = content(out)
+    assert "holds another preparation, with --seed 1337, not 3; give --out" in refused(
+        capsys, many, out, *SHARDS, "--seed", "3"
+    )
+    assert "with --shard-tokens 20000, not 100000000" in refused(capsys, many, out)
+    write_lines(tmp_path / "in" / "a.jsonl", ["x"])
+    assert "was prepared from other files" in refused(capsys, tmp_path / "in", out, *SHARDS)
+    path = next(out.glob("*train*"))
+    path.write_bytes(path.read_bytes()[:-2])
+    assert "truncated" in refused(capsys, many, out, *SHARDS)
+    assert content(out).keys() == before.keys()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("x")
+    assert "is not an empty folder" in refused(capsys, many, tmp_path / "notes")
+    (tmp_path / "file").write_text("x")
+    assert "cannot be made" in refused(capsys, many, tmp_path / "file" / "out")
+
+
+def test_impossible_settings(many, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "--val-fraction must be between 0 and 1" in refused(capsys, many, out, "--val-fraction", "0")
+    assert "--workers must be at least 1" in refused(capsys, many, out, "--workers", "0")
+    assert "--prefix 'my_train' must be" in refused(capsys, many, out, "--prefix", "my_train")
+    assert "--bpe-dir goes with" in refused(capsys, many, out, "--bpe-dir", "x")
+    assert "--separator must not be empty" in refused(capsys, many, out, "--separator", "")
+    assert not out.exists()
+
+
+def test_errors_are_ours(many):
+    with pytest.raises(UserError):
+        list(sources.find_sources("no/such/thing", sources.Reading())[0])

@@ -1,0 +1,212 @@
+"""Token shards: what is accepted, what is refused before training, and that all formats train alike."""
+
+import io
+import json
+import shutil
+import struct
+
+from mlx_mla import prepare, token_files, train
+from mlx_mla.errors import UserError
+from mlx_mla.plot import read_metrics
+from mlx_mla.shards import TokenWindows
+from mlx_mla.token_files import open_folder, open_shard
+
+import numpy as np
+import pytest
+from conftest import TINY
+from test_train import refused
+
+STEPS = ("--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "3", "--keep", "0")
+
+
+def llmc(tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
+    """llm.c's layout, written by hand."""
+    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    return header + np.asarray(tokens, "<u2").tobytes()
+
+
+@pytest.fixture(scope="module")
+def folders(text_file, tmp_path_factory):
+    """The same tokens as `npy` and `llmc` by prepare, and rewritten as nanoGPT's .bin."""
+    root = tmp_path_factory.mktemp("shards")
+    (root / "text").mkdir()
+    for i, part in enumerate(text_file.read_text(encoding="utf-8").split("\n\n")):
+        (root / "text" / f"{i:04d}.txt").write_text(part, encoding="utf-8")
+    for layout in ("npy", "llmc"):
+        argv = [str(root / "text"), "--out", str(root / layout), "--tokenizer", "bytes", "--format", layout]
+        assert prepare.main([*argv, "--val-fraction", "0.2"]) == 0
+    (root / "nanogpt").mkdir()
+    for split, number in (("train", 1), ("val", 0)):
+        tokens = np.load(root / "npy" / f"tokens_{split}_{number:06d}.npy")
+        tokens.tofile(root / "nanogpt" / f"{split}.bin")
+    return root
+
+
+def metrics(out):
+    measured = ("tokens_per_sec", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if k not in measured} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def test_all_formats_train_and_resume_alike(folders, tmp_path):
+    found = []
+    for layout in ("npy", "llmc", "nanogpt"):
+        out = tmp_path / layout
+        argv = [*TINY, "--data", str(folders / layout), "--out", str(out)]
+        assert train.main([*argv, *STEPS]) == 0
+        found.append(metrics(out))
+        # Forget the second half, and train it again.
+        shutil.rmtree(out / "checkpoints" / "step-000006")
+        (out / "latest").write_text("step-000003\n")
+        assert train.main(["--resume", "--out", str(out), *STEPS]) == 0
+        found.append(metrics(out))
+    assert [row["step"] for row in found[0]] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert all(rows == found[0] for rows in found)
+
+
+def test_resuming_sees_other_data_even_of_the_same_size(folders, tmp_path, capsys):
+    for layout in ("npy", "nanogpt"):
+        data, out = tmp_path / f"{layout}-data", tmp_path / layout
+        shutil.copytree(folders / layout, data)
+        assert train.main([*TINY, "--data", str(data), "--out", str(out), "--steps", "1"]) == 0
+        if layout == "npy":
+            manifest = json.loads((data / "manifest.json").read_text())
+            manifest["shards"][0]["sha256"] = "0" * 64
+            (data / "manifest.json").write_text(json.dumps(manifest))
+        else:
+            content = bytearray((data / "train.bin").read_bytes())
+            content[2] ^= 1
+            (data / "train.bin").write_bytes(content)
+        assert "is not the text that" in refused(capsys, "--resume", "--out", out, "--steps", "2")
+        # The same data at another place are the same data.
+        moved = ("--resume", "--out", str(out), "--steps", "2", "--data", str(folders / layout))
+        assert train.main(moved) == 0
+
+
+def test_without_validation_shards_the_end_is_held_out(tmp_path):
+    for i, n in enumerate((500, 300, 40)):
+        np.save(tmp_path / f"a_train_{i}.npy", np.arange(i * 1000, i * 1000 + n).astype(np.uint16))
+    folder = open_folder(tmp_path)
+    train, val = folder.held_out(0.25)
+    assert [(s.path.name, s.first, len(s.tokens)) for s in train] == [
+        ("a_train_0.npy", 0, 500),
+        ("a_train_1.npy", 0, 130),
+    ]
+    assert [(s.path.name, s.first, len(s.tokens)) for s in val] == [
+        ("a_train_1.npy", 130, 170),
+        ("a_train_2.npy", 0, 40),
+    ]
+    assert val[0].tokens[0] == 1130
+
+
+def test_words_in_names_decide_the_part(tmp_path):
+    for name in ("edufineweb_train_000001", "evaluation_train_1", "fineweb-val-0", "TinyStories_val"):
+        np.save(tmp_path / f"{name}.npy", np.zeros(9, np.uint16))
+    folder = open_folder(tmp_path)
+    assert [s.path.stem for s in folder.val] == ["TinyStories_val", "fineweb-val-0"]
+    np.save(tmp_path / "test_1.npy", np.zeros(9, np.uint16))
+    with pytest.raises(UserError, match=r"test_1.npy: its name must say 'train' or 'val'"):
+        open_folder(tmp_path)
+
+
+TOKENS = np.arange(1000, dtype=np.uint16)
+
+
+def npy(array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a_train_1.npy", npy(TOKENS)[:-3], r"truncated: 1,000 tokens need 2,128 bytes, it has 2,125"),
+        ("a_train_1.npy", npy(TOKENS) + b"\0\0", "longer than its header says"),
+        ("a_train_1.npy", npy(TOKENS.astype(np.int32)), "holds int32, token shards hold uint16; convert it"),
+        ("a_train_1.npy", npy(TOKENS.astype(">u2")), "holds >u2, token shards hold uint16"),
+        ("a_train_1.npy", npy(TOKENS.reshape(10, 100)), "has 2 dimensions, token shards have one"),
+        ("a_train_1.npy", npy(np.array([{}], object)), "holds object, token shards"),
+        ("a_train_1.npy", b"\x93NUMPY\x01\x00\x10", "not a NumPy array file"),
+        ("a_train_1.npy", b"", "not a NumPy array file"),
+        ("a_train_1.npy", npy(TOKENS[:0]), "holds no tokens"),
+        ("a_train_000001.bin", llmc(TOKENS)[:-2], r"truncated: 1,000 tokens need 3,024 bytes, it has 3,022"),
+        ("a_train_000001.bin", llmc(TOKENS, count=999), "longer than its header says"),
+        ("a_train_000001.bin", llmc(TOKENS, magic=1), "does not begin with llm.c's 20240520, and only nanoGPT's"),
+        ("a_train_000001.bin", llmc(TOKENS, version=2), "llm.c's version 2 with 1000 tokens"),
+        ("train.bin", TOKENS.tobytes()[:-1], "truncated: 1,999 bytes are no whole number of uint16 tokens"),
+    ],
+)
+def test_shards_that_are_not_what_they_should_be_are_named(name, data, message, tmp_path, capsys):
+    (tmp_path / name).write_bytes(data)
+    said = refused(capsys, *TINY, "--data", tmp_path, "--out", tmp_path / "run")
+    assert f"{tmp_path / name}: " in said
+    with pytest.raises(UserError, match=message):
+        open_shard(tmp_path / name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_data):
+    out = ("--out", tmp_path / "run")
+    (tmp_path / "data").mkdir()
+    assert "holds no token shards" in refused(capsys, *TINY, *out, "--data", tmp_path / "data")
+    np.save(tmp_path / "data" / "a_val_0.npy", TOKENS)
+    assert "holds no training shards" in refused(capsys, *TINY, *out, "--data", tmp_path / "data")
+    np.save(tmp_path / "data" / "a_train_1.npy", TOKENS[:10])
+    assert "has 10 tokens in a shard, fewer than one context" in refused(
+        capsys, *TINY, *out, "--data", tmp_path / "data", "--vocab-size", "1000"
+    )
+    gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
+    said = refused(capsys, *TINY, *out, "--data", folders / "npy", *gpt2)
+    assert "was prepared with --tokenizer bytes, and training has --tokenizer gpt2; give --tokenizer bytes" in said
+    shutil.copytree(folders / "npy", tmp_path / "broken")
+    manifest = tmp_path / "broken" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "complete": False}))
+    assert "its preparation was not finished; run mlx_mla.prepare again" in refused(
+        capsys, *TINY, *out, "--data", tmp_path / "broken"
+    )
+    values["shards"][1]["tokens"] += 1
+    manifest.write_text(json.dumps(values))
+    assert "manifest.json says" in refused(capsys, *TINY, *out, "--data", tmp_path / "broken")
+    manifest.write_text("{")
+    assert "not a manifest of mlx_mla.prepare" in refused(capsys, *TINY, *out, "--data", tmp_path / "broken")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_over_the_vocabulary_are_found_before_training_or_as_they_are_read(tmp_path):
+    tokens = np.zeros(10**6, np.uint16)
+    tokens[-1] = 300
+    np.save(tmp_path / "a_train_1.npy", tokens)
+    shard = open_shard(tmp_path / "a_train_1.npy")
+    with pytest.raises(UserError, match=r"a_train_1.npy has token id 300 at token 999,999, outside"):
+        TokenWindows([shard], 16, 0, 257)
+    tokens[-1], tokens[3000] = 0, 300  # between the samples
+    np.save(tmp_path / "a_train_1.npy", tokens)
+    windows = TokenWindows([open_shard(tmp_path / "a_train_1.npy")], 16, 0, 257)
+    with pytest.raises(UserError, match=r"a_train_1.npy has token id 300 at token 3,000, outside"):
+        windows.rows(0, windows.windows_per_epoch)
+
+
+@pytest.mark.parametrize("how", ["removed", "truncated"])
+def test_data_that_vanish_while_training_end_it_in_one_line(folders, tmp_path, capsys, monkeypatch, how):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folders / "nanogpt", data)
+    real = TokenWindows.rows
+
+    def rows(self, first, count):
+        if first // count == 5:
+            shutil.rmtree(data) if how == "removed" else (data / "train.bin").write_bytes(b"")
+        return real(self, first, count)
+
+    monkeypatch.setattr(TokenWindows, "rows", rows)
+    said = refused(capsys, *TINY, "--data", data, "--out", out, *STEPS)
+    assert "train.bin: the data " + ("can no longer be read" if how == "removed" else "changed while") in said
+    assert f"the newest good checkpoint is {out / 'checkpoints' / 'step-000003'}" in said
+
+
+def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a_train_1.npy"
+    pieces = iter([TOKENS, None])  # the second cannot be written
+    with pytest.raises(TypeError):
+        token_files.write_shard(path, "npy", pieces, 2000)
+    assert list(tmp_path.iterdir()) == []
