@@ -29,7 +29,9 @@ def refused(capsys, *argv: str, command=train.main) -> str:
 
 
 def test_a_run_leaves_the_documented_files(tiny_run):
-    assert {p.name for p in tiny_run.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints", "latest"}
+    assert {p.name for p in tiny_run.iterdir()} == {
+        "config.toml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "latest",
+    }  # fmt: skip
     folder = tiny_run / "checkpoints" / (tiny_run / "latest").read_text().strip()
     assert folder.name == "step-000040"
     assert {p.name for p in folder.iterdir()} == {
@@ -41,9 +43,12 @@ def test_a_run_leaves_the_documented_files(tiny_run):
     assert "40 of 40" in card
     rows = read_metrics(tiny_run / "metrics.jsonl")
     for row in rows:
-        assert list(row) == ["step", "split", "loss", "lr", "tokens", "tokens_per_sec", "peak_memory_bytes"]
+        mfu = ["mfu"] if row["split"] == "train" else []
+        measured = ["tokens_per_sec", "peak_memory_bytes", *mfu, "seconds"]
+        assert list(row) == ["step", "split", "loss", "lr", "tokens", *measured]
         assert row["tokens"] == row["step"] * 4 * 48
     assert [r["step"] for r in rows if r["split"] == "train"] == [1, 10, 20, 30, 40]
+    assert [r["seconds"] for r in rows] == sorted(r["seconds"] for r in rows)
     assert rows[-1]["split"] == "val"
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert f"{rows[-1]['loss']:.4f}" in card
