@@ -32,7 +32,7 @@ class PlotCommand:
     """Run folders, as mlx_mla.train writes them."""
     out: Path = Path("runs.png")
     """The picture: a file ending in .png, .svg or .pdf."""
-    smooth: float = 0.8
+    smooth: float = 0.6
     """Smoothing of the training loss, as in TensorBoard: the share of the mean so far in the next value. 0: off."""
 
 
@@ -74,7 +74,7 @@ class RunMetrics:
 
     @property
     def last(self) -> dict[str, Any]:
-        return max(self.train + self.val, key=lambda row: row["step"])
+        return max(self.train[-1:] + self.val[-1:], key=lambda row: (row["step"], row.get("seconds", 0.0)))
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -144,12 +144,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them all apart."""
-    for parts in range(1, max(len(p.parts) for p in paths) + 1):
-        names = ["/".join(p.parts[-parts:]) for p in paths]
-        if len(set(names)) == len(set(paths)):
-            return names
-    raise AssertionError("different paths have different parts")
+    """The shortest end of each path that no other path has."""
+
+    def end(path: Path, parts: int) -> str:
+        return "/".join(path.parts[-parts:])
+
+    def name(path: Path) -> str:
+        others = set(paths) - {path}
+        lengths = range(1, len(path.parts))
+        return next((end(path, n) for n in lengths if end(path, n) not in {end(o, n) for o in others}), str(path))
+
+    return [name(path) for path in paths]
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
@@ -210,7 +215,7 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
             if train:
                 xs, losses = zip(*train)
                 if smooth:
-                    axes.plot(xs, losses, color=color, lw=0.6, alpha=0.2)
+                    axes.plot(xs, losses, color=color, lw=0.6, alpha=0.3)
                 axes.plot(xs, smoothed(losses, smooth), **line, lw=1.1, alpha=0.75)
             if val:
                 axes.plot(*zip(*val), **line, lw=1.8, marker="o", ms=4)
@@ -314,7 +319,7 @@ def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
 
 def _memory_bars(axes: Any, runs: Sequence[RunMetrics]) -> None:
     sizes = [run.peak_memory_bytes / 2**20 for run in runs]
-    bars = axes.barh([run.name for run in runs], sizes, color=[color for color, _ in _styles(runs)], height=0.6)
+    bars = axes.barh([run.name for run in runs], sizes, color=[color for color, _ in _styles(runs)], height=0.45)
     axes.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.2)
