@@ -111,16 +111,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
             if row.get("split") in ("train", "val"):
                 for key in REQUIRED:
                     if not isinstance(row.get(key), (int, float)):
-                        raise UserError(f"{path}, line {number}: damaged, it has no number {key!r}; {REPAIR}")
+                        raise UserError(f"{path}, line {number}: damaged, it has no number {key!r}; remove the line")
         train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
         if not train and not val:
             raise UserError(f"{path}: holds no loss; the run has logged nothing yet")
         settings = read_toml(folder / CONFIG) if (folder / CONFIG).is_file() else {"run": name}
         runs.append(RunMetrics(name, {k: v for k, v in settings.items() if k != "seed"}, train, val))
     return runs
-
-
-REPAIR = "remove the line, or resume the run from a checkpoint before it"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -138,7 +135,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 except ValueError:  # no JSON, or no UTF-8
                     row = None
                 if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                    raise UserError(f"{path}, line {number}: damaged, it is no JSON object with a step; {REPAIR}")
+                    raise UserError(
+                        f"{path}, line {number}: damaged, it is no JSON object with a step; remove the line"
+                    )
                 rows.append(row)
     return rows
 
@@ -200,7 +199,7 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
     from matplotlib.lines import Line2D
 
     fig, ((by_tokens, by_time), (speed, memory)) = plt.subplots(
-        2, 2, figsize=(11, 8), layout="constrained", height_ratios=(3, 2)
+        2, 2, figsize=(10, 7), layout="constrained", height_ratios=(3, 2)
     )
     unit, divisor = _time_unit(max(run.last.get("seconds", 0.0) for run in runs))
     handles = []

@@ -205,7 +205,7 @@ class _Loop:
         share = mfu(self.flops_per_token, speed, self.peak_flops)
         self.display.step(self.done, result.loss, speed, share, eta)
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
-            self._log_loss("train", result.loss, lr, speed, {"mfu": round(share, 4)})
+            self._log_loss("train", result.loss, lr, speed, mfu=round(share, 4))
             self._clock, self._clock_tokens = 0.0, 0
 
     def _validate(self, everything: bool) -> None:
@@ -225,12 +225,9 @@ class _Loop:
             self._log(prepared.task.name, row)
             self.display.task(self.done, prepared.task.name, row)
 
-    def _log_loss(
-        self, split: str, loss: float, lr: float, tokens_per_sec: float, more: dict[str, float] | None = None
-    ) -> None:
+    def _log_loss(self, split: str, loss: float, lr: float, tokens_per_sec: float, **more: float) -> None:
         rest = {"tokens_per_sec": round(tokens_per_sec, 1), "peak_memory_bytes": self.session.peak_memory_bytes()}
-        tokens = self.done * self.config.tokens_per_step
-        self._log(split, {"loss": loss, "lr": lr, "tokens": tokens, **rest, **(more or {})})
+        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.tokens_per_step, **rest, **more})
 
     def _log(self, split: str, values: dict[str, Any]) -> None:
         row = {"step": self.done, "split": split, **values, "seconds": round(time.perf_counter() - self._began, 2)}
