@@ -163,7 +163,7 @@ class _Loop:
         self._spent, self._spent_steps, self._timed = 0.0, 0, False
 
     def run(self) -> RunResult:
-        config = self.config
+        config, sample = self.config, None
         (self.out / "checkpoints").mkdir(exist_ok=True)
         with self.display, _catch_signals() as caught:
             while self.done < config.steps and not caught:
@@ -172,8 +172,10 @@ class _Loop:
                 if finished or _due(self.done, config.eval_every):
                     self._validate(everything=finished)
                     self._run_tasks()
-                if not finished and _due(self.done, config.sample_every) and (text := self._sample()) is not None:
-                    self.display.sample(self.done, text)
+                if finished or _due(self.done, config.sample_every):
+                    sample = self._sample()
+                    if sample is not None and not finished:  # the last one is the caller's to show
+                        self.display.sample(self.done, sample)
                 if finished or _due(self.done, config.save_every):
                     self._save()
             if self.saved != self.done:
@@ -181,7 +183,7 @@ class _Loop:
         newest = checkpoint.checkpoint_path(self.out, self.saved)
         if caught:
             return RunResult(newest, self.done, None, None, caught[0])
-        return RunResult(newest, self.done, self.val_loss, self._sample(), None)
+        return RunResult(newest, self.done, self.val_loss, sample, None)
 
     def _step(self) -> None:
         config, began = self.config, time.perf_counter()
