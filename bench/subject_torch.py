@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mlx_mla.backend import DType
 from mlx_mla.backend_torch import TorchBackend, TorchTrainSession
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_torch import build_model
@@ -119,10 +120,10 @@ def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) ->
     return TorchSubject("transformers GPT-2", network, config, dtype, TorchBackend(device).device)
 
 
-def rates(dtype: str, device: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, and bytes per second of a large copy or matrix-vector product."""
-    place = TorchBackend(device).device
-    a = torch.randn(2048, 2048, device=place, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+def rates(dtype: DType, device: str) -> tuple[float, float]:
+    """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector product."""
+    backend = TorchBackend(device)
+    place = backend.device
     b = torch.randn(8192, 8192, device=place)
     v, target = torch.randn(8192, device=place), torch.empty_like(b)
 
@@ -138,4 +139,4 @@ def rates(dtype: str, device: str) -> tuple[float, float]:
 
     size = b.numel() * b.element_size()
     memory = max(2 * size / best(lambda: target.copy_(b)), size / min(best(lambda: b @ v), best(lambda: v @ b)))
-    return 2 * 2048**3 / best(lambda: a @ a), memory
+    return backend.peak_flops(dtype, seconds=1.0), memory

@@ -143,6 +143,13 @@ class Backend(Protocol):
 
     name: str
 
+    def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
+        """FLOP/s of large matrix products in a dtype, measured now; see `mlx_mla.peak.measure_peak`.
+
+        Leaves the random state as it is. Comes before `train_session`, which sets peak memory back.
+        """
+        ...
+
     def train_session(
         self,
         config: TrainConfig,

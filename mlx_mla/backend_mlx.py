@@ -1,6 +1,6 @@
 """The MLX backend: the training step, the loss, and the model ready to decode."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.peak import measure_peak
 from mlx_mla.score_mlx import MLXScorer
 from mlx_mla.shards import Batch
 
@@ -36,6 +37,16 @@ class MLXBackend:
             raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
         if device != "auto":
             mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+
+    def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
+        def product(n: int) -> Callable[[], None]:
+            a, b = (mx.random.normal((n, n), key=mx.random.key(i)).astype(DTYPES[dtype]) for i in (0, 1))
+            mx.eval(a, b)
+            return lambda: mx.eval(a @ b)
+
+        peak = measure_peak(product, seconds)
+        mx.clear_cache()
+        return peak
 
     def train_session(
         self,

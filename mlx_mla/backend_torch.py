@@ -1,7 +1,7 @@
 """The PyTorch backend: the same training step, loss and decoding on MPS, CUDA or the CPU."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from mlx_mla.decode_torch import TorchDecoder, build_model, peak_memory_bytes
 from mlx_mla.errors import UserError
 from mlx_mla.loss_torch import head_loss, hidden_states
 from mlx_mla.optim_torch import Optimizers
+from mlx_mla.peak import measure_peak
 from mlx_mla.score_torch import TorchScorer
 from mlx_mla.shards import Batch
 
@@ -26,6 +27,21 @@ class TorchBackend:
 
     def __init__(self, device: str = "auto"):
         self.device = torch.device(_find_device(device))
+
+    def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
+        def product(n: int) -> Callable[[], None]:
+            random = torch.Generator(self.device).manual_seed(0)
+            like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, dtype), "generator": random}
+            a, b = (torch.randn(n, n, **like) for _ in range(2))
+
+            def multiply() -> None:
+                a @ b
+                if self.device.type != "cpu":
+                    getattr(torch, self.device.type).synchronize()
+
+            return multiply
+
+        return measure_peak(product, seconds)
 
     def train_session(
         self,

@@ -260,9 +260,13 @@ class TrainConfig:
     keep: int = 2
     """Newest checkpoints to keep. 0: all."""
     sample_prompt: str = "The "
-    """Prompt of the sample printed at the end."""
+    """Prompt of the samples printed."""
     sample_tokens: int = 200
-    """Length of that sample. 0: none."""
+    """Length of a sample. 0: none."""
+    sample_every: int = 0
+    """Steps between samples, which are also kept in samples.jsonl. 0: only at the end."""
+    track: str = ""
+    """Where else to show the metrics, separated by commas: tensorboard, wandb, trackio. Empty: nowhere."""
     backend: Literal["mlx", "torch"] = "mlx"
     """Framework that does the computing; a run begun in one can be resumed in the other."""
     device: Literal["auto", "cpu", "gpu", "mps", "cuda"] = "auto"
@@ -292,7 +296,8 @@ class TrainConfig:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "save_every",
-            "keep", "sample_tokens", "seed", "adam_epsilon", "initializer_range", "checkpoint_every", "loss_chunk",
+            "keep", "sample_tokens", "sample_every", "seed", "adam_epsilon", "initializer_range", "checkpoint_every",
+            "loss_chunk",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):

@@ -31,13 +31,14 @@ class TrainDisplay:
             TextColumn("loss {task.fields[loss]:.3f}"),
             TextColumn("val {task.fields[val]}"),
             TextColumn("{task.fields[tps]:,.0f} tok/s"),
+            TextColumn("MFU {task.fields[mfu]:.0%}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("train", total=total, completed=done, loss=math.nan, val="-", tps=0.0)
+        self._task = self._bar.add_task("train", total=total, completed=done, loss=math.nan, val="-", tps=0.0, mfu=0.0)
 
     def __enter__(self) -> "TrainDisplay":
         self._bar.start()
@@ -46,17 +47,21 @@ class TrainDisplay:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
 
-    def step(self, step: int, loss: float, tokens_per_sec: float, eta_seconds: float | None) -> None:
+    def step(self, step: int, loss: float, tokens_per_sec: float, mfu: float, eta_seconds: float | None) -> None:
         """Report a finished step; the time left is None while it is not known."""
-        self._bar.update(self._task, completed=step, loss=loss, tps=tokens_per_sec)
+        self._bar.update(self._task, completed=step, loss=loss, tps=tokens_per_sec, mfu=mfu)
         if not self.console.is_terminal and (step % self._every == 0 or step == 1):
             eta = "" if eta_seconds is None else f"  ETA {int(eta_seconds) // 60}:{int(eta_seconds) % 60:02d}"
-            self.say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_sec:,.0f} tok/s{eta}")
+            self.say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_sec:,.0f} tok/s  MFU {mfu:.0%}{eta}")
 
     def validation(self, step: int, loss: float) -> None:
         """Report a validation loss."""
         self._bar.update(self._task, val=f"{loss:.3f}")
         self.say(f"step {step}/{self._total}  validation loss {loss:.4f}")
+
+    def sample(self, step: int, text: str) -> None:
+        """Show a sample of text."""
+        self.say(f"--- sample after step {step} ---\n{text}\n--------------")
 
     def task(self, step: int, name: str, metrics: Mapping[str, Any]) -> None:
         """Report a task's metrics with their standard errors."""

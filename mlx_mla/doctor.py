@@ -10,15 +10,14 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 from mlx_mla import blas, cli
+from mlx_mla.backend import BackendName, DType, get_backend
 from mlx_mla.errors import UserError
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "tokenizers", "tiktoken", "numpy")
-MATMUL = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,16 +84,7 @@ def probe_mlx() -> dict[str, Any]:
         lines.append(
             ("MLX memory limit", f"{int(info['max_recommended_working_set_size']) / 2**30:.1f} GiB recommended")
         )
-    for dtype in (mx.float32, mx.bfloat16):
-        a = mx.random.normal((MATMUL, MATMUL)).astype(dtype)
-        mx.eval(a)
-
-        def multiply(a: Any = a) -> None:
-            mx.eval(a @ a)
-
-        lines.append(
-            (f"MLX matmul {str(dtype).split('.')[-1]}", f"{_gflops(multiply):,.1f} GFLOP/s ({MATMUL} x {MATMUL})")
-        )
+    lines += _matmul_rates("MLX", "mlx")
     return {"lines": lines, "advice": [hint] if (hint := blas.hint()) else []}
 
 
@@ -103,11 +93,6 @@ def probe_torch() -> dict[str, Any]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-    def synchronize() -> None:
-        if device != "cpu":
-            getattr(torch, device).synchronize()
-
     lines = [
         ("PyTorch device", device),
         (
@@ -115,27 +100,14 @@ def probe_torch() -> dict[str, Any]:
             f"{'MKL' if torch.backends.mkl.is_available() else 'other'}, {torch.get_num_threads()} threads",
         ),
     ]
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(MATMUL, MATMUL, device=device, dtype=dtype)
-
-        def multiply(a: Any = a) -> None:
-            a @ a
-            synchronize()
-
-        lines.append(
-            (f"PyTorch matmul {str(dtype).split('.')[-1]}", f"{_gflops(multiply):,.1f} GFLOP/s ({MATMUL} x {MATMUL})")
-        )
+    lines += _matmul_rates("PyTorch", "torch")
     return {"lines": lines, "advice": []}
 
 
-def _gflops(multiply: Callable[[], Any]) -> float:
-    multiply()
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        multiply()
-        best = min(best, time.perf_counter() - began)
-    return 2 * MATMUL**3 / best / 1e9
+def _matmul_rates(title: str, name: BackendName) -> list[tuple[str, str]]:
+    """The peaks against which training's MFU is taken."""
+    backend, dtypes = get_backend(name), get_args(DType)
+    return [(f"{title} matmul {dtype}", f"{backend.peak_flops(dtype) / 1e9:,.1f} GFLOP/s") for dtype in dtypes]
 
 
 def _run_probe(name: str) -> dict[str, Any]:

@@ -1,19 +1,245 @@
-"""Plot the loss of a run."""
+"""Compare runs in one picture and one table: `python -m mlx_mla.plot`; and the loss of one run, for its folder."""
 
+import dataclasses
+import itertools
 import json
 import math
+import statistics
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from mlx_mla import cli
+from mlx_mla.config import read_toml
+from mlx_mla.errors import UserError
+
+import tyro
+
+PROG = "python -m mlx_mla.plot"
+METRICS, CONFIG = "metrics.jsonl", "config.toml"
+FORMATS = (".png", ".svg", ".pdf")
+
+
+@dataclasses.dataclass(kw_only=True)
+class PlotCommand:
+    """Compare training runs: a picture of loss, speed and memory, and a table on stdout.
+
+    Runs that differ in nothing but --seed share a colour.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, as mlx_mla.train writes them."""
+    out: Path = Path("runs.png")
+    """The picture: a file ending in .png, .svg or .pdf."""
+    smooth: float = 0.6
+    """Smoothing of the training loss, as in TensorBoard: the share of the mean so far in the next value. 0: off."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    command = cli.parse(PlotCommand, argv, PROG)
+    if not command.runs:
+        raise UserError(f"no run given; see {PROG} --help")
+    if not 0 <= command.smooth < 1:
+        raise UserError(f"--smooth must be at least 0 and below 1, not {command.smooth}")
+    if command.out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {command.out}: give a file ending in {', '.join(FORMATS)}")
+    if not command.out.parent.is_dir():
+        raise UserError(f"--out {command.out}: there is no folder {command.out.parent}")
+    runs = read_runs(command.runs)
+    print(table(runs))
+    try:
+        plot_runs(runs, command.out, command.smooth)
+    except OSError as e:
+        raise UserError(f"--out {command.out}: could not be written: {e.strerror or e}") from e
+    print(f"\npicture: {command.out}")
+    return 0
+
+
+@dataclasses.dataclass
+class RunMetrics:
+    """What metrics.jsonl of one run says."""
+
+    name: str
+    """The folder's name, with as many of its parents as tell it from the other runs."""
+    kind: Any
+    """The settings but for the seed; equal for runs that repeat each other."""
+    train: list[dict[str, Any]]
+    val: list[dict[str, Any]]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return max(self.train[-1:] + self.val[-1:], key=lambda row: (row["step"], row.get("seconds", 0.0)))
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(row["peak_memory_bytes"] for row in self.train + self.val)
+
+    @property
+    def tokens_per_sec(self) -> float:
+        """The median, without the first line where there are more: it compiles."""
+        return statistics.median(row["tokens_per_sec"] for row in self.train[1:] or self.train or self.val)
+
+
+# Keys that every line of a loss has; `seconds` and `mfu` came later and may be missing.
+REQUIRED = ("loss", "tokens", "tokens_per_sec", "peak_memory_bytes")
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
+    """Read run folders; UserError for one that holds no run, no metrics or a damaged line, or is given twice."""
+    resolved = [folder.resolve() for folder in folders]
+    runs = []
+    for i, (folder, name) in enumerate(zip(folders, _unique_names(resolved))):
+        if resolved[i] in resolved[:i]:
+            raise UserError(f"{folder}: is given twice; name each run once")
+        path = folder / METRICS
+        if not path.is_file():
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder; give the run folders that mlx_mla.train wrote")
+            if not (folder / CONFIG).is_file():
+                raise UserError(f"{folder}: holds no run (no {METRICS}); give the folder that was train's --out")
+            raise UserError(f"{path}: no such file; the run has logged nothing yet")
+        rows = read_metrics(path)
+        if not rows:
+            raise UserError(f"{path}: is empty; the run has logged nothing yet")
+        for number, row in enumerate(rows, 1):
+            if row.get("split") in ("train", "val"):
+                for key in REQUIRED:
+                    if not isinstance(row.get(key), (int, float)):
+                        raise UserError(f"{path}, line {number}: damaged, it has no number {key!r}; remove the line")
+        train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
+        if not train and not val:
+            raise UserError(f"{path}: holds no loss; the run has logged nothing yet")
+        settings = read_toml(folder / CONFIG) if (folder / CONFIG).is_file() else {"run": name}
+        runs.append(RunMetrics(name, {k: v for k, v in settings.items() if k != "seed"}, train, val))
+    return runs
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; an unfinished last line (a killed run) is left out."""
+    """The lines of a metrics.jsonl; an unfinished last line (a killed run) is left out.
+
+    Raises:
+        UserError: For a line that is no JSON object with a step, naming it.
+    """
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            if line.endswith(b"\n"):
+                try:
+                    row = json.loads(line)
+                except ValueError:  # no JSON, or no UTF-8
+                    row = None
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    raise UserError(
+                        f"{path}, line {number}: damaged, it is no JSON object with a step; remove the line"
+                    )
+                rows.append(row)
     return rows
+
+
+def _unique_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that no other path has."""
+
+    def end(path: Path, parts: int) -> str:
+        return "/".join(path.parts[-parts:])
+
+    def name(path: Path) -> str:
+        others = set(paths) - {path}
+        lengths = range(1, len(path.parts))
+        return next((end(path, n) for n in lengths if end(path, n) not in {end(o, n) for o in others}), str(path))
+
+    return [name(path) for path in paths]
+
+
+def table(runs: Sequence[RunMetrics]) -> str:
+    """Steps, tokens, losses, speed and memory of runs, as text."""
+    header = ["run", "steps", "tokens", "last val", "best val (step)", "tok/s", "MFU", "peak memory", "time"]
+    rows = [header]
+    for run in runs:
+        best = min(run.val, key=lambda row: row["loss"], default=None)
+        shares = [row["mfu"] for row in run.train if "mfu" in row]
+        seconds = run.last.get("seconds")
+        rows.append(
+            [
+                run.name,
+                f"{run.last['step']:,}",
+                f"{run.last['tokens']:,}",
+                f"{run.val[-1]['loss']:.4f}" if run.val else "-",
+                "-" if best is None else f"{best['loss']:.4f} ({best['step']:,})",
+                f"{run.tokens_per_sec:,.0f}",
+                f"{statistics.median(shares):.1%}" if shares else "-",
+                f"{run.peak_memory_bytes / 2**20:,.0f} MiB",
+                "-" if seconds is None else f"{seconds:,.0f} s",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
+
+
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving average without the bias towards 0 at the start, as TensorBoard's."""
+    mean, out = 0.0, []
+    for i, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        out.append(mean / (1 - weight**i))
+    return out
+
+
+def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
+    """Draw loss against tokens and against time, speed, and peak memory of runs into a file."""
+    plt = _pyplot()
+    from matplotlib.lines import Line2D
+
+    fig, ((by_tokens, by_time), (speed, memory)) = plt.subplots(
+        2, 2, figsize=(10, 7), layout="constrained", height_ratios=(3, 2)
+    )
+    unit, divisor = _time_unit(max(run.last.get("seconds", 0.0) for run in runs))
+    handles = []
+    for run, (color, dashes) in zip(runs, _styles(runs)):
+        line: dict[str, Any] = {"color": color, "linestyle": dashes}
+        handles.append(Line2D([], [], **line, lw=2, label=run.name))
+        for axes, key, scale in ((by_tokens, "tokens", 1), (by_time, "seconds", divisor)):
+            train, val = (
+                [(row[key] / scale, row["loss"]) for row in rows if key in row and math.isfinite(row["loss"])]
+                for rows in (run.train, run.val)
+            )
+            if train:
+                xs, losses = zip(*train)
+                if smooth:
+                    axes.plot(xs, losses, color=color, lw=0.6, alpha=0.3)
+                axes.plot(xs, smoothed(losses, smooth), **line, lw=1.1, alpha=0.75)
+            if val:
+                axes.plot(*zip(*val), **line, lw=1.8, marker="o", ms=4)
+        if rows := run.train[1:] or run.train:
+            speed.plot([row["tokens"] for row in rows], [row["tokens_per_sec"] for row in rows], **line, lw=1.1)
+    for axes in (by_tokens, by_time):
+        _loss_axis(axes)
+    by_tokens.set(xlabel="tokens", ylabel="loss (nats per token)", title="loss against tokens")
+    by_time.set(xlabel=f"time in the run ({unit})", title="loss against time")
+    if without := [run.name for run in runs if "seconds" not in run.last]:
+        by_time.text(0.5, 0.5, "no times logged by\n" + "\n".join(without), transform=by_time.transAxes, ha="center")
+    for axes in (by_tokens, speed):
+        axes.xaxis.set_major_formatter(lambda x, _: _count(x))
+    speed.set(xlabel="tokens", ylabel="tokens per second", title="speed, training", ylim=(0, None))
+    speed.yaxis.set_major_formatter(lambda y, _: _count(y))
+    _memory_bars(memory, runs)
+    for axes in (by_tokens, by_time, speed):
+        axes.grid(alpha=0.3, which="major")
+    train_label = f"training (smoothed, {smooth:g})" if smooth else "training"
+    handles += [
+        Line2D([], [], color="0.4", lw=1.1, label=train_label),
+        Line2D([], [], color="0.4", lw=1.8, marker="o", ms=4, label="validation"),
+    ]
+    fig.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    _save(fig, out)
 
 
 def plot_loss(metrics: Path, out: Path, title: str) -> None:
@@ -22,20 +248,46 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
     Both axes are logarithmic where the run is long enough for that to read better: most of the fall
     is in the first steps.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator, NullFormatter
-
+    plt = _pyplot()
     rows = read_metrics(metrics)
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for split, style in (("train", {"lw": 1.2, "alpha": 0.8}), ("val", {"lw": 1.8, "marker": "o", "ms": 4})):
         points = [(r["step"], r["loss"]) for r in rows if r["split"] == split and math.isfinite(r["loss"])]
         if points:
             ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)
-    last = max((r["step"] for r in rows), default=0)
-    if last >= 100:
+    _loss_axis(ax)
+    ax.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    ax.grid(alpha=0.3, which="major")
+    if ax.lines:
+        ax.legend()
+    _save(fig, out)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(fig: Any, out: Path) -> None:
+    """Replace a picture in one step."""
+    import matplotlib.pyplot as plt
+
+    temporary = out.with_name(f".{out.name}")
+    fig.savefig(temporary, dpi=120, format=out.suffix[1:].lower())
+    plt.close(fig)
+    temporary.replace(out)
+
+
+def _loss_axis(ax: Any) -> None:
+    """A logarithmic axis of losses with plain numbers, and a logarithmic x where it spans two decades."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    xs = [x for line in ax.lines for x in line.get_xdata() if x > 0]
+    if xs and max(xs) >= 100 * min(xs):
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
     ax.set_yscale("log")
@@ -43,11 +295,50 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(8))
     ax.yaxis.set_major_formatter("{x:.3g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    ax.grid(alpha=0.3, which="major")
-    if ax.lines:
-        ax.legend()
-    temporary = out.with_name(f".{out.name}")
-    fig.savefig(temporary, dpi=120, format="png")
-    plt.close(fig)
-    temporary.replace(out)
+
+
+def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
+    """Colour and dashes of each run: a colour for each kind, dashes for each of its repetitions."""
+    import matplotlib
+
+    colormap: Any = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
+    colors = colormap.colors
+    dashes = ("-", "--", ":", "-.")
+    kinds: list[Any] = []
+    counts: list[Any] = []
+    styles = []
+    for run in runs:
+        if run.kind not in kinds:
+            kinds.append(run.kind)
+            counts.append(itertools.count())
+        kind = kinds.index(run.kind)
+        styles.append((colors[kind % len(colors)], dashes[next(counts[kind]) % len(dashes)]))
+    return styles
+
+
+def _memory_bars(axes: Any, runs: Sequence[RunMetrics]) -> None:
+    sizes = [run.peak_memory_bytes / 2**20 for run in runs]
+    bars = axes.barh([run.name for run in runs], sizes, color=[color for color, _ in _styles(runs)], height=0.45)
+    axes.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(xlabel="MiB", title="peak memory")
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 3 * size:
+            return unit, size
+    return "seconds", 1.0
+
+
+def _count(n: float) -> str:
+    """A number in a few characters: 25k, 1.5M, 10B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:g}{letter}"
+    return f"{n:g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

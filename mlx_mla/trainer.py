@@ -6,6 +6,7 @@ in the checkpoint; so a run that was stopped and resumed is bit-identical to one
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -15,24 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mla import checkpoint, corpus
-from mlx_mla.backend import Teacher, TrainSession, get_backend
+from mlx_mla.backend import BackendName, DeviceName, DType, Teacher, TrainSession, get_backend
 from mlx_mla.card import model_card
 from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, read_toml, to_toml
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
+from mlx_mla.estimate import estimate
 from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
+from mlx_mla.peak import mfu
 from mlx_mla.plot import plot_loss, read_metrics
 from mlx_mla.shards import TokenWindows
 from mlx_mla.tasks import TASKS
 from mlx_mla.tasks.wikitext2 import WINDOW
 from mlx_mla.token_files import Shard, open_folder
 from mlx_mla.tokenizer import TextEncoder, get_encoder
+from mlx_mla.tracking import Tracking, tracker_names, tracking
 from mlx_mla.weights import initial_weights
 
 import numpy as np
 from rich.console import Console
 
-CONFIG, METRICS, PLOT, LATEST = "config.toml", "metrics.jsonl", "loss.png", "latest"
+CONFIG, METRICS, SAMPLES, PLOT, LATEST = "config.toml", "metrics.jsonl", "samples.jsonl", "loss.png", "latest"
 
 # Beside the shape of the model, these decide which batch a step sees, where the run began or what it minimises.
 FIXED_ON_RESUME = (
@@ -91,6 +95,7 @@ def train(
     config = config.resolved(encoder.size)
     data = _Data(config, encoder)
     tasks = _tasks(config, data)
+    tracker_names(config.track)
     start = _resume_point(config, out, from_step, data) if resume else None
     weights = _first_weights(config) if start is None else start.weights
     teacher = _teacher(config, encoder)
@@ -99,15 +104,18 @@ def train(
     # All that the user may have got wrong is checked; from here on the run folder is written.
     if resume:
         checkpoint.write_text(out / CONFIG, to_toml(config))
-        _keep_metrics_until(out / METRICS, done)
+        for name in (METRICS, SAMPLES):
+            _keep_rows_until(out / name, done)
     else:
         _claim(out, config)
     console.print(
         f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}", highlight=False
     )
+    peak_flops = _peak_flops(config.backend, config.device, config.dtype)
     optimizer_state = None if start is None else start.optimizer_state
     session = backend.train_session(config, weights, optimizer_state, done, teacher)
-    return _Loop(config, out, data, tasks, session, console, start).run()
+    with tracking(config, out, read_metrics(out / METRICS), console) as trackers:
+        return _Loop(config, out, data, tasks, session, console, start, trackers, peak_flops).run()
 
 
 class _Data:
@@ -152,18 +160,25 @@ class _Loop:
         session: TrainSession,
         console: Console,
         start: _ResumePoint | None,
+        trackers: Tracking,
+        peak_flops: float,
     ):
         self.config, self.out, self.data, self.session = config, out, data, session
         self.tasks, self.tokenizer = tasks, data.tokenizer
         self.done = self.saved = 0 if start is None else start.step
         self.val_loss = None if start is None else start.val_loss
         self.display = TrainDisplay(console, self.done, config.steps)
+        self.trackers, self.peak_flops = trackers, peak_flops
+        self.flops_per_token = estimate(config, fused_attention=True).train_flops_per_token
+        # When the run would have begun, had it never stopped.
+        so_far = max((row.get("seconds", 0.0) for row in read_metrics(out / METRICS)), default=0.0)
+        self._began = time.perf_counter() - so_far
         # Time spent training, without validation and saving, since the last logged step.
         self._clock, self._clock_tokens = 0.0, 0
         self._spent, self._spent_steps, self._timed = 0.0, 0, False
 
     def run(self) -> RunResult:
-        config = self.config
+        config, sample = self.config, None
         (self.out / "checkpoints").mkdir(exist_ok=True)
         with self.display, _catch_signals() as caught:
             while self.done < config.steps and not caught:
@@ -172,6 +187,10 @@ class _Loop:
                 if finished or _due(self.done, config.eval_every):
                     self._validate(everything=finished)
                     self._run_tasks()
+                if finished or _due(self.done, config.sample_every):
+                    sample = self._sample()
+                    if sample is not None and not finished:  # the last one is the caller's to show
+                        self.display.sample(self.done, sample)
                 if finished or _due(self.done, config.save_every):
                     self._save()
             if self.saved != self.done:
@@ -179,7 +198,7 @@ class _Loop:
         newest = checkpoint.checkpoint_path(self.out, self.saved)
         if caught:
             return RunResult(newest, self.done, None, None, caught[0])
-        return RunResult(newest, self.done, self.val_loss, self._sample(), None)
+        return RunResult(newest, self.done, self.val_loss, sample, None)
 
     def _step(self) -> None:
         config, began = self.config, time.perf_counter()
@@ -201,9 +220,10 @@ class _Loop:
         speed = self._clock_tokens / self._clock
         left = config.steps - self.done
         eta = left * self._spent / self._spent_steps if self._spent_steps else None
-        self.display.step(self.done, result.loss, speed, eta)
+        share = mfu(self.flops_per_token, speed, self.peak_flops)
+        self.display.step(self.done, result.loss, speed, share, eta)
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
-            self._log_loss("train", result.loss, lr, speed)
+            self._log_loss("train", result.loss, lr, speed, mfu=round(share, 4))
             self._clock, self._clock_tokens = 0.0, 0
 
     def _validate(self, everything: bool) -> None:
@@ -228,17 +248,21 @@ class _Loop:
             self._log(prepared.task.name, row)
             self.display.task(self.done, prepared.task.name, row)
 
-    def _log_loss(self, split: str, loss: float, lr: float, tokens_per_sec: float) -> None:
+    def _log_loss(self, split: str, loss: float, lr: float, tokens_per_sec: float, **more: float) -> None:
         rest = {"tokens_per_sec": round(tokens_per_sec, 1), "peak_memory_bytes": self.session.peak_memory_bytes()}
-        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.step_tokens, **rest})
+        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.step_tokens, **rest, **more})
 
     def _log(self, split: str, values: dict[str, Any]) -> None:
-        row = {"step": self.done, "split": split, **values}
+        row = {"step": self.done, "split": split, **values, "seconds": round(time.perf_counter() - self._began, 2)}
+        self._append(METRICS, row)
+        self.trackers.log(row)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
         try:
-            with (self.out / METRICS).open("a", encoding="utf-8") as f:
+            with (self.out / name).open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as e:
-            raise UserError(f"{self.out / METRICS}: could not be written: {e.strerror}; {self._go_on()}") from e
+            raise UserError(f"{self.out / name}: could not be written: {e.strerror}; {self._go_on()}") from e
 
     def _save(self) -> None:
         config, target = self.config, checkpoint.checkpoint_path(self.out, self.done)
@@ -266,6 +290,7 @@ class _Loop:
             raise UserError(f"{self.out / PLOT}: could not be written: {e.strerror or e}; {self._go_on()}") from e
 
     def _sample(self) -> str | None:
+        """A text from the weights as they are, a function of the seed and the step; also written to samples.jsonl."""
         config = self.config
         prompt = self.data.encoder.encode(config.sample_prompt).tolist() or [self.data.encoder.end_of_text]
         prompt = prompt[: config.model.n_positions - 1]
@@ -273,7 +298,9 @@ class _Loop:
         if length < 1:
             return None
         tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
-        return self.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
+        text = self.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
+        self._append(SAMPLES, {"step": self.done, "text": text})
+        return text
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -310,6 +337,12 @@ def _tasks(config: TrainConfig, data: _Data) -> list[PreparedTask]:
         documents = load(TASKS[name], "standard", folder, config.eval_limit, config.seed)
         prepared.append(PreparedTask(TASKS[name], documents, "standard", context))
     return prepared
+
+
+@functools.cache
+def _peak_flops(backend: BackendName, device: DeviceName, dtype: DType) -> float:
+    """The device's measured peak, for the MFU: once a process."""
+    return get_backend(backend, device).peak_flops(dtype)
 
 
 def _due(step: int, every: int) -> bool:
@@ -422,10 +455,11 @@ def _resume_point(config: TrainConfig, out: Path, from_step: int | None, data: _
     return _ResumePoint(info["step"], info["val_loss"], checkpoint.read_weights(folder, config.model), optimizer_state)
 
 
-def _keep_metrics_until(path: Path, step: int) -> None:
+def _keep_rows_until(path: Path, step: int) -> None:
     """Drop lines that a killed run wrote after its last checkpoint; they will be written again."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if path.exists():
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextlib.contextmanager

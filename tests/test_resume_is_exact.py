@@ -12,12 +12,12 @@ from conftest import TINY, python
 
 STEPS = 30
 COMPILED = "compiled"  # no flag: compiling is the default that TINY switches off
-MEASURED = ("tokens_per_sec", "peak_memory_bytes")
+MEASURED = ("tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
 
 
 def launch(out, text_file, extra, resume: bool) -> subprocess.Popen:
     flags = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", str(STEPS), *extra]
-    flags += ["--save-every", "4", "--eval-every", "7", "--log-every", "3", "--keep", "0"]
+    flags += ["--save-every", "4", "--eval-every", "7", "--log-every", "3", "--keep", "0", "--sample-every", "5"]
     if COMPILED in flags:
         flags = [flag for flag in flags if flag not in (COMPILED, "--no-compile")]
     flags += ["--resume"] if resume else []
@@ -25,10 +25,11 @@ def launch(out, text_file, extra, resume: bool) -> subprocess.Popen:
 
 
 def outcome(out) -> tuple[dict, list]:
-    """Every byte of every checkpoint, and the metrics without what a clock or a meter measured."""
+    """Every byte of every checkpoint and of the samples, and the metrics without what a clock or a meter measured."""
     files = {
         f"{folder.name}/{p.name}": p.read_bytes() for folder in checkpoint.checkpoints(out) for p in folder.iterdir()
     }
+    files["samples"] = (out / "samples.jsonl").read_bytes()
     rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out / "metrics.jsonl")]
     return files, rows
 

@@ -15,6 +15,7 @@ from mlx_mla.trainer import learning_rate
 
 import pytest
 from conftest import TINY, python
+from test_resume_is_exact import MEASURED
 
 
 def refused(capsys, *argv: str, command=train.main) -> str:
@@ -29,7 +30,9 @@ def refused(capsys, *argv: str, command=train.main) -> str:
 
 
 def test_a_run_leaves_the_documented_files(tiny_run):
-    assert {p.name for p in tiny_run.iterdir()} == {"config.toml", "metrics.jsonl", "loss.png", "checkpoints", "latest"}
+    assert {p.name for p in tiny_run.iterdir()} == {
+        "config.toml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "latest",
+    }  # fmt: skip
     folder = tiny_run / "checkpoints" / (tiny_run / "latest").read_text().strip()
     assert folder.name == "step-000040"
     assert {p.name for p in folder.iterdir()} == {
@@ -41,9 +44,12 @@ def test_a_run_leaves_the_documented_files(tiny_run):
     assert "40 of 40" in card
     rows = read_metrics(tiny_run / "metrics.jsonl")
     for row in rows:
-        assert list(row) == ["step", "split", "loss", "lr", "tokens", "tokens_per_sec", "peak_memory_bytes"]
+        mfu = ["mfu"] if row["split"] == "train" else []
+        measured = ["tokens_per_sec", "peak_memory_bytes", *mfu, "seconds"]
+        assert list(row) == ["step", "split", "loss", "lr", "tokens", *measured]
         assert row["tokens"] == row["step"] * 4 * 48
     assert [r["step"] for r in rows if r["split"] == "train"] == [1, 10, 20, 30, 40]
+    assert [r["seconds"] for r in rows] == sorted(r["seconds"] for r in rows)
     assert rows[-1]["split"] == "val"
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert f"{rows[-1]['loss']:.4f}" in card
@@ -141,6 +147,29 @@ def test_tiny_shakespeare_trains_with_either_tokenizer(shared_data, tmp_path, to
     assert generate.main(["--model", str(out), "--prompt", "ROMEO:", "--max-tokens", "5"]) == 0
 
 
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_samples_on_the_way_change_nothing_of_the_training(tmp_path, text_file, capfd, backend):
+    outcomes = []
+    for every in ("0", "2"):
+        out = tmp_path / every
+        flags = [*TINY, "--data", str(text_file), "--out", str(out), "--backend", backend, "--dropout", "0.2"]
+        flags += ["--steps", "7", "--log-every", "1", "--learning-rate", "0.01", "--warmup-steps", "0"]
+        assert train.main([*flags, "--sample-every", every]) == 0
+        rows = [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(out / "metrics.jsonl")]
+        weights = (checkpoint.latest(out) / "model.safetensors").read_bytes()
+        state = (checkpoint.latest(out) / "train_state.safetensors").read_bytes()
+        outcomes.append((rows, weights, state))
+    assert outcomes[0] == outcomes[1]
+    plain, often = (read_metrics(tmp_path / every / "samples.jsonl") for every in ("0", "2"))
+    assert [row["step"] for row in often] == [2, 4, 6, 7]
+    assert plain == often[-1:]
+    assert len({row["text"] for row in often}) > 1
+    said = capfd.readouterr().out
+    for row in often[:-1]:
+        assert row["text"].startswith("The ")
+        assert f"--- sample after step {row['step']} ---" in said
+
+
 # --- resuming ---
 
 
@@ -152,7 +181,12 @@ def run_copy(tiny_run, tmp_path):
 
 
 def test_a_finished_run_goes_on_with_more_steps(run_copy):
+    so_far = read_metrics(run_copy / "metrics.jsonl")[-1]["seconds"]
     assert train.main(["--resume", "--out", str(run_copy), "--steps", "45"]) == 0
+    times = [r["seconds"] for r in read_metrics(run_copy / "metrics.jsonl")]
+    assert times == sorted(times)
+    assert times[-1] > so_far
+    assert [r["step"] for r in read_metrics(run_copy / "samples.jsonl")] == [40, 45]
     assert checkpoint.latest(run_copy).name == "step-000045"
     steps = [r["step"] for r in read_metrics(run_copy / "metrics.jsonl") if r["split"] == "train"]
     assert steps == [1, 10, 20, 30, 40, 45]

@@ -41,7 +41,7 @@ def test_metrics_are_those_of_evaluate_and_training_is_the_same(backend, text_fi
     assert evaluate.main(argv) == 0
     tasks = json.loads(out.read_text())["models"][0]["tasks"]
     for row in found[2:]:
-        assert row.keys() - {"step", "split"} == tasks[row["split"]].keys()
+        assert row.keys() - {"step", "split", "seconds"} == tasks[row["split"]].keys()
         assert row["n"] == tasks[row["split"]]["n"]
     assert found[2]["ppl"] == pytest.approx(tasks["lambada"]["ppl"], rel=1e-5)
     assert found[3]["token_ppl"] == pytest.approx(tasks["wikitext2"]["token_ppl"], rel=1e-5)

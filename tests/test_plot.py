@@ -1,0 +1,129 @@
+"""`python -m mlx_mla.plot`: the table, the picture's content, and what it refuses."""
+
+import json
+import shutil
+
+from mlx_mla import plot
+from mlx_mla.plot import read_metrics, read_runs, smoothed
+
+import numpy as np
+import pytest
+from test_train import refused
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure that was saved last, still open."""
+    saved = []
+    keep = plot._save
+    monkeypatch.setattr(plot, "_save", lambda fig, out: (saved.append(fig), keep(fig, out)))
+    return saved
+
+
+@pytest.fixture
+def copies(tiny_run, tmp_path):
+    """Copies of a run: two that differ in the seed, and one of another kind, two of them with the same name."""
+
+    def copy(name: str, setting: str, value: str):
+        run = tmp_path / name
+        shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints"))
+        lines = (run / "config.toml").read_text().splitlines()
+        changed = [f"{setting} = {value}" if line.startswith(f"{setting} =") else line for line in lines]
+        assert changed != lines
+        (run / "config.toml").write_text("\n".join(changed))
+        return run
+
+    return copy("a/mla", "seed", "1"), copy("b/mla", "seed", "2"), copy("mha", "attention", '"mha"')
+
+
+def test_the_table_says_what_metrics_jsonl_says(tiny_run, tmp_path, capsys):
+    assert plot.main([str(tiny_run), "--out", str(tmp_path / "p.png")]) == 0
+    header, line = capsys.readouterr().out.splitlines()[:2]
+    assert header.split()[:3] == ["run", "steps", "tokens"]
+    rows = read_metrics(tiny_run / "metrics.jsonl")
+    speeds = [r["tokens_per_sec"] for r in rows if r["split"] == "train"][1:]
+    last = rows[-1]
+    assert line.split() == [
+        "tiny", "40", "7,680", f"{last['loss']:.4f}", f"{last['loss']:.4f}", "(40)", f"{np.median(speeds):,.0f}",
+        f"{np.median([r['mfu'] for r in rows if 'mfu' in r]):.1%}", f"{last['peak_memory_bytes'] / 2**20:,.0f}", "MiB",
+        f"{last['seconds']:,.0f}", "s",
+    ]  # fmt: skip
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_every_run_in_every_panel(copies, tmp_path, figure):
+    assert plot.main([*map(str, copies), "--out", str(tmp_path / "p.svg"), "--smooth", "0"]) == 0
+    assert b"<svg" in (tmp_path / "p.svg").read_bytes()
+    by_tokens, by_time, speed, memory = figure[0].axes
+    rows = read_metrics(copies[0] / "metrics.jsonl")
+    train, val = ([r for r in rows if r["split"] == split] for split in ("train", "val"))
+    for axes, key in ((by_tokens, "tokens"), (by_time, "seconds")):
+        assert len(axes.lines) == 6
+        for line, want in zip(axes.lines[:2], (train, val)):
+            np.testing.assert_allclose(line.get_xdata(), [r[key] for r in want])
+            np.testing.assert_allclose(line.get_ydata(), [r["loss"] for r in want])
+    np.testing.assert_allclose(speed.lines[0].get_ydata(), [r["tokens_per_sec"] for r in train[1:]])
+    assert [bar.get_width() for bar in memory.patches] == [max(r["peak_memory_bytes"] for r in rows) / 2**20] * 3
+    # Names are unique; seeds of one kind share a colour and differ in dashes.
+    (legend,) = figure[0].legends
+    assert [text.get_text() for text in legend.get_texts()][:3] == ["a/mla", "b/mla", "mha"]
+    lines = by_tokens.lines[::2]
+    assert lines[0].get_color() == lines[1].get_color() != lines[2].get_color()
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+
+
+def test_smoothing_is_a_weighted_mean_of_what_was_seen():
+    values = [4.0, 2.0, 3.0, 1.0]
+    assert smoothed(values, 0.0) == values
+    weights = np.array([0.9**3, 0.9**2, 0.9, 1])
+    assert smoothed(values, 0.9)[-1] == pytest.approx((weights * values).sum() / weights.sum())
+
+
+def test_metrics_of_an_older_version_have_no_times(copies, tmp_path, figure):
+    path = copies[0] / "metrics.jsonl"
+    rows = [{k: v for k, v in r.items() if k not in ("seconds", "mfu")} for r in read_metrics(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plot.main([str(copies[0]), "--out", str(tmp_path / "p.png")]) == 0
+    assert "no times logged by" in figure[0].axes[1].texts[0].get_text()
+
+
+def test_bad_input_is_one_line(copies, tmp_path, capsys):
+    good, other, _ = copies
+    out = ("--out", tmp_path / "p.png")
+
+    def said(*argv) -> str:
+        return refused(capsys, *argv, command=plot.main)
+
+    assert "no such folder" in said(tmp_path / "nothing", *out)
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in said(good, tmp_path / "empty", *out)
+    assert f"{good}/../mla: is given twice" in said(good, f"{good}/../mla", *out)
+    assert "--smooth must be" in said(good, "--smooth", "1", *out)
+    assert "file ending in .png" in said(good, "--out", tmp_path / "p.xyz")
+    assert "there is no folder" in said(good, "--out", tmp_path / "none" / "p.png")
+    assert "did you mean --smooth" in said(good, "--smoth", "1")
+    said(*out)
+
+    metrics = other / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    for damage, why in (
+        (b"\x00\xff\n", "no JSON object with a step"),
+        (b'["step"]\n', "no JSON object with a step"),
+        (lines[2].replace(b'"tokens"', b'"tokenz"'), "no number 'tokens'"),
+    ):
+        metrics.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+        text = said(good, other, *out)
+        assert f"{metrics}, line 3: damaged" in text
+        assert why in text
+    metrics.write_bytes(b"")
+    assert "is empty; the run has logged nothing yet" in said(other, *out)
+    metrics.unlink()
+    assert "no such file; the run has logged nothing yet" in said(other, *out)
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_an_unfinished_last_line_is_left_out(copies):
+    before = read_runs(copies[:1])[0]
+    with (copies[0] / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 41, "spl')
+    assert read_runs(copies[:1])[0] == before
