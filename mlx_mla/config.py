@@ -248,7 +248,9 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between measurements of the validation loss. 0: only at the end."""
     eval_batches: int = 20
-    """Batches of one such measurement, spread evenly. 0: the whole held-out text; the last one always takes it."""
+    """Batches of one such measurement, spread evenly. 0: the whole held-out text."""
+    final_eval_batches: int = 0
+    """Batches of the last measurement, at the end of the run. 0: the whole held-out text."""
     eval_tasks: str = ""
     """Tasks to run at the same steps, separated by commas: wikitext2, lambada, hellaswag. Empty: none."""
     eval_limit: int = 100
@@ -295,7 +297,7 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
-            "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "save_every",
+            "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "final_eval_batches", "save_every",
             "keep", "sample_tokens", "sample_every", "seed", "adam_epsilon", "initializer_range", "checkpoint_every",
             "loss_chunk",
         ):  # fmt: skip
@@ -396,6 +398,7 @@ _MLA_124M: dict[str, Any] = {
     "dtype": "bfloat16",
     "eval_every": 250,
     "eval_batches": 40,
+    "final_eval_batches": 640,
     "save_every": 250,
     "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257},
 }
