@@ -112,12 +112,19 @@ def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: 
 
 def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> TorchSubject:
     """transformers' GPT2LMHeadModel with the weights of our MHA model."""
-    network = GPT2LMHeadModel(GPT2Config(**gpt2_shape(config)))
+    return TorchSubject(
+        "transformers GPT-2", reference_network(config, weights), config, dtype, TorchBackend(device).device
+    )
+
+
+def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with our weights, without dropout, on the CPU."""
+    network = GPT2LMHeadModel(GPT2Config(**gpt2_shape(config), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) there
     state = {k: torch.tensor(w.T.copy() if k.endswith(conv1d) else w) for k, w in weights.items()}
     network.load_state_dict(state, strict=False)
     network.tie_weights()
-    return TorchSubject("transformers GPT-2", network, config, dtype, TorchBackend(device).device)
+    return network
 
 
 def rates(dtype: DType, device: str) -> tuple[float, float]:

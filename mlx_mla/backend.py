@@ -1,7 +1,9 @@
 """What the trainer and the commands ask of a framework, and how they get one by name."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Optional, Protocol
 
@@ -143,6 +145,19 @@ class Backend(Protocol):
 
     name: str
 
+    def memory_bytes(self) -> int:
+        """Bytes that a model and its training may take on the device before it swaps or fails."""
+        ...
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether the device's attention keeps no matrix of scores."""
+        ...
+
+    def limited_memory(self, expected: int) -> AbstractContextManager[None]:
+        """Holds the framework's allocator to what work that needs `expected` bytes can do with."""
+        ...
+
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
         """FLOP/s of large matrix products in a dtype, measured now; see `mlx_mla.peak.measure_peak`.
 
@@ -185,6 +200,11 @@ def dropout_seed(seed: int, step: int) -> int:
 def is_hidden_matrix(name: str, ndim: int) -> bool:
     """Whether a parameter is a matrix of a block, which --optimizer muon orthogonalises: not an embedding."""
     return ndim == 2 and ".h." in name
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def muon_rate(config: TrainConfig, rate: float) -> float:

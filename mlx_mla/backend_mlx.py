@@ -1,13 +1,14 @@
 """The MLX backend: the training step, the loss, and the model ready to decode."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import mlx_mla._openblas  # noqa: F401  (before mlx)
 from mlx_mla import loss_mlx, optim_mlx
-from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed
+from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed, physical_memory
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decode_mlx import MLXDecoder
 from mlx_mla.errors import UserError
@@ -22,6 +23,7 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
+GIB = 2**30
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
@@ -37,6 +39,33 @@ class MLXBackend:
             raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
         if device != "auto":
             mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+
+    def memory_bytes(self) -> int:
+        info = mx.device_info()
+        for key in ("max_recommended_working_set_size", "total_memory"):  # Metal's and CUDA's
+            if key in info:
+                return int(info[key])
+        return physical_memory()
+
+    @property
+    def fused_attention(self) -> bool:
+        return mx.default_device() == mx.gpu
+
+    @contextlib.contextmanager
+    def limited_memory(self, expected: int) -> Iterator[None]:
+        if mx.metal.is_available():
+            # Wired memory is not paged out; freed buffers may be kept in what the estimate leaves of it.
+            whole = self.memory_bytes()
+            limits = {mx.set_wired_limit: whole, mx.set_cache_limit: max(whole - expected, GIB // 2)}
+        else:
+            # A CPU's graph is enqueued, and its memory taken, far ahead of its execution; at the limit that waits.
+            limits = {mx.set_memory_limit: expected}
+        before = {set_limit: set_limit(value) for set_limit, value in limits.items()}
+        try:
+            yield
+        finally:
+            for set_limit, value in before.items():
+                set_limit(value)
 
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
         def product(n: int) -> Callable[[], None]:

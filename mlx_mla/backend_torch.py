@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed
+from mlx_mla.backend import CacheKind, DType, StepResult, Teacher, dropout_seed, physical_memory
 from mlx_mla.config import TrainConfig
 from mlx_mla.decode_torch import TorchDecoder, build_model, peak_memory_bytes
 from mlx_mla.errors import UserError
@@ -27,6 +27,18 @@ class TorchBackend:
 
     def __init__(self, device: str = "auto"):
         self.device = torch.device(_find_device(device))
+
+    def memory_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[1]
+        return torch.mps.recommended_max_memory() if self.device.type == "mps" else physical_memory()
+
+    @property
+    def fused_attention(self) -> bool:
+        return self.device.type != "mps"
+
+    def limited_memory(self, expected: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # PyTorch takes memory as it computes
 
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
         def product(n: int) -> Callable[[], None]:

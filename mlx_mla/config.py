@@ -297,9 +297,9 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
-            "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "final_eval_batches", "save_every",
-            "keep", "sample_tokens", "sample_every", "seed", "adam_epsilon", "initializer_range", "checkpoint_every",
-            "loss_chunk",
+            "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "final_eval_batches",
+            "save_every", "keep", "sample_tokens", "sample_every", "seed", "adam_epsilon", "initializer_range",
+            "checkpoint_every", "loss_chunk",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from mlx_mla import blas, cli
-from mlx_mla.backend import BackendName, DType, get_backend
+from mlx_mla.backend import BackendName, DType, get_backend, physical_memory
 from mlx_mla.errors import UserError
 
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "tokenizers", "tiktoken", "numpy")
@@ -141,7 +141,7 @@ def processor() -> str:
 
 def memory() -> str:
     """Memory of the machine."""
-    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    return f"{physical_memory() / 2**30:.1f} GiB"
 
 
 def _version(package: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mlx_mla.backend import is_hidden_matrix
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.weights import num_parameters, parameter_shapes
 
@@ -19,12 +20,13 @@ class Estimate:
     train_flops_per_token: int
     """Forward and backward: three times the forward pass."""
     weights_bytes: int
-    """float32 weights, and the bfloat16 copy where one is made."""
-    gradient_bytes: int
+    """float32 weights."""
     optimizer_bytes: int
-    """AdamW's two moments, float32."""
+    """The optimiser's moments, float32."""
+    gradient_bytes: int
+    """float32 gradients, twice where several passes are summed."""
     activation_bytes: int
-    """Kept for the backward pass of one micro-batch, and worked with at its peak."""
+    """What the peak of a step adds: activations of one pass, logits, bfloat16 copies of weights."""
     cache_bytes_per_token: int
     """Decoding cache over all layers, in bfloat16."""
     mha_cache_bytes_per_token: int
@@ -44,20 +46,41 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
     m, T = config.model, config.context
     n = num_parameters(m)
     flops = forward_flops_per_token(m, T)
-    width = BYTES[config.dtype]
-    tokens = config.batch_size * T
-    copy = n * width if config.dtype != "float32" else 0
+    shapes = parameter_shapes(m).items()
+    of_muon = sum(s[0] * s[1] for name, s in shapes if is_hidden_matrix(name, len(s)))
+    moments = 2 * n - (of_muon if config.optimizer == "muon" else 0)
+    gradients = 4 * n * (2 if config.passes_per_step > 1 else 1)
     return Estimate(
         parameters=n,
         forward_flops_per_token=flops,
         train_flops_per_token=3 * flops,
-        weights_bytes=4 * n + copy,
-        gradient_bytes=4 * n + copy,
-        optimizer_bytes=8 * n,
-        activation_bytes=tokens * _activation_bytes_per_token(m, T, width, fused_attention),
+        weights_bytes=4 * n,
+        optimizer_bytes=4 * moments,
+        gradient_bytes=gradients,
+        activation_bytes=max(0, _peak_of_pass(config, fused_attention) - 4 * n),
         cache_bytes_per_token=cache_bytes_per_token(m, 2),
         mha_cache_bytes_per_token=2 * m.n_layer * m.n_embd * 2,
     )
+
+
+def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str | None:
+    """What to change so that a resolved configuration fits `limit` bytes; None if it does."""
+    if estimate(config, fused_attention).total_bytes <= limit:
+        return None
+    batch = config.batch_size
+    for checkpoint_every in (1, config.checkpoint_every):
+        for size in [batch // 2**i for i in range(batch.bit_length())]:
+            # Halves must leave the tokens of a step as they are.
+            if config.batch_size * config.passes_per_step % size:
+                continue
+            smaller = dataclasses.replace(config, batch_size=size, checkpoint_every=checkpoint_every)
+            if estimate(smaller, fused_attention).total_bytes <= limit:
+                flags = [f"--batch-size {size} --tokens-per-step {config.step_tokens}"] if size != batch else []
+                flags += (
+                    [f"--checkpoint-every {checkpoint_every}"] if checkpoint_every != config.checkpoint_every else []
+                )
+                return " ".join(flags)
+    return "a smaller model or --seq-len"
 
 
 def forward_flops_per_token(m: ModelConfig, context: int) -> int:
@@ -81,19 +104,38 @@ def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
     return sum(rank + m.qk_rope_head_dim for rank in m.latent_ranks) * bytes_per_value
 
 
-def _activation_bytes_per_token(m: ModelConfig, context: int, width: int, fused: bool) -> int:
-    """Bytes per token at the peak of a step: what every block keeps, and what one block works with.
+def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
+    """Bytes that one pass and its update hold at their peak, beside float32 weights and moments.
 
-    The counts were fitted to `mx.get_peak_memory` of compiled float32 steps on a CPU, over widths,
-    lengths, heads and vocabularies (docs/diary.md); on Metal and CUDA they are not checked yet.
+    While the backward pass goes through the blocks their activations go and their gradients come, so the peak is
+    at its beginning, at its end, or in the optimiser's update. The counts of values were fitted to
+    `mx.get_peak_memory` of compiled steps on a CPU, over widths, lengths, heads, vocabularies, both types and
+    gradient checkpointing (docs/diary.md); on Metal and CUDA they are not checked yet.
     """
+    m, tokens = config.model, config.batch_size * config.context
     assert m.n_inner and m.vocab_size
+    n, half = num_parameters(m), config.dtype != "float32"
+    # In bfloat16 some values of a block stay float32.
+    width = 2.15 if half else 4
     value_width = m.n_head * (m.v_head_dim or m.n_embd // m.n_head)
     key_width = m.n_head * (m.n_embd // m.n_head + m.qk_rope_head_dim)
     latent = cache_bytes_per_token(m, 1) / m.n_layer if m.attention == "mla" else 0
-    scores = 0 if fused else m.n_head * context
-    # Residual stream and both LayerNorms, then q, k, v and their output, then GELU's steps.
-    kept = 4 * m.n_embd + latent + 2 * key_width + 2 * value_width + 4.5 * m.n_inner + scores
-    working = 4 * scores + 5 * m.n_inner
-    head = 12 * m.vocab_size  # logits, their exponentials and their gradient, in float32
-    return int((m.n_layer * kept + working) * width + head)
+    scores = 0 if fused else m.n_head * config.context
+    kept = (8.5 * m.n_embd + latent + 2 * key_width + 2 * value_width + 3.75 * m.n_inner + scores) * width * tokens
+    working = (5 * m.n_inner + scores) * width * tokens
+    # Logits, their exponentials and their gradient in float32; in chunks also three sets of the head's gradient.
+    head = (16 if half else 12) * m.vocab_size * min(config.loss_chunk or tokens, tokens)
+    head += (10 if half else 12) * m.vocab_size * m.n_embd if config.loss_chunk else 0
+
+    weight = 2 if half else 4  # bytes of a weight that the pass reads, and of its gradient
+    of_block = weight * (n - m.vocab_size * m.n_embd) / m.n_layer
+    group = min(config.checkpoint_every, m.n_layer)
+    if group:
+        begin = m.n_layer / group * m.n_embd * width * tokens + max(head, group * kept + working)
+    else:
+        begin = m.n_layer * kept + max(head, working)
+    # In the last group of blocks all other gradients are there.
+    end = weight * n + working + max(kept - of_block, group * (kept - of_block))
+    copy = 2 * n if half else 0
+    update = 7 * n
+    return int(max(copy + begin, copy + end, update))

@@ -3,9 +3,10 @@
 import dataclasses
 import gc
 
+from mlx_mla import train
 from mlx_mla.backend_mlx import MLXTrainSession, build_model
 from mlx_mla.config import PRESETS, ModelConfig, preset
-from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token
+from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token, memory_advice
 from mlx_mla.weights import initial_weights
 
 import mlx.core as mx
@@ -55,27 +56,60 @@ def test_published_ratios_of_forward_flops():
 
 
 def test_memory_estimate_adds_up():
-    e = estimate(preset("mla-124m").resolved(50257), fused_attention=True)
+    config = preset("mla-124m").resolved(50257)
+    e = estimate(config, fused_attention=True)
     n = e.parameters
-    assert e.optimizer_bytes == 8 * n
-    assert e.weights_bytes == 6 * n  # float32 and a bfloat16 copy
-    assert e.total_bytes > 18 * n
-    unfused = estimate(preset("mla-124m").resolved(50257), fused_attention=False)
+    assert (e.weights_bytes, e.optimizer_bytes) == (4 * n, 8 * n)
+    assert e.gradient_bytes == 8 * n  # of the pass in hand, and the sum of those before
+    assert estimate(dataclasses.replace(config, grad_accum_steps=1), True).gradient_bytes == 4 * n
+    assert e.total_bytes == e.weights_bytes + e.optimizer_bytes + e.gradient_bytes + e.activation_bytes
+    matrices = 12 * (768 * (768 + 384) + 384 * 2 * 768 + 768 * 768 + 2 * 768 * 3072)
+    muon = estimate(dataclasses.replace(config, optimizer="muon"), True)
+    assert e.optimizer_bytes - muon.optimizer_bytes == 4 * matrices
+    unfused = estimate(config, fused_attention=False)
     assert unfused.activation_bytes > e.activation_bytes
+    for saving in ({"checkpoint_every": 1}, {"dtype": "bfloat16"}, {"batch_size": 2}):
+        dear = dataclasses.replace(config, dtype="float32")
+        assert estimate(dataclasses.replace(dear, **saving), True).total_bytes < estimate(dear, True).total_bytes
 
 
-@pytest.mark.parametrize("change", [{}, {"n_layer": 6}, {"n_inner": 1024}, {"vocab_size": 4000}, {"n_head": 4}])
+def test_what_is_advised_fits():
+    config = dataclasses.replace(preset("mla-124m"), dtype="float32", batch_size=64).resolved(50257)
+    assert memory_advice(config, True, 10**13) is None
+    for limit in (40, 20, 10, 4):
+        advice = memory_advice(config, True, limit * 10**9)
+        command = train.parse(["--preset", "mla-124m", "--dtype", "float32", "--batch-size", "64", *advice.split()])
+        assert estimate(command.resolved(50257), True).total_bytes <= limit * 10**9
+        assert command.resolved(50257).step_tokens == config.step_tokens
+    assert memory_advice(config, True, 10**6) == "a smaller model or --seq-len"
+
+
+CHANGES = [
+    {}, {"n_layer": 6}, {"n_inner": 1024}, {"vocab_size": 4000}, {"n_head": 4}, {"kv_lora_rank": 16},
+    {"checkpoint_every": 1}, {"checkpoint_every": 2, "n_layer": 6}, {"loss_chunk": 256, "vocab_size": 8000},
+    {"attention": "mha", "qk_rope_head_dim": 0}, {"dtype": "bfloat16"}, {"optimizer": "muon"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_memory_estimate_is_near_the_measured_peak(change):
-    """Within a quarter, for compiled steps on a CPU, where it was fitted."""
+    """Within 15 %, for compiled steps on a CPU, where it was fitted."""
     if mx.is_available(mx.gpu):
         pytest.skip("fitted on CPUs")
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
     base = preset("nano")
-    config = dataclasses.replace(base, model=dataclasses.replace(base.model, **change)).resolved(257)
+    model = dataclasses.replace(base.model, **{k: v for k, v in change.items() if k in fields})
+    config = dataclasses.replace(base, model=model, **{k: v for k, v in change.items() if k not in fields})
+    config = config.resolved(257)
     gc.collect()
     before = mx.get_active_memory()  # what other tests left
-    session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
-    x = np.zeros((config.batch_size, config.context), np.int32)
-    for step in range(2):
-        session.step(step, 1e-4, [(x, x)])
-    expected = estimate(config, fused_attention=False).total_bytes
-    assert session.peak_memory_bytes() - before == pytest.approx(expected, rel=0.25)
+    limit = mx.set_memory_limit(1)  # else memory is taken ahead of the execution, by as much as the limit allows
+    try:
+        session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+        x = np.zeros((config.batch_size, config.context), np.int32)
+        for step in range(2):
+            session.step(step, 1e-4, [(x, x)])
+        peak = session.peak_memory_bytes() - before
+    finally:
+        mx.set_memory_limit(limit)
+    assert peak == pytest.approx(estimate(config, fused_attention=False).total_bytes, rel=0.15)
