@@ -47,8 +47,11 @@ class TokenWindows:
 
     def batch(self, step: int, batch_size: int) -> Batch:
         """The batch of one step, shape (batch_size, seq_len)."""
-        first = step * batch_size
-        return self._gather([self._start(i) for i in range(first, first + batch_size)])
+        return self.rows(step * batch_size, batch_size)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Sequences first, first + 1, ... of the order in which the run sees them, shape (count, seq_len)."""
+        return self._gather([self._start(i) for i in range(first, first + count)])
 
     def sequential(self, batch_size: int, max_batches: int = 0) -> Iterator[Batch]:
         """Non-overlapping windows in order, for validation; the last batch may be smaller.

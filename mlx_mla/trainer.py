@@ -4,29 +4,30 @@ Everything a step depends on is a function of the configuration, the data and th
 in the checkpoint; so a run that was stopped and resumed is bit-identical to one that was not.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_mla import checkpoint, corpus
 from mlx_mla.backend import Teacher, TrainSession, get_backend
 from mlx_mla.card import model_card
-from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, read_toml, to_toml
+from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, parse_toml, read_toml, to_toml
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
 from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
 from mlx_mla.plot import plot_loss, read_metrics
-from mlx_mla.shards import TokenWindows
+from mlx_mla.recovery import catch_signals
+from mlx_mla.shards import Batch, TokenWindows
 from mlx_mla.tasks import TASKS
 from mlx_mla.tasks.wikitext2 import WINDOW
 from mlx_mla.tokenizer import TextEncoder, get_encoder
 from mlx_mla.weights import initial_weights
+from mlx_mla.world import SOLO, World, passes, same_everywhere
 
 import numpy as np
 from rich.console import Console
@@ -65,44 +66,59 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def train(
-    config: TrainConfig, out: Path, *, resume: bool = False, from_step: int | None = None, console: Console
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    from_step: int | None = None,
+    console: Console,
+    world: World = SOLO,
 ) -> RunResult:
     """Train a model into a run folder.
 
     Args:
-        config: Settings; defaults in it are filled in here.
-        out: The run folder: a new one, or with `resume` one that holds a run.
+        config: Settings; defaults in it are filled in here. Those of rank 0 hold for all.
+        out: The run folder: a new one, or with `resume` one that holds a run. Only rank 0 reads and writes it.
         resume: Go on from the newest checkpoint of `out`.
         from_step: With `resume`, go on from the checkpoint of this step instead.
         console: Where progress is shown.
+        world: The ranks that train together.
 
     Raises:
         UserError: For anything the user can set right; see the message.
     """
+    lead = world.rank == 0
+    if lead:
+        encoder = get_encoder(config.tokenizer, config.bpe_dir)
+        if config.init is not None and not resume:
+            config = _with_model_of(config, checkpoint.model_folder(Path(config.init)), encoder)
+        config = config.resolved(encoder.size)
+    if world.size > 1:
+        config = overlay(TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0")
+    share = passes(world.size, config.batch_size, config.grad_accum_steps)
     encoder = get_encoder(config.tokenizer, config.bpe_dir)
-    if config.init is not None and not resume:
-        config = _with_model_of(config, checkpoint.model_folder(Path(config.init)), encoder)
-    config = config.resolved(encoder.size)
     tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
     data = _Data(config, encoder, tokens)
-    tasks = _tasks(config, data)
-    start = _resume_point(config, out, from_step, data) if resume else None
-    weights = _first_weights(config) if start is None else start.weights
+    same_everywhere(world, data.fingerprint, f"other tokens in --data {config.data}")
+    tasks = _tasks(config, data) if lead else []
+    start = _resume_point(config, out, from_step, data) if lead and resume else None
+    weights = None if not lead else _first_weights(config) if start is None else start.weights
     teacher = _teacher(config, encoder)
     backend = get_backend(config.backend, config.device)
+    start, weights = _share(world, start, weights)
     done = 0 if start is None else start.step
     # All that the user may have got wrong is checked; from here on the run folder is written.
-    if resume:
+    if lead and resume:
         checkpoint.write_text(out / CONFIG, to_toml(config))
         _keep_metrics_until(out / METRICS, done)
-    else:
+    elif lead:
         _claim(out, config)
     console.print(
         f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}", highlight=False
     )
     optimizer_state = None if start is None else start.optimizer_state
-    session = backend.train_session(config, weights, optimizer_state, done, teacher)
-    return _Loop(config, out, data, tasks, session, console, start).run()
+    session = backend.train_session(config, weights, optimizer_state, done, teacher, world)
+    return _Loop(config, out, data, tasks, session, console, start, world, share).run()
 
 
 class _Data:
@@ -137,8 +153,13 @@ class _Loop:
         session: TrainSession,
         console: Console,
         start: _ResumePoint | None,
+        world: World,
+        share: tuple[int, int],
     ):
         self.config, self.out, self.data, self.session = config, out, data, session
+        self.world, self.share, self.lead = world, share, world.rank == 0
+        if self.lead:
+            world.advice = self._go_on
         self.tasks, self.tokenizer = tasks, data.tokenizer
         self.done = self.saved = 0 if start is None else start.step
         self.val_loss = None if start is None else start.val_loss
@@ -149,10 +170,15 @@ class _Loop:
 
     def run(self) -> RunResult:
         config = self.config
-        (self.out / "checkpoints").mkdir(exist_ok=True)
-        with self.display, _catch_signals() as caught:
-            while self.done < config.steps and not caught:
-                self._step()
+        if self.lead:
+            (self.out / "checkpoints").mkdir(exist_ok=True)
+        stopped: int | None = None
+        with self.display, catch_signals(second_acts=self.world.size == 1) as caught:
+            while self.done < config.steps:
+                batches, stopped = self._next(caught)
+                if stopped is not None:
+                    break
+                self._step(batches)
                 finished = self.done == config.steps
                 if finished or _due(self.done, config.eval_every):
                     self._validate(everything=finished)
@@ -162,16 +188,26 @@ class _Loop:
             if self.saved != self.done:
                 self._save()
         newest = checkpoint.checkpoint_path(self.out, self.saved)
-        if caught:
-            return RunResult(newest, self.done, None, None, caught[0])
-        return RunResult(newest, self.done, self.val_loss, self._sample(), None)
+        if stopped is not None:
+            return RunResult(newest, self.done, None, None, stopped)
+        return RunResult(newest, self.done, self.val_loss, self._sample() if self.lead else None, None)
 
-    def _step(self) -> None:
+    def _next(self, caught: Sequence[int]) -> tuple[list[Batch], int | None]:
+        """This rank's batches of the next step, and the signal that stops the run before it, if any rank got one."""
+        count, size = self.share
+        first = (self.done * self.world.size + self.world.rank) * count * size
+        try:
+            batches = [self.data.train.rows(first + i * size, size) for i in range(count)]
+        except (OSError, UserError) as e:
+            raise UserError(f"the batches of step {self.done + 1} cannot be read: {e}; {self._go_on()}") from e
+        signals = self.world.gather(caught[0] if caught else None)
+        return batches, next((s for s in signals if s is not None), None)
+
+    def _step(self, batches: Sequence[Batch]) -> None:
         config, began = self.config, time.perf_counter()
         lr = learning_rate(config, self.done)
-        first = self.done * config.grad_accum_steps
-        batches = [self.data.train.batch(first + i, config.batch_size) for i in range(config.grad_accum_steps)]
         result = self.session.step(self.done, lr, batches)
+        result = dataclasses.replace(result, loss=sum(self.world.gather(result.loss)) / self.world.size)
         self.done += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise UserError(self._diverged(result.loss, result.grad_norm))
@@ -192,15 +228,18 @@ class _Loop:
 
     def _validate(self, everything: bool) -> None:
         began, total, count = time.perf_counter(), 0.0, 0
-        for batch in self.data.val.sequential(self.config.batch_size, 0 if everything else self.config.eval_batches):
+        batches = self.data.val.sequential(self.config.batch_size, 0 if everything else self.config.eval_batches)
+        for batch in itertools.islice(batches, self.world.rank, None, self.world.size):
             total += self.session.loss_sum(batch)
             count += batch[1].size
+        total, count = map(sum, zip(*self.world.gather([total, count]), strict=True))
         self.val_loss = total / count
         self.display.validation(self.done, self.val_loss)
         rate = learning_rate(self.config, self.done - 1)
         self._log_loss("val", self.val_loss, rate, count / (time.perf_counter() - began))
 
     def _run_tasks(self) -> None:
+        """Run the tasks on rank 0, while the others wait."""
         scorer = self.session.scorer(self.tokenizer)
         for prepared in self.tasks:
             row = metrics(prepared.run(scorer, self.config.batch_size))
@@ -212,6 +251,8 @@ class _Loop:
         self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.tokens_per_step, **rest})
 
     def _log(self, split: str, values: dict[str, Any]) -> None:
+        if not self.lead:
+            return
         row = {"step": self.done, "split": split, **values}
         try:
             with (self.out / METRICS).open("a", encoding="utf-8") as f:
@@ -220,6 +261,9 @@ class _Loop:
             raise UserError(f"{self.out / METRICS}: could not be written: {e.strerror}; {self._go_on()}") from e
 
     def _save(self) -> None:
+        if not self.lead:
+            self.saved = self.done
+            return
         config, target = self.config, checkpoint.checkpoint_path(self.out, self.done)
         info = {
             "format": 1,
@@ -255,6 +299,8 @@ class _Loop:
         return self.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
 
     def _go_on(self) -> str:
+        if not self.lead:
+            return f"the checkpoints are with rank 0, in {self.out}"
         newest = checkpoint.latest(self.out)
         if newest is None:
             return "no checkpoint was saved before"
@@ -281,6 +327,19 @@ def _tasks(config: TrainConfig, data: _Data) -> list[PreparedTask]:
         documents = load(TASKS[name], "standard", folder, config.eval_limit, config.seed)
         prepared.append(PreparedTask(TASKS[name], documents, "standard", context))
     return prepared
+
+
+def _share(
+    world: World, start: _ResumePoint | None, weights: dict[str, np.ndarray] | None
+) -> tuple[_ResumePoint | None, dict[str, np.ndarray]]:
+    """Rank 0's first weights, and the checkpoint it resumes from, on every rank."""
+    point = world.first(None if start is None else [start.step, start.val_loss])
+    weights = world.broadcast(weights)
+    if point is None:
+        return None, weights
+    step, val_loss = point
+    state = world.broadcast(None if start is None else start.optimizer_state)
+    return _ResumePoint(step, val_loss, weights, state), weights
 
 
 def _due(step: int, every: int) -> bool:
@@ -397,20 +456,3 @@ def _keep_metrics_until(path: Path, step: int) -> None:
     """Drop lines that a killed run wrote after its last checkpoint; they will be written again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-@contextlib.contextmanager
-def _catch_signals() -> Iterator[list[int]]:
-    """Note Ctrl-C and SIGTERM in a list, so that the step in hand finishes; a second Ctrl-C acts at once."""
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
