@@ -113,9 +113,8 @@ def train(
         _keep_metrics_until(out / METRICS, done)
     elif lead:
         _claim(out, config)
-    console.print(
-        f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}", highlight=False
-    )
+    began = f"resuming {out} after step {done}" if resume else f"training {config.preset} into {out}"
+    console.print(began if world.size == 1 else f"{began} with {world.size} ranks", highlight=False, soft_wrap=True)
     optimizer_state = None if start is None else start.optimizer_state
     session = backend.train_session(config, weights, optimizer_state, done, teacher, world)
     return _Loop(config, out, data, tasks, session, console, start, world, share).run()

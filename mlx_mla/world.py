@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,9 @@ class World:
                 self.gather(error=None if error is None else str(error))  # nobody leaves before all have finished
             except Exception as e:
                 failure = e if error is None or isinstance(e, AgreedError) else error
+        if failure is not None:
+            # A launcher ends the other ranks as soon as one has failed: each must still tell what it knows.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(Exception):
             self.engine.close()
         if failure is not None and self.engine.is_loss(failure):
