@@ -29,12 +29,12 @@ class MLXEngine:
         self.rank, self.size = self.group.rank(), self.group.size()
 
     def all_gather(self, block: np.ndarray) -> np.ndarray:
-        return np.array(mx.distributed.all_gather(mx.array(block), group=self.group)).reshape(self.size, -1)
+        return _numpy(mx.distributed.all_gather(mx.array(block), group=self.group)).reshape(self.size, -1)
 
     def broadcast(self, tensor: np.ndarray) -> np.ndarray:
         # MLX has no broadcast; a sum with zeros is one.
         own = mx.array(tensor) if self.rank == 0 else mx.zeros(tensor.shape, mx.array(tensor[:0]).dtype)
-        return np.array(mx.distributed.all_sum(own, group=self.group))
+        return _numpy(mx.distributed.all_sum(own, group=self.group))
 
     def average(self, gradients: Any) -> Any:
         """Mean over the ranks of a tree of arrays, lazily: in reductions of at least 32 MiB, if there is so much.
@@ -49,3 +49,9 @@ class MLXEngine:
 
     def close(self) -> None:
         """MLX ends its engine with the process."""
+
+
+def _numpy(array: mx.array) -> np.ndarray:
+    # eval raises when a rank has been lost; np.array alone would give what happened to be in memory (mlx 0.32.4).
+    mx.eval(array)
+    return np.array(array)

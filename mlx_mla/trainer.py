@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -199,7 +200,8 @@ class _Loop:
             batches = [self.data.train.rows(first + i * size, size) for i in range(count)]
         except (OSError, UserError) as e:
             raise UserError(f"the batches of step {self.done + 1} cannot be read: {e}; {self._go_on()}") from e
-        signals = self.world.gather(caught[0] if caught else None)
+        orphaned = signal.SIGTERM if self.world.launcher_has_gone() else None
+        signals = self.world.gather(caught[0] if caught else orphaned)
         return batches, next((s for s in signals if s is not None), None)
 
     def _step(self, batches: Sequence[Batch]) -> None:

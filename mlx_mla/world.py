@@ -65,6 +65,7 @@ class World:
         self.rank, self.size = (0, 1) if engine is None else (engine.rank, engine.size)
         self.advice: Callable[[], str] = lambda: "start all ranks again, with --auto-resume"
         """What to do when another rank is lost; printed after the error."""
+        self._parent = os.getppid()
 
     def gather(self, fact: Any = None, error: str | None = None) -> list[Any]:
         """What every rank gives (any JSON value), in rank order; waits for all.
@@ -93,6 +94,16 @@ class World:
         listed = self.first([[name, list(t.shape), str(t.dtype)] for name, t in own.items()])
         return {n: self.engine.broadcast(own[n] if n in own else np.zeros(shape, dt)) for n, shape, dt in listed}
 
+    def launcher_has_gone(self) -> bool:
+        """Whether the process that started this rank has ended, which no signal tells; then nobody reads its output."""
+        if self.size == 1 or os.getppid() == self._parent:
+            return False
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(null, stream)
+        os.close(null)
+        return True
+
     def _gather_texts(self, text: str) -> list[str]:
         content = np.frombuffer(text.encode(), np.uint8)
         size = np.array([len(content)], "<u4").view(np.uint8)
@@ -115,13 +126,12 @@ class World:
                 self.gather(error=None if error is None else str(error))  # nobody leaves before all have finished
             except Exception as e:
                 failure = e if error is None or isinstance(e, AgreedError) else error
-        if failure is not None:
-            # A launcher ends the other ranks as soon as one has failed: each must still tell what it knows.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # A launcher ends the other ranks as soon as one has failed: each must still say what it knows.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(Exception):
             self.engine.close()
         if failure is not None and self.engine.is_loss(failure):
-            reason = " ".join(str(failure).split())
+            reason = " ".join(str(failure).split()).split(". ")[0]
             print(f"error: rank {self.rank} has lost another rank ({reason}); {self.advice()}", file=sys.stderr)
             raise SystemExit(LOST) from None
         if isinstance(failure, AgreedError) and self.rank:

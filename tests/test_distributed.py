@@ -238,6 +238,16 @@ def test_an_error_at_one_rank_is_raised_on_all():
     assert {str(e) for e in raised} == {"rank 1: no disk"}
 
 
+def test_a_launcher_that_has_gone_is_noticed_and_its_pipes_are_let_go(monkeypatch):
+    redirected = []
+    monkeypatch.setattr(os, "dup2", lambda source, to: redirected.append(to))
+    worlds = World(), World(Threads(2))
+    assert [world.launcher_has_gone() for world in worlds] == [False, False]
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert [world.launcher_has_gone() for world in worlds] == [False, True]
+    assert redirected == [1, 2]
+
+
 def test_ranks_with_other_facts_are_named():
     raised = on_each(4, lambda world: same_everywhere(world, "x" if world.rank in (0, 2) else "y", "other tokens"))
     assert {str(e) for e in raised} == {"ranks 1, 3 have other tokens than rank 0; all ranks need the same"}
