@@ -18,6 +18,7 @@ from mlx_mla.backend import dropout_seed
 from mlx_mla.config import TrainConfig, preset
 from mlx_mla.errors import UserError
 from mlx_mla.plot import read_metrics
+from mlx_mla.shards import TokenWindows
 from mlx_mla.world import AgreedError, World, passes, same_everywhere
 
 import numpy as np
@@ -101,7 +102,7 @@ def alone(tmp_path_factory, text_file) -> Path:
 @pytest.mark.slow
 def test_two_processes_by_mlx_launch_have_the_loss_curve_of_one(alone, tmp_path, text_file):
     out = tmp_path / "run"
-    argv = [*COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16"]
+    argv = [*COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16", "--save-every", "0"]
     port = next(p for p in free_ports(20) if p < 65535)  # the launcher takes this one and the next
     command = [str(SCRIPTS / "mlx.launch"), "-n", "2", "-p", str(port), "--", *python("-m", "mlx_mla.train", *argv)]
     stdin, open_end = os.pipe()  # mlx.launch spins on an input that has ended
@@ -122,7 +123,7 @@ def test_torchrun_goes_on_with_a_run_of_one_process(alone, tmp_path, text_file):
         shutil.rmtree(checkpoint.checkpoint_path(out, step))
     torchrun = [str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
     argv = ["-m", "mlx_mla.train", *COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16"]
-    command = [*torchrun, *argv, "--auto-resume", "--backend", "torch"]
+    command = [*torchrun, *argv, "--auto-resume", "--backend", "torch", "--save-every", "0"]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "after step 8" in done.stdout
@@ -298,6 +299,22 @@ def test_passes_cover_a_step_in_as_few_equal_parts_as_fit(world_size, batch_size
 def test_dropout_differs_between_ranks_and_rank_0_keeps_its_own():
     assert dropout_seed(7, 3) == int(np.random.SeedSequence([7, 3]).generate_state(1)[0])
     assert len({dropout_seed(7, 3, rank) for rank in range(4)}) == 4
+
+
+def test_data_that_vanishes_ends_the_run_with_the_newest_checkpoint(tmp_path, text_file, monkeypatch, capsys):
+    whole = TokenWindows.rows
+
+    def rows(self, first: int, count: int):
+        if first >= 6 * 12:
+            raise FileNotFoundError(2, "No such file or directory", "/Volumes/Shards/train_000001.npy")
+        return whole(self, first, count)
+
+    monkeypatch.setattr(TokenWindows, "rows", rows)
+    out = tmp_path / "run"
+    assert train.main([*COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16"]) == 2
+    said = capsys.readouterr().err
+    assert "the batches of step 7 cannot be read: [Errno 2] No such file or directory: '/Volumes/Shards" in said
+    assert f"the newest good checkpoint is {checkpoint.checkpoint_path(out, 4)}" in said
 
 
 # --- --auto-resume ---
