@@ -33,8 +33,8 @@ class MLXEngine:
 
     def broadcast(self, tensor: np.ndarray) -> np.ndarray:
         # MLX has no broadcast; a sum with zeros is one.
-        own = mx.array(tensor) if self.rank == 0 else mx.zeros(tensor.shape, mx.array(tensor[:0]).dtype)
-        return _numpy(mx.distributed.all_sum(own, group=self.group))
+        own = tensor if self.rank == 0 else np.zeros_like(tensor)
+        return _numpy(mx.distributed.all_sum(mx.array(own), group=self.group))
 
     def average(self, gradients: Any) -> Any:
         """Mean over the ranks of a tree of arrays, lazily: in reductions of at least 32 MiB, if there is so much.

@@ -53,7 +53,7 @@ class TorchEngine:
         return own.cpu().numpy()
 
     def averaging(self, parameters: Iterable[torch.nn.Parameter]) -> "GradientAverage":
-        return GradientAverage(parameters, self.size)
+        return GradientAverage(parameters, self.size, self._device)
 
     def is_loss(self, error: BaseException) -> bool:
         # gloo throws plain RuntimeErrors that name its source file or a connection.
@@ -76,10 +76,11 @@ class GradientAverage:
     Args:
         parameters: Those of the model, in the same order on every rank.
         size: Number of ranks.
+        device: Where the engine takes tensors from.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], size: int):
-        self._size = size
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], size: int, device: torch.device):
+        self._size, self._device = size, device
         self._open = False
         self._bucket: list[torch.Tensor] = []
         self._sent: list[tuple[torch.Tensor, list[torch.Tensor], Any]] = []
@@ -108,6 +109,6 @@ class GradientAverage:
 
     def _send(self) -> None:
         if self._bucket:
-            flat = torch.cat([g.flatten() for g in self._bucket])
+            flat = torch.cat([g.flatten() for g in self._bucket]).to(self._device)
             self._sent.append((flat, self._bucket, dist.all_reduce(flat, async_op=True)))
             self._bucket = []

@@ -96,8 +96,9 @@ def train(
         config = config.resolved(encoder.size)
     if world.size > 1:
         config = overlay(TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0")
+    if not lead:
+        encoder = get_encoder(config.tokenizer, config.bpe_dir)
     share = passes(world.size, config.batch_size, config.grad_accum_steps)
-    encoder = get_encoder(config.tokenizer, config.bpe_dir)
     tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
     data = _Data(config, encoder, tokens)
     same_everywhere(world, data.fingerprint, f"other tokens in --data {config.data}")
@@ -199,7 +200,8 @@ class _Loop:
         try:
             batches = [self.data.train.rows(first + i * size, size) for i in range(count)]
         except (OSError, UserError) as e:
-            raise UserError(f"the batches of step {self.done + 1} cannot be read: {e}; {self._go_on()}") from e
+            advice = f"; {self._go_on()}" if self.lead else ""  # rank 0 adds its own to another's error
+            raise UserError(f"the batches of step {self.done + 1} cannot be read: {e}{advice}") from e
         orphaned = signal.SIGTERM if self.world.launcher_has_gone() else None
         signals = self.world.gather(caught[0] if caught else orphaned)
         return batches, next((s for s in signals if s is not None), None)
@@ -300,8 +302,6 @@ class _Loop:
         return self.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
 
     def _go_on(self) -> str:
-        if not self.lead:
-            return f"the checkpoints are with rank 0, in {self.out}"
         newest = checkpoint.latest(self.out)
         if newest is None:
             return "no checkpoint was saved before"

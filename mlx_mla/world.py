@@ -63,8 +63,8 @@ class World:
     def __init__(self, engine: Engine | None = None):
         self.engine: Any = engine
         self.rank, self.size = (0, 1) if engine is None else (engine.rank, engine.size)
-        self.advice: Callable[[], str] = lambda: "start all ranks again, with --auto-resume"
-        """What to do when another rank is lost; printed after the error."""
+        self.advice: Callable[[], str] | None = None
+        """What rank 0 adds to an error of another rank, once it has checkpoints to go on from."""
         self._parent = os.getppid()
 
     def gather(self, fact: Any = None, error: str | None = None) -> list[Any]:
@@ -79,7 +79,8 @@ class World:
         errors = {rank: text for rank, (text, _) in enumerate(messages) if text is not None}
         if errors:
             rank, text = min(errors.items())
-            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
+            advice = f"; {self.advice()}" if rank and self.advice else ""
+            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}{advice}")
         return [fact for _, fact in messages]
 
     def first(self, fact: Any) -> Any:
@@ -132,7 +133,8 @@ class World:
             self.engine.close()
         if failure is not None and self.engine.is_loss(failure):
             reason = " ".join(str(failure).split()).split(". ")[0]
-            print(f"error: rank {self.rank} has lost another rank ({reason}); {self.advice()}", file=sys.stderr)
+            advice = self.advice() if self.advice else "start all ranks again, with --auto-resume"
+            print(f"error: rank {self.rank} has lost another rank ({reason}); {advice}", file=sys.stderr)
             raise SystemExit(LOST) from None
         if isinstance(failure, AgreedError) and self.rank:
             raise SystemExit(EXIT_USER) from None
