@@ -30,9 +30,10 @@ from mlx_mla.backend import Teacher, get_backend
 from mlx_mla.config import ModelConfig
 from mlx_mla.decode_torch import build_model
 from mlx_mla.errors import UserError
+from mlx_mla.run_folder import run_config
+from mlx_mla.schedule import learning_rate
 from mlx_mla.shards import TokenWindows
 from mlx_mla.tokenizer import get_encoder
-from mlx_mla.trainer import learning_rate, run_config
 
 import matplotlib
 import numpy as np

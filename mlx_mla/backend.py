@@ -11,6 +11,7 @@ from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.scoring import Scorer
 from mlx_mla.shards import Batch
+from mlx_mla.world import SOLO, World
 
 import numpy as np
 
@@ -23,9 +24,10 @@ class StepResult:
     """Outcome of one optimiser step."""
 
     loss: float
-    """Mean loss before the step, in nats per token: cross-entropy, with a teacher mixed with the divergence."""
+    """Mean loss of this rank's batches before the step, in nats per token: cross-entropy, with a teacher mixed with
+    the divergence."""
     grad_norm: float
-    """Global norm of the gradient before clipping."""
+    """Global norm of the gradient, averaged over the ranks, before clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +49,10 @@ class TrainSession(Protocol):
     """A model and its optimiser on a device."""
 
     def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
-        """Take one optimiser step on the mean gradient of `batches`, which have one shape.
+        """Take one optimiser step on the mean gradient of `batches`, which have one shape, of all ranks.
 
         Args:
-            step: Number of steps taken before; with the seed it decides the dropout.
+            step: Number of steps taken before; with the seed and the rank it decides the dropout.
         """
         ...
 
@@ -172,6 +174,7 @@ class Backend(Protocol):
         optimizer_state: Mapping[str, np.ndarray] | None = None,
         steps_done: int = 0,
         teacher: Teacher | None = None,
+        world: World = SOLO,
     ) -> TrainSession:
         """Put a model and its optimiser on the device.
 
@@ -180,6 +183,7 @@ class Backend(Protocol):
             optimizer_state: What `TrainSession.optimizer_state` gave; None to start anew.
             steps_done: Optimiser steps behind that state.
             teacher: A model to distil from; None to train on the text alone.
+            world: The ranks over which gradients are averaged.
         """
         ...
 
@@ -192,9 +196,9 @@ class Backend(Protocol):
         ...
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """Seed of the dropout masks of a step: a function of both alone, so resuming needs no RNG state on disk."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of a rank's dropout masks of a step: a function of these alone, so resuming needs no RNG state on disk."""
+    return int(np.random.SeedSequence([seed, step] + ([rank] if rank else [])).generate_state(1)[0])
 
 
 def is_hidden_matrix(name: str, ndim: int) -> bool:

@@ -16,6 +16,7 @@ from mlx_mla.model_mlx import Model, ModelArgs
 from mlx_mla.peak import measure_peak
 from mlx_mla.score_mlx import MLXScorer
 from mlx_mla.shards import Batch
+from mlx_mla.world import SOLO, World
 
 import mlx.core as mx
 import numpy as np
@@ -84,8 +85,9 @@ class MLXBackend:
         optimizer_state: Mapping[str, np.ndarray] | None = None,
         steps_done: int = 0,
         teacher: Teacher | None = None,
+        world: World = SOLO,
     ) -> "MLXTrainSession":
-        return MLXTrainSession(config, weights, optimizer_state, steps_done, teacher)
+        return MLXTrainSession(config, weights, optimizer_state, steps_done, teacher, world)
 
     def decoder(self, folder: Path, cache: CacheKind = "latent") -> MLXDecoder:
         return MLXDecoder(folder, cache)
@@ -119,9 +121,10 @@ class MLXTrainSession:
         optimizer_state: Mapping[str, np.ndarray] | None,
         steps_done: int,
         teacher: Teacher | None = None,
+        world: World = SOLO,
     ):
         mx.reset_peak_memory()
-        self.config = config
+        self.config, self.world = config, world
         self.model = build_model(config.model, weights)
         self.optimizer = optim_mlx.make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
@@ -146,13 +149,18 @@ class MLXTrainSession:
     def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         self.model.train()
         if self.config.model.dropout:
-            mx.random.seed(dropout_seed(self.config.seed, step))
+            mx.random.seed(dropout_seed(self.config.seed, step, self.world.rank))
         total, grads = self._grad_step(*map(mx.array, batches[0]))
         for batch in batches[1:]:
             mx.eval(total, grads)  # frees this pass's activations before the next one
             loss, new = self._grad_step(*map(mx.array, batch))
             total, grads = total + loss, self._add(grads, new)
+        if self.world.size > 1:
+            grads = self.world.engine.average(grads)  # lazy: part of the last pass's graph
         optim_mlx.set_learning_rate(self.optimizer, self.config, learning_rate)
+        # Evaluated from the updated weights, the graph would be walked in another order than the backward pass's,
+        # and hold a quarter more with gradient checkpointing.
+        mx.eval(total, grads)
         norm = self._apply_step(grads, mx.array(1.0 / len(batches)))
         del grads  # so that each can go once it is used
         mx.eval(self.model.state, self.optimizer.state, total, norm)

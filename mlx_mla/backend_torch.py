@@ -14,6 +14,7 @@ from mlx_mla.optim_torch import Optimizers
 from mlx_mla.peak import measure_peak
 from mlx_mla.score_torch import TorchScorer
 from mlx_mla.shards import Batch
+from mlx_mla.world import SOLO, World
 
 import numpy as np
 import torch
@@ -62,8 +63,9 @@ class TorchBackend:
         optimizer_state: Mapping[str, np.ndarray] | None = None,
         steps_done: int = 0,
         teacher: Teacher | None = None,
+        world: World = SOLO,
     ) -> "TorchTrainSession":
-        return TorchTrainSession(self.device, config, weights, optimizer_state, steps_done, teacher)
+        return TorchTrainSession(self.device, config, weights, optimizer_state, steps_done, teacher, world)
 
     def decoder(self, folder: Path, cache: CacheKind = "latent") -> TorchDecoder:
         return TorchDecoder(folder, cache, self.device)
@@ -100,13 +102,15 @@ class TorchTrainSession:
         optimizer_state: Mapping[str, np.ndarray] | None,
         steps_done: int,
         teacher: Teacher | None = None,
+        world: World = SOLO,
     ):
-        self.config, self.device = config, device
+        self.config, self.device, self.world = config, device, world
         self.model = build_model(config.model, weights, device)
         self._teacher: Any = None
         if teacher is not None:
             self._teacher, self._vocabulary = build_model(teacher.config, teacher.weights, device), teacher.vocabulary
         self.parameters = dict(self.model.named_parameters())
+        self._averaging = None if world.engine is None else world.engine.averaging(self.parameters.values())
         self.optimizers = Optimizers(config, self.parameters)
         if optimizer_state is not None:
             self.optimizers.load_state(optimizer_state, steps_done)
@@ -118,11 +122,13 @@ class TorchTrainSession:
     def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
         self.model.train()
         if self.config.model.dropout:
-            torch.manual_seed(dropout_seed(self.config.seed, step))
+            torch.manual_seed(dropout_seed(self.config.seed, step, self.world.rank))
         total = torch.zeros((), device=self.device)
-        for batch in batches:
+        for i, batch in enumerate(batches):
             loss = self._training_loss(batch) / len(batches)
-            loss.backward()
+            last = i == len(batches) - 1
+            with self._averaging.last_pass() if last and self._averaging else contextlib.nullcontext():
+                loss.backward()
             total += loss.detach()
         limit = self.config.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)

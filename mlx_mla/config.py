@@ -502,13 +502,21 @@ def preset(name: str) -> TrainConfig:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; UserError with the place of the fault where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise UserError(f"{path}: not valid TOML: {e}") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The values in TOML text; UserError with the place of the fault."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"{where}: not valid TOML: {e}") from None
 
 
 def to_toml(config: TrainConfig) -> str:

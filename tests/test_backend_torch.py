@@ -14,9 +14,9 @@ from mlx_mla.config import preset  # noqa: E402
 from mlx_mla.corpus import read_documents, tokenize  # noqa: E402
 from mlx_mla.errors import UserError  # noqa: E402
 from mlx_mla.plot import read_metrics  # noqa: E402
+from mlx_mla.schedule import learning_rate  # noqa: E402
 from mlx_mla.shards import TokenWindows  # noqa: E402
 from mlx_mla.tokenizer import ByteEncoder  # noqa: E402
-from mlx_mla.trainer import learning_rate  # noqa: E402
 from mlx_mla.weights import initial_weights  # noqa: E402
 
 import numpy as np  # noqa: E402

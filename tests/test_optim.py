@@ -12,7 +12,7 @@ from mlx_mla.config import TrainConfig, preset  # noqa: E402
 from mlx_mla.errors import UserError  # noqa: E402
 from mlx_mla.optim_mlx import Muon  # noqa: E402
 from mlx_mla.plot import read_metrics  # noqa: E402
-from mlx_mla.trainer import learning_rate  # noqa: E402
+from mlx_mla.schedule import learning_rate  # noqa: E402
 from mlx_mla.weights import initial_weights  # noqa: E402
 
 import mlx.core as mx  # noqa: E402

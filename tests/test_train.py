@@ -11,7 +11,7 @@ import time
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.plot import read_metrics
-from mlx_mla.trainer import learning_rate
+from mlx_mla.schedule import learning_rate
 
 import pytest
 from conftest import TINY, python

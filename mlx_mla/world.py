@@ -1,0 +1,221 @@
+"""The processes ("ranks") that train one model together: who is there, and what they agree on.
+
+Gradients travel by the framework's engine (distributed_mlx.py, distributed_torch.py). What the trainer needs beside
+them is one primitive, `World.gather`; errors ride on it, so that a mistake on any rank ends all of them alike.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from mlx_mla.cli import EXIT_USER
+from mlx_mla.errors import UserError
+
+import numpy as np
+
+EngineName = Literal["auto", "ring", "jaccl", "mpi", "nccl", "gloo"]
+LOST = 1
+"""Exit code of a rank that has lost another: starting all of them again may well succeed."""
+BLOCK = 512  # bytes of a fact that need no second message
+
+
+class Engine(Protocol):
+    """A framework's communication between ranks."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, block: np.ndarray) -> np.ndarray:
+        """The blocks of all ranks: uint8 (n,), the same n everywhere, to (size, n)."""
+        ...
+
+    def broadcast(self, tensor: np.ndarray) -> np.ndarray:
+        """Rank 0's tensor; the others give one of the same shape and type."""
+        ...
+
+    def is_loss(self, error: BaseException) -> bool:
+        """Whether an exception says that another rank cannot be reached any more."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class AgreedError(UserError):
+    """A user's mistake that every rank has been told of; rank 0 alone prints it."""
+
+
+class World:
+    """The ranks of a run, as a context: leaving it ends all of them alike.
+
+    A `UserError` raised on one rank between two `gather`s (but not while gradients travel) is raised on all.
+
+    Args:
+        engine: None: a world of one, in which nothing waits for anybody.
+    """
+
+    def __init__(self, engine: Engine | None = None):
+        self.engine: Any = engine
+        self.rank, self.size = (0, 1) if engine is None else (engine.rank, engine.size)
+        self.advice: Callable[[], str] | None = None
+        """What rank 0 adds to an error of another rank, once it has checkpoints to go on from."""
+        self._parent = os.getppid()
+
+    def gather(self, fact: Any = None, error: str | None = None) -> list[Any]:
+        """What every rank gives (any JSON value), in rank order; waits for all.
+
+        Raises:
+            UserError: The same on every rank, if any of them came here with an error.
+        """
+        if self.size == 1:
+            return [fact]
+        messages = [json.loads(text) for text in self._gather_texts(json.dumps([error, fact]))]
+        errors = {rank: text for rank, (text, _) in enumerate(messages) if text is not None}
+        if errors:
+            rank, text = min(errors.items())
+            advice = f"; {self.advice()}" if rank and self.advice else ""
+            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}{advice}")
+        return [fact for _, fact in messages]
+
+    def first(self, fact: Any) -> Any:
+        """Rank 0's fact."""
+        return self.gather(fact if self.rank == 0 else None)[0]
+
+    def broadcast(self, tensors: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """Rank 0's tensors by name; the other ranks give None."""
+        if self.size == 1:
+            return dict(tensors or {})
+        own = tensors or {}
+        listed = self.first([[name, list(t.shape), str(t.dtype)] for name, t in own.items()])
+        return {n: self.engine.broadcast(own[n] if n in own else np.zeros(shape, dt)) for n, shape, dt in listed}
+
+    def launcher_has_gone(self) -> bool:
+        """Whether the process that started this rank has ended, which no signal tells; then nobody reads its output."""
+        if self.size == 1 or os.getppid() == self._parent:
+            return False
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(null, stream)
+        os.close(null)
+        return True
+
+    def _gather_texts(self, text: str) -> list[str]:
+        content = np.frombuffer(text.encode(), np.uint8)
+        size = np.array([len(content)], "<u4").view(np.uint8)
+        start = self.engine.all_gather(_padded(np.concatenate([size, content[: BLOCK - 4]]), BLOCK))
+        lengths = [int(row[:4].view("<u4")[0]) for row in np.ascontiguousarray(start)]
+        whole = start[:, 4:]
+        if (more := max(lengths) - (BLOCK - 4)) > 0:
+            whole = np.concatenate([whole, self.engine.all_gather(_padded(content[BLOCK - 4 :], more))], axis=1)
+        return [row[:n].tobytes().decode() for row, n in zip(whole, lengths, strict=True)]
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.engine is None:
+            return
+        failure = error
+        if error is None or (isinstance(error, UserError) and not isinstance(error, AgreedError)):
+            try:
+                self.gather(error=None if error is None else str(error))  # nobody leaves before all have finished
+            except Exception as e:
+                failure = e if error is None or isinstance(e, AgreedError) else error
+        # A launcher ends the other ranks as soon as one has failed: each must still say what it knows.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(Exception):
+            self.engine.close()
+        if failure is not None and self.engine.is_loss(failure):
+            reason = " ".join(str(failure).split()).split(". ")[0]
+            advice = self.advice() if self.advice else "start all ranks again, with --auto-resume"
+            print(f"error: rank {self.rank} has lost another rank ({reason}); {advice}", file=sys.stderr)
+            raise SystemExit(LOST) from None
+        if isinstance(failure, AgreedError) and self.rank:
+            raise SystemExit(EXIT_USER) from None
+        if failure is not None and failure is not error:
+            raise failure
+
+
+SOLO = World()
+
+
+def _padded(block: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([block, np.zeros(size - len(block), np.uint8)])
+
+
+def launched_by() -> Literal["mlx", "torch"] | None:
+    """Which framework's launcher has started this process as one of several; None: none has."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", "1")) > 1:
+        return "torch"
+    for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):  # ring, jaccl: a list of hosts
+        if "MLX_RANK" in env and name in env:
+            text = env[name] if env[name].lstrip().startswith("[") else Path(env[name]).read_text(encoding="utf-8")
+            if text.strip() and len(json.loads(text)) > 1:
+                return "mlx"
+    sizes = (env.get("MLX_WORLD_SIZE"), env.get("OMPI_COMM_WORLD_SIZE"))  # NCCL, MPI
+    return "mlx" if any(size and int(size) > 1 for size in sizes) else None
+
+
+def join(argv: Sequence[str]) -> World:
+    """The world that a launcher has made this process part of; `SOLO` without one, which imports no framework.
+
+    Args:
+        argv: The command line; --distributed-backend is read here, before all other settings.
+
+    Raises:
+        UserError: If the engine asked for is not there, or ranks were started with different arguments.
+    """
+    launcher = launched_by()
+    if launcher is None or {"-h", "--help"} & set(argv):
+        return SOLO
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--distributed-backend", default="auto")
+    name = early.parse_known_args(list(argv))[0].distributed_backend
+    engine: Engine
+    if launcher == "torch":
+        from mlx_mla.distributed_torch import TorchEngine
+
+        engine = TorchEngine(name)
+    else:
+        from mlx_mla.distributed_mlx import MLXEngine
+
+        engine = MLXEngine(name)
+    return World(engine)
+
+
+def same_everywhere(world: World, fact: str, what: str) -> None:
+    """UserError, the same on every rank, if a fact differs from rank 0's on some rank."""
+    facts = world.gather(fact)
+    differing = [str(rank) for rank, other in enumerate(facts) if other != facts[0]]
+    if differing:
+        ranks = f"rank {differing[0]} has" if len(differing) == 1 else f"ranks {', '.join(differing)} have"
+        raise UserError(f"{ranks} {what} than rank 0; all ranks need the same")
+
+
+def passes(world_size: int, batch_size: int, grad_accum_steps: int) -> tuple[int, int]:
+    """How one rank works off its share of a step: (passes, sequences in each).
+
+    A step is batch_size x grad_accum_steps sequences in all. A rank's share is cut into the fewest equal passes of at
+    most batch_size sequences.
+
+    Raises:
+        UserError: If the ranks cannot share a step out evenly.
+    """
+    total = batch_size * grad_accum_steps
+    if total % world_size:
+        fitting = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 4 * world_size)
+        raise UserError(
+            f"{world_size} ranks cannot share the {total} sequences of a step (--batch-size {batch_size} x "
+            f"--grad-accum-steps {grad_accum_steps}) evenly; start {fitting} ranks, or make it "
+            f"a multiple of {world_size}"
+        )
+    share = total // world_size
+    count = next(n for n in range(-(-share // batch_size), share + 1) if share % n == 0)
+    return count, share // count
