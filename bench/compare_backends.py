@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from mlx_mla import checkpoint, cli
-from mlx_mla.config import PRESETS, ModelConfig, TrainConfig, preset
+from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import forward_flops_per_token
+from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
 
 import numpy as np

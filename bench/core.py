@@ -21,10 +21,11 @@ from typing import Any, Optional
 
 from mlx_mla import checkpoint, cli
 from mlx_mla.backend_mlx import MLXTrainSession, build_model
-from mlx_mla.config import PRESETS, TrainConfig, preset
+from mlx_mla.config import TrainConfig
 from mlx_mla.decode_mlx import WithoutCache
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model
+from mlx_mla.presets import PRESETS, preset
 from mlx_mla.tokenizer import ByteEncoder
 from mlx_mla.weights import initial_weights, num_parameters
 

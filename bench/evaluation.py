@@ -24,9 +24,9 @@ from typing import Any, Literal, Optional
 from mlx_mla import checkpoint, cli
 from mlx_mla.backend import get_backend
 from mlx_mla.backend_torch import TorchBackend
-from mlx_mla.config import PRESETS, preset
 from mlx_mla.errors import UserError
 from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
+from mlx_mla.presets import PRESETS, preset
 from mlx_mla.scoring import Request, Scorer, Scores
 from mlx_mla.tasks import TASKS
 from mlx_mla.tasks.base import Context, Measured, Protocol

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 
 from mlx_mla import cli
 from mlx_mla.backend import BackendName, get_backend
-from mlx_mla.config import preset
 from mlx_mla.errors import UserError
+from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights, num_parameters
 from mlx_mla.world import EngineName, join
 

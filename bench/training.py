@@ -19,9 +19,10 @@ from typing import Any, Literal, Optional
 
 from mlx_mla import cli
 from mlx_mla.backend_mlx import MLXBackend, MLXTrainSession
-from mlx_mla.config import TrainConfig, preset
+from mlx_mla.config import TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
+from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights
 
 import mlx.core as mx

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlx_mla import cli
-from mlx_mla.config import read_toml
 from mlx_mla.errors import UserError
+from mlx_mla.presets import read_toml
 
 import tyro
 

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 from mlx_mla import checkpoint
-from mlx_mla.config import ModelConfig, TrainConfig, flag, overlay, read_toml, to_toml
+from mlx_mla.config import ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
 from mlx_mla.plot import read_metrics
+from mlx_mla.presets import overlay, read_toml, to_toml
 
 import numpy as np
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from mlx_mla import blas, cli
-from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag, overlay, preset, read_toml
+from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
+from mlx_mla.presets import overlay, preset, read_toml
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
 from rich.console import Console

@@ -19,13 +19,14 @@ from typing import Any
 from mlx_mla import checkpoint, lr_find, run_folder
 from mlx_mla.backend import Backend, BackendName, DeviceName, DType, TrainSession, get_backend
 from mlx_mla.card import model_card
-from mlx_mla.config import TrainConfig, overlay, parse_toml, to_toml
+from mlx_mla.config import TrainConfig
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate, memory_advice
 from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
 from mlx_mla.peak import mfu
 from mlx_mla.plot import plot_loss, read_metrics
+from mlx_mla.presets import overlay, parse_toml, to_toml
 from mlx_mla.recovery import catch_signals
 from mlx_mla.run_folder import CONFIG, LATEST, METRICS, PLOT, SAMPLES, ResumePoint
 from mlx_mla.schedule import learning_rate

@@ -10,10 +10,10 @@ torch = pytest.importorskip("torch")
 
 from mlx_mla import checkpoint, generate, train  # noqa: E402
 from mlx_mla.backend import GenerationOptions, get_backend  # noqa: E402
-from mlx_mla.config import preset  # noqa: E402
 from mlx_mla.corpus import read_documents, tokenize  # noqa: E402
 from mlx_mla.errors import UserError  # noqa: E402
 from mlx_mla.plot import read_metrics  # noqa: E402
+from mlx_mla.presets import preset  # noqa: E402
 from mlx_mla.schedule import learning_rate  # noqa: E402
 from mlx_mla.shards import TokenWindows  # noqa: E402
 from mlx_mla.tokenizer import ByteEncoder  # noqa: E402

@@ -223,3 +223,29 @@ def test_prepare_is_timed_against_tiktoken_and_weighed(shared_data, tmp_path, ca
     assert found["memory"][1]["bytes"] > 3 * found["memory"][0]["bytes"]
     assert all(m["peak_bytes"] > 10**7 for m in found["memory"])
     assert said.count("1.00x") >= 2
+
+
+@pytest.mark.slow
+def test_training_measures_memory_speed_and_plans(tmp_path, capsys):
+    import training
+
+    assert training.main(["--quick", "--repetitions", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads(next(tmp_path.glob("*_training.json")).read_text())["rows"]
+    held = [r for r in rows if r["what"] == "memory"]
+    assert [r["checkpoint_every"] for r in held] == [0, 1]
+    for r in held:
+        parts = ("state_bytes", "gradient_bytes", "activation_bytes")
+        assert sum(r["measured"][part] for part in parts) == r["measured"]["total_bytes"]
+    assert {r["case"] for r in rows if r["what"] == "speed"} == {"plain PyTorch loop", "torch", "mlx"}
+    assert "| nano | bfloat16 |" in capsys.readouterr().out
+
+
+def test_a_plan_puts_in_what_fits():
+    from mlx_mla.estimate import estimate
+
+    import training
+
+    config = training.settings("mla-124m", dtype="float32", seq_len=1024)
+    batch = training.largest_batch(config, 32e9)
+    totals = [estimate(training.settings("mla-124m", dtype="float32", batch_size=b), True) for b in (batch, 2 * batch)]
+    assert totals[0].total_bytes <= 32e9 < totals[1].total_bytes

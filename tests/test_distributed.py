@@ -15,9 +15,10 @@ from pathlib import Path
 
 from mlx_mla import checkpoint, corpus, train, trainer
 from mlx_mla.backend import dropout_seed
-from mlx_mla.config import TrainConfig, preset
+from mlx_mla.config import TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.plot import read_metrics
+from mlx_mla.presets import preset
 from mlx_mla.shards import TokenWindows
 from mlx_mla.world import AgreedError, World, passes, same_everywhere
 

@@ -5,8 +5,9 @@ import gc
 
 from mlx_mla import train
 from mlx_mla.backend_mlx import MLXTrainSession, build_model
-from mlx_mla.config import PRESETS, ModelConfig, preset
+from mlx_mla.config import ModelConfig
 from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token, memory_advice
+from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
 
 import mlx.core as mx

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from mlx_mla import loss_mlx, loss_torch  # noqa: E402
 from mlx_mla.backend import get_backend  # noqa: E402
-from mlx_mla.config import preset  # noqa: E402
+from mlx_mla.presets import preset  # noqa: E402
 from mlx_mla.weights import initial_weights  # noqa: E402
 
 import mlx.core as mx  # noqa: E402

@@ -1,8 +1,9 @@
 """The MLX model against numpy in float64, transformers, and itself on other paths."""
 
 from mlx_mla.backend_mlx import build_model
-from mlx_mla.config import PRESETS, ModelConfig, preset
+from mlx_mla.config import ModelConfig
 from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
 
 import mlx.core as mx

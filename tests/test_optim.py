@@ -8,10 +8,11 @@ torch = pytest.importorskip("torch")
 
 from mlx_mla import train  # noqa: E402
 from mlx_mla.backend import get_backend  # noqa: E402
-from mlx_mla.config import TrainConfig, preset  # noqa: E402
+from mlx_mla.config import TrainConfig  # noqa: E402
 from mlx_mla.errors import UserError  # noqa: E402
 from mlx_mla.optim_mlx import Muon  # noqa: E402
 from mlx_mla.plot import read_metrics  # noqa: E402
+from mlx_mla.presets import preset  # noqa: E402
 from mlx_mla.schedule import learning_rate  # noqa: E402
 from mlx_mla.weights import initial_weights  # noqa: E402
 

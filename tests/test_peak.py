@@ -2,8 +2,8 @@
 
 from mlx_mla import peak
 from mlx_mla.backend import get_backend
-from mlx_mla.config import preset
 from mlx_mla.estimate import estimate
+from mlx_mla.presets import preset
 
 import numpy as np
 import pytest
