@@ -3,6 +3,7 @@
 import dataclasses
 
 from mlx_mla import config as c
+from mlx_mla import presets
 from mlx_mla.errors import UserError
 
 import pytest
@@ -10,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-@pytest.mark.parametrize("name", c.PRESETS)
+@pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_survive_a_round_trip_through_toml(name, tmp_path):
-    config = c.preset(name).resolved(257 if name == "nano" else 50257)
+    config = presets.preset(name).resolved(257 if name == "nano" else 50257)
     path = tmp_path / "config.toml"
-    path.write_text(c.to_toml(config))
-    assert c.overlay(c.TrainConfig(), c.read_toml(path), "x") == config
+    path.write_text(presets.to_toml(config))
+    assert presets.overlay(c.TrainConfig(), presets.read_toml(path), "x") == config
 
 
 @given(
@@ -25,7 +26,7 @@ def test_presets_survive_a_round_trip_through_toml(name, tmp_path):
 )
 def test_any_value_survives_a_round_trip_through_toml(steps, learning_rate, data):
     config = c.TrainConfig(steps=steps, learning_rate=learning_rate, data=data)
-    assert c.overlay(c.TrainConfig(), c.tomllib.loads(c.to_toml(config)), "x") == config
+    assert presets.overlay(c.TrainConfig(), presets.tomllib.loads(presets.to_toml(config)), "x") == config
 
 
 def test_none_is_resolved_from_the_other_fields():
@@ -37,9 +38,9 @@ def test_none_is_resolved_from_the_other_fields():
 
 
 def test_every_comparison_is_one_flag_apart():
-    nano = c.preset("mla-124m").model
+    nano = presets.preset("mla-124m").model
     mha = dataclasses.replace(c.ModelConfig(), attention="mha").resolved(50257)
-    assert mha == c.preset("gpt2-124m").resolved(50257).model
+    assert mha == presets.preset("gpt2-124m").resolved(50257).model
     assert dataclasses.replace(mha, attention="mla", attention_bias=False, kv_lora_rank=384, v_head_dim=64) == (
         nano.resolved(50257)
     )
@@ -106,9 +107,9 @@ def test_mistakes_in_toml_are_named(text, message, tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        c.overlay(c.TrainConfig(), c.read_toml(path), str(path))
+        presets.overlay(c.TrainConfig(), presets.read_toml(path), str(path))
 
 
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'mla-124m'"):
-        c.preset("mla-125m")
+        presets.preset("mla-125m")
