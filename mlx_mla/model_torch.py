@@ -96,8 +96,8 @@ class MLAGPT2Config(PretrainedConfig):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Scaled dot-product attention; causal where there is no mask and more than one query."""
-    # MPS has given silently wrong results for strided inputs (pytorch#163597).
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if q.device.type == "mps":  # it has given silently wrong results for strided inputs (pytorch#163597)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     causal = mask is None and q.shape[-2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
