@@ -114,9 +114,10 @@ class Decoding(Bench):
                 self._measure(cases)
         latent = {(s.backend, s.model): s for s in self._timed() if s.config.attention == "mla"}
         for row in self.results.document["rows"]:
-            if row["measure"] == "decoding" and (subject := latent.get((row["backend"], row["model"]))):
-                where = (subject.backend, subject.device_kind, row["batch"], row["context"])
-                row["auto"] = choose_cache(subject.config, *where)
+            found = latent.get((row["backend"], row["model"]))
+            if row["measure"] == "decoding" and found:
+                where = (found.backend, found.device_kind, row["batch"], row["context"])
+                row["auto"] = choose_cache(found.config, *where)
 
     def chunks(self) -> None:
         """Calls with several tokens at batch 1 on a latent cache: absorbed, expanded, and as the model chooses."""
