@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import shutil
 import socket
 import statistics
 import subprocess
@@ -24,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from convert import __main__ as convert
 from mlx_mla import checkpoint, cli
 from mlx_mla.config import preset
 from mlx_mla.errors import UserError
@@ -32,6 +32,8 @@ from mlx_mla.tokenizer import ByteEncoder
 from mlx_mla.weights import initial_weights
 
 from machine import machine, report_name
+from safetensors.numpy import save_file
+from subjects import gpt2_shape
 
 PROG = "python bench/serve.py"
 SERVER = "from mlx_mla import blas; blas.load_openblas(); from mlx_lm.server import main; main()"
@@ -83,16 +85,20 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
-    """Folders of a preset with random weights, and for multi-head attention of Hugging Face's GPT-2 with the same."""
-    config = dataclasses.replace(preset(name).resolved(257).model, n_layer=layers, kv_lora_ranks=None).resolved()
-    ours = work / name
+    """Folders of a preset with random weights, and of mlx-lm's `gpt2` with the same for multi-head attention."""
+    config = dataclasses.replace(preset(name).model, vocab_size=257, n_layer=layers).resolved()
+    ours, theirs = work / name, work / "gpt2"
     ours.mkdir()
     # Weights of this size make sharp predictions, which do not depend on the last bits of a sum.
-    checkpoint.write_model(ours, config, initial_weights(config, 0, 0.06), ByteEncoder().fast_tokenizer(), "")
+    weights = initial_weights(config, 0, 0.06)
+    checkpoint.write_model(ours, config, weights, ByteEncoder().fast_tokenizer(), "")
     yield name, ours
     if config.attention == "mha":
-        assert convert.main([str(ours), "--out", str(work / "hf"), "--to", "hf"]) == 0
-        yield THEIRS, work / "hf"
+        shutil.copytree(ours, theirs)
+        (theirs / "config.json").write_text(json.dumps({"model_type": "gpt2", **gpt2_shape(config)}))
+        renamed = {k.replace("transformer.", "model.", 1): w for k, w in weights.items()}
+        save_file(renamed, str(theirs / "model.safetensors"), {"format": "mlx"})
+        yield THEIRS, theirs
 
 
 def measure(s: ServeBench, label: str, folder: Path) -> dict[str, Any]:
@@ -163,6 +169,8 @@ def serving(folder: Path) -> Iterator[int]:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             time.sleep(0.25)
+        else:
+            raise RuntimeError("mlx_lm.server did not load the model in 150 s")
         yield port
     finally:
         process.terminate()

@@ -3,9 +3,10 @@
 import json
 import shutil
 
-from mlx_mla import checkpoint, generate, prompt_cache, train
+from mlx_mla import cache_choice, checkpoint, generate, prompt_cache, train
 from mlx_mla.backend import GenerationOptions, get_backend
 from mlx_mla.backend_mlx import build_model
+from mlx_mla.cache_choice import choose_cache
 from mlx_mla.config import ModelConfig, preset
 from mlx_mla.weights import initial_weights
 
@@ -276,3 +277,45 @@ def test_pytorch_says_what_only_mlx_lm_has(folder, draft, tmp_path, capsys):
     base = ("--model", folder, "--prompt", "x", "--backend", "torch")
     for name, value in (("draft-model", draft), ("prompt-cache", "x.safetensors"), ("save-prompt-cache", "x")):
         assert f"--{name} is mlx-lm's" in refused(capsys, *base, f"--{name}", value, command=generate.main)
+
+
+# --- --cache auto ---
+
+
+def test_the_cost_model_follows_rank_context_batch_and_device():
+    wide, narrow = (preset(name).resolved(257).model for name in ("mla-124m", "mla-124m-r128"))
+    chosen = [choose_cache(wide, "mlx", "cpu", 1, n) for n in (16, 64, 256, 1000, 16_000)]
+    assert chosen == sorted(chosen)  # latent for short contexts, then materialized
+    assert {"latent", "materialized"} == set(chosen)
+    for batch in (1, 16):
+        costs = [choose_cache(narrow, "torch", "cpu", batch, n) for n in (128, 1000, 16_000)]
+        assert costs[-1] == "latent"
+    # Nobody has measured these, so they get the small cache; multi-head attention has nothing to choose.
+    for backend, device in (("mlx", "gpu"), ("torch", "cuda"), ("torch", "mps")):
+        assert choose_cache(wide, backend, device, 1, 1000) == "latent"
+    assert choose_cache(preset("gpt2-124m").resolved(257).model, "mlx", "cpu", 1, 1000) == "materialized"
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_auto_takes_what_costs_less_and_gives_the_same_text(folder, backend, tmp_path, monkeypatch, capfd):
+    if backend == "torch":
+        pytest.importorskip("torch")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The st\nA longer prompt\n")
+    argv = ("--model", folder, "--temp", "0", "--max-tokens", "12", "--backend", backend)
+    expected = objects(capfd, *argv, "--prompts-file", prompts)
+    for cheap in ("latent", "materialized"):
+        rates = cache_choice.Rates(*((0, 1, 1, 0) if cheap == "latent" else (1, 0, 0, 1)))
+        monkeypatch.setitem(cache_choice.RATES, (backend, "cpu"), rates)
+        answers = objects(capfd, *argv, "--prompts-file", prompts, "--cache", "auto", "--device", "cpu")
+        answers += objects(capfd, *argv, "--prompt", "The st", "--cache", "auto", "--device", "cpu")
+        assert {a["cache"] for a in answers} == {cheap}
+        assert [a["text"] for a in answers] == [a["text"] for a in [*expected, expected[0]]]
+
+
+def test_auto_keeps_latents_for_files_and_drafts(folder, draft, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(cache_choice.RATES, ("mlx", "cpu"), cache_choice.Rates(1, 0, 0, 1))
+    argv = ("--model", folder, "--prompt", "x", "--max-tokens", "2", "--device", "cpu", "--cache", "auto")
+    assert objects(capfd, *argv)[0]["cache"] == "materialized"
+    assert objects(capfd, *argv, "--save-prompt-cache", tmp_path / "x.safetensors")[0]["cache"] == "latent"
+    assert objects(capfd, *argv, "--draft-model", draft)[0]["cache"] == "latent"
