@@ -31,7 +31,7 @@ class Rates:
 
 RATES = {
     ("mlx", "cpu"): Rates(multiply=0.083, read=0.165, store=26, step=-150_000),
-    ("torch", "cpu"): Rates(multiply=0.016, read=0.11, store=5, step=20_000),
+    ("torch", "cpu"): Rates(multiply=0.016, read=0.11, store=5, step=0),
 }
 
 

@@ -208,9 +208,13 @@ def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capf
     assert convert_mla.main(["--model", str(tmp_path / "nowhere"), "--work", str(tmp_path / "w")]) == 2
 
 
-def test_decode_bench_measures_every_cell_and_resumes(tmp_path, capfd):
+def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, capfd):
     import decode
+    import mlx.core as mx
+    import subjects
 
+    monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
+    monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
     argv = ["--quick", "--backends", "mlx", "--models", "gpt2-124m", "mla-124m", "--out", str(tmp_path)]
     assert decode.main(argv) == 0
     (path,) = tmp_path.glob("*_decode.json")
