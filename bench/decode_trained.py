@@ -136,14 +136,12 @@ def window_losses(model: Any, x: mx.array, bits: int | None) -> np.ndarray | Non
 
 def cache_bytes(model: Any, bits: int | None) -> float:
     """Of a layer, for one token of context, with bfloat16 for what is not quantised."""
-    cache = new_cache(model, bits)
+    like, cache = make_prompt_cache(model), new_cache(model, bits)
     assert cache is not None
-    dtype = model.transformer.ln_f.weight.dtype
-    model.set_dtype(mx.bfloat16)
-    model(mx.zeros((1, 256), mx.int32), cache=cache)
-    size = sum(c.nbytes for c in cache) / len(cache) / 256
-    model.set_dtype(dtype)
-    return size
+    model(mx.zeros((1, 1), mx.int32), cache=like)
+    for c, shape in zip(cache, like):
+        c.update_and_fetch(*(mx.zeros((*a.shape[:2], 1, a.shape[3]), mx.bfloat16) for a in (shape.keys, shape.values)))
+    return sum(c.nbytes for c in cache) / len(cache) / cache[0].step
 
 
 def drafted(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
