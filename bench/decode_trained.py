@@ -68,6 +68,7 @@ def _main(argv: Sequence[str]) -> int:
     report = markdown(s, quality, speed)
     print(report)
     if s.out is not None:
+        s.out.mkdir(parents=True, exist_ok=True)
         path = s.out / f"{report_name('decode-trained')}.json"
         document = {"machine": machine(["mlx"]), "command": sys.argv, "quality": quality, "speed": speed}
         path.write_text(json.dumps(document, indent=1, default=str) + "\n")
