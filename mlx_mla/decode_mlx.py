@@ -113,7 +113,8 @@ class MLXDecoder:
 
     def batch(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
         limits = [self.check(prompt, options) for prompt in prompts]
-        if self.cache == "none" or options.kv_bits or options.max_kv_size or options.draft_model:
+        alone = (options.kv_bits, options.max_kv_size, options.draft_model, options.prompt_cache)
+        if self.cache == "none" or any(alone):
             # mlx-lm batches none of these, so the prompts take turns.
             for i, prompt in enumerate(prompts):
                 for piece in self.stream(prompt, options):
