@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(Compare, argv, PROG)
     _check(settings)
-    results = Results(settings)
+    results = Results(settings, settings.out and settings.out / "results.json")
     bench = Bench(settings, results)
     bench.parity()
     bench.rates()
@@ -123,10 +123,15 @@ def _check(s: Compare) -> None:
 
 
 class Results:
-    """The rows so far, on disk after every change."""
+    """The rows so far, on disk after every change.
 
-    def __init__(self, settings: Compare):
-        self.path = settings.out and settings.out / "results.json"
+    Args:
+        settings: With `backends` and `resume`; shown in the file.
+        path: The file. None: keep nothing.
+    """
+
+    def __init__(self, settings: Any, path: Path | None):
+        self.path = path
         shown = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
         self.document: dict[str, Any] = {
             "machine": machine(settings.backends), "settings": shown, "rates": {}, "rows": [],
@@ -169,21 +174,27 @@ class Case:
 
 
 class Bench:
-    """Holds the models, and measures."""
+    """Holds the models, and measures.
 
-    def __init__(self, settings: Compare, results: Results):
+    Args:
+        n_positions: Position table of the presets; None: their own.
+        references: Whether mlx-lm's and transformers' GPT-2 run beside ours.
+    """
+
+    def __init__(self, settings: Any, results: Results, n_positions: int | None = None, references: bool = True):
         self.s, self.results = settings, results
         self.configs: dict[str, ModelConfig] = {}
         self.subjects: list[Subject] = []
         self.failed: set[tuple[str, str]] = set()
         for name in settings.models:
-            config, weights = _model(name, settings.quick)
+            config, weights = _model(name, settings.quick, n_positions)
             self.configs[name] = config
             how = (config, weights, settings.dtype, settings.device)
             self.subjects += [subjects.load(backend, name, *how) for backend in settings.backends]
             if config.attention == "mha" and all(c.attention == "mla" for c in list(self.configs.values())[:-1]):
                 results.document.setdefault("baseline", name)
-                self.subjects += [subjects.load_reference(backend, *how) for backend in settings.backends]
+                if references:
+                    self.subjects += [subjects.load_reference(backend, *how) for backend in settings.backends]
 
     def rates(self) -> None:
         """Measure what the device does at best; better figures replace those that the document has."""
@@ -378,7 +389,7 @@ class Bench:
         }  # fmt: skip
 
 
-def _model(name: str, quick: bool) -> tuple[ModelConfig, subjects.Weights]:
+def _model(name: str, quick: bool, n_positions: int | None = None) -> tuple[ModelConfig, subjects.Weights]:
     """A preset with random weights, or a model folder with its own; `quick` shrinks presets."""
     if name not in PRESETS and Path(name).exists():
         folder = checkpoint.model_folder(Path(name))
@@ -400,6 +411,7 @@ def _model(name: str, quick: bool) -> tuple[ModelConfig, subjects.Weights]:
             vocab_size=512,
             kv_lora_rank=rank,
         ).resolved()
+    config = dataclasses.replace(config, n_positions=n_positions or config.n_positions)
     return config, initial_weights(config, 0)
 
 

@@ -42,14 +42,14 @@ def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
     for measure in ("forward", "first token", "decoding", "training"):
         chosen = [r for r in rows if r["measure"] == measure]
         if chosen:
-            lines += [f"## {measure.capitalize()}", "", *_table(chosen, document.get("baseline")), ""]
+            lines += [f"## {measure.capitalize()}", "", *table(chosen, document.get("baseline")), ""]
             lines += [f"![{measure}]({plots[measure]})", ""] if measure in plots else []
     if "cache" in plots:
         lines += ["## Cache memory", "", f"![cache]({plots['cache']})"]
     return "\n".join(lines).rstrip()
 
 
-def _table(rows: list[Row], baseline: str | None) -> list[str]:
+def table(rows: list[Row], baseline: str | None) -> list[str]:
     names = (
         "batch",
         "tokens",
@@ -111,59 +111,18 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
         fig.savefig(out / names[measure], dpi=110)
         plt.close(fig)
 
-    def bars(ax: Any, rows: list[Row], label: Callable[[Row], str]) -> None:
-        speeds = [r["tokens_per_sec"]["median"] for r in rows]
-        errors = [
-            [s - r["tokens_per_sec"]["min"] for s, r in zip(speeds, rows)],
-            [r["tokens_per_sec"]["max"] - s for s, r in zip(speeds, rows)],
-        ]
-        colors = ["C0" if r["backend"] == "mlx" else "C1" for r in rows]
-        ax.barh([label(r) for r in rows], speeds, xerr=errors, color=colors, ecolor="0.4")
-        ax.invert_yaxis()
-
     for measure in ("forward", "training"):
         rows = [r for r in ok if r["measure"] == measure]
         if rows:
             context, batch = min((r["context"], r["batch"]) for r in rows)
             rows = [r for r in rows if (r["context"], r["batch"]) == (context, batch)]
             fig, ax = plt.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
-            bars(ax, sorted(rows, key=lambda r: r["backend"]), lambda r: f"{r['backend']}: {r['model']}")
+            _bars(ax, sorted(rows, key=lambda r: r["backend"]), lambda r: f"{r['backend']}: {r['model']}")
             ax.set(xlabel=f"{measure} tok/s, batch {batch}, {context} tokens")
             finish(fig, measure)
     decoded = [r for r in ok if r["measure"] == "decoding"]
     if decoded:
-        panels = [
-            (b, n) for n in sorted({r["batch"] for r in decoded}) for b in dict.fromkeys(r["backend"] for r in decoded)
-        ]
-        columns = len({b for b, _ in panels})
-        height = len(panels) // columns
-        fig, axes = plt.subplots(
-            height, columns, figsize=(5.5 * columns, 3.4 * height), layout="constrained", squeeze=False
-        )
-        color_of = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(r["model"] for r in decoded))}
-        with_latents = {r["model"] for r in decoded if r["cache"] == "latent"}
-
-        def name(r: Row) -> str:
-            return f"{r['model']}, {r['cache']}" if r["model"] in with_latents else r["model"]
-
-        for ax, (backend, batch) in zip(axes.flat, panels):
-            rows = [r for r in decoded if (r["backend"], r["batch"]) == (backend, batch)]
-            contexts = {r["context"] for r in rows}
-            if len(contexts) == 1:
-                bars(ax, rows, name)
-                ax.set(title=f"{backend}, batch {batch}", xlabel=f"decoding tok/s after {contexts.pop()} tokens")
-                ax.tick_params(axis="y", labelsize=7)
-                continue
-            for model, cache in dict.fromkeys((r["model"], r["cache"]) for r in rows):
-                own = [r for r in rows if (r["model"], r["cache"]) == (model, cache)]
-                points = sorted((r["context"], r["tokens_per_sec"]["median"]) for r in own)
-                style = "--" if model in with_latents and cache == "materialized" else "-"
-                ax.plot(*zip(*points), style, color=color_of[model], marker="o", ms=3, label=name(own[0]))
-            ax.set(title=f"{backend}, batch {batch}", xlabel="context (tokens)", ylabel="decoding tok/s")
-            ax.set_ylim(bottom=0)
-            ax.grid(alpha=0.3)
-            ax.legend(fontsize=6, loc="lower left", framealpha=0.5)
-        finish(fig, "decoding")
+        finish(decoding_figure(decoded), "decoding")
         fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
         widths = {(r["model"], r["cache"]): r["cache_bytes_per_token"] for r in decoded if r["cache_bytes_per_token"]}
         end = max(r["context"] for r in decoded)
@@ -177,3 +136,55 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
         ax.grid(alpha=0.3)
         finish(fig, "cache")
     return names
+
+
+def decoding_figure(decoded: list[Row]) -> Any:
+    """Decoding speed against context, a panel for each backend and batch; bars where there is one context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (b, n) for n in sorted({r["batch"] for r in decoded}) for b in dict.fromkeys(r["backend"] for r in decoded)
+    ]
+    columns = len({b for b, _ in panels})
+    height = len(panels) // columns
+    fig, axes = plt.subplots(
+        height, columns, figsize=(5.5 * columns, 3.4 * height), layout="constrained", squeeze=False
+    )
+    color_of = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(r["model"] for r in decoded))}
+    with_latents = {r["model"] for r in decoded if r["cache"] == "latent"}
+
+    def name(r: Row) -> str:
+        return f"{r['model']}, {r['cache']}" if r["model"] in with_latents else r["model"]
+
+    for ax, (backend, batch) in zip(axes.flat, panels):
+        rows = [r for r in decoded if (r["backend"], r["batch"]) == (backend, batch)]
+        contexts = {r["context"] for r in rows}
+        if len(contexts) == 1:
+            _bars(ax, rows, name)
+            ax.set(title=f"{backend}, batch {batch}", xlabel=f"decoding tok/s after {contexts.pop()} tokens")
+            ax.tick_params(axis="y", labelsize=7)
+            continue
+        for model, cache in dict.fromkeys((r["model"], r["cache"]) for r in rows):
+            own = [r for r in rows if (r["model"], r["cache"]) == (model, cache)]
+            points = sorted((r["context"], r["tokens_per_sec"]["median"]) for r in own)
+            style = "--" if model in with_latents and cache == "materialized" else "-"
+            ax.plot(*zip(*points), style, color=color_of[model], marker="o", ms=3, label=name(own[0]))
+        ax.set(title=f"{backend}, batch {batch}", xlabel="context (tokens)", ylabel="decoding tok/s")
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=6, loc="lower left", framealpha=0.5)
+    return fig
+
+
+def _bars(ax: Any, rows: list[Row], label: Callable[[Row], str]) -> None:
+    speeds = [r["tokens_per_sec"]["median"] for r in rows]
+    errors = [
+        [s - r["tokens_per_sec"]["min"] for s, r in zip(speeds, rows)],
+        [r["tokens_per_sec"]["max"] - s for s, r in zip(speeds, rows)],
+    ]
+    colors = ["C0" if r["backend"] == "mlx" else "C1" for r in rows]
+    ax.barh([label(r) for r in rows], speeds, xerr=errors, color=colors, ecolor="0.4")
+    ax.invert_yaxis()

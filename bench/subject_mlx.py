@@ -1,5 +1,6 @@
 """Models in MLX for compare_backends: this project's, and mlx-lm's own GPT-2."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ class MLXSubject:
 
     def __init__(self, model: str, network: Any, config: ModelConfig, dtype: str):
         self.model, self.config = model, config
+        self.device_kind = "cpu" if mx.default_device() == mx.cpu else "gpu"
         self._dtype = {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
         self._network = network
         self._network.set_dtype(self._dtype)
@@ -53,6 +55,41 @@ class MLXSubject:
         del cache
         mx.clear_cache()  # else MLX keeps the caches of all subjects
         return seconds, size
+
+    def read_on(self, batch: int, context: int, new: int) -> float:
+        self._use("latent")
+        cache = self._filled(batch, context, new)
+        began = time.perf_counter()
+        mx.eval(self._network(mx.zeros((batch, new), mx.int32), cache=cache))
+        seconds = time.perf_counter() - began
+        del cache
+        mx.clear_cache()
+        return seconds
+
+    def python_overhead(self, context: int, steps: int) -> tuple[float, float]:
+        """Seconds that Python takes to describe a step at batch 1, and that MLX then takes to compute it (medians)."""
+        self._use("latent")
+        cache, y = self._filled(1, context, steps), mx.zeros((1, 1), mx.int32)
+        return _apart(lambda y: mx.argmax(self._network(y, cache=cache)[:, -1], axis=-1, keepdims=True), y, steps)
+
+    def compiled_overhead(self, context: int, steps: int, bucket: int = 256) -> tuple[float, float]:
+        """The same with one compiled graph on a cache of fixed size, the next multiple of `bucket`."""
+        self._use("latent")
+        size = -(-(context + steps) // bucket) * bucket
+        state = [mx.array([context]), *(c.keys for c in self._filled(1, size - 1, 1))]
+
+        def step(y: mx.array, offset: mx.array, *keys: mx.array) -> tuple[mx.array, ...]:
+            caches = [FixedCache(k, offset) for k in keys]
+            y = mx.argmax(self._network(y, cache=caches)[:, -1], axis=-1, keepdims=True)
+            return y, offset + 1, *(c.keys for c in caches)
+
+        compiled = mx.compile(step)
+
+        def advance(y: mx.array) -> mx.array:
+            y, *state[:] = compiled(y, *state)
+            return y
+
+        return _apart(advance, mx.zeros((1, 1), mx.int32), steps)
 
     def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
         session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
@@ -85,6 +122,35 @@ class MLXSubject:
             cache.append(c)
         mx.eval([(c.keys, c.values) for c in cache])
         return cache
+
+
+class FixedCache:
+    """A latent cache of fixed size whose length is an array, so that a compiled graph serves every length."""
+
+    def __init__(self, keys: mx.array, offset: mx.array):
+        self.keys, self.offset = keys, offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
+        return self.keys, values
+
+    def make_mask(self, *_: Any, **__: Any) -> mx.array:
+        return (mx.arange(self.keys.shape[2]) <= self.offset)[None, None, None]
+
+    def size(self) -> int:
+        return 0  # the table has room: the benchmark sees to it
+
+
+def _apart(advance: Callable[[mx.array], mx.array], y: mx.array, steps: int) -> tuple[float, float]:
+    described, computed = [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        y = advance(y)
+        between = time.perf_counter()
+        mx.eval(y)
+        described.append(between - began)
+        computed.append(time.perf_counter() - between)
+    return statistics.median(described), statistics.median(computed)
 
 
 def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> MLXSubject:

@@ -22,6 +22,8 @@ class Subject(Protocol):
     model: str
     backend: str
     config: ModelConfig
+    device_kind: str
+    """As `choose_cache` knows it: cpu; gpu (MLX), cuda or mps (PyTorch)."""
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits (B, T, vocab_size) in float32, for the parity gate."""
@@ -37,6 +39,10 @@ class Subject(Protocol):
 
     def decode(self, batch: int, context: int, steps: int, kind: str) -> tuple[float, int]:
         """Seconds of `steps` greedy steps after a context that is in the cache, and the cache's bytes."""
+        ...
+
+    def read_on(self, batch: int, context: int, new: int) -> float:
+        """Seconds of one call with `new` tokens after a context that is in the latent cache, logits of them all."""
         ...
 
     def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:

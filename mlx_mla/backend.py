@@ -16,7 +16,7 @@ from mlx_mla.world import SOLO, World
 import numpy as np
 
 DType = Literal["float32", "bfloat16"]
-CacheKind = Literal["latent", "materialized", "none"]
+CacheKind = Literal["latent", "materialized", "auto", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,19 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     """Texts at which to stop; they are not printed."""
     cache: CacheKind = "latent"
-    """What is kept between tokens: the latents, expanded keys and values, or nothing (all is recomputed)."""
+    """What is kept between tokens: the latents, expanded keys and values, the faster of these two by the cost
+    model in docs/decoding.md (auto), or nothing (all is recomputed)."""
     kv_bits: Optional[Literal[4, 8]] = None
     """Quantise the cache to so many bits. None: off."""
+    prompt_cache: Optional[Path] = None
+    """Go on from the context in this .safetensors file of --save-prompt-cache; the prompt is what follows it."""
+    save_prompt_cache: Optional[Path] = None
+    """Write the context, with what was generated, to this .safetensors file."""
+    draft_model: Optional[str] = None
+    """A small model with the same tokenizer that guesses tokens for the model to check, several at a time: run
+    folder, model folder or hub id. The greedy text stays the same."""
+    num_draft_tokens: int = 3
+    """Tokens that --draft-model guesses at a time."""
     max_kv_size: Optional[int] = None
     """Go on past this many tokens of context (at most n_positions) by dropping all but the newest half
     and reading it again. None: a context past n_positions is an error."""
@@ -120,7 +130,8 @@ class Piece:
     token_ids: list[int]
     """The tokens since the last piece."""
     figures: dict[str, Any]
-    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes, peak_memory_bytes."""
+    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes, peak_memory_bytes; with a draft model
+    also accepted_draft_tokens."""
     finish_reason: Optional[str] = None
     """"stop" or "length" on the last piece, else None."""
 
@@ -132,6 +143,8 @@ class Decoder(Protocol):
     """A transformers tokenizer."""
     vocab_size: int
     n_positions: int
+    cache: CacheKind
+    """What is kept between tokens; where "auto" was asked for, what it chose for the last request."""
 
     def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
         """Continue one prompt (token ids), piece by piece."""

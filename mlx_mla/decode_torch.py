@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_mla import checkpoint
 from mlx_mla.backend import CacheKind, GenerationOptions, Piece
+from mlx_mla.cache_choice import choose_cache
 from mlx_mla.config import ModelConfig
 from mlx_mla.decoding import Meter, TextWriter, check_request, fit_context
 from mlx_mla.errors import UserError
@@ -15,7 +16,8 @@ from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StaticCache
+from transformers import Cache, LogitsProcessorList, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import logits_process
 
 
@@ -26,6 +28,38 @@ def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray], device: 
     assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is tied
     model.tie_weights()
     return model.to(device).eval()
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's cache that grows by 256 tokens at a time, as mlx-lm's; transformers' own is copied at every step."""
+
+    step = 256
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [key_states[..., :0, :], value_states[..., :0, :]]
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        if end > self.room[0].shape[-2]:
+            size = -(-end // self.step) * self.step
+            for i, old in enumerate(self.room):
+                new = old.new_empty(*old.shape[:-2], size, old.shape[-1])
+                new[..., :begin, :] = old[..., :begin, :]
+                self.room[i] = new
+        for room, states in zip(self.room, (key_states, value_states)):
+            room[..., begin:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+
+class GrowingCache(Cache):
+    """transformers' cache of such layers. Decoding here neither crops nor reorders it."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=GrowingLayer)
 
 
 class TorchDecoder:
@@ -46,8 +80,8 @@ class TorchDecoder:
         if checkpoint.is_quantized(folder):
             raise UserError(f"{folder}: quantised by mlx-lm, which only MLX reads; use --backend mlx")
         self.model = build_model(config, checkpoint.read_weights(folder, config), device)
-        self.model.materialize_cache(cache == "materialized")
-        self.device, self.cache = device, cache
+        self.device, self.config, self.requested_cache = device, config, cache
+        self._use("latent" if cache == "auto" else cache)
         # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never grows.
         self.fixed_shapes = device.type == "mps"
         self.tokenizer = checkpoint.read_tokenizer(folder)
@@ -67,10 +101,18 @@ class TorchDecoder:
         else:
             yield from self._decode(prompts, options)
 
+    def _use(self, cache: CacheKind) -> None:
+        self.cache = cache
+        self.model.materialize_cache(cache == "materialized")
+
     def _decode(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
-        if options.kv_bits is not None:
-            raise UserError("--kv-bits quantises the cache in MLX; use --backend mlx, or leave it out")
+        for name in ("kv_bits", "prompt_cache", "save_prompt_cache", "draft_model"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is mlx-lm's; use --backend mlx, or leave it out")
         limits = [check_request(p, options, self.vocab_size, self.n_positions) for p in prompts]
+        if self.requested_cache == "auto":
+            context = max(len(p) + n for p, n in zip(prompts, limits))
+            self._use(choose_cache(self.config, "torch", self.device.type, len(prompts), context))
         meters = [Meter(len(p), lambda: peak_memory_bytes(self.device)) for p in prompts]
         writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
         unfinished = set(range(len(prompts)))
@@ -133,7 +175,7 @@ class TorchDecoder:
             return None
         if self.fixed_shapes:
             return StaticCache(config=self.model.config, max_cache_len=self.n_positions)
-        return DynamicCache()
+        return GrowingCache()
 
     def _choose(
         self,

@@ -25,6 +25,8 @@ def check_request(prompt: Sequence[int], options: GenerationOptions, vocab_size:
             "the tokenizer in the folder does not belong to this model"
         )
     _check_sampling(options, vocab_size)
+    if options.num_draft_tokens < 1:
+        raise UserError(f"--num-draft-tokens must be at least 1, not {options.num_draft_tokens}")
     if options.max_kv_size is not None:
         if not 2 <= options.max_kv_size <= n_positions:
             raise UserError(f"--max-kv-size must be from 2 to n_positions ({n_positions}), not {options.max_kv_size}")
@@ -43,6 +45,15 @@ def check_request(prompt: Sequence[int], options: GenerationOptions, vocab_size:
             f"n_positions={n_positions}; use --max-tokens {room}, or give --max-kv-size {n_positions}"
         )
     return options.max_tokens
+
+
+def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
+    """Refuse a draft model whose token ids mean something else; raises UserError."""
+    if tokenizer.get_vocab() != draft_tokenizer.get_vocab():
+        raise UserError(
+            f"--draft-model {name}: has another vocabulary ({len(draft_tokenizer)} tokens, the model "
+            f"{len(tokenizer)}); a draft model must have the model's own tokenizer"
+        )
 
 
 def fit_context(context: list[int], limit: int) -> list[int]:

@@ -52,7 +52,8 @@ def _main(argv: Sequence[str]) -> int:
         if (hint := blas.hint()) is not None:
             print(hint, file=sys.stderr)
     decoder = get_backend(command.backend, command.device).decoder(folder, command.cache)
-    encoded = [encode(decoder, prompt) for prompt in prompts]
+    # After a cached context an empty prompt adds nothing.
+    encoded = [[] if command.prompt_cache and not p else encode(decoder, p) for p in prompts]
     if len(prompts) == 1:
         _one(command, decoder, encoded[0])
     else:
@@ -66,6 +67,8 @@ def read_prompts(command: GenerateCommand) -> list[str]:
         raise UserError("give either --prompt TEXT or --prompts-file FILE")
     if command.prompt is not None:
         return [sys.stdin.read() if command.prompt == "-" else command.prompt]
+    if command.prompt_cache or command.save_prompt_cache:
+        raise UserError("--prompt-cache and --save-prompt-cache take one --prompt, not --prompts-file")
     path = command.prompts_file
     assert path is not None
     try:
@@ -89,10 +92,10 @@ def _one(command: GenerateCommand, decoder: Decoder, prompt: list[int]) -> None:
         if not command.json:
             print(piece.text, end="", flush=True)
     if command.json:
-        print(json.dumps(_result(command, pieces)))
+        print(json.dumps(_result(command, decoder, pieces)))
         return
     print()
-    print(_figures(command, [pieces]), file=sys.stderr)
+    print(_figures(command, decoder, [pieces]), file=sys.stderr)
 
 
 def _several(command: GenerateCommand, decoder: Decoder, prompts: list[str], encoded: list[list[int]]) -> None:
@@ -101,14 +104,14 @@ def _several(command: GenerateCommand, decoder: Decoder, prompts: list[str], enc
         pieces[i].append(piece)
     for prompt, own in zip(prompts, pieces):
         if command.json:
-            print(json.dumps({"prompt": prompt, **_result(command, own)}))
+            print(json.dumps({"prompt": prompt, **_result(command, decoder, own)}))
         else:
             print(f"=== {prompt}\n{''.join(p.text for p in own)}")
     if not command.json:
-        print(_figures(command, pieces), file=sys.stderr)
+        print(_figures(command, decoder, pieces), file=sys.stderr)
 
 
-def _result(command: GenerateCommand, pieces: list[Piece]) -> dict[str, object]:
+def _result(command: GenerateCommand, decoder: Decoder, pieces: list[Piece]) -> dict[str, object]:
     token_ids = [t for p in pieces for t in p.token_ids]
     return {
         "text": "".join(p.text for p in pieces),
@@ -117,11 +120,11 @@ def _result(command: GenerateCommand, pieces: list[Piece]) -> dict[str, object]:
         "finish_reason": pieces[-1].finish_reason,
         **pieces[-1].figures,
         "backend": command.backend,
-        "cache": command.cache,
+        "cache": decoder.cache,
     }
 
 
-def _figures(command: GenerateCommand, pieces: list[list[Piece]]) -> str:
+def _figures(command: GenerateCommand, decoder: Decoder, pieces: list[list[Piece]]) -> str:
     last = [own[-1].figures for own in pieces]
     tokens = sum(len(p.token_ids) for own in pieces for p in own)
     return (
@@ -130,7 +133,7 @@ def _figures(command: GenerateCommand, pieces: list[list[Piece]]) -> str:
         f"first token {max(f['ttft_ms'] for f in last):,.0f} ms | "
         f"cache {max(f['kv_cache_bytes'] for f in last):,} bytes | "
         f"peak {max(f['peak_memory_bytes'] for f in last) / 2**20:,.1f} MiB | "
-        f"{command.backend}, {command.cache} cache]"
+        f"{command.backend}, {decoder.cache} cache]"
     )
 
 

@@ -14,6 +14,9 @@ so that the cached latents are read as they are:
 
     scores_h = (q_h W_uk,h) . c       output_h = (softmax(scores_h) c) W_uv,h
 
+So do a few queries over many cached latents (the next part of a prompt, the check of a draft), where
+that is cheaper than expanding all of those.
+
 Shape legend, used as suffixes of array names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
     N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
@@ -25,7 +28,12 @@ from typing import Any, Optional, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.base import (
+    BaseModelArgs,
+    create_attention_mask,
+    create_causal_mask,
+    scaled_dot_product_attention,
+)
 
 # (key, value) widths for which Metal's fused decode kernel takes many query heads on one shared key
 # head (MLX 0.32). Elsewhere the heads go in as rows of one matrix, so that unfused attention reads
@@ -33,6 +41,10 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_
 FUSED_SHARED_HEAD = (
     {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)} if mx.metal.is_available() else set()
 )
+
+# The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU (docs/decoding.md);
+# on GPUs the arithmetic that their data sheets give for every byte moved comes to the same order.
+WRITTEN_VALUE = 100
 
 
 @dataclass
@@ -155,7 +167,9 @@ class LatentAttention(nn.Module):
         else:
             if cache is not None:
                 latent, _ = cache.update_and_fetch(latent, mx.zeros((B, 1, L, 0), latent.dtype))
-            w_up = self._absorbable_weights() if L == 1 and cache is not None else None
+            w_up = None
+            if cache is not None and self._absorbing_is_cheaper(L, _length(latent)):
+                w_up = self._absorbable_weights()
             if w_up is not None:
                 out = self._attend_absorbed(q_BHLN, latent, cache, mask, *w_up)
             else:
@@ -180,8 +194,24 @@ class LatentAttention(nn.Module):
             k = mx.concatenate([k, k_rope], axis=-1)
         return k, v
 
+    def _absorbing_is_cheaper(self, L: int, T: int) -> bool:
+        """Whether L queries cost less on T latents as they are than on the keys and values these expand to.
+
+        Counts, for a head, multiply-adds and the values written between two products. Softmax is the same for
+        both, but on a GPU attention over expanded keys is fused and writes no scores.
+        """
+        N, V, P, R = self.qk_nope_head_dim, self.v_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
+        expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
+        absorbed = L * R * (N + V + 2 * WRITTEN_VALUE) + L * T * 2 * (R + P)
+        if mx.default_device() != mx.cpu:
+            absorbed += L * T * WRITTEN_VALUE
+        return L == 1 or absorbed <= expanded
+
     def _absorbable_weights(self) -> Optional[tuple[Any, Any]]:
-        """Functions that apply W_uk^T and W_uv per head, or None where kv_b_proj is wrapped (LoRA)."""
+        """Functions that apply W_uk and W_uv^T of each head to rows (H, rows, N or R).
+
+        None where kv_b_proj is wrapped (LoRA), which has no weight of its own to absorb.
+        """
         proj, H = self.kv_b_proj, self.n_head
         if type(proj) is nn.Linear:
             w_HOR = proj.weight.reshape(H, -1, self.kv_lora_rank)
@@ -204,19 +234,42 @@ class LatentAttention(nn.Module):
     def _attend_absorbed(
         self, q: mx.array, latent: Any, cache: Any, mask: Any, to_latent: Callable, from_latent: Callable
     ) -> mx.array:
-        """One query position against the cached latents (B, 1, T, R + P); returns (B, H, 1, V)."""
-        q_BH1R = to_latent(q[..., : self.qk_nope_head_dim])
+        """Queries (B, H, L, N + P) against the cached latents (B, 1, T, R + P); returns (B, H, L, V)."""
+        B, H, L, _ = q.shape
+        T, R = _length(latent), self.kv_lora_rank
+        # The rows of a batch go through a head's weights together, which are then read once.
+        q_BHLR = _by_head(to_latent, q[..., : self.qk_nope_head_dim])
         if self.qk_rope_head_dim:
-            q_BH1R = mx.concatenate([q_BH1R, q[..., self.qk_nope_head_dim :]], axis=-1)
-        quantized = hasattr(cache, "bits")
-        values = latent if quantized else latent[..., : self.kv_lora_rank]
-        shared_head = not quantized and (latent.shape[-1], self.kv_lora_rank) in FUSED_SHARED_HEAD
-        if not shared_head:
-            q_BH1R = q_BH1R.swapaxes(1, 2)
-        out = scaled_dot_product_attention(q_BH1R, latent, values, cache=cache, scale=self.scale, mask=mask)
-        if not shared_head:
-            out = out.swapaxes(1, 2)
-        return from_latent(out[..., : self.kv_lora_rank])
+            q_BHLR = mx.concatenate([q_BHLR, q[..., self.qk_nope_head_dim :]], axis=-1)
+        if not hasattr(cache, "bits") and (latent.shape[-1], R) in FUSED_SHARED_HEAD and H * L <= 32:
+            out = scaled_dot_product_attention(q_BHLR, latent, latent[..., :R], cache, self.scale, mask)
+        else:
+            # Values as wide as the keys: dropping the RoPE part of the result is cheaper than copying the cache.
+            rows = q_BHLR.reshape(B, 1, H * L, -1)
+            out = scaled_dot_product_attention(rows, latent, latent, cache, self.scale, _repeat_mask(mask, H, L, T))
+        return _by_head(from_latent, out[..., :R].reshape(B, H, L, R))
+
+
+def _by_head(apply: Callable, x_BHLN: mx.array) -> mx.array:
+    """Apply a function of (H, rows, N) to the rows of all sequences, head by head."""
+    B, H, L, _ = x_BHLN.shape
+    out = apply(x_BHLN.swapaxes(0, 1).reshape(H, B * L, -1))
+    return out.reshape(H, B, L, -1).swapaxes(0, 1)
+
+
+def _length(cached: Any) -> int:
+    """Tokens in what a cache returned, quantised or not."""
+    return (cached if isinstance(cached, mx.array) else cached[0]).shape[2]
+
+
+def _repeat_mask(mask: Any, H: int, L: int, T: int) -> Any:
+    """The mask of L queries over T keys for H x L rows, the queries of a head together."""
+    if L == 1 or mask is None:
+        return mask
+    if isinstance(mask, str):  # "causal"
+        mask = create_causal_mask(L, T - L)
+    mask = mask.reshape(-1, 1, L, T)
+    return mx.broadcast_to(mask, (mask.shape[0], H, L, T)).reshape(mask.shape[0], 1, H * L, T)
 
 
 def gelu_new(x: mx.array) -> mx.array:

@@ -7,9 +7,9 @@ This file is self-contained: a copy travels in every model folder (`auto_map` in
 gives the model that `model_mlx.py` gives in MLX, from the same `model.safetensors`.
 
 MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per token instead of keys
-and values per head. Training and prefill expand the latents; a step that decodes one token absorbs the
-up projection into the query and the output, and reads the cached latents as they are. The cache is
-transformers' own: keys hold the latents (and the shared RoPE key), values have width 0.
+and values per head. Training and prefill expand the latents; a step that decodes one token, or a few over many
+cached latents, absorbs the up projection into the query and the output, and reads the latents as they
+are. The cache is transformers' own: keys hold the latents (and the shared RoPE key), values have width 0.
 
 Shape legend, used as suffixes of tensor names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# The cost of writing a value that the next product reads, in multiply-adds (as in model_mlx.py).
+WRITTEN_VALUE = 100
 
 
 class MLAGPT2Config(PretrainedConfig):
@@ -93,8 +96,8 @@ class MLAGPT2Config(PretrainedConfig):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Scaled dot-product attention; causal where there is no mask and more than one query."""
-    # MPS has given silently wrong results for strided inputs (pytorch#163597).
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if q.device.type == "mps":  # it has given silently wrong results for strided inputs (pytorch#163597)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     causal = mask is None and q.shape[-2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
@@ -171,7 +174,8 @@ class LatentAttention(nn.Module):
             if cache is not None:
                 latent, _ = cache.update(latent, latent.new_zeros(B, 1, L, 0), self.layer)
             # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
-            if L == 1 and cache is not None and type(self.kv_b_proj) is nn.Linear:
+            absorb = cache is not None and type(self.kv_b_proj) is nn.Linear
+            if absorb and self._absorbing_is_cheaper(L, latent.shape[2]):
                 out = self._attend_absorbed(q_BHLN, latent, mask)
             else:
                 out = attend(q_BHLN, *self._expand(latent), mask, self.scale)
@@ -187,17 +191,39 @@ class LatentAttention(nn.Module):
             k = torch.cat([k, k_rope.expand(B, self.n_head, T, -1)], dim=-1)
         return k, v
 
+    def _absorbing_is_cheaper(self, L: int, T: int) -> bool:
+        """Whether L queries cost less on T latents as they are than on the keys and values these expand to.
+
+        Counts, for a head, multiply-adds and the values written between two products, and for the fewer queries
+        also the scores, which fused attention over expanded keys does not write.
+        """
+        N, V, P, R = self.qk_nope_head_dim, self.v_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
+        expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
+        absorbed = L * R * (N + V + 2 * WRITTEN_VALUE) + L * T * (2 * (R + P) + WRITTEN_VALUE)
+        return L == 1 or absorbed <= expanded
+
     def _attend_absorbed(self, q: torch.Tensor, latent: torch.Tensor, mask: Any) -> torch.Tensor:
-        """One query position against the cached latents; returns (B, H, 1, V)."""
-        w_HOR = self.kv_b_proj.weight.view(self.n_head, -1, self.kv_lora_rank)
+        """Queries (B, H, L, N + P) against the cached latents (B, 1, T, R + P); returns (B, H, L, V)."""
+        B, H, L, _ = q.shape
+        T, R = latent.shape[2], self.kv_lora_rank
+        w_HOR = self.kv_b_proj.weight.view(H, -1, R)
         w_uk, w_uv = w_HOR.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_BH1R = torch.cat([q_nope @ w_uk, q_rope], dim=-1)
-        # The heads go in as rows of one matrix, so that the latents are read once and not once a head.
-        if mask is None:
-            mask = latent.new_ones(1, 1, 1, 1, dtype=torch.bool)  # not causal: the rows are heads
-        out = attend(q_BH1R.transpose(1, 2), latent, latent[..., : self.kv_lora_rank], mask, self.scale)
-        return out.transpose(1, 2) @ w_uv.transpose(-1, -2)
+        q_BHLR = torch.cat([by_head(q_nope, w_uk), q_rope], dim=-1)
+        # Heads and queries go in as rows of one matrix, so that the latents are read once and not once a head.
+        # Values as wide as the keys: dropping the RoPE part of the result is cheaper than copying the cache.
+        if mask is None:  # by transformers' rule: one query, or no token before the L
+            mask = torch.ones(L, T, dtype=torch.bool, device=q.device).tril()[None, None]
+            mask = mask | (L == 1)
+        mask = mask.expand(-1, H, L, T).reshape(-1, 1, H * L, T)
+        out = attend(q_BHLR.reshape(B, 1, H * L, -1), latent, latent, mask, self.scale)
+        return by_head(out[..., :R].reshape(B, H, L, R), w_uv.transpose(-1, -2))
+
+
+def by_head(x_BHLN: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Each head's rows, of all sequences, times its matrix of w (H, N, R), which is then read once."""
+    B, H, L, _ = x_BHLN.shape
+    return (x_BHLN.transpose(0, 1).reshape(H, B * L, -1) @ w).view(H, B, L, -1).transpose(0, 1)
 
 
 def rotation_of(positions: torch.Tensor, width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

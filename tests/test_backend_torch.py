@@ -195,3 +195,20 @@ def test_a_missing_framework_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "mlx_mla.model_torch", raising=False)
     with pytest.raises((UserError, ImportError), match="torch"):
         get_backend("torch")
+
+
+def test_the_growing_cache_holds_what_transformers_does_and_is_not_copied():
+    from mlx_mla.decode_torch import GrowingCache
+
+    from transformers import DynamicCache
+
+    ours, theirs = GrowingCache(), DynamicCache()
+    for length in (250, 1, 5, 1, 300, 1):
+        states = torch.randn(2, 3, length, 4), torch.randn(2, 3, length, 0)
+        place = ours.layers[0].keys.data_ptr() if ours.layers else None
+        room = 256 * -(-ours.get_seq_length() // 256)
+        for got, expected in zip(ours.update(*states, 0), theirs.update(*states, 0)):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if place and ours.get_seq_length() <= room:
+            assert ours.layers[0].keys.data_ptr() == place

@@ -249,3 +249,51 @@ def test_a_plan_puts_in_what_fits():
     batch = training.largest_batch(config, 32e9)
     totals = [estimate(training.settings("mla-124m", dtype="float32", batch_size=b), True) for b in (batch, 2 * batch)]
     assert totals[0].total_bytes <= 32e9 < totals[1].total_bytes
+
+
+def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, capfd):
+    import decode
+    import mlx.core as mx
+    import subjects
+
+    monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
+    monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
+    argv = ["--quick", "--backends", "mlx", "--models", "gpt2-124m", "mla-124m", "--out", str(tmp_path)]
+    assert decode.main(argv) == 0
+    (path,) = tmp_path.glob("*_decode.json")
+    found = json.loads(path.read_text())["rows"]
+    cells = {(r["batch"], r["context"], r["model"], r["cache"]) for r in found if r["measure"] == "decoding"}
+    kinds = (("gpt2-124m", "materialized"), ("mla-124m", "latent"), ("mla-124m", "materialized"))
+    assert cells == {(b, c, *kind) for b in (1, 3) for c in (16, 48) for kind in kinds}
+    paths = {(r["context"], r["new"], r["path"]) for r in found if r["measure"] == "chunk"}
+    assert paths == {(c, n, p) for c in (16, 48) for n in (2, 8, 32) for p in ("absorbed", "expanded", "chosen")}
+    assert {r["cache"] for r in found if r["measure"] == "overhead"} == {"eager", "compiled"}
+    report = path.with_suffix(".md").read_text()
+    assert "within 5 % of the better cache" in report
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert decode.main([*argv, "--resume"]) == 0
+    assert json.loads(path.read_text())["rows"] == found
+    assert decode.main(argv) == 2
+    assert "add --resume" in capfd.readouterr().err
+
+
+def test_serve_bench_finds_no_errors(tmp_path, capfd):
+    import serve
+
+    argv = ["--presets", "mla-124m-r128", "--layers", "1", "--clients", "3", "--seconds", "1.5", "--max-tokens", "4"]
+    assert serve.main([*argv, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*_serve.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["requests"] == row["same"] >= 3
+    assert row["failed"] == row["different"] == 0
+
+
+def test_trained_bench_measures_quantisation_and_drafts(tiny_run, text_file, tmp_path, capfd):
+    import decode_trained
+
+    argv = ["--models", str(tiny_run), "--text", str(text_file), "--windows", "4", "--draft", str(tiny_run)]
+    assert decode_trained.main([*argv, "--tokens", "8", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*_decode-trained.json")
+    document = json.loads(path.read_text())
+    assert document["quality"][0]["change"] == 0
+    assert all(r["same_text"] for r in document["speed"])

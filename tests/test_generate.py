@@ -193,7 +193,7 @@ def test_bad_input_gets_one_line(folder, tiny_run, tmp_path, capsys):
     assert "--top-p must be between 0 and 1" in no(*prompt, "--top-p", "2")
     assert "--top-k must be from 0 (off) to 256" in no(*prompt, "--top-k", "257")
     assert "--repetition-penalty must be positive" in no(*prompt, "--repetition-penalty", "0")
-    assert "the quantiser takes multiples of 32" in no(*prompt, "--kv-bits", "4")
+    assert "takes multiples of 32; a width of 32 would fit, in groups of 32" in no(*prompt, "--kv-bits", "4")
     assert "--kv-bits needs a cache" in no(*prompt, "--kv-bits", "4", "--cache", "none")
     assert "invalid choice" in no(*prompt, "--cache", "big")
     assert "either --prompt TEXT or --prompts-file" in no(*model)

@@ -1,5 +1,7 @@
 """The PyTorch model: the same folder gives the same logits, and transformers' tools work on it."""
 
+from unittest import mock
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -71,6 +73,21 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(config, batch, len
     model = torch_model(config, random_weights(config, length))
     x = token_ids(config, batch, length)
     np.testing.assert_allclose(logits(model, x, chunks), logits(model, x), atol=TOLERANCE, rtol=1e-4)
+
+
+@given(
+    config=model_configs(),
+    batch=st.integers(1, 3),
+    length=st.integers(2, 90),
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+)
+@settings(max_examples=15)
+def test_absorbed_chunks_give_the_logits_of_the_full_forward(config, batch, length, chunks):
+    model = torch_model(config, random_weights(config, length))
+    x = token_ids(config, batch, length)
+    expected = logits(model, x)
+    with mock.patch.object(model_torch.LatentAttention, "_absorbing_is_cheaper", lambda *_: True):
+        np.testing.assert_allclose(logits(model, x, chunks), expected, atol=TOLERANCE, rtol=1e-4)
 
 
 def test_the_cache_holds_latents_alone(loaded):

@@ -1,0 +1,200 @@
+"""`mlx_lm.server` under many clients: this project's models, and mlx-lm's own GPT-2, each served by stock mlx-lm.
+
+    python bench/serve.py --out bench/results
+
+Every model has random weights and bytes as tokens. Each prompt is asked once alone; then all clients ask for a
+while, each going through all prompts from another one on, and every answer is compared with the one given alone.
+Writes NAME.json and NAME.md, NAME being the machine, the date and "serve".
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from mlx_mla import checkpoint, cli
+from mlx_mla.errors import UserError
+from mlx_mla.presets import preset
+from mlx_mla.tokenizer import ByteEncoder
+from mlx_mla.weights import initial_weights
+
+from machine import machine, report_name
+from safetensors.numpy import save_file
+from subjects import gpt2_shape
+
+PROG = "python bench/serve.py"
+SERVER = "from mlx_mla import blas; blas.load_openblas(); from mlx_lm.server import main; main()"
+THEIRS = "mlx-lm gpt2"
+
+
+@dataclasses.dataclass(kw_only=True)
+class ServeBench:
+    """Measure mlx_lm.server with this project's models against mlx-lm's own GPT-2."""
+
+    presets: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
+    """Models to serve. Of one with multi-head attention, mlx-lm's own GPT-2 with the same weights is served as well."""
+    layers: int = 12
+    """Layers of each."""
+    clients: int = 16
+    """Clients that ask at once, and prompts."""
+    seconds: float = 60.0
+    """How long they ask."""
+    max_tokens: int = 32
+    """Tokens of an answer."""
+    prompt_bytes: int = 400
+    """Length of the longest prompt; the others are from an eighth of it up."""
+    out: Optional[Path] = None
+    """Folder for the report. None: only print."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    s = cli.parse(ServeBench, argv, PROG)
+    if min(s.layers, s.clients, s.max_tokens) < 1 or s.prompt_bytes < 8 or s.seconds <= 0:
+        raise UserError("--layers, --clients, --max-tokens and --seconds must be positive, --prompt-bytes at least 8")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in s.presets:
+            rows += [measure(s, label, model) for label, model in models(Path(folder), name, s.layers)]
+    report = markdown(s, rows)
+    print(report)
+    if s.out is not None:
+        s.out.mkdir(parents=True, exist_ok=True)
+        path = s.out / f"{report_name('serve')}.json"
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(s).items()}
+        path.write_text(json.dumps({"machine": machine(["mlx"]), "settings": settings, "rows": rows}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(f"# mlx_lm.server under {s.clients} clients\n\n{report}\n")
+    return 0
+
+
+def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
+    """Folders of a preset with random weights, and of mlx-lm's `gpt2` with the same for multi-head attention."""
+    config = dataclasses.replace(preset(name).model, vocab_size=257, n_layer=layers).resolved()
+    ours, theirs = work / name, work / "gpt2"
+    ours.mkdir()
+    # Weights of this size make sharp predictions, which do not depend on the last bits of a sum.
+    weights = initial_weights(config, 0, 0.06)
+    checkpoint.write_model(ours, config, weights, ByteEncoder().fast_tokenizer(), "")
+    yield name, ours
+    if config.attention == "mha":
+        shutil.copytree(ours, theirs)
+        (theirs / "config.json").write_text(json.dumps({"model_type": "gpt2", **gpt2_shape(config)}))
+        renamed = {k.replace("transformer.", "model.", 1): w for k, w in weights.items()}
+        save_file(renamed, str(theirs / "model.safetensors"), {"format": "mlx"})
+        yield THEIRS, theirs
+
+
+def measure(s: ServeBench, label: str, folder: Path) -> dict[str, Any]:
+    """Answers, errors and speeds of one model."""
+    text = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz     "
+    lengths = [s.prompt_bytes // 8 + i * (s.prompt_bytes - s.prompt_bytes // 8) // s.clients for i in range(s.clients)]
+    prompts = ["".join(text.choice(letters) for _ in range(n)) for n in lengths]
+    with serving(folder) as port:
+        alone = [ask(port, p, s.max_tokens)[0] for p in prompts]
+        end = time.monotonic() + s.seconds
+
+        def client(number: int) -> list[tuple[str, int, float]]:
+            """Outcome, tokens and seconds of each request."""
+            done: list[tuple[str, int, float]] = []
+            for i in range(number, sys.maxsize):
+                began = time.monotonic()
+                if began >= end:
+                    return done
+                try:
+                    answer, tokens = ask(port, prompts[i % len(prompts)], s.max_tokens)
+                    outcome = "same" if answer == alone[i % len(prompts)] else "different"
+                except (OSError, ValueError, KeyError) as e:
+                    outcome, tokens = f"error: {e}", 0
+                done.append((outcome, tokens, time.monotonic() - began))
+            return done
+
+        began = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(s.clients) as pool:
+            done = [d for own in pool.map(client, range(s.clients)) for d in own]
+        took = time.monotonic() - began
+    row = {
+        "model": label, "requests": len(done), "same": sum(d[0] == "same" for d in done),
+        "different": sum(d[0] == "different" for d in done),
+        "errors": sorted({d[0] for d in done if d[0].startswith("error")}),
+        "failed": sum(d[0].startswith("error") for d in done),
+        "tokens_per_sec": sum(d[1] for d in done) / took, "seconds": took,
+        "median_latency": statistics.median(d[2] for d in done), "worst_latency": max(d[2] for d in done),
+    }  # fmt: skip
+    print(f"{label}: {row['requests']} requests, {row['failed']} errors, {row['different']} different, "
+          f"{row['tokens_per_sec']:.1f} tok/s", flush=True)  # fmt: skip
+    return row
+
+
+def ask(port: int, prompt: str, max_tokens: int) -> tuple[str, int]:
+    """A greedy answer and its tokens."""
+    body = json.dumps({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0.0}).encode()
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        values = json.loads(answer.read())
+    return values["choices"][0]["text"], values["usage"]["completion_tokens"]
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[int]:
+    """A stock server on a free port of this machine alone."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, "--model", str(folder), "--port", str(port), "--trust-remote-code"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                raise RuntimeError(f"mlx_lm.server ended with {process.returncode}")
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            time.sleep(0.25)
+        else:
+            raise RuntimeError("mlx_lm.server did not load the model in 150 s")
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def markdown(s: ServeBench, rows: list[dict[str, Any]]) -> str:
+    lines = [f"- {key}: {value}" for key, value in machine(["mlx"], ("mlx", "mlx-lm")).items()]
+    lines += [
+        f"- {s.layers} layers, random weights, float32; {s.clients} clients for {s.seconds:g} s, prompts of "
+        f"{s.prompt_bytes // 8} to {s.prompt_bytes} tokens, {s.max_tokens} tokens an answer",
+        "",
+        "| model | requests | errors | unlike the answer given alone | tok/s | against mlx-lm's | latency, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    theirs = next((r["tokens_per_sec"] for r in rows if r["model"] == THEIRS), None)
+    for r in rows:
+        ratio = f"{r['tokens_per_sec'] / theirs:.2f}x" if theirs else "-"
+        lines.append(
+            f"| {r['model']} | {r['requests']} | {r['failed']} | {r['different']} | {r['tokens_per_sec']:.1f} | "
+            f"{ratio} | {r['median_latency']:.2f}, worst {r['worst_latency']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""`--cache auto`: latents, or keys and values expanded once, by what a decoding step costs.
+
+A step's costs that differ between the two, for a layer with H heads and B sequences of T tokens in the cache:
+
+    latent        B T H 2 (R + P) multiply + step
+    materialized  B (T H (N + P + V) read + H (N + V) store)
+
+The rates were fitted to steps of the 124M shapes (docs/decoding.md says how well they choose); they hold for a kind
+of device, not for one machine, since only their ratios matter.
+"""
+
+import dataclasses
+from typing import Literal
+
+from mlx_mla.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Nanoseconds on a kind of device."""
+
+    multiply: float
+    """A multiply-add of attention on latents."""
+    read: float
+    """Reading a cached key or value and using it."""
+    store: float
+    """Putting a new key or value into its head's cache, beyond what absorbing the new query costs."""
+    step: float
+    """What a layer with latents takes beyond one without, whatever the batch is; negative where it takes less."""
+
+
+RATES = {
+    ("mlx", "cpu"): Rates(multiply=0.083, read=0.165, store=26, step=-150_000),
+    ("torch", "cpu"): Rates(multiply=0.016, read=0.11, store=5, step=0),
+}
+
+
+def choose_cache(
+    config: ModelConfig, backend: str, device: str, batch: int, context: int
+) -> Literal["latent", "materialized"]:
+    """The cache whose decoding step is cheaper; where nobody has measured the device, the smaller one, latents.
+
+    Args:
+        config: A resolved configuration. Multi-head attention has no choice.
+        backend: mlx or torch.
+        device: The backend's kind of device: cpu; gpu (mlx), cuda or mps (torch).
+        batch: Sequences that are decoded together.
+        context: Tokens that the cache will hold for each, at most.
+    """
+    if config.attention == "mha":
+        return "materialized"
+    rates = RATES.get((backend, device))
+    if rates is None:
+        return "latent"
+    assert config.v_head_dim
+    H, P, V, N = config.n_head, config.qk_rope_head_dim, config.v_head_dim, config.n_embd // config.n_head
+    latent = materialized = 0.0
+    for R in config.latent_ranks:
+        latent += batch * context * H * 2 * (R + P) * rates.multiply + rates.step
+        materialized += batch * (context * H * (N + P + V) * rates.read + H * (N + V) * rates.store)
+    return "latent" if latent <= materialized else "materialized"

@@ -1,0 +1,322 @@
+"""What decoding keeps and how: cache sizes, prompt-cache files, draft models, `--cache auto`, what is not computed."""
+
+import json
+import shutil
+
+from mlx_mla import cache_choice, checkpoint, generate, prompt_cache, train
+from mlx_mla.backend import GenerationOptions, get_backend
+from mlx_mla.backend_mlx import build_model
+from mlx_mla.cache_choice import choose_cache
+from mlx_mla.config import ModelConfig
+from mlx_mla.presets import preset
+from mlx_mla.weights import initial_weights
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, make_prompt_cache, trim_prompt_cache
+from test_generate import objects
+from test_train import refused
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run):
+    return checkpoint.latest(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def quantisable(tmp_path_factory, text_file):
+    """Latents 64 wide; learned positions."""
+    out = tmp_path_factory.mktemp("runs") / "quantisable"
+    shape = ("--n-embd", "64", "--kv-lora-rank", "64", "--qk-rope-head-dim", "0", "--steps", "30")
+    assert train.main([*TINY, *shape, "--data", str(text_file), "--out", str(out)]) == 0
+    return checkpoint.latest(out)
+
+
+def bytes_per_token(model, cache) -> float:
+    """Of one layer, from a real cache that is full."""
+    model(mx.zeros((1, 256), mx.int32), cache=cache)
+    return cache[0].nbytes / 256
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "expected"),
+    [
+        ("gpt2-124m", None, 3072), ("mla-124m", None, 768), ("mla-124m-r128", None, 256),
+        ("mla-124m-r128", 8, 136), ("mla-124m-r128", 4, 72),
+    ],
+)  # fmt: skip
+def test_bytes_per_token_of_context_in_bfloat16(name, bits, expected):
+    shape = preset(name).resolved(257).model.to_dict() | {"n_layer": 1, "kv_lora_ranks": None}
+    config = ModelConfig.from_dict(shape).resolved()
+    model = build_model(config, initial_weights(config, 0))
+    model.set_dtype(mx.bfloat16)
+    cache = make_prompt_cache(model) if bits is None else [QuantizedKVCache(64, bits)]
+    assert bytes_per_token(model, cache) == expected
+
+
+# --- what is not computed ---
+
+
+def test_prompts_have_no_logits_but_the_last_ones():
+    """Logits of this prompt would take 1,000 times the memory that the model works with."""
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=1024, vocab_size=50_000).resolved()
+    model = build_model(config, initial_weights(config, 0))
+    prompt = [1] * 1000
+    whole = len(prompt) * 50_000 * 4
+
+    def peak(action) -> int:
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        action()
+        return mx.get_peak_memory() - before
+
+    assert peak(lambda: mx.eval(model(mx.array([prompt])))) >= whole
+    assert peak(lambda: next(generate_step(mx.array(prompt), model, max_tokens=1))) < whole / 5
+
+    def batch() -> None:
+        generator = BatchGenerator(model)
+        generator.insert([prompt, prompt[:700]], [2, 2])
+        generator.next_generated()
+        generator.close()
+
+    assert peak(batch) < whole / 5
+
+
+def test_a_step_does_not_copy_the_cache():
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, kv_lora_rank=256, n_positions=16_384, vocab_size=8).resolved()
+    model = build_model(config, initial_weights(config, 0))
+    cache = make_prompt_cache(model)
+    steps = generate_step(
+        mx.zeros((16_000,), mx.int32), model, max_tokens=20, prompt_cache=cache, prefill_step_size=256
+    )
+    for _ in range(3):
+        next(steps)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(10):
+        next(steps)
+    assert mx.get_peak_memory() - before < cache[0].nbytes / 4
+
+
+# --- prompt-cache files ---
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path, capfd, bits):
+    argv = ("--model", quantisable, "--temp", "0", *(("--kv-bits", bits) if bits else ()))
+    file = tmp_path / "context.safetensors"
+    (first,) = objects(capfd, *argv, "--prompt", "The st", "--max-tokens", "9", "--save-prompt-cache", file)
+    context = list(b"The st") + first["token_ids"]
+    cache = load_prompt_cache(str(file))
+    assert cache[0].offset == len(context)
+    (whole,) = objects(capfd, *argv, "--prompt", "The st", "--max-tokens", "21")
+    assert whole["token_ids"][:9] == first["token_ids"]
+    (rest,) = objects(capfd, *argv, "--prompt", "", "--prompt-cache", file, "--max-tokens", "12")
+    if bits is None:  # else the last bits of what is quantised depend on how it was read
+        assert rest["token_ids"] == whole["token_ids"][9:]
+    # Text after it, and saved once more.
+    more = tmp_path / "more.safetensors"
+    argv = (*argv, "--max-tokens", "5")
+    (after,) = objects(capfd, *argv, "--prompt", " and", "--prompt-cache", file, "--save-prompt-cache", more)
+    decoder = get_backend("mlx").decoder(quantisable)
+    options = GenerationOptions(temp=0, max_tokens=5, kv_bits=bits)
+    expected = [t for p in decoder.stream(context + list(b" and"), options) for t in p.token_ids]
+    if bits is None:
+        assert after["token_ids"] == expected
+    assert load_prompt_cache(str(more))[0].offset == len(context) + 4 + 5
+
+
+def test_a_text_that_stops_early_is_saved_up_to_there(folder, tmp_path, capfd):
+    argv = ("--model", folder, "--prompt", "The st", "--temp", "0")
+    text = objects(capfd, *argv)[0]["text"]
+    file = tmp_path / "context.safetensors"
+    (stopped,) = objects(capfd, *argv, "--stop", text[8:10], "--save-prompt-cache", file)
+    assert load_prompt_cache(str(file))[0].offset == 6 + stopped["tokens"]
+
+
+def test_prompt_caches_are_as_much_smaller_on_disk_as_in_memory(tmp_path):
+    sizes = {}
+    for name, shape in {"mha": {"attention": "mha"}, "r96": {"kv_lora_rank": 96}, "r32": {"kv_lora_rank": 32}}.items():
+        config = ModelConfig(n_layer=2, n_head=2, n_embd=192, n_positions=512, vocab_size=257, **shape).resolved()
+        decoder = decoder_of(tmp_path / name, config)
+        options = GenerationOptions(temp=0, max_tokens=1, save_prompt_cache=tmp_path / f"{name}.safetensors")
+        list(decoder.stream([1] * 300, options))
+        sizes[name] = options.save_prompt_cache.stat().st_size
+    assert 301 * 2 * 384 * 4 < sizes["mha"] < 301 * 2 * 384 * 4 + 10_000  # 301 tokens, not the 512 there is room for
+    assert sizes["mha"] / sizes["r96"] == pytest.approx(4, rel=0.02)
+    assert sizes["mha"] / sizes["r32"] == pytest.approx(12, rel=0.05)
+
+
+def decoder_of(folder, config):
+    from mlx_mla.tokenizer import ByteEncoder
+
+    folder.mkdir()
+    checkpoint.write_model(folder, config, initial_weights(config, 0, 0.2), ByteEncoder().fast_tokenizer(), "")
+    return get_backend("mlx").decoder(folder)
+
+
+def test_a_loaded_cache_can_be_trimmed(folder, tmp_path, capfd):
+    file = tmp_path / "context.safetensors"
+    argv = ("--model", folder, "--temp", "0", "--max-tokens", "12")
+    (first,) = objects(capfd, *argv, "--prompt", "The st", "--save-prompt-cache", file)
+    cache = load_prompt_cache(str(file))
+    trim_prompt_cache(cache, 12)
+    decoder = get_backend("mlx").decoder(folder)
+    steps = generate_step(mx.array(first["token_ids"][:1]), decoder.model, max_tokens=5, prompt_cache=cache)
+    assert [int(token) for token, _ in steps] == first["token_ids"][1:6]
+
+
+def test_prompt_caches_of_other_models_and_broken_ones_are_refused(folder, quantisable, tmp_path, capsys):
+    file, base = tmp_path / "context.safetensors", ("--prompt", "x", "--max-tokens", "2", "--temp", "0")
+    assert generate.main(["--model", str(folder), *base, "--save-prompt-cache", str(file)]) == 0
+
+    def no(*argv, model=folder):
+        return refused(capsys, "--model", model, *base, *argv, command=generate.main)
+
+    said = no("--prompt-cache", file, model=quantisable)
+    assert "is of another model" in said and "latents 16 wide" in said and "latents 64 wide" in said
+    # The same shape, trained one step further: other weights.
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "SHA256SUMS").unlink()
+    weights = checkpoint.read_weights(folder, checkpoint.read_config(folder))
+    weights = {name: w * np.float32(1.01) for name, w in weights.items()}
+    checkpoint._save_tensors(other / "model.safetensors", weights)
+    assert "is of another model" in no("--prompt-cache", file, model=other)
+    # Truncated anywhere.
+    for size in (0, 5, 500, file.stat().st_size - 1):
+        short = tmp_path / "short.safetensors"
+        short.write_bytes(file.read_bytes()[:size])
+        assert "it may be truncated" in no("--prompt-cache", short)
+    assert "no such file; --save-prompt-cache writes one" in no("--prompt-cache", tmp_path / "none.safetensors")
+    assert "does not say what model" in no("--prompt-cache", folder / "model.safetensors")
+    assert "must end in .safetensors" in no("--save-prompt-cache", tmp_path / "x.bin")
+    assert "is not a folder" in no("--save-prompt-cache", tmp_path / "none" / "x.safetensors")
+    assert "files keep latents" in no("--prompt-cache", file, "--cache", "materialized")
+    assert "need a cache, not --cache none" in no("--save-prompt-cache", file, "--cache", "none")
+    # A context past n_positions, counting what the file holds.
+    full = tmp_path / "full.safetensors"
+    assert generate.main(["--model", str(folder), "--prompt", "x" * 40, "--save-prompt-cache", str(full)]) == 0
+    assert "n_positions=48" in no("--prompt-cache", full)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n")
+    said = refused(
+        capsys, "--model", folder, "--prompts-file", prompts, "--prompt-cache", file, command=generate.main
+    )  # fmt: skip
+    assert "take one --prompt" in said
+
+
+def test_bits_of_a_quantised_file_are_its_own(quantisable, tmp_path, capsys):
+    file = tmp_path / "context.safetensors"
+    base = ("--model", quantisable, "--prompt", "x", "--max-tokens", "2", "--kv-bits")
+    assert generate.main([*map(str, base), "8", "--save-prompt-cache", str(file)]) == 0
+    said = refused(capsys, *base, "4", "--prompt-cache", file, command=generate.main)
+    assert "has 8 bits a value; leave out --kv-bits 4" in said
+
+
+def test_fingerprints_tell_models_apart(folder, quantisable):
+    prints = [prompt_cache.fingerprint(f) for f in (folder, quantisable, folder)]
+    assert prints[0] == prints[2] != prints[1]
+
+
+# --- draft models ---
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory, text_file):
+    """Guesses some tokens right: trained on the same text, and smaller."""
+    out = tmp_path_factory.mktemp("runs") / "draft"
+    shape = ("--n-layer", "1", "--n-embd", "16", "--steps", "30")
+    assert train.main([*TINY, *shape, "--data", str(text_file), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("cache", ["latent", "materialized"])
+def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_path, cache):
+    argv = ("--model", folder, "--prompt", "The st", "--temp", "0", "--cache", cache)
+    (alone,) = objects(capfd, *argv)
+    for guesses in (1, 3, 7):
+        (helped,) = objects(capfd, *argv, "--draft-model", draft, "--num-draft-tokens", guesses)
+        assert helped["token_ids"] == alone["token_ids"]
+        assert 0 <= helped["accepted_draft_tokens"] < helped["tokens"]
+    # A model that guesses for itself is always right.
+    (helped,) = objects(capfd, *argv, "--draft-model", folder)
+    assert helped["token_ids"] == alone["token_ids"]
+    assert helped["accepted_draft_tokens"] >= 30
+    if cache == "latent":
+        file = tmp_path / "context.safetensors"
+        (first,) = objects(capfd, *argv, "--draft-model", draft, "--max-tokens", "11", "--save-prompt-cache", file)
+        argv = ("--model", folder, "--prompt", "", "--temp", "0", "--prompt-cache", file, "--draft-model", draft)
+        (rest,) = objects(capfd, *argv)
+        assert first["token_ids"] + rest["token_ids"] == alone["token_ids"]
+
+
+def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, capsys, shared_data):
+    from mlx_mla.tokenizer import GPT2Encoder
+
+    def no(*argv):
+        return refused(capsys, "--model", folder, "--prompt", "x", *argv, command=generate.main)
+
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint.latest(draft), other)
+    (other / "SHA256SUMS").unlink()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "n_positions": 20}))
+    assert "n_positions=20, and prompt and text together take 48" in no("--draft-model", other)
+    GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(other))
+    assert "has another vocabulary (50257 tokens, the model 257)" in no("--draft-model", other)
+    assert "no such folder" in no("--draft-model", tmp_path / "none")
+    assert "--num-draft-tokens must be at least 1" in no("--draft-model", draft, "--num-draft-tokens", "0")
+    assert "need a cache" in no("--draft-model", draft, "--cache", "none")
+
+
+def test_pytorch_says_what_only_mlx_lm_has(folder, draft, tmp_path, capsys):
+    pytest.importorskip("torch")
+    base = ("--model", folder, "--prompt", "x", "--backend", "torch")
+    for name, value in (("draft-model", draft), ("prompt-cache", "x.safetensors"), ("save-prompt-cache", "x")):
+        assert f"--{name} is mlx-lm's" in refused(capsys, *base, f"--{name}", value, command=generate.main)
+
+
+# --- --cache auto ---
+
+
+def test_the_cost_model_follows_rank_context_batch_and_device():
+    wide, narrow = (preset(name).resolved(257).model for name in ("mla-124m", "mla-124m-r128"))
+    chosen = [choose_cache(wide, "mlx", "cpu", 1, n) for n in (16, 64, 256, 1000, 16_000)]
+    assert chosen == sorted(chosen)  # latent for short contexts, then materialized
+    assert {"latent", "materialized"} == set(chosen)
+    for batch in (1, 16):
+        costs = [choose_cache(narrow, "torch", "cpu", batch, n) for n in (128, 1000, 16_000)]
+        assert costs[-1] == "latent"
+    # Nobody has measured these, so they get the small cache; multi-head attention has nothing to choose.
+    for backend, device in (("mlx", "gpu"), ("torch", "cuda"), ("torch", "mps")):
+        assert choose_cache(wide, backend, device, 1, 1000) == "latent"
+    assert choose_cache(preset("gpt2-124m").resolved(257).model, "mlx", "cpu", 1, 1000) == "materialized"
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_auto_takes_what_costs_less_and_gives_the_same_text(folder, backend, tmp_path, monkeypatch, capfd):
+    if backend == "torch":
+        pytest.importorskip("torch")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The st\nA longer prompt\n")
+    argv = ("--model", folder, "--temp", "0", "--max-tokens", "12", "--backend", backend)
+    expected = objects(capfd, *argv, "--prompts-file", prompts)
+    for cheap in ("latent", "materialized"):
+        rates = cache_choice.Rates(*((0, 1, 1, 0) if cheap == "latent" else (1, 0, 0, 1)))
+        monkeypatch.setitem(cache_choice.RATES, (backend, "cpu"), rates)
+        answers = objects(capfd, *argv, "--prompts-file", prompts, "--cache", "auto", "--device", "cpu")
+        answers += objects(capfd, *argv, "--prompt", "The st", "--cache", "auto", "--device", "cpu")
+        assert {a["cache"] for a in answers} == {cheap}
+        assert [a["text"] for a in answers] == [a["text"] for a in [*expected, expected[0]]]
+
+
+def test_auto_keeps_latents_for_files_and_drafts(folder, draft, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(cache_choice.RATES, ("mlx", "cpu"), cache_choice.Rates(1, 0, 0, 1))
+    argv = ("--model", folder, "--prompt", "x", "--max-tokens", "2", "--device", "cpu", "--cache", "auto")
+    assert objects(capfd, *argv)[0]["cache"] == "materialized"
+    assert objects(capfd, *argv, "--save-prompt-cache", tmp_path / "x.safetensors")[0]["cache"] == "latent"
+    assert objects(capfd, *argv, "--draft-model", draft)[0]["cache"] == "latent"
