@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import mlx_mla._openblas  # noqa: F401  (before mlx, whatever a test imports first)
 from mlx_mla import train
 
 import numpy as np
