@@ -10,12 +10,12 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c const
 # Extra arguments: make train ARGS="--steps 100"
 ARGS ?=
 
-.PHONY: help setup train test test-quick lint format clean
+.PHONY: help setup train test test-all lint format clean
 
 help:
 	@echo "make train      set up, then train the nano preset (minutes); ARGS=\"...\" adds flags"
-	@echo "make test       set up, then run every test (minutes); ARGS=\"...\" goes to pytest"
-	@echo "make test-quick set up, then run the tests that take seconds"
+	@echo "make test       set up, then run the tests, without the slow ones (minutes); ARGS=\"...\" goes to pytest"
+	@echo "make test-all   set up, then run every test, as CI does"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      make $(VENV) and install the project with what tests need"
 
@@ -41,10 +41,10 @@ train: $(VENV)/.core
 	@$(PY) -m mlx_mla.train $(ARGS)
 
 test: $(VENV)/.dev
-	@$(PY) -m pytest -n 2 $(ARGS)
-
-test-quick: $(VENV)/.dev
 	@$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev
+	@$(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .

@@ -122,7 +122,7 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     latent = cache_bytes_per_token(m, 1) / m.n_layer if m.attention == "mla" else 0
     scores = 0 if fused else m.n_head * config.context
     kept = (8.5 * m.n_embd + latent + 2 * key_width + 2 * value_width + 3.75 * m.n_inner + scores) * width * tokens
-    working = (5 * m.n_inner + scores) * width * tokens
+    working = max(5 * m.n_inner + scores, 22 * m.n_embd + 2 * scores) * width * tokens  # MLP, attention
     # Logits, their exponentials and their gradient in float32; in chunks also three sets of the head's gradient.
     head = (16 if half else 12) * m.vocab_size * min(config.loss_chunk or tokens, tokens)
     head += (10 if half else 12) * m.vocab_size * m.n_embd if config.loss_chunk else 0

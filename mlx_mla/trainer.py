@@ -192,7 +192,7 @@ class _Loop:
         """This rank's batches of the next step, and the signal that stops the run before it, if any rank got one."""
         count, size = self.share
         first = (self.done * self.world.size + self.world.rank) * count * size
-        with self._reading():
+        with self._reading(f"the batches of step {self.done + 1}"):
             batches = [self.data.train.rows(first + i * size, size) for i in range(count)]
         orphaned = signal.SIGTERM if self.world.launcher_has_gone() else None
         signals = self.world.gather(caught[0] if caught else orphaned)
@@ -227,7 +227,7 @@ class _Loop:
         every = self.data.val.sequential(self.config.batch_size, max_batches)
         batches = itertools.islice(every, self.world.rank, None, self.world.size)
         while True:
-            with self._reading():
+            with self._reading("the held-out text"):
                 batch = next(batches, None)
             if batch is None:
                 break
@@ -308,13 +308,13 @@ class _Loop:
         return text
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self, what: str) -> Iterator[None]:
         """Data that vanish or prove bad end the run; the message then says how to go on."""
         try:
             yield
         except (OSError, UserError) as e:
             advice = f"; {self._go_on()}" if self.lead else ""  # rank 0 adds its own to another's error
-            raise UserError(f"{e}{advice}") from e
+            raise UserError(f"{what} cannot be read: {e}{advice}") from e
 
     def _go_on(self) -> str:
         newest = checkpoint.latest(self.out)

@@ -169,7 +169,7 @@ def test_a_batch_gives_each_prompt_its_own_text(tiny_run, tmp_path, capfd):
 
 def test_bad_input_gets_one_line(tiny_run, tmp_path, capsys):
     argv = ("--model", tiny_run, "--prompt", "x", "--backend", "torch")
-    assert "--kv-bits quantises the cache in MLX" in refused(capsys, *argv, "--kv-bits", "8", command=generate.main)
+    assert "--kv-bits is mlx-lm's; use --backend mlx" in refused(capsys, *argv, "--kv-bits", "8", command=generate.main)
     if not torch.cuda.is_available():
         said = refused(capsys, *argv, "--device", "cuda", command=generate.main)
         assert "--device cuda: PyTorch has" in said

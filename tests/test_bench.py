@@ -251,6 +251,7 @@ def test_a_plan_puts_in_what_fits():
     assert totals[0].total_bytes <= 32e9 < totals[1].total_bytes
 
 
+@pytest.mark.slow
 def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, capfd):
     import decode
     import mlx.core as mx
@@ -277,6 +278,7 @@ def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, cap
     assert "add --resume" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_serve_bench_finds_no_errors(tmp_path, capfd):
     import serve
 
@@ -288,6 +290,7 @@ def test_serve_bench_finds_no_errors(tmp_path, capfd):
     assert row["failed"] == row["different"] == 0
 
 
+@pytest.mark.slow
 def test_trained_bench_measures_quantisation_and_drafts(tiny_run, text_file, tmp_path, capfd):
     import decode_trained
 

@@ -272,10 +272,10 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(many, prepared, t
     flags = ["--out", str(out), "--tokenizer", "bytes", "--val-fraction", "0.3", *few_shards]
     while True:
         process = subprocess.Popen(python("-m", "mlx_mla.prepare", str(many), *flags), stdout=subprocess.DEVNULL)
-        seen, more = names(out), chance.randint(2, 4)
+        seen, more = names(out), chance.randint(1, 2)
         while process.poll() is None and len(names(out) - seen) < more:
             time.sleep(0.001)
-        time.sleep(chance.random() * 0.05)
+        time.sleep(chance.random() * 0.01)
         process.kill()
         if process.wait() == 0:
             break

@@ -14,6 +14,7 @@ from mlx_mla.token_files import open_folder, open_shard
 import numpy as np
 import pytest
 from conftest import TINY
+from test_resume_is_exact import MEASURED
 from test_train import refused
 
 STEPS = ("--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "3", "--keep", "0")
@@ -43,8 +44,7 @@ def folders(text_file, tmp_path_factory):
 
 
 def metrics(out):
-    measured = ("tokens_per_sec", "peak_memory_bytes")
-    return [{k: v for k, v in row.items() if k not in measured} for row in read_metrics(out / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out / "metrics.jsonl")]
 
 
 def test_all_formats_train_and_resume_alike(folders, tmp_path):
