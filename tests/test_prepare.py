@@ -401,6 +401,7 @@ def test_sources_that_are_not_there(tmp_path, capsys):
         ("a.jsonl.zst", pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9], "a.jsonl.zst: cannot be read"),
         ("a.parquet", b"PAR1 not really", "a.parquet: cannot be read as parquet"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
 )  # fmt: skip
 def test_files_that_cannot_be_read(name, data, message, tmp_path, capsys):
     (tmp_path / name).write_bytes(data)
