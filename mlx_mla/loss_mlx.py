@@ -59,7 +59,7 @@ def head_loss(h_NLD: mx.array, w_VD: mx.array, y_NL: mx.array, chunk: int = 0, g
             that no logits are kept or computed twice (as Liger Kernel's fused linear cross-entropy does,
             arXiv:2410.10989).
     """
-    if not chunk:
+    if not chunk or y_NL.size <= chunk:
         return _cross_entropy(h_NLD, w_VD, y_NL)
     h, y = h_NLD.reshape(-1, h_NLD.shape[-1]), y_NL.reshape(-1)
     pieces = [slice(i, i + chunk) for i in range(0, len(y), chunk)]

@@ -51,7 +51,7 @@ def head_loss(h_BLD: torch.Tensor, w_VD: torch.Tensor, y_N: torch.Tensor, chunk:
             arXiv:2410.10989). 0: all.
     """
     h_ND = h_BLD.flatten(0, 1)
-    if not chunk:
+    if not chunk or len(y_N) <= chunk:
         return F.cross_entropy(F.linear(h_ND, w_VD).float(), y_N, reduction="sum")
     if not torch.is_grad_enabled():
         pieces = zip(h_ND.split(chunk), y_N.split(chunk))
