@@ -162,6 +162,9 @@ def decoding_figure(decoded: list[Row]) -> Any:
     for ax, (backend, batch) in zip(axes.flat, panels):
         rows = [r for r in decoded if (r["backend"], r["batch"]) == (backend, batch)]
         contexts = {r["context"] for r in rows}
+        if not rows:
+            ax.set_axis_off()
+            continue
         if len(contexts) == 1:
             _bars(ax, rows, name)
             ax.set(title=f"{backend}, batch {batch}", xlabel=f"decoding tok/s after {contexts.pop()} tokens")
