@@ -25,15 +25,20 @@ def write_report(document: dict[str, Any], out: Path | None) -> str:
     return text
 
 
-def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
-    rows: list[Row] = document["rows"]
-    lines = ["# MLX and PyTorch side by side", ""]
-    lines += [f"- {key}: {value}" for key, value in document["machine"].items()]
+def machine_lines(document: dict[str, Any]) -> list[str]:
+    """The machine, and what each backend does on it at best, as a list."""
+    lines = [f"- {key}: {value}" for key, value in document["machine"].items()]
     for backend, r in document["rates"].items():
         lines.append(
             f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x 2048 product, "
             f"{r['memory_bytes'] / 1e9:,.1f} GB/s copying or in a matrix-vector product"
         )
+    return lines
+
+
+def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
+    rows: list[Row] = document["rows"]
+    lines = ["# MLX and PyTorch side by side", "", *machine_lines(document)]
     s = document["settings"]
     lines += [f"- {s['dtype']}, median of {s['repetitions']} runs in turns (smallest - largest)"]
     lines += [f"- not timed: {r['backend']} {r['model']}: {r['status']}" for r in rows if r["measure"] == "parity"]

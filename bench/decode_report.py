@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from compare_report import decoding_figure, table
+from compare_report import decoding_figure, machine_lines, table
 
 Row = dict[str, Any]
 
@@ -22,13 +22,7 @@ def write_report(document: dict[str, Any], path: Path | None) -> str:
 
 def markdown(document: dict[str, Any], plot: Path | None) -> str:
     rows: list[Row] = document["rows"]
-    lines = ["# Decoding by kind of cache", ""]
-    lines += [f"- {key}: {value}" for key, value in document["machine"].items()]
-    for backend, r in document["rates"].items():
-        lines.append(
-            f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x 2048 product, "
-            f"{r['memory_bytes'] / 1e9:,.1f} GB/s copying or in a matrix-vector product"
-        )
+    lines = ["# Decoding by kind of cache", "", *machine_lines(document)]
     s = document["settings"]
     lines += [f"- {s['dtype']}, random weights, median of {s['repetitions']} runs in turns (smallest - largest)", ""]
     lines += [f"![decoding]({plot.name})", ""] if plot else []

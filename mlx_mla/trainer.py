@@ -51,7 +51,7 @@ class RunResult:
     """The newest checkpoint."""
     step: int
     val_loss: float | None
-    """Validation loss over the whole held-out text; None if the run was interrupted."""
+    """The last validation loss, over what --final-eval-batches says; None if the run was interrupted."""
     sample: str | None
     """Text generated at the end."""
     signal: int | None
@@ -113,9 +113,8 @@ def train(
     with backend.limited_memory(expected.total_bytes), contextlib.ExitStack() as stack:
         session = backend.train_session(config, weights, optimizer_state, done, taught_by, world)
         trackers = stack.enter_context(tracking(config, out, read_metrics(out / METRICS), console)) if lead else None
-        loop = _Loop(config, out, data, tasks, session, console, start, world, share)
-        loop.trackers, loop.peak_flops, loop.flops_per_token = trackers, peak_flops, expected.train_flops_per_token
-        return loop.run()
+        rates = (expected.train_flops_per_token, peak_flops)
+        return _Loop(config, out, data, tasks, session, console, start, world, share, trackers, rates).run()
 
 
 def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
@@ -129,10 +128,6 @@ def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
 
 
 class _Loop:
-    trackers: Tracking | None = None
-    peak_flops = math.inf
-    flops_per_token = 0
-
     def __init__(
         self,
         config: TrainConfig,
@@ -144,6 +139,8 @@ class _Loop:
         start: ResumePoint | None,
         world: World,
         share: tuple[int, int],
+        trackers: Tracking | None,
+        rates: tuple[int, float],
     ):
         self.config, self.out, self.data, self.session = config, out, data, session
         self.world, self.share, self.lead = world, share, world.rank == 0
@@ -153,6 +150,8 @@ class _Loop:
         self.done = self.saved = 0 if start is None else start.step
         self.val_loss = None if start is None else start.val_loss
         self.display = TrainDisplay(console, self.done, config.steps)
+        self.trackers = trackers
+        self.flops_per_token, self.peak_flops = rates
         # When the run would have begun, had it never stopped.
         so_far = max((row.get("seconds", 0.0) for row in read_metrics(out / METRICS)), default=0.0)
         self._began = time.perf_counter() - so_far
