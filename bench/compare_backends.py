@@ -30,18 +30,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from mlx_mla import checkpoint, cli
+if not __package__:  # started as a file, which puts this folder on the path instead of its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from bench import subjects
+from bench.compare_report import set_rooflines, write_report
+from bench.machine import machine
+from bench.subjects import Subject
+from mlx_mla import checkpoint, cli, files
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import forward_flops_per_token
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
-
-import numpy as np
-import subjects
-from compare_report import set_rooflines, write_report
-from machine import machine
-from subjects import Subject
 
 PROG = "python bench/compare_backends.py"
 PARITY = {"float32": 1e-3, "bfloat16": 0.5}
@@ -158,7 +161,7 @@ class Results:
         set_rooflines(self.document)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
+            files.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,7 +402,7 @@ def _model(name: str, quick: bool, n_positions: int | None = None) -> tuple[Mode
                 f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder it was made from"
             )
         return config, checkpoint.read_weights(folder, config)
-    config = preset(name).resolved(257 if name == "nano" else 50257).model
+    config = preset(name).resolved().model
     if quick:
         rank = None if config.kv_lora_rank is None else max(8, config.kv_lora_rank // 8)
         config = ModelConfig(

@@ -22,25 +22,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
-from convert.calibration import Text, collect_moments
-from convert.latent import Method, Moments, share_ranks
-from convert.to_mla import assemble, factorise
-from mlx_mla import checkpoint, cli, corpus
-from mlx_mla.backend import Teacher, get_backend
-from mlx_mla.config import ModelConfig
-from mlx_mla.decode_torch import build_model
-from mlx_mla.errors import UserError
-from mlx_mla.run_folder import run_config
-from mlx_mla.schedule import learning_rate
-from mlx_mla.shards import TokenWindows
-from mlx_mla.tokenizer import get_encoder
-
 import matplotlib
 import numpy as np
 import torch
-from machine import machine, report_name
 from rich.console import Console
 from torch.nn import functional as F
+
+from bench.machine import machine, report_name
+from convert.calibration import Text, collect_moments
+from convert.latent import Method, Moments, share_ranks
+from convert.to_mla import assemble, factorise
+from mlx_mla import checkpoint, cli, files
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Start, Teacher
+from mlx_mla.backends.torch.load import build_model
+from mlx_mla.config import ModelConfig
+from mlx_mla.data import corpus
+from mlx_mla.data.shards import training_part
+from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.data.windows import TokenWindows
+from mlx_mla.errors import UserError
+from mlx_mla.schedule import learning_rate
+from mlx_mla.training.run_folder import run_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -114,7 +117,7 @@ class Bench:
         self.weights = checkpoint.read_weights(self.folder, self.config)
         encoder = get_encoder(self.run.tokenizer, self.run.bpe_dir)
         tokens = corpus.tokenize(corpus.read_documents(self.run.data), encoder)
-        cut = int(len(tokens) * (1 - self.run.val_fraction))
+        cut = training_part(len(tokens), self.run.val_fraction)
         self.training, held_out = tokens[:cut], tokens[cut:]
         assert self.config.vocab_size
         windows = TokenWindows(held_out, self.run.context, 0, self.config.vocab_size)
@@ -151,7 +154,7 @@ class Bench:
                 converted = self._converted(cell)
                 config, weights = self._healed(cell, *converted) if cell.heal else converted
                 row = {**dataclasses.asdict(cell), **compare(self.window_losses(config, weights), self.base)}
-                checkpoint.write_text(done, json.dumps(row))
+                files.write_text(done, json.dumps(row))
             rows.append(json.loads(done.read_text()))
             print(line(rows[-1]), flush=True)
         return rows
@@ -183,7 +186,7 @@ class Bench:
         if cell.teacher:
             settings = dataclasses.replace(settings, teacher="--model", teacher_weight=1.0, teacher_temperature=1.0)
             teacher = Teacher(self.config, self.weights, len(self.text.tokenizer))
-        session = get_backend("torch", "cpu").train_session(settings, weights, teacher=teacher)
+        session = get_backend("torch", "cpu").train_session(settings, Start(weights), teacher)
         # Another seed than the run's: other windows and another order.
         data = TokenWindows(self.training, self.run.context, self.run.seed + 1, self.config.vocab_size)
         for step in range(steps):
@@ -262,8 +265,8 @@ def _main(argv: Sequence[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         name = str(options.out / report_name("convert"))
         values = {"machine": machine(["torch"]), "mha_perplexity": math.exp(bench.base.mean()), "cells": rows}
-        checkpoint.write_text(Path(name + ".json"), json.dumps(values, indent=1) + "\n")
-        checkpoint.write_text(Path(name + ".md"), page)
+        files.write_text(Path(name + ".json"), json.dumps(values, indent=1) + "\n")
+        files.write_text(Path(name + ".md"), page)
         draw(bench, rows, Path(name + ".png"))
     return 0
 

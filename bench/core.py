@@ -19,21 +19,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from mlx_mla import checkpoint, cli
-from mlx_mla.backend_mlx import MLXTrainSession, build_model
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from bench.machine import machine, report_name
+from mlx_mla import checkpoint, cli, files
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.backends.mlx.decode import WithoutCache
+from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.config import TrainConfig
-from mlx_mla.decode_mlx import WithoutCache
+from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model
 from mlx_mla.presets import PRESETS, preset
-from mlx_mla.tokenizer import ByteEncoder
 from mlx_mla.weights import initial_weights, num_parameters
-
-import mlx.core as mx
-import numpy as np
-from machine import machine, report_name
-from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
 
 PROG = "python bench/core.py"
 CACHES = ("latent", "materialized", "none")
@@ -105,7 +108,7 @@ def training(bench: CoreBench) -> list[dict[str, Any]]:
     tokens = rng.integers(0, 257, (config.batch_size, config.context + 1)).astype(np.int32)
     steps = 2 if bench.quick else 10
     sessions = {
-        name: MLXTrainSession(dataclasses.replace(config, compile=name == "compiled"), weights, None, 0)
+        name: MLXBackend().train_session(dataclasses.replace(config, compile=name == "compiled"), Start(weights))
         for name in ("compiled", "eager")
     }
 
@@ -155,7 +158,7 @@ def saving(bench: CoreBench) -> list[dict[str, Any]]:
     rows = []
     for name in bench.presets:
         config = resolved(name)
-        session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+        session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
         with tempfile.TemporaryDirectory(dir=".") as folder:
             action = partial(save, config, session, Path(folder) / "step-1")
             values = take_turns({"save": action}, bench.repetitions)["save"]
@@ -166,7 +169,7 @@ def saving(bench: CoreBench) -> list[dict[str, Any]]:
 def save(config: TrainConfig, session: MLXTrainSession, target: Path) -> float:
     """Seconds of one save."""
     began = time.perf_counter()
-    with checkpoint.atomic_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
         checkpoint.write_model(folder, config.model, session.weights(), ByteEncoder().fast_tokenizer(), "")
         checkpoint.write_train_state(folder, session.optimizer_state(), {"step": 1})
     return time.perf_counter() - began
@@ -174,7 +177,7 @@ def save(config: TrainConfig, session: MLXTrainSession, target: Path) -> float:
 
 def resolved(name: str) -> TrainConfig:
     """A preset at its tokenizer's size, in float32, which CPUs compute at full speed."""
-    return dataclasses.replace(preset(name).resolved(257 if name == "nano" else 50257), dtype="float32")
+    return dataclasses.replace(preset(name).resolved(), dtype="float32")
 
 
 def markdown(bench: CoreBench, rows: list[dict[str, Any]], facts: dict[str, str]) -> str:

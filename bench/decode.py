@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 from unittest import mock
 
+from bench import subjects
+from bench.compare_backends import Bench, Results, Row
+from bench.decode_report import write_report
+from bench.machine import report_name
+from bench.subjects import Subject
 from mlx_mla import cli
-from mlx_mla.cache_choice import choose_cache
+from mlx_mla.decoding.cache_choice import choose_cache
 from mlx_mla.errors import UserError
-
-import subjects
-from compare_backends import Bench, Results, Row
-from decode_report import write_report
-from machine import report_name
-from subjects import Subject
 
 PROG = "python bench/decode.py"
 CHUNKS = (2, 8, 32)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from compare_report import decoding_figure, machine_lines, table
+from bench.compare_report import decoding_figure, machine_lines, table
 
 Row = dict[str, Any]
 

@@ -17,16 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from mlx_mla import checkpoint, cli, corpus
-from mlx_mla.backend import GenerationOptions
-from mlx_mla.decode_mlx import MLXDecoder, load
-from mlx_mla.errors import UserError
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from machine import machine, report_name
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
+
+from bench.machine import machine, report_name
+from mlx_mla import checkpoint, cli
+from mlx_mla.backends.mlx.decode import MLXDecoder
+from mlx_mla.backends.mlx.load import load
+from mlx_mla.data import corpus
+from mlx_mla.decoding.request import GenerationOptions
+from mlx_mla.errors import UserError
 
 PROG = "python bench/decode_trained.py"
 
@@ -147,7 +149,7 @@ def cache_bytes(model: Any, bits: int | None) -> float:
 
 def drafted(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
     """Tokens per second and accepted guesses, greedy, by number of guessed tokens."""
-    decoder, tokens = MLXDecoder(folder), held_out(s, folder)
+    decoder, tokens = MLXDecoder(mx.default_device(), folder), held_out(s, folder)
     room = decoder.n_positions - s.tokens
     prompts = [tokens[a : a + room // 2].tolist() for a in np.linspace(0, len(tokens) - room, 8).astype(int)]
     rows: list[dict[str, Any]] = []

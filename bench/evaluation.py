@@ -21,24 +21,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from mlx_mla import checkpoint, cli
-from mlx_mla.backend import get_backend
-from mlx_mla.backend_torch import TorchBackend
-from mlx_mla.errors import UserError
-from mlx_mla.evaluator import PreparedTask, context_of, load, metrics, task_names
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.scoring import Request, Scorer, Scores
-from mlx_mla.tasks import TASKS
-from mlx_mla.tasks.base import Context, Measured, Protocol
-from mlx_mla.tasks.hellaswag import HellaSwag
-from mlx_mla.tokenizer import get_encoder
-from mlx_mla.weights import initial_weights
-
 import numpy as np
 import psutil
-import referee
 from lm_eval.models.huggingface import HFLM
-from machine import PACKAGES, machine, report_name
+
+from bench import referee
+from bench.machine import PACKAGES, machine, report_name
+from mlx_mla import checkpoint, cli
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.torch.backend import TorchBackend
+from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
+from mlx_mla.evaluation.scoring import Request, Scorer, Scores
+from mlx_mla.evaluation.tasks import TASKS
+from mlx_mla.evaluation.tasks.base import Context, Definition, Measured
+from mlx_mla.evaluation.tasks.hellaswag import HellaSwag
+from mlx_mla.presets import PRESETS, preset
+from mlx_mla.weights import initial_weights
 
 PROG = "python bench/evaluation.py"
 WARM_UP = 4
@@ -47,11 +47,11 @@ WARM_UP = 4
 class AccuracyAlone(HellaSwag):
     """HellaSwag as lm_eval scores it, so that both do the same work."""
 
-    def requests(self, documents: Sequence[Any], protocol: Protocol, context: Context) -> list[list[Request]]:
+    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
         return [own[:1] for own in super().requests(documents, protocol, context)]
 
     def measure(
-        self, documents: Sequence[Any], protocol: Protocol, context: Context,
+        self, documents: Sequence[Any], protocol: Definition, context: Context,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
         # The original protocol, too, has one form alone, and its accuracy is by summed log-probability as well.
@@ -190,7 +190,7 @@ def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
     config = preset(bench.model)
     if config.tokenizer != "gpt2":
         raise UserError(f"--model {bench.model}: the tasks need a preset with --tokenizer gpt2")
-    model = config.resolved(encoder.size).model
+    model = config.resolved().model
     folder = temporary / bench.model
     folder.mkdir()
     checkpoint.write_model(folder, model, initial_weights(model, 0, 0.02), encoder.fast_tokenizer(), "")

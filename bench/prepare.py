@@ -23,14 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
 
-from mlx_mla import cli, prepare
-from mlx_mla.errors import UserError
-from mlx_mla.sources import Reading, find_sources
-from mlx_mla.tokenizer import GPT2Encoder
-
-from machine import machine, report_name
 from rich.console import Console
 from tyro.conf import Positional
+
+from bench.machine import machine, report_name
+from mlx_mla import cli, prepare
+from mlx_mla.data.documents import Reading, find_sources
+from mlx_mla.data.tokenizer import GPT2Encoder
+from mlx_mla.errors import UserError
 
 PROG = "python bench/prepare.py"
 ALONE, PLAIN, XZ, UNPACK = "tiktoken alone", "prepare, .jsonl", "prepare, .jsonl.xz", "xz alone, one core"

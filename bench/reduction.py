@@ -13,14 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from mlx_mla import cli
-from mlx_mla.backend import BackendName, get_backend
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Start
+from mlx_mla.config import BackendName
 from mlx_mla.errors import UserError
 from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights, num_parameters
 from mlx_mla.world import EngineName, join
-
-import numpy as np
 
 PROG = "python bench/reduction.py"
 
@@ -53,12 +55,12 @@ def _main(argv: Sequence[str]) -> int:
         options = cli.parse(ReductionBench, argv, PROG)
         if world.size == 1:
             raise UserError("start this by mlx.launch -n 2 or torchrun --nproc-per-node 2")
-        config = preset(options.preset).resolved(257 if options.preset == "nano" else 50257)
+        config = preset(options.preset).resolved()
         assert config.model.vocab_size
         weights = initial_weights(config.model, config.seed, config.initializer_range)
         backend = get_backend(options.backend)
-        averaging = backend.train_session(config, weights, world=world)
-        alone = backend.train_session(config, weights)
+        averaging = backend.train_session(config, Start(weights), world=world)
+        alone = backend.train_session(config, Start(weights))
         rng = np.random.default_rng(world.rank)
         ids = rng.integers(0, config.model.vocab_size, (options.batch_size, config.context + 1)).astype(np.int32)
         batches = [(ids[:, :-1], ids[:, 1:])] * options.grad_accum_steps

@@ -25,15 +25,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from safetensors.numpy import save_file
+
+from bench.machine import machine, report_name
+from bench.subjects import gpt2_shape
 from mlx_mla import checkpoint, cli
+from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
 from mlx_mla.presets import preset
-from mlx_mla.tokenizer import ByteEncoder
 from mlx_mla.weights import initial_weights
-
-from machine import machine, report_name
-from safetensors.numpy import save_file
-from subjects import gpt2_shape
 
 PROG = "python bench/serve.py"
 SERVER = "from mlx_mla import blas; blas.load_openblas(); from mlx_lm.server import main; main()"

@@ -5,18 +5,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import mlx_mla._openblas  # noqa: F401  (before mlx)
-from mlx_mla.backend import DType
-from mlx_mla.backend_mlx import MLXBackend, MLXTrainSession, build_model
-from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.weights import initial_weights
-
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.models import gpt2
 from mlx_lm.models.cache import KVCache, make_prompt_cache
-from subjects import Weights, gpt2_shape
+
+from bench.subjects import Weights, gpt2_shape
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.config import DType, ModelConfig, TrainConfig
+from mlx_mla.weights import initial_weights
 
 
 class MLXSubject:
@@ -92,7 +92,7 @@ class MLXSubject:
         return _apart(advance, mx.zeros((1, 1), mx.int32), steps)
 
     def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
-        session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+        session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
 
         def step(x: np.ndarray, y: np.ndarray) -> None:
             session.step(0, 1e-4, [(x, y)])
@@ -155,13 +155,13 @@ def _apart(advance: Callable[[mx.array], mx.array], y: mx.array, steps: int) -> 
 
 def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> MLXSubject:
     """One of this project's models."""
-    MLXBackend(device)
+    mx.set_default_device(MLXBackend(device).device)
     return MLXSubject(model, build_model(config, weights), config, dtype)
 
 
 def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> MLXSubject:
     """mlx-lm's `gpt2` with the weights of our MHA model."""
-    MLXBackend(device)
+    mx.set_default_device(MLXBackend(device).device)
     network = gpt2.Model(gpt2.ModelArgs(model_type="gpt2", **gpt2_shape(config)))
     network.load_weights([(k.replace("transformer.", "model.", 1), mx.array(w)) for k, w in weights.items()])
     return MLXSubject("mlx-lm gpt2", network, config, dtype)

@@ -4,16 +4,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlx_mla.backend import DType
-from mlx_mla.backend_torch import TorchBackend, TorchTrainSession
-from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.decode_torch import GrowingCache, build_model
-from mlx_mla.weights import initial_weights
-
 import numpy as np
 import torch
-from subjects import Weights, gpt2_shape
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from bench.subjects import Weights, gpt2_shape
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.torch.backend import TorchBackend
+from mlx_mla.backends.torch.decode import GrowingCache
+from mlx_mla.backends.torch.load import build_model
+from mlx_mla.backends.torch.session import TorchTrainSession
+from mlx_mla.config import DType, ModelConfig, TrainConfig
+from mlx_mla.weights import initial_weights
 
 
 class TorchSubject:
@@ -95,7 +97,7 @@ class TorchSubject:
             return time.perf_counter() - began
 
     def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
-        session = TorchTrainSession(self.device, config, initial_weights(config.model, 0), None, 0)
+        session = TorchTrainSession(self.device, config, Start(initial_weights(config.model, 0)))
 
         def step(x: np.ndarray, y: np.ndarray) -> None:
             session.step(0, 1e-4, [(x, y)])

@@ -6,12 +6,12 @@ The frameworks are in subject_mlx.py and subject_torch.py, imported only when th
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import BYTES, cache_bytes_per_token
 from mlx_mla.weights import num_parameters, parameter_shapes
-
-import numpy as np
 
 Weights = dict[str, np.ndarray]
 
@@ -74,10 +74,10 @@ def rates(backend: str, dtype: str, device: str) -> tuple[float, float]:
 def _module(backend: str) -> Any:
     try:
         if backend == "mlx":
-            import subject_mlx
+            from bench import subject_mlx
 
             return subject_mlx
-        import subject_torch
+        from bench import subject_torch
 
         return subject_torch
     except ModuleNotFoundError as e:

@@ -5,15 +5,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlx_mla.backend_torch import TorchBackend, TorchTrainSession
-from mlx_mla.config import TrainConfig
-from mlx_mla.decode_torch import build_model
-from mlx_mla.weights import initial_weights
-
 import numpy as np
 import torch
-from subject_torch import reference_network
 from torch.nn import functional as F
+
+from bench.subject_torch import reference_network
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.torch.backend import TorchBackend
+from mlx_mla.backends.torch.load import build_model
+from mlx_mla.config import TrainConfig
+from mlx_mla.weights import initial_weights
 
 Step = Callable[[np.ndarray, np.ndarray], None]
 """Takes one optimiser step on inputs and targets (B, T)."""
@@ -56,7 +57,7 @@ def plain_step(config: TrainConfig) -> Step:
 
 def our_step(config: TrainConfig) -> Step:
     """The step of this project's PyTorch session."""
-    session = TorchTrainSession(_device(config), config, initial_weights(config.model, 0), None, 0)
+    session = TorchBackend(config.device).train_session(config, Start(initial_weights(config.model, 0)))
 
     def step(x: np.ndarray, y: np.ndarray) -> None:
         session.step(0, 1e-4, [(x, y)])

@@ -17,18 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import mlx.core as mx
+import numpy as np
+
+from bench.core import row, take_turns
+from bench.machine import machine, report_name
 from mlx_mla import cli
-from mlx_mla.backend_mlx import MLXBackend, MLXTrainSession
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.config import TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
 from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights
-
-import mlx.core as mx
-import numpy as np
-from core import row, take_turns
-from machine import machine, report_name
 
 PROG = "python bench/training.py"
 GIB = 2**30
@@ -102,7 +103,7 @@ def _main(argv: Sequence[str]) -> int:
 def settings(name: str, **changes: Any) -> TrainConfig:
     """A preset with one pass a step."""
     base = dataclasses.replace(preset(name), tokens_per_step=None, grad_accum_steps=1)
-    return dataclasses.replace(base, **changes).resolved(257 if name == "nano" else 50257)
+    return dataclasses.replace(base, **changes).resolved()
 
 
 def memory(bench: TrainingBench, backend: MLXBackend) -> list[dict[str, Any]]:
@@ -133,7 +134,7 @@ def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate)
     mx.clear_cache()
     before = mx.get_active_memory()
     with backend.limited_memory(before + expected.total_bytes):
-        session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+        session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
         mx.clear_cache()
         state = mx.get_active_memory() - before
         mx.reset_peak_memory()
@@ -151,7 +152,7 @@ def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate)
 
 def speed(bench: TrainingBench) -> list[dict[str, Any]]:
     """Training tokens per second of every session and of the plain loop."""
-    import torch_loop
+    from bench import torch_loop
 
     rng = np.random.default_rng(0)
     rows = []
@@ -177,7 +178,7 @@ def speed(bench: TrainingBench) -> list[dict[str, Any]]:
 
 def mlx_step(config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
     """A function that takes one step of a session in MLX."""
-    session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+    session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
     return lambda x, y: (session.step(0, 1e-4, [(x.astype(np.int32), y.astype(np.int32))]), None)[1]
 
 

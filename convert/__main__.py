@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
-from mlx_mla import checkpoint, cli
-from mlx_mla.errors import UserError
-from mlx_mla.weights import num_parameters
-
 from rich.console import Console
 from tyro.conf import Positional
 
-if TYPE_CHECKING:
-    from convert.to_mla import Calibration
+from mlx_mla import checkpoint, cli, files
+from mlx_mla.errors import UserError
+from mlx_mla.weights import num_parameters
 
+if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from convert.to_mla import Calibration
 
 PROG = "python -m convert"
 
@@ -88,7 +88,7 @@ def _main(argv: Sequence[str]) -> int:
     if padding := config.vocab_size - len(tokenizer):
         print(f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are kept, and never sampled")
     rank = check_rank(config, command.rank, command.rank_budget) if command.to == "mla" else None
-    with checkpoint.atomic_folder(command.out) as folder:
+    with files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
         if command.to == "hf":
             hf.write_gpt2(folder, config, weights, tokenizer)
@@ -113,7 +113,7 @@ def _calibration(
 ) -> "Calibration | None":
     from convert.calibration import Text
     from convert.to_mla import Calibration
-    from mlx_mla.backend_torch import TorchBackend
+    from mlx_mla.backends.torch.backend import TorchBackend
 
     if command.calibration is None:
         return None

@@ -4,17 +4,18 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.latent import Moments
-from mlx_mla.corpus import BUILTIN, read_documents
-from mlx_mla.errors import UserError
-from mlx_mla.model_torch import MLAGPT2LMHeadModel
-
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
+
+from convert.latent import Moments
+from mlx_mla.data.corpus import BUILTIN, read_documents
+from mlx_mla.data.shards import training_part
+from mlx_mla.errors import UserError
+from mlx_mla.model_torch import MLAGPT2LMHeadModel
 
 HELD_OUT = 0.1
 """Share of the text, at its end, that is not calibrated on."""
@@ -49,11 +50,11 @@ class Text:
 
     def calibration(self, max_tokens: int) -> Iterator[np.ndarray]:
         """Batches (B, T + 1) of the first part of the text; windows overlap by the one token that is only a target."""
-        return self._batches(0, int(self._size * (1 - HELD_OUT)), max_tokens)
+        return self._batches(0, training_part(self._size, HELD_OUT), max_tokens)
 
     def held_out(self, max_tokens: int) -> Iterator[np.ndarray]:
         """The same of the last part."""
-        return self._batches(int(self._size * (1 - HELD_OUT)), self._size, max_tokens)
+        return self._batches(training_part(self._size, HELD_OUT), self._size, max_tokens)
 
     def _batches(self, start: int, stop: int, max_tokens: int) -> Iterator[np.ndarray]:
         T = self.context

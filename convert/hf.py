@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.pickles import open_pickle, state_dict
-from convert.source import LazyTensor, Source, Tensors, check_tensors, check_tied, resolved
-from mlx_mla.config import ModelConfig
-from mlx_mla.errors import UserError
-from mlx_mla.weights import parameter_shapes
-
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from convert.foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
+from convert.pickles import open_pickle, state_dict
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = ("attn.bias", "attn.masked_bias")
@@ -30,7 +30,7 @@ ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fa
 """Names of transformers for the two functions we have; the first three are one formula."""
 
 
-def read_gpt2(folder: Path, name: str) -> Source:
+def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     """Read a folder with config.json and safetensors (sharded or not) or pytorch_model.bin.
 
     Raises:
@@ -39,7 +39,7 @@ def read_gpt2(folder: Path, name: str) -> Source:
     where = folder / "config.json"
     values = read_json(where)
     config = _config(values, where)
-    return Source("Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder)
+    return ForeignCheckpoint("Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

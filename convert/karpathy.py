@@ -10,18 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from convert.foreign import (
+    ForeignCheckpoint,
+    LazyTensor,
+    Tensors,
+    check_tensors,
+    check_tied,
+    count_layers,
+    resolved,
+    zeros,
+)
 from convert.pickles import PickledConfig, open_pickle, state_dict
-from convert.source import LazyTensor, Source, Tensors, check_tensors, check_tied, count_layers, resolved, zeros
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
 
-import numpy as np
-
 LATENT_PARTS = ("q_proj", "c_proj", "k_from_c", "v_from_c", "c_proj_out")
 
 
-def read_checkpoint(path: Path, n_head: int | None) -> Source:
+def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
     """Read a `.pt` file of one of the three projects.
 
     Args:
@@ -57,7 +66,7 @@ def read_checkpoint(path: Path, n_head: int | None) -> Source:
     return _multi_head(path, kind, settings, tensors)
 
 
-def _multi_head(path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors) -> Source:
+def _multi_head(path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors) -> ForeignCheckpoint:
     bias = bool(settings.get("bias", True))
     activation = "gelu" if kind == "nanoGPT" else "gelu_new"
     config = _config(path, settings, attention="mha", attention_bias=bias, activation_function=activation)
@@ -65,10 +74,10 @@ def _multi_head(path: Path, kind: str, settings: Mapping[str, Any], tensors: Ten
     check_tensors(path, tensors, {n: s for n, s in shapes.items() if bias or not n.endswith(".bias")})
     # Only the projections that read x may lack a bias in our layout.
     tensors = {n: tensors[n] if n in tensors else zeros(s) for n, s in shapes.items()}
-    return Source(kind, path.name, config, tensors)
+    return ForeignCheckpoint(kind, path.name, config, tensors)
 
 
-def _latent(path: Path, settings: Mapping[str, Any] | None, tensors: Tensors, n_head: int | None) -> Source:
+def _latent(path: Path, settings: Mapping[str, Any] | None, tensors: Tensors, n_head: int | None) -> ForeignCheckpoint:
     down = tensors.get("transformer.h.0.attn.c_proj.weight")
     if down is None or len(down.shape) != 2:
         raise UserError(f"{path}: missing tensor transformer.h.0.attn.c_proj.weight, whose rows are the latent width")
@@ -100,7 +109,7 @@ def _latent(path: Path, settings: Mapping[str, Any] | None, tensors: Tensors, n_
             f"{attn}.c_proj.weight": part["c_proj_out"],
             f"{attn}.c_proj.bias": tensors[f"{attn}.c_proj_out.bias"],
         }
-    return Source("MLA-Transformer", path.name, config, out)
+    return ForeignCheckpoint("MLA-Transformer", path.name, config, out)
 
 
 def _latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

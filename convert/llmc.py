@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from convert.source import LazyTensor, Source, Tensors, resolved
+import numpy as np
+
+from convert.foreign import ForeignCheckpoint, LazyTensor, Tensors, resolved
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
-
-import numpy as np
 
 MAGIC = 20240326
 TOKENS_MAGIC = 20240520
@@ -27,7 +27,7 @@ PER_LAYER = (
 """In the order of the file; each is there for all layers before the next begins."""
 
 
-def read_llmc(path: Path) -> Source:
+def read_llmc(path: Path) -> ForeignCheckpoint:
     """Read a model file; the parameters stay on disk until they are asked for.
 
     Raises:
@@ -59,7 +59,7 @@ def read_llmc(path: Path) -> Source:
     for name in names:
         tensors[name] = LazyTensor(shapes[name], _reader(path, offset, shapes[name], dtype))
         offset += dtype.itemsize * math.prod(shapes[name])
-    return Source("llm.c", path.name, config, tensors)
+    return ForeignCheckpoint("llm.c", path.name, config, tensors)
 
 
 def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:

@@ -6,11 +6,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from convert.source import LazyTensor, Tensors
-from mlx_mla.errors import UserError
-
 import numpy as np
 import torch
+
+from convert.foreign import LazyTensor, Tensors
+from mlx_mla.errors import UserError
 
 WRAPPERS = ("_orig_mod.", "module.")
 """Prefixes by torch.compile and DistributedDataParallel."""

@@ -3,15 +3,15 @@
 import zipfile
 from pathlib import Path
 
-from convert import hf, karpathy, llmc
-from convert.source import Source, check_tensors
-from mlx_mla import checkpoint
-from mlx_mla.errors import UserError
-from mlx_mla.hub import find_model
-
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from convert import hf, karpathy, llmc
+from convert.foreign import ForeignCheckpoint, check_tensors
+from mlx_mla import checkpoint
+from mlx_mla.errors import UserError
+from mlx_mla.hub import find_model
 
 KNOWN = (
     "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT or build-nanogpt, a model .bin of llm.c, "
@@ -20,7 +20,7 @@ KNOWN = (
 SMALL_FILES = ["*.json", "*.txt"]
 
 
-def open_source(name: str, revision: str | None = None, n_head: int | None = None) -> Source:
+def open_source(name: str, revision: str | None = None, n_head: int | None = None) -> ForeignCheckpoint:
     """Open a checkpoint of any kind that is known here; nothing in it is executed.
 
     Args:
@@ -45,7 +45,7 @@ def open_source(name: str, revision: str | None = None, n_head: int | None = Non
     return source
 
 
-def _open_folder(path: Path, name: str) -> Source:
+def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
     if (path / "checkpoints").is_dir():
         return _own(find_model(str(path)), name)
     if not (path / "config.json").is_file():
@@ -55,16 +55,16 @@ def _open_folder(path: Path, name: str) -> Source:
     return hf.read_gpt2(path, name)
 
 
-def _own(folder: Path, name: str) -> Source:
+def _own(folder: Path, name: str) -> ForeignCheckpoint:
     config = checkpoint.read_config(folder)
     if checkpoint.is_quantized(folder):
         raise UserError(f"{folder}: quantised by mlx-lm; convert the model it was made from")
     tensors = hf.open_safetensors(folder / checkpoint.WEIGHTS)
     check_tensors(folder / checkpoint.WEIGHTS, tensors, checkpoint.parameter_shapes(config))
-    return Source("mlx_mla", name, config, tensors, folder)
+    return ForeignCheckpoint("mlx_mla", name, config, tensors, folder)
 
 
-def _open_file(path: Path, n_head: int | None) -> Source:
+def _open_file(path: Path, n_head: int | None) -> ForeignCheckpoint:
     try:
         with path.open("rb") as f:
             start = f.read(4)

@@ -3,17 +3,17 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from convert.calibration import Text, collect_moments, perplexity
-from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, kept_energy, share_ranks, to_latent
-from convert.report import Report
-from mlx_mla.config import ModelConfig
-from mlx_mla.decode_torch import build_model
-from mlx_mla.errors import UserError
-from mlx_mla.estimate import cache_bytes_per_token
-
 import numpy as np
 import torch
 from rich.console import Console
+
+from convert.calibration import Text, collect_moments, perplexity
+from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, kept_energy, share_ranks, to_latent
+from convert.report import Report
+from mlx_mla.backends.torch.load import build_model
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.estimate import cache_bytes_per_token
 
 Weights = dict[str, np.ndarray]
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from convert.source import Source
-from mlx_mla import checkpoint
-from mlx_mla.errors import UserError
-from mlx_mla.tokenizer import get_encoder
-
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
+from convert.foreign import ForeignCheckpoint
+from mlx_mla import checkpoint
+from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.errors import UserError
 
-def find_tokenizer(source: Source, choice: str | None, bpe_dir: Path | None) -> PreTrainedTokenizerFast:
+
+def find_tokenizer(source: ForeignCheckpoint, choice: str | None, bpe_dir: Path | None) -> PreTrainedTokenizerFast:
     """A tokenizer with no more ids than the model has rows.
 
     Args:
@@ -48,7 +48,7 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
     )
 
 
-def _fitting(tokenizer: PreTrainedTokenizerFast, source: Source, which: str) -> PreTrainedTokenizerFast:
+def _fitting(tokenizer: PreTrainedTokenizerFast, source: ForeignCheckpoint, which: str) -> PreTrainedTokenizerFast:
     rows = source.config.vocab_size
     assert rows
     if len(tokenizer) > rows:

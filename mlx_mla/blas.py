@@ -74,5 +74,13 @@ def hint() -> str | None:
     if not sys.platform.startswith("linux") or os.environ.get("MLX_MLA_BLAS") == "off" or _loaded:
         return None
     if "mlx.core" in sys.modules and ctypes.util.find_library("openblas"):
-        return "MLX was imported before OpenBLAS; import mlx_mla.backend_mlx first, or set LD_PRELOAD=libopenblas.so.0"
+        return "MLX was imported before OpenBLAS; import mlx_mla.backends.mlx first, or set LD_PRELOAD=libopenblas.so.0"
     return HINT
+
+
+def in_use() -> str:
+    """What multiplies matrices for MLX on the CPU."""
+    if not sys.platform.startswith("linux"):
+        return "Accelerate"
+    name = load_openblas()
+    return f"OpenBLAS ({name})" if name else "the reference BLAS of the wheel (slow)"

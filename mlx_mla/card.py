@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mlx_mla.config import TrainConfig
-from mlx_mla.corpus import BUILTIN
+from mlx_mla.data.corpus import BUILTIN
 from mlx_mla.estimate import cache_bytes_per_token
 from mlx_mla.weights import num_parameters
 

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mlx_mla.errors import UserError
-
 import tyro
+
+from mlx_mla.errors import UserError
 
 T = TypeVar("T")
 

@@ -6,9 +6,17 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Optional
 
+from tyro.conf import OmitArgPrefixes
+
 from mlx_mla.errors import UserError
 
-from tyro.conf import OmitArgPrefixes
+BackendName = Literal["mlx", "torch"]
+DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
+DType = Literal["float32", "bfloat16"]
+TokenizerName = Literal["bytes", "gpt2"]
+
+TOKENIZER_IDS: dict[TokenizerName, int] = {"bytes": 257, "gpt2": 50257}
+"""Token ids of each tokenizer: the 256 bytes, or GPT-2's byte pairs, and <|endoftext|>."""
 
 MLA_ONLY = ("kv_lora_rank", "kv_lora_ranks", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "latent_norm")
 """Fields of the model that mean nothing to multi-head attention."""
@@ -177,7 +185,7 @@ class TrainConfig:
     build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with Python."""
     val_fraction: float = 0.1
     """Share of the text, at its end, that is held out for validation. Not used where a folder has validation shards."""
-    tokenizer: Literal["bytes", "gpt2"] = "bytes"
+    tokenizer: TokenizerName = "bytes"
     """"bytes" (256 bytes and <|endoftext|>) or "gpt2" (GPT-2's byte-pair encoding, 50257 ids)."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them once."""
@@ -229,7 +237,7 @@ class TrainConfig:
     """Largest global norm of the gradient. 0: no clipping."""
     initializer_range: float = 0.02
     """Standard deviation of the first weights; residual projections get 1/sqrt(2 n_layer) of it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on CPUs."""
     checkpoint_every: int = 0
     """Gradient checkpointing: keep the activations between groups of so many blocks only, and compute the others again
@@ -265,9 +273,9 @@ class TrainConfig:
     """Steps between samples, which are also kept in samples.jsonl. 0: only at the end."""
     track: str = ""
     """Where else to show the metrics, separated by commas: tensorboard, wandb, trackio. Empty: nowhere."""
-    backend: Literal["mlx", "torch"] = "mlx"
+    backend: BackendName = "mlx"
     """Framework that does the computing; a run begun in one can be resumed in the other."""
-    device: Literal["auto", "cpu", "gpu", "mps", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
     model: OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
 
@@ -287,7 +295,7 @@ class TrainConfig:
         """Tokens of one optimiser step of a resolved configuration."""
         return self.batch_size * self.passes_per_step * self.context
 
-    def resolved(self, tokenizer_size: int) -> "TrainConfig":
+    def resolved(self) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""
         for name in ("steps", "batch_size", "tokens_per_step", "grad_accum_steps", "log_every", "eval_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -318,7 +326,7 @@ class TrainConfig:
         decay = self._only_with("decay_fraction", 0.2, "lr_schedule", "wsd")
         if decay is not None and not 0 <= decay <= 1:
             raise UserError(f"--decay-fraction must be from 0 to 1, not {decay}")
-        model = self.model.resolved(tokenizer_size)
+        model = self.model.resolved(TOKENIZER_IDS[self.tokenizer])
         if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
             raise UserError(f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not {self.seq_len}")
         resolved = dataclasses.replace(

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from mlx_mla.backend import is_hidden_matrix
 from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.weights import num_parameters, parameter_shapes
+from mlx_mla.weights import is_hidden_matrix, num_parameters, parameter_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -61,6 +60,45 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
         cache_bytes_per_token=cache_bytes_per_token(m, 2),
         mha_cache_bytes_per_token=2 * m.n_layer * m.n_embd * 2,
     )
+
+
+def report(config: TrainConfig) -> str:
+    """What a training configuration costs, for people: what `train --dry-run` prints."""
+    config = config.resolved()
+    # Metal and CUDA keep no score matrix; the CPU does.
+    unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
+    m = config.model
+    tokens = config.steps * config.step_tokens
+    ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
+    rows = {
+        "model": f"{config.preset}: {m.attention_text}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
+        f"context {m.n_positions}, vocabulary {m.vocab_size}",
+        "parameters": f"{unfused.parameters:,}",
+        "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, {unfused.train_flops_per_token:,} training",
+        "training": f"{config.steps:,} steps x {config.step_tokens:,} tokens = {tokens:,} tokens, "
+        f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
+        "memory, CPU": _memory(unfused),
+        "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",
+        "cache per token": f"{unfused.cache_bytes_per_token:,} bytes in 16 bits, "
+        f"{ratio:.3g}x smaller than MHA's {unfused.mha_cache_bytes_per_token:,}",
+    }
+    return "\n".join(f"{name:<21}{value}" for name, value in rows.items()) + "\ndry run: nothing was trained"
+
+
+def _memory(e: Estimate) -> str:
+    return (
+        f"{_size(e.total_bytes)}: weights {_size(e.weights_bytes)}, gradients {_size(e.gradient_bytes)}, "
+        f"AdamW {_size(e.optimizer_bytes)}, activations {_size(e.activation_bytes)}"
+    )
+
+
+def _size(n: int) -> str:
+    value, unit = float(n), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str | None:

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from mlx_mla import blas, cli, eval_report
-from mlx_mla.backend import get_backend
-from mlx_mla.errors import UserError
-from mlx_mla.evaluator import PreparedTask, check_tokenizer, context_of, load, metrics, speed, task_names
-from mlx_mla.item_store import ItemStore
-from mlx_mla.scoring import Scorer
-from mlx_mla.tasks import TASKS, Measured, Task
-from mlx_mla.tasks.wikitext2 import WINDOW
-
 from rich.console import Console
 from rich.progress import Progress
+
+from mlx_mla import blas, cli
+from mlx_mla.backends import get_backend
+from mlx_mla.config import BackendName, DeviceName, DType
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation import report
+from mlx_mla.evaluation.item_store import ItemStore
+from mlx_mla.evaluation.runner import PreparedTask, check_tokenizer, context_of, load, metrics, speed, task_names
+from mlx_mla.evaluation.scoring import Scorer
+from mlx_mla.evaluation.tasks import TASKS, Measured, Task
+from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 
 PROG = "python -m mlx_mla.evaluate"
 SPEED = "speed"
@@ -48,11 +50,11 @@ class EvaluateCommand:
     """Tokens of a WikiText window; another than 1024 gives perplexities that others' cannot be compared with."""
     batch_size: int = 32
     """Most rows scored at once. Lower it if memory runs out."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     """Type of weights and computation; log-probabilities are float32."""
-    backend: Literal["mlx", "torch"] = "mlx"
+    backend: BackendName = "mlx"
     """Framework that does the computing."""
-    device: Literal["auto", "cpu", "gpu", "mps", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
     out: Optional[Path] = None
     """File for the results. None: only print."""
@@ -94,10 +96,10 @@ def _main(argv: Sequence[str]) -> int:
                 else:
                     evaluation.add(TASKS[task], documents[task], scorer)
                 if command.out is not None:
-                    eval_report.write(evaluation.document, command.out)
+                    report.write(evaluation.document, command.out)
     finally:  # what was finished is shown, whatever ended the run
         if any(row["tasks"] for row in evaluation.document["models"]):
-            print(eval_report.tables(evaluation.document), flush=True)
+            print(report.tables(evaluation.document), flush=True)
     return 0
 
 
@@ -167,9 +169,7 @@ class Evaluation:
             self._note(f"a random sample of {command.limit} items a task (seed {command.seed})")
         first = self.document["models"][0]["model"]
         if first != row["model"]:
-            pairs = eval_report.compare_models(
-                first, row["model"], task.name, self.measured[first, task.name], measured
-            )
+            pairs = report.compare_models(first, row["model"], task.name, self.measured[first, task.name], measured)
             self.document["comparisons"] += pairs
 
     def add_speed(self, figures: dict[str, dict[str, float]]) -> None:

@@ -5,10 +5,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Optional
 
 from mlx_mla import blas, cli
-from mlx_mla.backend import Decoder, GenerationOptions, Piece, get_backend
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Decoder, Piece
+from mlx_mla.config import BackendName, DeviceName
+from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
 
 PROG = "python -m mlx_mla.generate"
@@ -29,9 +32,9 @@ class GenerateCommand(GenerationOptions):
     """File with one prompt a line, all generated together as one batch."""
     json: bool = False
     """Print one JSON object for each prompt instead, with the text and the figures."""
-    backend: Literal["mlx", "torch"] = "mlx"
+    backend: BackendName = "mlx"
     """Framework that does the computing."""
-    device: Literal["auto", "cpu", "gpu", "mps", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
 
 

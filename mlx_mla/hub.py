@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from mlx_mla import checkpoint
-from mlx_mla.errors import UserError
-
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from mlx_mla import checkpoint
+from mlx_mla.errors import UserError
 
 FILES = ["*.json", "*.safetensors", "SHA256SUMS"]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -10,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from mlx_mla import cli
-from mlx_mla.errors import UserError
-from mlx_mla.presets import read_toml
-
 import tyro
 
+from mlx_mla import cli
+from mlx_mla.errors import UserError
+from mlx_mla.metrics import METRICS, read_metrics
+from mlx_mla.presets import read_toml
+
 PROG = "python -m mlx_mla.plot"
-METRICS, CONFIG = "metrics.jsonl", "config.toml"
+CONFIG = "config.toml"
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -118,28 +118,6 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
         settings = read_toml(folder / CONFIG) if (folder / CONFIG).is_file() else {"run": name}
         runs.append(RunMetrics(name, {k: v for k, v in settings.items() if k != "seed"}, train, val))
     return runs
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; an unfinished last line (a killed run) is left out.
-
-    Raises:
-        UserError: For a line that is no JSON object with a step, naming it.
-    """
-    rows = []
-    if path.is_file():
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-            if line.endswith(b"\n"):
-                try:
-                    row = json.loads(line)
-                except ValueError:  # no JSON, or no UTF-8
-                    row = None
-                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                    raise UserError(
-                        f"{path}, line {number}: damaged, it is no JSON object with a step; remove the line"
-                    )
-                rows.append(row)
-    return rows
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:

@@ -11,20 +11,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
-
-from mlx_mla import cli
-from mlx_mla.checkpoint import write_text
-from mlx_mla.config import flag
-from mlx_mla.display import PrepareDisplay
-from mlx_mla.errors import UserError
-from mlx_mla.sources import Block, Reading, Source, find_sources
-from mlx_mla.token_files import MANIFEST, SUFFIXES, Format, open_shard, read_manifest, write_shard
-from mlx_mla.tokenizer import TextEncoder, get_encoder
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from rich.console import Console
 from tyro.conf import Positional
+
+from mlx_mla import cli
+from mlx_mla.config import TokenizerName, flag
+from mlx_mla.data.documents import Block, Reading, Source, find_sources
+from mlx_mla.data.shards import MANIFEST, SUFFIXES, Format, open_shard, read_manifest, write_shard
+from mlx_mla.data.tokenizer import TextEncoder, get_encoder
+from mlx_mla.display import PrepareDisplay
+from mlx_mla.errors import UserError
+from mlx_mla.files import write_text
 
 PROG = "python -m mlx_mla.prepare"
 
@@ -46,7 +46,7 @@ class PrepareCommand:
     dataset of the Hugging Face hub with its config, such as HuggingFaceFW/fineweb-edu:sample-10BT."""
     out: Path
     """Folder for the shards."""
-    tokenizer: Literal["bytes", "gpt2"] = "gpt2"
+    tokenizer: TokenizerName = "gpt2"
     """"gpt2" (GPT-2's byte-pair encoding, 50257 ids) or "bytes" (256 bytes and <|endoftext|>)."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them once."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_mla.config import ModelConfig, TrainConfig, nearest
-from mlx_mla.errors import UserError
-
 import tomli_w
+
+from mlx_mla.config import TOKENIZER_IDS, ModelConfig, TrainConfig, nearest
+from mlx_mla.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,7 @@ _MLA_124M: dict[str, Any] = {
     "eval_batches": 40,
     "final_eval_batches": 640,
     "save_every": 250,
-    "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257},
+    "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": TOKENIZER_IDS["gpt2"]},
 }
 
 

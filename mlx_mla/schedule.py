@@ -17,3 +17,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+
+
+def muon_rate(config: TrainConfig, rate: float) -> float:
+    """Muon's learning rate where AdamW's is `rate`: both follow one schedule."""
+    assert config.muon_learning_rate
+    return rate * config.muon_learning_rate / config.learning_rate

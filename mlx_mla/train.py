@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from mlx_mla import blas, cli
+from rich.console import Console
+
+from mlx_mla import blas, cli, estimate
 from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import Estimate, estimate
 from mlx_mla.presets import overlay, preset, read_toml
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
-from rich.console import Console
-
 if TYPE_CHECKING:
-    from mlx_mla.trainer import RunResult
+    from mlx_mla.training.loop import RunResult
 
 PROG = "python -m mlx_mla.train"
 
@@ -70,7 +69,7 @@ def _follow(world: World) -> int:
     """Train as rank 0 says, without a word and without touching the run folder."""
     if world.first(None) is None:
         return 0
-    from mlx_mla.trainer import train
+    from mlx_mla.training.loop import train
 
     quiet = Console(quiet=True)
     return _exit_code(train(TrainConfig(), Path(), console=quiet, world=world))
@@ -81,7 +80,7 @@ def _run(argv: Sequence[str], world: World) -> int:
     config = TrainConfig(**{f.name: getattr(command, f.name) for f in dataclasses.fields(TrainConfig)})
     if command.dry_run:
         world.first(None)
-        print(dry_run(config))
+        print(estimate.report(config))
         return 0
     if world.engine is None and command.distributed_backend != "auto":
         raise UserError("--distributed-backend goes with a launcher, mlx.launch or torchrun; see docs/distributed.md")
@@ -91,7 +90,7 @@ def _run(argv: Sequence[str], world: World) -> int:
             "(give its own options, then --), torchrun with torch"
         )
 
-    from mlx_mla.trainer import train  # imports the framework, which --help and mistakes need not wait for
+    from mlx_mla.training.loop import train  # imports the framework, which --help and mistakes need not wait for
 
     console = Console(stderr=False)
     if config.backend == "mlx":
@@ -105,7 +104,7 @@ def _run(argv: Sequence[str], world: World) -> int:
     out = command.out if command.out is not None else _free_folder(config.preset)
     from_step = command.from_step
     if command.auto_resume and command.resume:
-        from mlx_mla.recovery import find_restart
+        from mlx_mla.training.recovery import find_restart
 
         restart = find_restart(out)
         for note in restart.notes:
@@ -132,8 +131,8 @@ def _run(argv: Sequence[str], world: World) -> int:
 
 
 def _find_rate(config: TrainConfig, out: Path | None) -> int:
-    from mlx_mla import lr_find
-    from mlx_mla.trainer import find_learning_rate
+    from mlx_mla.training import lr_find
+    from mlx_mla.training.loop import find_learning_rate
 
     if out is not None:
         try:
@@ -170,7 +169,7 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     file = read_toml(known.config) if known.config else {}
     asked_preset = known.preset or file.get("preset")
     if known.auto_resume:
-        from mlx_mla.run_folder import CONFIG
+        from mlx_mla.training.run_folder import CONFIG
 
         if known.out is None:
             raise UserError("--auto-resume needs --out RUN, the folder to start a run in or to go on with")
@@ -178,7 +177,7 @@ def parse(argv: Sequence[str]) -> TrainCommand:
             raise UserError("--auto-resume decides on --resume by itself; leave that out")
         known.resume = (known.out / CONFIG).is_file()
     if known.resume:
-        from mlx_mla.run_folder import run_config
+        from mlx_mla.training.run_folder import run_config
 
         if known.out is None:
             raise UserError("--resume needs --out RUN, the folder of the run to go on with")
@@ -216,46 +215,6 @@ def parse(argv: Sequence[str]) -> TrainCommand:
         if value is not None and Path(value).exists():
             setattr(command, name, str(Path(value).resolve()))
     return command
-
-
-def dry_run(config: TrainConfig) -> str:
-    """The report of --dry-run."""
-    sizes = {"bytes": 257, "gpt2": 50257}
-    config = config.resolved(sizes[config.tokenizer])
-    # Metal and CUDA keep no score matrix; the CPU does.
-    unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
-    m = config.model
-    tokens = config.steps * config.step_tokens
-    ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
-    rows = {
-        "model": f"{config.preset}: {m.attention_text}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
-        f"context {m.n_positions}, vocabulary {m.vocab_size}",
-        "parameters": f"{unfused.parameters:,}",
-        "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, {unfused.train_flops_per_token:,} training",
-        "training": f"{config.steps:,} steps x {config.step_tokens:,} tokens = {tokens:,} tokens, "
-        f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
-        "memory, CPU": _memory(unfused),
-        "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",
-        "cache per token": f"{unfused.cache_bytes_per_token:,} bytes in 16 bits, "
-        f"{ratio:.3g}x smaller than MHA's {unfused.mha_cache_bytes_per_token:,}",
-    }
-    return "\n".join(f"{name:<21}{value}" for name, value in rows.items()) + "\ndry run: nothing was trained"
-
-
-def _memory(e: Estimate) -> str:
-    return (
-        f"{_size(e.total_bytes)}: weights {_size(e.weights_bytes)}, gradients {_size(e.gradient_bytes)}, "
-        f"AdamW {_size(e.optimizer_bytes)}, activations {_size(e.activation_bytes)}"
-    )
-
-
-def _size(n: int) -> str:
-    value, unit = float(n), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def _free_folder(name: str) -> Path:

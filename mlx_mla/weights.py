@@ -2,9 +2,9 @@
 
 import zlib
 
-from mlx_mla.config import ModelConfig
-
 import numpy as np
+
+from mlx_mla.config import ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -55,6 +55,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{block}.mlp.c_proj", c.n_inner, c.n_embd, True)
     norm("transformer.ln_f", c.n_embd)
     return shapes
+
+
+def is_hidden_matrix(name: str, ndim: int) -> bool:
+    """Whether a parameter is a matrix of a block, which --optimizer muon orthogonalises: not an embedding."""
+    return ndim == 2 and ".h." in name
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -1,6 +1,6 @@
 """The processes ("ranks") that train one model together: who is there, and what they agree on.
 
-Gradients travel by the framework's engine (distributed_mlx.py, distributed_torch.py). What the trainer needs beside
+Gradients travel by the framework's engine (`ranks.py` of a backend). What the trainer needs beside
 them is one primitive, `World.gather`; errors ride on it, so that a mistake on any rank ends all of them alike.
 """
 
@@ -10,20 +10,43 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from mlx_mla.cli import EXIT_USER
 from mlx_mla.errors import UserError
-
-import numpy as np
 
 EngineName = Literal["auto", "ring", "jaccl", "mpi", "nccl", "gloo"]
 LOST = 1
 """Exit code of a rank that has lost another: starting all of them again may well succeed."""
 BLOCK = 512  # bytes of a fact that need no second message
+
+
+class GradientAverage(Protocol):
+    """Makes the gradients of one step the mean over all ranks."""
+
+    def last_pass(self) -> AbstractContextManager[None]:
+        """Around the step's last backward pass, in which an engine may begin to send."""
+        ...
+
+    def mean(self, gradients: Any) -> Any:
+        """The framework's gradients, summed over the step's passes, as means over the ranks."""
+        ...
+
+
+class Alone:
+    """The average over one rank."""
+
+    def last_pass(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def mean(self, gradients: Any) -> Any:
+        return gradients
 
 
 class Engine(Protocol):
@@ -38,6 +61,14 @@ class Engine(Protocol):
 
     def broadcast(self, tensor: np.ndarray) -> np.ndarray:
         """Rank 0's tensor; the others give one of the same shape and type."""
+        ...
+
+    def gradient_average(self, parameters: Iterable[Any]) -> "GradientAverage":
+        """Averages the gradients of a model over the ranks.
+
+        Args:
+            parameters: The framework's own, in the same order on every rank.
+        """
         ...
 
     def is_loss(self, error: BaseException) -> bool:
@@ -61,7 +92,7 @@ class World:
     """
 
     def __init__(self, engine: Engine | None = None):
-        self.engine: Any = engine
+        self.engine = engine
         self.rank, self.size = (0, 1) if engine is None else (engine.rank, engine.size)
         self.advice: Callable[[], str] | None = None
         """What rank 0 adds to an error of another rank, once it has checkpoints to go on from."""
@@ -73,9 +104,9 @@ class World:
         Raises:
             UserError: The same on every rank, if any of them came here with an error.
         """
-        if self.size == 1:
+        if self.engine is None:
             return [fact]
-        messages = [json.loads(text) for text in self._gather_texts(json.dumps([error, fact]))]
+        messages = [json.loads(text) for text in _gather_texts(self.engine, json.dumps([error, fact]))]
         errors = {rank: text for rank, (text, _) in enumerate(messages) if text is not None}
         if errors:
             rank, text = min(errors.items())
@@ -89,11 +120,16 @@ class World:
 
     def broadcast(self, tensors: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """Rank 0's tensors by name; the other ranks give None."""
-        if self.size == 1:
+        if self.engine is None:
             return dict(tensors or {})
         own = tensors or {}
         listed = self.first([[name, list(t.shape), str(t.dtype)] for name, t in own.items()])
-        return {n: self.engine.broadcast(own[n] if n in own else np.zeros(shape, dt)) for n, shape, dt in listed}
+        send = self.engine.broadcast
+        return {n: send(own[n] if n in own else np.zeros(shape, dt)) for n, shape, dt in listed}
+
+    def gradient_average(self, parameters: Iterable[Any]) -> GradientAverage:
+        """See `Engine.gradient_average`."""
+        return Alone() if self.engine is None else self.engine.gradient_average(parameters)
 
     def launcher_has_gone(self) -> bool:
         """Whether the process that started this rank has ended, which no signal tells; then nobody reads its output."""
@@ -104,16 +140,6 @@ class World:
             os.dup2(null, stream)
         os.close(null)
         return True
-
-    def _gather_texts(self, text: str) -> list[str]:
-        content = np.frombuffer(text.encode(), np.uint8)
-        size = np.array([len(content)], "<u4").view(np.uint8)
-        start = self.engine.all_gather(_padded(np.concatenate([size, content[: BLOCK - 4]]), BLOCK))
-        lengths = [int(row[:4].view("<u4")[0]) for row in np.ascontiguousarray(start)]
-        whole = start[:, 4:]
-        if (more := max(lengths) - (BLOCK - 4)) > 0:
-            whole = np.concatenate([whole, self.engine.all_gather(_padded(content[BLOCK - 4 :], more))], axis=1)
-        return [row[:n].tobytes().decode() for row, n in zip(whole, lengths, strict=True)]
 
     def __enter__(self) -> "World":
         return self
@@ -143,6 +169,17 @@ class World:
 
 
 SOLO = World()
+
+
+def _gather_texts(engine: Engine, text: str) -> list[str]:
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = np.array([len(content)], "<u4").view(np.uint8)
+    start = engine.all_gather(_padded(np.concatenate([size, content[: BLOCK - 4]]), BLOCK))
+    lengths = [int(row[:4].view("<u4")[0]) for row in np.ascontiguousarray(start)]
+    whole = start[:, 4:]
+    if (more := max(lengths) - (BLOCK - 4)) > 0:
+        whole = np.concatenate([whole, engine.all_gather(_padded(content[BLOCK - 4 :], more))], axis=1)
+    return [row[:n].tobytes().decode() for row, n in zip(whole, lengths, strict=True)]
 
 
 def _padded(block: np.ndarray, size: int) -> np.ndarray:
@@ -180,11 +217,11 @@ def join(argv: Sequence[str]) -> World:
     name = early.parse_known_args(list(argv))[0].distributed_backend
     engine: Engine
     if launcher == "torch":
-        from mlx_mla.distributed_torch import TorchEngine
+        from mlx_mla.backends.torch.ranks import TorchEngine
 
         engine = TorchEngine(name)
     else:
-        from mlx_mla.distributed_mlx import MLXEngine
+        from mlx_mla.backends.mlx.ranks import MLXEngine
 
         engine = MLXEngine(name)
     return World(engine)
@@ -199,8 +236,16 @@ def same_everywhere(world: World, fact: str, what: str) -> None:
         raise UserError(f"{ranks} {what} than rank 0; all ranks need the same")
 
 
-def passes(world_size: int, batch_size: int, grad_accum_steps: int) -> tuple[int, int]:
-    """How one rank works off its share of a step: (passes, sequences in each).
+class Share(NamedTuple):
+    """A rank's part of an optimiser step."""
+
+    passes: int
+    sequences: int
+    """In each pass."""
+
+
+def share_of(world_size: int, batch_size: int, grad_accum_steps: int) -> Share:
+    """How one rank works off its part of a step.
 
     A step is batch_size x grad_accum_steps sequences in all. A rank's share is cut into the fewest equal passes of at
     most batch_size sequences.
@@ -218,4 +263,4 @@ def passes(world_size: int, batch_size: int, grad_accum_steps: int) -> tuple[int
         )
     share = total // world_size
     count = next(n for n in range(-(-share // batch_size), share + 1) if share % n == 0)
-    return count, share // count
+    return Share(count, share // count)

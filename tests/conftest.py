@@ -7,12 +7,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import mlx_mla._openblas  # noqa: F401  (before mlx, whatever a test imports first)
-from mlx_mla import train
-
 import numpy as np
 import pytest
 from hypothesis import settings
+
+import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports first)
+from mlx_mla import train
 
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("default")
@@ -37,7 +37,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """About 20 KB of English."""
-    from mlx_mla.corpus import read_documents
+    from mlx_mla.data.corpus import read_documents
 
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n".join(read_documents("builtin"))[:20_000], encoding="utf-8")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlx_mla import checkpoint
 from mlx_mla.config import ModelConfig
-from mlx_mla.tokenizer import GPT2Encoder
+from mlx_mla.data.tokenizer import GPT2Encoder
 from mlx_mla.weights import initial_weights
 
 

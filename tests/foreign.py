@@ -3,14 +3,14 @@
 import sys
 from pathlib import Path
 
-from mlx_mla import checkpoint
-from mlx_mla.decode_torch import build_model
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from mlx_mla import checkpoint
+from mlx_mla.backends.torch.load import build_model
 
 torch.set_num_threads(1)  # threads only wait for each other in models as small as these
 

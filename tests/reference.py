@@ -1,8 +1,8 @@
 """The model once more, in numpy and float64, written from the formulas for clarity alone."""
 
-from mlx_mla.config import ModelConfig
-
 import numpy as np
+
+from mlx_mla.config import ModelConfig
 
 
 def layer_norm(x, weights, name, eps):

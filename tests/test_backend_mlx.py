@@ -2,19 +2,20 @@
 
 import dataclasses
 
-from mlx_mla.backend import get_backend
-from mlx_mla.backend_mlx import MLXTrainSession
-from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.errors import UserError
-from mlx_mla.weights import initial_weights
-
 import mlx.core as mx
 import numpy as np
 import pytest
 import reference
 
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx.session import MLXTrainSession
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import initial_weights
+
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, qk_rope_head_dim=4)
-BASE = TrainConfig(batch_size=4, learning_rate=1e-2, compile=False, model=MODEL).resolved(60)
+BASE = TrainConfig(batch_size=4, learning_rate=1e-2, compile=False, model=MODEL).resolved()
 
 
 def batch(step: int, size: int = 4):
@@ -26,7 +27,7 @@ def session(**changes) -> MLXTrainSession:
     model = changes.pop("model", {})
     config = dataclasses.replace(BASE, **changes)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-    return get_backend("mlx").train_session(config, initial_weights(config.model, 0, 0.1))
+    return get_backend("mlx").train_session(config, Start(initial_weights(config.model, 0, 0.1)))
 
 
 def largest_difference(a: MLXTrainSession, b: MLXTrainSession) -> float:
@@ -50,7 +51,7 @@ def test_step_is_torchs_adamw(clip):
     """Same gradients into torch.optim.AdamW: the same weights, over several steps."""
     torch = pytest.importorskip("torch")
     config = dataclasses.replace(BASE, grad_clip=clip)
-    s = get_backend("mlx").train_session(config, initial_weights(config.model, 0, 0.1))
+    s = get_backend("mlx").train_session(config, Start(initial_weights(config.model, 0, 0.1)))
     params = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in s.weights().items()}
     decayed = [p for p in params.values() if p.ndim >= 2]
     others = [p for p in params.values() if p.ndim < 2]
@@ -126,7 +127,7 @@ def test_state_saved_and_loaded_goes_on_identically():
     a = session()
     for step in range(3):
         a.step(step, 1e-2, [batch(step)])
-    b = get_backend("mlx").train_session(BASE, a.weights(), a.optimizer_state(), 3)
+    b = get_backend("mlx").train_session(BASE, Start(a.weights(), 3, a.optimizer_state()))
     for step in range(3, 6):
         assert a.step(step, 1e-2, [batch(step)]) == b.step(step, 1e-2, [batch(step)])
     assert largest_difference(a, b) == 0
@@ -137,7 +138,7 @@ def test_foreign_optimizer_state_is_refused():
     state = a.optimizer_state()
     state["exp_avg.transformer.wte.weight"] = state["exp_avg.transformer.wte.weight"][:-1]
     with pytest.raises(UserError, match="does not fit the model at transformer"):
-        get_backend("mlx").train_session(BASE, a.weights(), state, 1)
+        get_backend("mlx").train_session(BASE, Start(a.weights(), 1, state))
 
 
 def test_an_absent_gpu_is_refused():

@@ -8,31 +8,33 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mlx_mla import checkpoint, generate, train  # noqa: E402
-from mlx_mla.backend import GenerationOptions, get_backend  # noqa: E402
-from mlx_mla.corpus import read_documents, tokenize  # noqa: E402
-from mlx_mla.errors import UserError  # noqa: E402
-from mlx_mla.plot import read_metrics  # noqa: E402
-from mlx_mla.presets import preset  # noqa: E402
-from mlx_mla.schedule import learning_rate  # noqa: E402
-from mlx_mla.shards import TokenWindows  # noqa: E402
-from mlx_mla.tokenizer import ByteEncoder  # noqa: E402
-from mlx_mla.weights import initial_weights  # noqa: E402
-
 import numpy as np  # noqa: E402
 from conftest import TINY  # noqa: E402
 from test_backend_mlx import BASE, batch  # noqa: E402
 from test_generate import objects  # noqa: E402
 from test_train import refused  # noqa: E402
 
+from mlx_mla import checkpoint, generate, train  # noqa: E402
+from mlx_mla.backends import get_backend  # noqa: E402
+from mlx_mla.backends.contract import Start  # noqa: E402
+from mlx_mla.data.corpus import read_documents, tokenize  # noqa: E402
+from mlx_mla.data.tokenizer import ByteEncoder  # noqa: E402
+from mlx_mla.data.windows import TokenWindows  # noqa: E402
+from mlx_mla.decoding.request import GenerationOptions  # noqa: E402
+from mlx_mla.errors import UserError  # noqa: E402
+from mlx_mla.metrics import read_metrics  # noqa: E402
+from mlx_mla.presets import preset  # noqa: E402
+from mlx_mla.schedule import learning_rate  # noqa: E402
+from mlx_mla.weights import initial_weights  # noqa: E402
+
 
 def sessions(config):
     weights = initial_weights(config.model, config.seed, config.initializer_range)
-    return [get_backend(name).train_session(config, weights) for name in ("mlx", "torch")]
+    return [get_backend(name).train_session(config, Start(weights)) for name in ("mlx", "torch")]
 
 
 def test_loss_curves_agree_over_50_steps_of_nano():
-    config = dataclasses.replace(preset("nano").resolved(257), compile=False)
+    config = dataclasses.replace(preset("nano").resolved(), compile=False)
     tokens = tokenize(read_documents("builtin"), ByteEncoder())
     data = TokenWindows(tokens, config.context, config.seed, 257)
     mlx, torch_ = sessions(config)
@@ -91,7 +93,7 @@ def test_resuming_is_bit_identical(tmp_path, text_file):
 
 def test_bfloat16_learns_with_float32_weights():
     config = dataclasses.replace(BASE, dtype="bfloat16")
-    session = get_backend("torch").train_session(config, initial_weights(config.model, 0, 0.1))
+    session = get_backend("torch").train_session(config, Start(initial_weights(config.model, 0, 0.1)))
     losses = [session.step(step, 1e-2, [batch(0)]).loss for step in range(15)]
     assert losses[-1] < losses[0] - 0.5
     assert {w.dtype for w in session.weights().values()} == {np.dtype(np.float32)}
@@ -190,17 +192,16 @@ def test_a_missing_framework_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "mlx_mla.backend_torch", raising=False)
-    monkeypatch.delitem(sys.modules, "mlx_mla.decode_torch", raising=False)
-    monkeypatch.delitem(sys.modules, "mlx_mla.model_torch", raising=False)
-    with pytest.raises((UserError, ImportError), match="torch"):
+    for name in [n for n in sys.modules if n.startswith("mlx_mla.backends.torch") or n == "mlx_mla.model_torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match="--backend torch: torch is not installed; pip install torch"):
         get_backend("torch")
 
 
 def test_the_growing_cache_holds_what_transformers_does_and_is_not_copied():
-    from mlx_mla.decode_torch import GrowingCache
-
     from transformers import DynamicCache
+
+    from mlx_mla.backends.torch.decode import GrowingCache
 
     ours, theirs = GrowingCache(), DynamicCache()
     for length in (250, 1, 5, 1, 300, 1):

@@ -16,7 +16,7 @@ NARROW = [
 
 @pytest.fixture(scope="module")
 def compare():
-    import compare_backends
+    from bench import compare_backends
 
     return compare_backends
 
@@ -83,7 +83,7 @@ def test_resuming_keeps_rows_and_measures_the_missing(compare, report, capfd):
 
 @pytest.mark.slow
 def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, monkeypatch, capfd):
-    import subjects
+    from bench import subjects
 
     real = subjects.load
 
@@ -103,7 +103,7 @@ def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, 
 
 @pytest.mark.slow
 def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monkeypatch, capfd):
-    import subject_torch
+    from bench import subject_torch
 
     def full(self, ids):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -137,7 +137,7 @@ def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
 
 @pytest.mark.slow
 def test_core_bench_runs(capfd, tmp_path):
-    import core
+    from bench import core
 
     assert core.main(["--quick", "--out", str(tmp_path)]) == 0
     said = capfd.readouterr().out
@@ -149,8 +149,9 @@ def test_core_bench_runs(capfd, tmp_path):
 @pytest.mark.slow
 def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
-    import evaluation
     from eval_models import write
+
+    from bench import evaluation
 
     folder = write(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
     argv = ["--data-dir", str(shared_data), "--model", str(folder), "--limit", "12", "--out", str(tmp_path / "out")]
@@ -168,8 +169,9 @@ def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
 
 def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
-    import evaluation
     from test_train import refused
+
+    from bench import evaluation
 
     def no(*argv):
         return refused(capsys, "--data-dir", shared_data, *argv, command=evaluation.main)
@@ -181,9 +183,8 @@ def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capfd):
+    from bench import convert_mla
     from mlx_mla import train
-
-    import convert_mla
 
     run = tmp_path / "run"
     argv = ["--attention", "mha", "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--n-positions", "32"]
@@ -210,7 +211,7 @@ def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capf
 
 @pytest.mark.slow
 def test_prepare_is_timed_against_tiktoken_and_weighed(shared_data, tmp_path, capsys):
-    import prepare as bench
+    from bench import prepare as bench
 
     src = shared_data / "corpus/debian_sqlite_doc"
     argv = [str(src), "--bpe-dir", str(shared_data / "gpt2_bpe"), "--megabytes", "0.2", "--repetitions", "1"]
@@ -227,7 +228,7 @@ def test_prepare_is_timed_against_tiktoken_and_weighed(shared_data, tmp_path, ca
 
 @pytest.mark.slow
 def test_training_measures_memory_speed_and_plans(tmp_path, capsys):
-    import training
+    from bench import training
 
     assert training.main(["--quick", "--repetitions", "1", "--out", str(tmp_path)]) == 0
     rows = json.loads(next(tmp_path.glob("*_training.json")).read_text())["rows"]
@@ -241,9 +242,8 @@ def test_training_measures_memory_speed_and_plans(tmp_path, capsys):
 
 
 def test_a_plan_puts_in_what_fits():
+    from bench import training
     from mlx_mla.estimate import estimate
-
-    import training
 
     config = training.settings("mla-124m", dtype="float32", seq_len=1024)
     batch = training.largest_batch(config, 32e9)
@@ -253,9 +253,9 @@ def test_a_plan_puts_in_what_fits():
 
 @pytest.mark.slow
 def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, capfd):
-    import decode
     import mlx.core as mx
-    import subjects
+
+    from bench import decode, subjects
 
     monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
     monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
@@ -280,7 +280,7 @@ def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, cap
 
 @pytest.mark.slow
 def test_serve_bench_finds_no_errors(tmp_path, capfd):
-    import serve
+    from bench import serve
 
     argv = ["--presets", "mla-124m-r128", "--layers", "1", "--clients", "3", "--seconds", "1.5", "--max-tokens", "4"]
     assert serve.main([*argv, "--out", str(tmp_path)]) == 0
@@ -292,7 +292,7 @@ def test_serve_bench_finds_no_errors(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_trained_bench_measures_quantisation_and_drafts(tiny_run, text_file, tmp_path, capfd):
-    import decode_trained
+    from bench import decode_trained
 
     argv = ["--models", str(tiny_run), "--text", str(text_file), "--windows", "4", "--draft", str(tiny_run)]
     assert decode_trained.main([*argv, "--tokens", "8", "--out", str(tmp_path)]) == 0

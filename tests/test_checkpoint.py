@@ -4,36 +4,36 @@ import json
 import shutil
 import subprocess
 
-from mlx_mla import checkpoint
-from mlx_mla.config import ModelConfig
-from mlx_mla.errors import UserError
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_mla import checkpoint, files
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
 
-def files(folder) -> dict[str, bytes]:
+
+def contents(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "step-1"
-    with checkpoint.atomic_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
-    assert set(files(target)) == {"a", "SHA256SUMS"}
+    assert set(contents(target)) == {"a", "SHA256SUMS"}
 
-    with pytest.raises(RuntimeError), checkpoint.atomic_folder(target) as folder:
+    with pytest.raises(RuntimeError), files.atomic_folder(target) as folder:
         (folder / "a").write_text("2")
         raise RuntimeError("killed in the middle")
-    assert files(target)["a"] == b"1"
+    assert contents(target)["a"] == b"1"
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
-    with checkpoint.atomic_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
         (folder / "b").write_text("3")
-    assert set(files(target)) == {"b", "SHA256SUMS"}
+    assert set(contents(target)) == {"b", "SHA256SUMS"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
@@ -42,7 +42,7 @@ def test_sums_are_what_sha256sum_reads(tiny_run):
     folder = checkpoint.latest(tiny_run)
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": OK") == len(files(folder)) - 2  # all but itself and the README
+    assert done.stdout.count(": OK") == len(contents(folder)) - 2  # all but itself and the README
 
 
 @given(data=st.data())
@@ -76,9 +76,9 @@ def test_weights_come_back_bit_for_bit(tiny_run):
     assert len(state) == 2 * len(weights)
     assert info["step"] == 40
 
-    from mlx_mla.tokenizer import ByteEncoder
+    from mlx_mla.data.tokenizer import ByteEncoder
 
-    with checkpoint.atomic_folder(folder.parent / "copy") as copy:
+    with files.atomic_folder(folder.parent / "copy") as copy:
         checkpoint.write_model(copy, config, weights, ByteEncoder().fast_tokenizer(), "card")
     again = checkpoint.read_weights(folder.parent / "copy", config)
     shutil.rmtree(folder.parent / "copy")

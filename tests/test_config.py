@@ -2,18 +2,18 @@
 
 import dataclasses
 
-from mlx_mla import config as c
-from mlx_mla import presets
-from mlx_mla.errors import UserError
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_mla import config as c
+from mlx_mla import presets
+from mlx_mla.errors import UserError
+
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_survive_a_round_trip_through_toml(name, tmp_path):
-    config = presets.preset(name).resolved(257 if name == "nano" else 50257)
+    config = presets.preset(name).resolved()
     path = tmp_path / "config.toml"
     path.write_text(presets.to_toml(config))
     assert presets.overlay(c.TrainConfig(), presets.read_toml(path), "x") == config
@@ -40,7 +40,7 @@ def test_none_is_resolved_from_the_other_fields():
 def test_every_comparison_is_one_flag_apart():
     nano = presets.preset("mla-124m").model
     mha = dataclasses.replace(c.ModelConfig(), attention="mha").resolved(50257)
-    assert mha == presets.preset("gpt2-124m").resolved(50257).model
+    assert mha == presets.preset("gpt2-124m").resolved().model
     assert dataclasses.replace(mha, attention="mla", attention_bias=False, kv_lora_rank=384, v_head_dim=64) == (
         nano.resolved(50257)
     )
@@ -87,7 +87,7 @@ def test_impossible_models_are_refused(values, message):
 )
 def test_impossible_training_is_refused(values, message):
     with pytest.raises(UserError, match=message):
-        c.TrainConfig(**values).resolved(257)
+        c.TrainConfig(**values).resolved()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from convert import __main__ as convert  # noqa: E402
-
 import foreign  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import python  # noqa: E402
@@ -22,6 +20,8 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from test_train import refused as _refused  # noqa: E402
+
+from convert import __main__ as convert  # noqa: E402
 
 
 @pytest.fixture

@@ -8,18 +8,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from convert import __main__ as convert  # noqa: E402
-from convert import latent  # noqa: E402
-from convert.calibration import Text, collect_moments, perplexity  # noqa: E402
-from mlx_mla import checkpoint, generate  # noqa: E402
-from mlx_mla.decode_torch import build_model  # noqa: E402
-from mlx_mla.tokenizer import ByteEncoder  # noqa: E402
-
 import foreign  # noqa: E402
 import numpy as np  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from rich.console import Console  # noqa: E402
+
+from convert import __main__ as convert  # noqa: E402
+from convert import latent  # noqa: E402
+from convert.calibration import Text, collect_moments, perplexity  # noqa: E402
+from mlx_mla import checkpoint, generate  # noqa: E402
+from mlx_mla.backends.torch.load import build_model  # noqa: E402
+from mlx_mla.data.tokenizer import ByteEncoder  # noqa: E402
 
 METHODS = ("balanced", "whitened", "svd")
 CPU = torch.device("cpu")

@@ -12,11 +12,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from convert import __main__ as convert  # noqa: E402
-from mlx_mla.backend import GenerationOptions, get_backend  # noqa: E402
-
 import foreign  # noqa: E402
 from conftest import python  # noqa: E402
+
+from convert import __main__ as convert  # noqa: E402
+from mlx_mla.backends import get_backend  # noqa: E402
+from mlx_mla.decoding.request import GenerationOptions  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -6,15 +6,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from convert import __main__ as convert  # noqa: E402
-from mlx_mla import checkpoint, generate  # noqa: E402
-
 import foreign  # noqa: E402
 import huggingface_hub.constants  # noqa: E402
 import numpy as np  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from transformers import GPT2LMHeadModel  # noqa: E402
+
+from convert import __main__ as convert  # noqa: E402
+from mlx_mla import checkpoint, generate  # noqa: E402
 
 BYTES = ("--tokenizer", "bytes")
 
@@ -231,7 +231,7 @@ def test_gpt2s_vocabulary_and_padding(shared_data, tmp_path, capfd):
 
 
 def test_the_sources_own_tokenizer_is_taken(shared_data, tmp_path):
-    from mlx_mla.tokenizer import GPT2Encoder
+    from mlx_mla.data.tokenizer import GPT2Encoder
 
     model = foreign.gpt2(n_layer=1, n_embd=8, vocab_size=50257)
     encoder = GPT2Encoder(shared_data / "gpt2_bpe")

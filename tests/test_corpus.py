@@ -1,11 +1,11 @@
 """Reading training text."""
 
-from mlx_mla.corpus import fingerprint, read_documents, tokenize
-from mlx_mla.errors import UserError
-from mlx_mla.tokenizer import ByteEncoder
-
 import numpy as np
 import pytest
+
+from mlx_mla.data.corpus import fingerprint, read_documents, tokenize
+from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.errors import UserError
 
 
 def test_builtin_text_is_there_and_english():

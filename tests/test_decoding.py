@@ -3,14 +3,6 @@
 import json
 import shutil
 
-from mlx_mla import cache_choice, checkpoint, generate, prompt_cache, train
-from mlx_mla.backend import GenerationOptions, get_backend
-from mlx_mla.backend_mlx import build_model
-from mlx_mla.cache_choice import choose_cache
-from mlx_mla.config import ModelConfig
-from mlx_mla.presets import preset
-from mlx_mla.weights import initial_weights
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,6 +11,17 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, make_prompt_cache, trim_prompt_cache
 from test_generate import objects
 from test_train import refused
+
+from mlx_mla import checkpoint, generate, train
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.mlx import prompt_cache
+from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.config import ModelConfig
+from mlx_mla.decoding import cache_choice
+from mlx_mla.decoding.cache_choice import choose_cache
+from mlx_mla.decoding.request import GenerationOptions
+from mlx_mla.presets import preset
+from mlx_mla.weights import initial_weights
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def bytes_per_token(model, cache) -> float:
     ],
 )  # fmt: skip
 def test_bytes_per_token_of_context_in_bfloat16(name, bits, expected):
-    shape = preset(name).resolved(257).model.to_dict() | {"n_layer": 1, "kv_lora_ranks": None}
+    shape = preset(name).resolved().model.to_dict() | {"n_layer": 1, "kv_lora_ranks": None}
     config = ModelConfig.from_dict(shape).resolved()
     model = build_model(config, initial_weights(config, 0))
     model.set_dtype(mx.bfloat16)
@@ -151,7 +154,7 @@ def test_prompt_caches_are_as_much_smaller_on_disk_as_in_memory(tmp_path):
 
 
 def decoder_of(folder, config):
-    from mlx_mla.tokenizer import ByteEncoder
+    from mlx_mla.data.tokenizer import ByteEncoder
 
     folder.mkdir()
     checkpoint.write_model(folder, config, initial_weights(config, 0, 0.2), ByteEncoder().fast_tokenizer(), "")
@@ -255,7 +258,7 @@ def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_pa
 
 
 def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, capsys, shared_data):
-    from mlx_mla.tokenizer import GPT2Encoder
+    from mlx_mla.data.tokenizer import GPT2Encoder
 
     def no(*argv):
         return refused(capsys, "--model", folder, "--prompt", "x", *argv, command=generate.main)
@@ -284,7 +287,7 @@ def test_pytorch_says_what_only_mlx_lm_has(folder, draft, tmp_path, capsys):
 
 
 def test_the_cost_model_follows_rank_context_batch_and_device():
-    wide, narrow = (preset(name).resolved(257).model for name in ("mla-124m", "mla-124m-r128"))
+    wide, narrow = (preset(name).resolved().model for name in ("mla-124m", "mla-124m-r128"))
     chosen = [choose_cache(wide, "mlx", "cpu", 1, n) for n in (16, 64, 256, 1000, 16_000)]
     assert chosen == sorted(chosen)  # latent for short contexts, then materialized
     assert {"latent", "materialized"} == set(chosen)
@@ -294,7 +297,7 @@ def test_the_cost_model_follows_rank_context_batch_and_device():
     # Nobody has measured these, so they get the small cache; multi-head attention has nothing to choose.
     for backend, device in (("mlx", "gpu"), ("torch", "cuda"), ("torch", "mps")):
         assert choose_cache(wide, backend, device, 1, 1000) == "latent"
-    assert choose_cache(preset("gpt2-124m").resolved(257).model, "mlx", "cpu", 1, 1000) == "materialized"
+    assert choose_cache(preset("gpt2-124m").resolved().model, "mlx", "cpu", 1, 1000) == "materialized"
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

@@ -7,12 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mlx_mla import checkpoint, train  # noqa: E402
-from mlx_mla.backend import Teacher, get_backend  # noqa: E402
-from mlx_mla.backend_mlx import distillation_divergence as divergence_mlx  # noqa: E402
-from mlx_mla.backend_torch import distillation_divergence as divergence_torch  # noqa: E402
-from mlx_mla.weights import initial_weights  # noqa: E402
-
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import TINY  # noqa: E402
@@ -20,6 +14,13 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from test_backend_mlx import BASE, batch  # noqa: E402
 from test_train import refused  # noqa: E402
+
+from mlx_mla import checkpoint, train  # noqa: E402
+from mlx_mla.backends import get_backend  # noqa: E402
+from mlx_mla.backends.contract import Start, Teacher  # noqa: E402
+from mlx_mla.backends.mlx.session import distillation_divergence as divergence_mlx  # noqa: E402
+from mlx_mla.backends.torch.session import distillation_divergence as divergence_torch  # noqa: E402
+from mlx_mla.weights import initial_weights  # noqa: E402
 
 
 @given(
@@ -48,7 +49,7 @@ def taught(weight, temperature=1.0, **changes):
 
 def sessions(config, teacher, weights=None):
     weights = initial_weights(config.model, 0, 0.1) if weights is None else weights
-    return [get_backend(name).train_session(config, weights, teacher=teacher) for name in ("mlx", "torch")]
+    return [get_backend(name).train_session(config, Start(weights), teacher) for name in ("mlx", "torch")]
 
 
 def other_teacher(seed=1):

@@ -13,21 +13,23 @@ import threading
 import time
 from pathlib import Path
 
-from mlx_mla import checkpoint, corpus, train, trainer
-from mlx_mla.backend import dropout_seed
-from mlx_mla.config import TrainConfig
-from mlx_mla.errors import UserError
-from mlx_mla.plot import read_metrics
-from mlx_mla.presets import preset
-from mlx_mla.shards import TokenWindows
-from mlx_mla.world import AgreedError, World, passes, same_everywhere
-
 import numpy as np
 import pytest
 from conftest import TINY, python
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+
+from mlx_mla import checkpoint, train
+from mlx_mla.backends.contract import dropout_seed
+from mlx_mla.config import TrainConfig
+from mlx_mla.data import corpus
+from mlx_mla.data.windows import TokenWindows
+from mlx_mla.errors import UserError
+from mlx_mla.metrics import read_metrics
+from mlx_mla.presets import preset
+from mlx_mla.training import loop
+from mlx_mla.world import AgreedError, World, same_everywhere, share_of
 
 SCRIPTS = Path(sys.executable).parent
 # One thread a process: two of them on two cores with two threads each would wait for one another.
@@ -262,7 +264,7 @@ def in_threads(config: TrainConfig, out: Path, monkeypatch, texts: list[str]) ->
 
     def start(world: World) -> None:
         rank.is_ = world.rank
-        trainer.train(config, out, console=Console(quiet=True), world=world)
+        loop.train(config, out, console=Console(quiet=True), world=world)
 
     return on_each(len(texts), start)
 
@@ -288,9 +290,9 @@ def test_passes_cover_a_step_in_as_few_equal_parts_as_fit(world_size, batch_size
     total = batch_size * accumulation
     if total % world_size:
         with pytest.raises(UserError):
-            passes(world_size, batch_size, accumulation)
+            share_of(world_size, batch_size, accumulation)
         return
-    count, size = passes(world_size, batch_size, accumulation)
+    count, size = share_of(world_size, batch_size, accumulation)
     assert count * size * world_size == total
     assert size <= batch_size
     assert not any(total // world_size % n == 0 and total // world_size // n <= batch_size for n in range(1, count))

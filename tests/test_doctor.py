@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-from mlx_mla import doctor
-
 import pytest
 from conftest import python
+
+from mlx_mla import doctor
 
 
 def run(code: str, **env: str) -> str:
@@ -70,15 +70,18 @@ def test_openblas_is_loaded_when_there_and_hinted_at_when_not():
 def test_openblas_comes_too_late_after_mlx():
     told = run("import mlx.core, mlx_mla.blas as b; print(b.load_openblas(), '|', b.hint())")
     assert told.startswith("None | ")
-    assert "import mlx_mla.backend_mlx first" in told or "apt-get install" in told
+    assert "import mlx_mla.backends.mlx first" in told or "apt-get install" in told
 
 
 @linux
 def test_openblas_can_be_switched_off_and_its_environment_is_left_alone():
     assert run("import mlx_mla.blas as b; print(b.load_openblas(), b.hint())", MLX_MLA_BLAS="off") == "None None"
-    assert run("import mlx_mla.backend_mlx, os; print(os.environ.get('OPENBLAS_CORETYPE'))") == "None"
+    assert run("import mlx_mla.backends.mlx, os; print(os.environ.get('OPENBLAS_CORETYPE'))") == "None"
     assert (
-        run("import mlx_mla.backend_mlx, os; print(os.environ['OPENBLAS_CORETYPE'])", OPENBLAS_CORETYPE="Haswell")
+        run(
+            "import mlx_mla.backends.mlx, os; print(os.environ['OPENBLAS_CORETYPE'])",
+            OPENBLAS_CORETYPE="Haswell",
+        )
         == "Haswell"
     )
 
@@ -88,7 +91,7 @@ def test_openblas_can_be_switched_off_and_its_environment_is_left_alone():
 def test_mlx_really_multiplies_with_openblas():
     """OpenBLAS and the reference BLAS round differently, so a product tells which one ran."""
     code = (
-        "import mlx_mla.backend_mlx, mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); "
+        "import mlx_mla.backends.mlx, mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); "
         "print((a @ a)[:5, :5].tolist())"
     )
     assert run(code) != run(code, MLX_MLA_BLAS="off")
@@ -100,4 +103,4 @@ def test_pytorch_keeps_its_own_blas():
     """PyTorch's product has the same bits whether MLX's OpenBLAS was loaded or not."""
     pytest.importorskip("torch")
     code = "import torch; torch.manual_seed(0); a = torch.randn(300, 300); print((a @ a)[:5, :5].tolist())"
-    assert run(f"import mlx_mla.backend_mlx; {code}") == run(code)
+    assert run(f"import mlx_mla.backends.mlx; {code}") == run(code)

@@ -3,17 +3,19 @@
 import dataclasses
 import gc
 
-from mlx_mla import train
-from mlx_mla.backend_mlx import MLXTrainSession, build_model
-from mlx_mla.config import ModelConfig
-from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token, memory_advice
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_mla import train
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.config import ModelConfig
+from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token, memory_advice
+from mlx_mla.presets import PRESETS, preset
+from mlx_mla.weights import initial_weights
 
 
 @pytest.mark.parametrize("kind", [{"attention": "mha"}, {"kv_lora_rank": 24}, {"qk_rope_head_dim": 8}])
@@ -28,9 +30,7 @@ def test_cache_bytes_are_those_of_a_real_cache(kind):
 
 def test_cache_bytes_of_the_presets():
     per_layer = {
-        name: cache_bytes_per_token(c.model, 2) // c.model.n_layer
-        for name in PRESETS
-        if (c := preset(name).resolved(257 if name == "nano" else 50257))
+        name: cache_bytes_per_token(c.model, 2) // c.model.n_layer for name in PRESETS if (c := preset(name).resolved())
     }
     assert per_layer["gpt2-124m"] == 3072
     assert per_layer["mla-124m"] == 768
@@ -49,15 +49,14 @@ def test_flops_are_those_of_the_matrix_products():
 def test_published_ratios_of_forward_flops():
     """The saved FLOPs allow 1.03x at r = 384 and 1.09x at r = 128, head included (T = 512)."""
     mha, r384, r128 = (
-        forward_flops_per_token(preset(p).resolved(50257).model, 512)
-        for p in ("gpt2-124m", "mla-124m", "mla-124m-r128")
+        forward_flops_per_token(preset(p).resolved().model, 512) for p in ("gpt2-124m", "mla-124m", "mla-124m-r128")
     )
     assert mha / r384 == pytest.approx(1.03, abs=0.005)
     assert mha / r128 == pytest.approx(1.09, abs=0.005)
 
 
 def test_memory_estimate_adds_up():
-    config = preset("mla-124m").resolved(50257)
+    config = preset("mla-124m").resolved()
     e = estimate(config, fused_attention=True)
     n = e.parameters
     assert (e.weights_bytes, e.optimizer_bytes) == (4 * n, 8 * n)
@@ -75,13 +74,13 @@ def test_memory_estimate_adds_up():
 
 
 def test_what_is_advised_fits():
-    config = dataclasses.replace(preset("mla-124m"), dtype="float32", batch_size=64).resolved(50257)
+    config = dataclasses.replace(preset("mla-124m"), dtype="float32", batch_size=64).resolved()
     assert memory_advice(config, True, 10**13) is None
     for limit in (40, 20, 10, 4):
         advice = memory_advice(config, True, limit * 10**9)
         command = train.parse(["--preset", "mla-124m", "--dtype", "float32", "--batch-size", "64", *advice.split()])
-        assert estimate(command.resolved(50257), True).total_bytes <= limit * 10**9
-        assert command.resolved(50257).step_tokens == config.step_tokens
+        assert estimate(command.resolved(), True).total_bytes <= limit * 10**9
+        assert command.resolved().step_tokens == config.step_tokens
     assert memory_advice(config, True, 10**6) == "a smaller model or --seq-len"
 
 
@@ -101,12 +100,12 @@ def test_memory_estimate_is_near_the_measured_peak(change):
     base = preset("nano")
     model = dataclasses.replace(base.model, **{k: v for k, v in change.items() if k in fields})
     config = dataclasses.replace(base, model=model, **{k: v for k, v in change.items() if k not in fields})
-    config = config.resolved(257)
+    config = config.resolved()
     gc.collect()
     before = mx.get_active_memory()  # what other tests left
     limit = mx.set_memory_limit(1)  # else memory is taken ahead of the execution, by as much as the limit allows
     try:
-        session = MLXTrainSession(config, initial_weights(config.model, 0), None, 0)
+        session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
         x = np.zeros((config.batch_size, config.context), np.int32)
         for step in range(2):
             session.step(step, 1e-4, [(x, x)])

@@ -2,15 +2,15 @@
 
 import json
 
-from mlx_mla import evaluate
-from mlx_mla.backend import get_backend
-from mlx_mla.tasks import TASKS
-
 import numpy as np
 import pytest
 import torch
 from eval_models import write
 from transformers import AutoModelForCausalLM
+
+from mlx_mla import evaluate
+from mlx_mla.backends import get_backend
+from mlx_mla.evaluation.tasks import TASKS
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
 
@@ -54,8 +54,9 @@ def ours(folder, sample, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(folder, sample, tmp_path_factory):
     """lm_eval's results through its `hf` model, with its own tasks pointed at the same files."""
-    import referee
     from lm_eval.models.huggingface import HFLM
+
+    from bench import referee
 
     pages = tmp_path_factory.mktemp("pages") / "pages.jsonl"
     documents = TASKS["wikitext2"].documents_from_file(sample / "wikitext2/wiki.test.raw", "standard")

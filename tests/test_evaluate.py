@@ -2,12 +2,12 @@
 
 import json
 
-from mlx_mla import evaluate
-from mlx_mla.tasks import TASKS
-
 import numpy as np
 import pytest
 from eval_models import write
+
+from mlx_mla import evaluate
+from mlx_mla.evaluation.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +82,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(models, data, tmp_path, mon
     whole, out = tmp_path / "whole.json", tmp_path / "r.json"
     argv = ["--model", models[0], "--data-dir", data, "--tasks", "lambada,hellaswag", "--batch-size", "4"]
     assert run(*argv, "--out", whole) == 0
-    from mlx_mla import score_mlx
+    from mlx_mla.backends.mlx import score
 
-    passes, plain = [], score_mlx.MLXScorer.run
+    passes, plain = [], score.MLXScorer.run
 
     def stop_after(limit):
         def counted(self, *args):
@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(models, data, tmp_path, mon
             return plain(self, *args)
 
         passes.clear()
-        monkeypatch.setattr(score_mlx.MLXScorer, "run", counted)
+        monkeypatch.setattr(score.MLXScorer, "run", counted)
 
     stop_after(None)
     assert run(*argv, "--out", tmp_path / "count.json") == 0

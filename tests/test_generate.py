@@ -5,12 +5,13 @@ import json
 import shutil
 import subprocess
 
-from mlx_mla import checkpoint, generate, train
-from mlx_mla.backend import GenerationOptions, get_backend
-
 import pytest
 from conftest import TINY, python
 from test_train import refused
+
+from mlx_mla import checkpoint, generate, train
+from mlx_mla.backends import get_backend
+from mlx_mla.decoding.request import GenerationOptions
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ def test_incomplete_and_foreign_folders_are_refused(folder, tiny_run, tmp_path, 
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, capsys, shared_data):
-    from mlx_mla.tokenizer import GPT2Encoder
+    from mlx_mla.data.tokenizer import GPT2Encoder
 
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)

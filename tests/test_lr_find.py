@@ -4,15 +4,16 @@ import itertools
 import re
 from types import SimpleNamespace
 
-from mlx_mla import lr_find, train
-from mlx_mla.backend_mlx import MLXBackend
-from mlx_mla.config import TrainConfig
-from mlx_mla.errors import UserError
-from mlx_mla.plot import read_metrics
-
 import pytest
 from conftest import TINY
 from test_train import refused
+
+from mlx_mla import train
+from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.config import TrainConfig
+from mlx_mla.errors import UserError
+from mlx_mla.metrics import read_metrics
+from mlx_mla.training import lr_find
 
 
 class Bowl:

@@ -1,11 +1,5 @@
 """The MLX model against numpy in float64, transformers, and itself on other paths."""
 
-from mlx_mla.backend_mlx import build_model
-from mlx_mla.config import ModelConfig
-from mlx_mla.model_mlx import Model, ModelArgs
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -15,6 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+
+from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.config import ModelConfig
+from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.presets import PRESETS, preset
+from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
 
 TOLERANCE = 1e-4
 
@@ -75,7 +75,7 @@ def difference(a: mx.array, b: mx.array) -> float:
 
 
 def test_parameter_counts_are_the_published_ones():
-    counts = {name: num_parameters(preset(name).resolved(257 if name == "nano" else 50257).model) for name in PRESETS}
+    counts = {name: num_parameters(preset(name).resolved().model) for name in PRESETS}
     assert counts["mla-124m"] == 120_873_216
     assert counts["gpt2-124m"] == 124_439_808
     padded = ModelConfig(vocab_size=50304, kv_lora_rank=384).resolved()
@@ -84,7 +84,7 @@ def test_parameter_counts_are_the_published_ones():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameter_table_is_the_models(name):
-    config = preset(name).resolved(257 if name == "nano" else 50257).model
+    config = preset(name).resolved().model
     model = Model(ModelArgs.from_dict(config.to_dict()))
     assert {k: v.shape for k, v in tree_flatten(model.parameters())} == parameter_shapes(config)
 
@@ -123,7 +123,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(config, batch, len
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("batch", "length"), [(1, 1024), (2, 300), (4, 64)])
 def test_absorbed_decoding_of_every_preset(name, batch, length):
-    config = preset(name).resolved(257 if name == "nano" else 50257).model
+    config = preset(name).resolved().model
     length = min(length, config.n_positions)
     model = build_model(config, initial_weights(config, 1, 0.05))
     x = token_ids(config, batch, length)

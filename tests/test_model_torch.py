@@ -6,17 +6,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mlx_mla import checkpoint, model_torch  # noqa: E402
-from mlx_mla.backend_mlx import build_model  # noqa: E402
-from mlx_mla.config import ModelConfig  # noqa: E402
-from mlx_mla.weights import parameter_shapes  # noqa: E402
-
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from test_model_mlx import TOLERANCE, model_configs, random_weights, token_ids  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
+
+from mlx_mla import checkpoint, model_torch  # noqa: E402
+from mlx_mla.backends.mlx.load import build_model  # noqa: E402
+from mlx_mla.config import ModelConfig  # noqa: E402
+from mlx_mla.weights import parameter_shapes  # noqa: E402
 
 
 def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
@@ -112,7 +112,8 @@ def test_a_folder_loads_by_its_own_code(loaded, folder):
 
 
 def test_greedy_text_is_mlxs(loaded, folder):
-    from mlx_mla.backend import GenerationOptions, get_backend
+    from mlx_mla.backends import get_backend
+    from mlx_mla.decoding.request import GenerationOptions
 
     decoder = get_backend("mlx").decoder(folder)
     prompt = list(b"The st")

@@ -6,16 +6,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mlx_mla import train  # noqa: E402
-from mlx_mla.backend import get_backend  # noqa: E402
-from mlx_mla.config import TrainConfig  # noqa: E402
-from mlx_mla.errors import UserError  # noqa: E402
-from mlx_mla.optim_mlx import Muon  # noqa: E402
-from mlx_mla.plot import read_metrics  # noqa: E402
-from mlx_mla.presets import preset  # noqa: E402
-from mlx_mla.schedule import learning_rate  # noqa: E402
-from mlx_mla.weights import initial_weights  # noqa: E402
-
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from conftest import TINY  # noqa: E402
@@ -24,12 +14,23 @@ from mlx.utils import tree_flatten  # noqa: E402
 from test_backend_mlx import BASE, batch  # noqa: E402
 from test_train import refused  # noqa: E402
 
+from mlx_mla import train  # noqa: E402
+from mlx_mla.backends import get_backend  # noqa: E402
+from mlx_mla.backends.contract import Start  # noqa: E402
+from mlx_mla.backends.mlx.optim import Muon  # noqa: E402
+from mlx_mla.config import TrainConfig  # noqa: E402
+from mlx_mla.errors import UserError  # noqa: E402
+from mlx_mla.metrics import read_metrics  # noqa: E402
+from mlx_mla.presets import preset  # noqa: E402
+from mlx_mla.schedule import learning_rate  # noqa: E402
+from mlx_mla.weights import initial_weights  # noqa: E402
+
 MUON = dataclasses.replace(BASE, optimizer="muon", muon_learning_rate=0.02, grad_clip=0.0)
 MATRIX = "transformer.h.1.mlp.c_fc.weight"
 
 
 def session(backend: str = "mlx", config: TrainConfig = MUON):
-    return get_backend(backend).train_session(config, initial_weights(config.model, 0, 0.1))
+    return get_backend(backend).train_session(config, Start(initial_weights(config.model, 0, 0.1)))
 
 
 def muon(w, gradients, rate, decay, momentum=0.95):
@@ -110,7 +111,7 @@ def test_the_optimiser_of_a_run_cannot_change(tiny_run, capsys):
 
 def test_warm_up_stable_decay():
     flags = ["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--lr-schedule", "wsd"]
-    config = train.parse([*flags, "--min-lr-ratio", "0"]).resolved(257)
+    config = train.parse([*flags, "--min-lr-ratio", "0"]).resolved()
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10:81] == [1.0] * 71
@@ -121,12 +122,12 @@ def test_warm_up_stable_decay():
 
 
 def test_tokens_of_a_step_decide_the_passes():
-    assert preset("mla-124m").resolved(50257).grad_accum_steps == 128
-    parsed = train.parse(["--preset", "mla-124m", "--batch-size", "8"]).resolved(50257)
+    assert preset("mla-124m").resolved().grad_accum_steps == 128
+    parsed = train.parse(["--preset", "mla-124m", "--batch-size", "8"]).resolved()
     assert (parsed.grad_accum_steps, parsed.step_tokens) == (64, 524288)
-    parsed = train.parse(["--preset", "mla-124m", "--grad-accum-steps", "2"]).resolved(50257)
+    parsed = train.parse(["--preset", "mla-124m", "--grad-accum-steps", "2"]).resolved()
     assert (parsed.grad_accum_steps, parsed.tokens_per_step) == (2, 8192)
-    parsed = train.parse(["--tokens-per-step", "4096"]).resolved(257)
+    parsed = train.parse(["--tokens-per-step", "4096"]).resolved()
     assert parsed.grad_accum_steps == 4
 
 
@@ -138,4 +139,4 @@ def test_settings_that_contradict_each_other(capsys):
     assert "goes with --lr-schedule wsd" in refused(capsys, "--decay-fraction", "0.1")
     assert "--loss-chunk must not be negative" in refused(capsys, "--loss-chunk", "-1")
     with pytest.raises(UserError, match="does not go with --teacher"):
-        dataclasses.replace(preset("nano"), teacher="x", loss_chunk=5).resolved(257)
+        dataclasses.replace(preset("nano"), teacher="x", loss_chunk=5).resolved()

@@ -1,12 +1,11 @@
 """The measured matmul peak and the MFU."""
 
-from mlx_mla import peak
-from mlx_mla.backend import get_backend
-from mlx_mla.estimate import estimate
-from mlx_mla.presets import preset
-
 import numpy as np
 import pytest
+
+from mlx_mla.backends import get_backend, peak
+from mlx_mla.estimate import estimate
+from mlx_mla.presets import preset
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def test_the_fastest_product_counts_and_start_up_does_not(clock, rate, largest):
 
 
 def test_mfu_by_hand():
-    config = preset("mla-124m").resolved(50257)
+    config = preset("mla-124m").resolved()
     flops = estimate(config, True).train_flops_per_token
     # About 6 FLOPs a parameter and token, and the attention's share on top.
     assert 6 * 120.9e6 < flops < 6 * 120.9e6 * 1.2

@@ -3,12 +3,13 @@
 import json
 import shutil
 
-from mlx_mla import plot
-from mlx_mla.plot import read_metrics, read_runs, smoothed
-
 import numpy as np
 import pytest
 from test_train import refused
+
+from mlx_mla import plot
+from mlx_mla.metrics import read_metrics
+from mlx_mla.plot import read_runs, smoothed
 
 
 @pytest.fixture

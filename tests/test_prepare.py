@@ -13,10 +13,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from mlx_mla import prepare, sources
-from mlx_mla.errors import UserError
-from mlx_mla.tokenizer import get_encoder
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +20,11 @@ import pytest
 from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from mlx_mla import prepare
+from mlx_mla.data import documents
+from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.errors import UserError
 
 SPLITS = ("train", "val")
 
@@ -133,8 +134,8 @@ def test_every_document_is_there_once_and_nothing_else(many, prepared, capsys):
     assert 0.2 < len(val) / len(train + val) < 0.4
     manifest = json.loads((prepared / "manifest.json").read_text())
     assert manifest["complete"]
-    for split, documents in zip(SPLITS, (train, val)):
-        assert sum(s["documents"] for s in manifest["shards"] if s["split"] == split) == len(documents)
+    for split, texts in zip(SPLITS, (train, val)):
+        assert sum(s["documents"] for s in manifest["shards"] if s["split"] == split) == len(texts)
     assert manifest["empty_documents"] == 1301 - len(train + val)
     assert all(s["tokens"] <= 20_000 for s in manifest["shards"])
     assert len(manifest["shards"]) > 5
@@ -195,7 +196,7 @@ def test_no_document_is_lost_whatever_they_are(tmp_path_factory, texts, shard_to
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 1 << 20])
 def test_blocks_are_the_same_wherever_reading_starts(many, limit):
-    for source in sources.find_sources(str(many), sources.Reading())[0]:
+    for source in documents.find_sources(str(many), documents.Reading())[0]:
         blocks = list(source.blocks(None, limit))[:40]
         for i, block in enumerate(blocks[:-1]):
             if i % 7 == 0:
@@ -208,18 +209,18 @@ def test_parquet_goes_on_within_row_groups_of_any_size(tmp_path):
     with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
         for first, last in ((0, 100), (100, 103), (103, 104), (104, 110)):
             writer.write_table(pa.table({"text": texts[first:last]}))
-    (source,), _ = sources.find_sources(str(path), sources.Reading())
+    (source,), _ = documents.find_sources(str(path), documents.Reading())
     for start in range(111):
         rest = [d for block in source.blocks(start, 20) for d in block.documents()]
         assert rest == texts[start:]
 
 
 def test_a_long_text_is_cut_at_line_breaks_and_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.TextSource, "longest", 100)
+    monkeypatch.setattr(documents.TextSource, "longest", 100)
     path = tmp_path / "a.txt"
     text = "".join("é" * n + "\n" for n in (10, 20, 30, 300, 5))
     path.write_text(text, encoding="utf-8")
-    (source,), _ = sources.find_sources(str(path), sources.Reading())
+    (source,), _ = documents.find_sources(str(path), documents.Reading())
     parts = [d for block in source.blocks(None, 64) for d in block.documents()]
     assert "".join(parts) == text
     assert parts[0] == "é" * 10 + "\n" + "é" * 20 + "\n"
@@ -460,4 +461,4 @@ def test_impossible_settings(many, tmp_path, capsys):
 
 def test_errors_are_ours(many):
     with pytest.raises(UserError):
-        list(sources.find_sources("no/such/thing", sources.Reading())[0])
+        list(documents.find_sources("no/such/thing", documents.Reading())[0])

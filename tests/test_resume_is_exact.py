@@ -4,11 +4,11 @@ import random
 import subprocess
 import time
 
-from mlx_mla import checkpoint
-from mlx_mla.plot import read_metrics
-
 import pytest
 from conftest import TINY, python
+
+from mlx_mla import checkpoint
+from mlx_mla.metrics import read_metrics
 
 STEPS = 30
 COMPILED = "compiled"  # no flag: compiling is the default that TINY switches off

@@ -1,20 +1,21 @@
 """Batched log-probabilities against a plain forward pass, one row at a time."""
 
-from mlx_mla.backend_mlx import build_model as build_mlx
-from mlx_mla.config import ModelConfig
-from mlx_mla.decode_torch import build_model as build_torch
-from mlx_mla.errors import UserError
-from mlx_mla.score_mlx import MLXScorer
-from mlx_mla.score_torch import TorchScorer
-from mlx_mla.scoring import Request, encode_choices, encode_pair, score
-from mlx_mla.tokenizer import ByteEncoder
-from mlx_mla.weights import initial_weights
-
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from mlx_mla.backends.mlx.load import build_model as build_mlx
+from mlx_mla.backends.mlx.score import MLXScorer
+from mlx_mla.backends.torch.load import build_model as build_torch
+from mlx_mla.backends.torch.score import TorchScorer
+from mlx_mla.config import ModelConfig
+from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation.scoring import Request, encode_choices, encode_pair, score
+from mlx_mla.weights import initial_weights
 
 CONFIGS = {
     "mla": {"attention": "mla", "kv_lora_rank": 8},
@@ -31,7 +32,11 @@ def scorers():
         config = ModelConfig(vocab_size=272, n_layer=2, n_head=2, n_embd=24, n_positions=40, **values).resolved()
         weights = initial_weights(config, 1, 0.4)
         model = build_torch(config, weights, torch.device("cpu"))
-        made[name] = MLXScorer(build_mlx(config, weights), tokenizer), TorchScorer(model, tokenizer), model
+        made[name] = (
+            MLXScorer(mx.Device(mx.cpu), build_mlx(config, weights), tokenizer),
+            TorchScorer(model, tokenizer),
+            model,
+        )
     return made
 
 

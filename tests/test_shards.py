@@ -1,13 +1,13 @@
 """Batches: pure, complete, and the same however they are cut."""
 
-from mlx_mla.errors import UserError
-from mlx_mla.shards import TokenWindows
-from mlx_mla.token_files import open_shard
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from mlx_mla.data.shards import open_shard
+from mlx_mla.data.windows import TokenWindows
+from mlx_mla.errors import UserError
 
 
 def windows(n: int, seq_len: int, seed: int = 0) -> TokenWindows:

@@ -4,17 +4,17 @@ import dataclasses
 import json
 import math
 
-from mlx_mla.errors import UserError
-from mlx_mla.tasks import TASKS, Context, Measured
-from mlx_mla.tasks.base import compare
-from mlx_mla.tasks.wikitext2 import pages
-from mlx_mla.tokenizer import GPT2Encoder
-
 import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+
+from mlx_mla.data.tokenizer import GPT2Encoder
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation.tasks import TASKS, Context, Measured
+from mlx_mla.evaluation.tasks.base import compare
+from mlx_mla.evaluation.tasks.wikitext2 import pages
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,18 @@ import json
 import shutil
 import struct
 
-from mlx_mla import prepare, token_files, train
-from mlx_mla.errors import UserError
-from mlx_mla.plot import read_metrics
-from mlx_mla.shards import TokenWindows
-from mlx_mla.token_files import open_folder, open_shard
-
 import numpy as np
 import pytest
 from conftest import TINY
 from test_resume_is_exact import MEASURED
 from test_train import refused
+
+from mlx_mla import prepare, train
+from mlx_mla.data import shards
+from mlx_mla.data.shards import open_folder, open_shard
+from mlx_mla.data.windows import TokenWindows
+from mlx_mla.errors import UserError
+from mlx_mla.metrics import read_metrics
 
 STEPS = ("--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "3", "--keep", "0")
 
@@ -208,5 +209,5 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a_train_1.npy"
     pieces = iter([TOKENS, None])  # the second cannot be written
     with pytest.raises(TypeError):
-        token_files.write_shard(path, "npy", pieces, 2000)
+        shards.write_shard(path, "npy", pieces, 2000)
     assert list(tmp_path.iterdir()) == []

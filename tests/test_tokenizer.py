@@ -3,14 +3,14 @@
 import json
 import re
 
-from mlx_mla.errors import UserError
-from mlx_mla.tokenizer import ByteEncoder, GPT2Encoder, get_encoder
-
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
+
+from mlx_mla.data.tokenizer import ByteEncoder, GPT2Encoder, get_encoder
+from mlx_mla.errors import UserError
 
 TEXTS = [
     "Hello, world!",
@@ -120,7 +120,7 @@ def test_missing_and_changed_vocabulary_files_are_named(tmp_path, shared_data):
 
 
 def test_no_network_and_no_files_says_what_to_give(monkeypatch, tmp_path):
-    from mlx_mla import tokenizer
+    from mlx_mla.data import tokenizer
 
     def refuse(_):
         raise ConnectionError("no network")

@@ -4,15 +4,15 @@ import json
 import sys
 import types
 
-from mlx_mla import train
-from mlx_mla.plot import read_metrics
-from mlx_mla.tracking import scalars
-
 import pytest
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 from test_train import refused
+
+from mlx_mla import train
+from mlx_mla.metrics import read_metrics
+from mlx_mla.training.tracking import scalars
 
 STEPS = ("--steps", "12", "--save-every", "4", "--log-every", "2", "--eval-every", "3", "--keep", "0")
 

@@ -2,12 +2,12 @@
 
 import json
 
-from mlx_mla import evaluate, train
-from mlx_mla.plot import read_metrics
-from mlx_mla.tasks import TASKS
-
 import pytest
 from conftest import TINY
+
+from mlx_mla import evaluate, train
+from mlx_mla.evaluation.tasks import TASKS
+from mlx_mla.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,130 @@
+"""A checkpoint that is being read: its configuration, and tensors that are loaded when they are asked for."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose shape is known and whose values are read on demand."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    """Gives the values; float32 after `ForeignCheckpoint.weights` has checked them."""
+
+    @property
+    def T(self) -> "LazyTensor":
+        """The transposed matrix."""
+        return LazyTensor(self.shape[::-1], lambda: self.read().T)
+
+    def scaled_rows(self, start: int, stop: int, factor: float) -> "LazyTensor":
+        """The same tensor with rows `start` to `stop` multiplied by `factor`."""
+
+        def read() -> np.ndarray:
+            values = self.read().astype(np.float32)
+            values[start:stop] *= np.float32(factor)
+            return values
+
+        return LazyTensor(self.shape, read)
+
+
+Tensors = dict[str, LazyTensor]
+
+LARGEST = {"n_layer": 1000}
+"""Bounds that a damaged header would break; other sizes must stay below 2^20."""
+
+
+def zeros(shape: tuple[int, ...]) -> LazyTensor:
+    """Zeros of a shape, for a bias that the source does without."""
+    return LazyTensor(shape, lambda: np.zeros(shape, np.float32))
+
+
+@dataclasses.dataclass
+class ForeignCheckpoint:
+    """A checkpoint in this project's names and layout, whatever it was before."""
+
+    kind: str
+    """What it was recognised as, in words."""
+    name: str
+    """What to call it in the model card: a hub id, or the last part of a path."""
+    config: ModelConfig
+    """Resolved."""
+    tensors: Tensors
+    """Those that `parameter_shapes(config)` names."""
+    folder: Path | None = None
+    """Where it may have tokenizer files."""
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """All tensors, contiguous float32.
+
+        Raises:
+            UserError: If one of them has a value that is not finite.
+        """
+        weights = {}
+        for name in parameter_shapes(self.config):
+            values = np.ascontiguousarray(self.tensors[name].read(), np.float32)
+            if not np.isfinite(values).all():
+                raise UserError(f"{self.name}: {name} has values that are not finite; the checkpoint is damaged")
+            weights[name] = values
+        return weights
+
+
+def check_tensors(where: object, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a checkpoint's tensors with those its configuration asks for, in its own names.
+
+    Raises:
+        UserError: Naming the tensors that are missing, unexpected, or of another shape.
+    """
+    if missing := [n for n in expected if n not in found]:
+        raise UserError(f"{where}: missing {_some(missing)}; the checkpoint is incomplete")
+    if unexpected := [n for n in found if n not in expected]:
+        raise UserError(f"{where}: unexpected {_some(unexpected)}; this is not the architecture it claims to be")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise UserError(f"{where}: tensor {name} has shape {found[name].shape}, its configuration asks for {shape}")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+
+
+def check_tied(where: object, tensors: Mapping[str, LazyTensor], head: str, embedding: str) -> None:
+    """Refuse an output head that differs from the embedding; one that is absent is tied."""
+    if head not in tensors or embedding not in tensors:
+        return
+    a, b = tensors[head], tensors[embedding]
+    if a.shape != b.shape or not np.array_equal(a.read(), b.read()):
+        raise UserError(f"{where}: {head} is not tied to {embedding}; only models with a tied head are supported")
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """Number of blocks that tensors named `PREFIX{i}.` make up."""
+    indices = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}
+    return 1 + max((int(i) for i in indices if i.isdecimal()), default=-1)
+
+
+def resolved(where: object, **values: object) -> ModelConfig:
+    """A resolved configuration; UserError naming the file if its values are impossible."""
+    whole = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner")
+    for name in whole:
+        value = values.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise UserError(f"{where}: {name} is {value!r}, and should be a whole number")
+        if value is not None and value > LARGEST.get(name, 1 << 20):
+            raise UserError(f"{where}: {name} is {value:,}, which is beyond any GPT-2; the file is damaged")
+    epsilon = values.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
+        raise UserError(f"{where}: layer_norm_epsilon is {epsilon!r}, and should be a small positive number")
+    try:
+        return ModelConfig.from_dict(values).resolved()
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None

@@ -1,0 +1,25 @@
+"""Frameworks that run the model, by name; the one place that imports them."""
+
+from mlx_mla.backends.contract import Backend
+from mlx_mla.config import BackendName, DeviceName
+from mlx_mla.errors import UserError
+
+
+def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
+    """The backend by its command-line name, on a device; imports its framework.
+
+    Raises:
+        UserError: If the framework is not installed, or the device is not there.
+    """
+    try:
+        if name == "torch":
+            from mlx_mla.backends.torch.backend import TorchBackend
+
+            return TorchBackend(device)
+        from mlx_mla.backends.mlx.backend import MLXBackend
+
+        return MLXBackend(device)
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] not in ("torch", "mlx", "mlx_lm"):
+            raise
+        raise UserError(f"--backend {name}: {e.name} is not installed; pip install {e.name}") from None

@@ -1,0 +1,8 @@
+"""The MLX backend, on Metal, CUDA or the CPU.
+
+Importing this package loads a fast BLAS for MLX, which has to come before the first import of mlx.
+"""
+
+from mlx_mla.blas import load_openblas
+
+load_openblas()

@@ -1,0 +1,295 @@
+"""Generation in MLX, on mlx-lm's own decoding loop, samplers and caches."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import (
+    BatchGenerator,
+    generate_step,
+    generation_stream,
+    speculative_generate_step,
+    wired_limit,
+)
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from mlx_mla import checkpoint
+from mlx_mla.backends.contract import Piece
+from mlx_mla.backends.mlx import prompt_cache
+from mlx_mla.backends.mlx.device import on_device
+from mlx_mla.backends.mlx.load import load
+from mlx_mla.decoding.cache_choice import choose_cache
+from mlx_mla.decoding.request import CacheKind, GenerationOptions, check_draft, check_request, fit_context
+from mlx_mla.decoding.text import Meter, TextWriter
+from mlx_mla.errors import UserError
+from mlx_mla.hub import find_model
+from mlx_mla.model_mlx import LatentAttention, Model
+
+GROUP_SIZES = (64, 32)  # of mlx's quantiser, the one we prefer first
+
+
+class WithoutCache(nn.Module):
+    """Recomputes the whole context for every token, the way the original project decoded.
+
+    To mlx-lm it looks like a model of one layer, whose stock cache holds the token ids.
+    """
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+        self.layers = [None]
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        L = inputs.shape[1]
+        ids = inputs[:, None, :, None]
+        ids, _ = cache[0].update_and_fetch(ids, mx.zeros((*ids.shape[:3], 0), ids.dtype))
+        hidden = self.model.transformer(ids[:, 0, :, 0])[:, -L:]  # the head is for the new tokens alone
+        return self.model.transformer.wte.as_linear(hidden)
+
+
+@dataclasses.dataclass
+class Context:
+    """Tokens that were read or generated, and the cache with those of them that the model has seen."""
+
+    tokens: list[int]
+    cache: list[Any]
+
+    @property
+    def unseen(self) -> list[int]:
+        return self.tokens[self.cache[0].offset :]
+
+
+class MLXDecoder:
+    """See `mlx_mla.backends.contract.Decoder`.
+
+    Args:
+        device: Where to run.
+        folder: A model folder of this project, also one quantised by `mlx_lm.convert -q`. The model
+            file in it is not executed: the package's own is the same model.
+        cache: What to keep between tokens.
+
+    Raises:
+        UserError: If it is another kind of model, or mlx-lm cannot load the weights.
+    """
+
+    def __init__(self, device: mx.Device, folder: Path, cache: CacheKind = "latent"):
+        self.device = device
+        with mx.stream(device):
+            model = load(folder)
+        self.folder, self.requested_cache = folder, cache
+        self.config = checkpoint.read_config(folder)
+        self.model: Any = WithoutCache(model) if cache == "none" else model
+        self.tokenizer = checkpoint.read_tokenizer(folder)
+        self.vocab_size = model.args.vocab_size
+        self.n_positions = model.args.n_positions
+        self._draft: tuple[str, Model] | None = None
+        self._use("latent" if cache == "auto" else cache)
+
+    @on_device
+    def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
+        context = self._new_context(prompt, options)
+        max_tokens = self.check(context.tokens, options)
+        self._choose(1, len(context.tokens) + max_tokens, options)
+        mx.random.seed(options.seed)
+        mx.reset_peak_memory()
+        meter = Meter(len(prompt), mx.get_peak_memory)
+        writer = TextWriter(self.tokenizer, options.stop)
+        accepted = 0
+        with wired_limit(self.model, [generation_stream]):
+            with contextlib.closing(self._tokens(context, max_tokens, options)) as tokens:
+                for token, from_draft in tokens:
+                    meter.count(0 if self.cache == "none" else sum(c.nbytes for c in context.cache))
+                    accepted += from_draft
+                    reason = writer.add(token)
+                    if reason is None and meter.tokens == max_tokens:
+                        reason = "length"
+                    figures = meter.figures()
+                    if options.draft_model:
+                        figures["accepted_draft_tokens"] = accepted
+                    yield Piece(writer.take(final=reason == "length"), [token], figures, reason)
+                    if reason:
+                        break
+            if options.save_prompt_cache:
+                self._save(context, options.save_prompt_cache)
+
+    @on_device
+    def batch(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+        limits = [self.check(prompt, options) for prompt in prompts]
+        alone = (options.kv_bits, options.max_kv_size, options.draft_model, options.prompt_cache)
+        if self.cache == "none" or any(alone):
+            # mlx-lm batches none of these, so the prompts take turns.
+            for i, prompt in enumerate(prompts):
+                for piece in self.stream(prompt, options):
+                    yield i, piece
+            return
+        self._choose(len(prompts), max(len(p) + n for p, n in zip(prompts, limits)), options)
+        mx.random.seed(options.seed)
+        mx.reset_peak_memory()
+        generator = BatchGenerator(
+            self.model,
+            sampler=self._sampler(options),
+            logits_processors=self._logits_processors(options),
+            completion_batch_size=max(32, len(prompts)),
+        )
+        uids = generator.insert([list(p) for p in prompts], limits)
+        index = {uid: i for i, uid in enumerate(uids)}
+        meters = [Meter(len(p), mx.get_peak_memory) for p in prompts]
+        writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
+        unfinished = set(uids)
+        try:
+            while unfinished and (responses := generator.next_generated()):
+                for response in responses:
+                    if response.uid not in unfinished:
+                        continue
+                    i = index[response.uid]
+                    meters[i].count(generator.prompt_cache_nbytes)
+                    reason = writers[i].add(response.token)
+                    if reason:
+                        if response.finish_reason is None:
+                            generator.remove([response.uid])
+                    elif response.finish_reason:
+                        reason = "length"
+                    if reason:
+                        unfinished.discard(response.uid)
+                    text = writers[i].take(final=reason == "length")
+                    yield i, Piece(text, [response.token], meters[i].figures(), reason)
+        finally:
+            generator.close()
+
+    def check(self, prompt: Sequence[int], options: GenerationOptions) -> int:
+        """Refuse what the model cannot do; returns how many tokens to generate."""
+        if options.kv_bits is not None:
+            self._group_size()
+        if self.cache == "none" and (options.prompt_cache or options.save_prompt_cache or options.draft_model):
+            raise UserError("--prompt-cache, --save-prompt-cache and --draft-model need a cache, not --cache none")
+        return check_request(prompt, options, self.vocab_size, self.n_positions)
+
+    def _use(self, cache: CacheKind) -> None:
+        self.cache = cache
+        if isinstance(self.model, Model):
+            self.model.materialize_cache(cache == "materialized")
+
+    def _choose(self, batch: int, context: int, options: GenerationOptions) -> None:
+        """Where the choice is ours, take the cache that is faster; files and quantisation are for latents."""
+        if self.requested_cache == "auto":
+            latent = options.kv_bits or options.prompt_cache or options.save_prompt_cache or options.draft_model
+            device = "cpu" if self.device == mx.cpu else "gpu"
+            self._use("latent" if latent else choose_cache(self.config, "mlx", device, batch, context))
+
+    def _new_context(self, prompt: Sequence[int], options: GenerationOptions) -> Context:
+        if options.save_prompt_cache:
+            prompt_cache.check_target(options.save_prompt_cache)
+        if options.prompt_cache is None:
+            return Context(list(prompt), make_prompt_cache(self.model))
+        if self.requested_cache == "materialized":
+            raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
+        cache, tokens = prompt_cache.load(options.prompt_cache, self.folder)
+        bits = getattr(cache[0], "bits", None)
+        if bits is not None and options.kv_bits not in (None, bits):
+            raise UserError(f"{options.prompt_cache}: has {bits} bits a value; leave out --kv-bits {options.kv_bits}")
+        return Context([*tokens, *prompt], cache)
+
+    def _save(self, context: Context, path: Path) -> None:
+        """Write the cache with all tokens of the context in it, and none that was only begun."""
+        trim_prompt_cache(context.cache, max(0, context.cache[0].offset - len(context.tokens)))
+        if context.unseen:
+            self.model(mx.array([context.unseen]), cache=context.cache)
+        prompt_cache.save(path, context.cache, context.tokens, self.folder)
+
+    def _tokens(
+        self, context: Context, max_tokens: int, options: GenerationOptions
+    ) -> Generator[tuple[int, bool], None, None]:
+        """Generated token ids, each with whether the draft model had guessed it; adds them to the context."""
+        limit = options.max_kv_size or self.n_positions
+        draft = self._draft_model(options, min(limit, len(context.tokens) + max_tokens))
+        left = max_tokens
+        while left:
+            fitted = fit_context(context.tokens, limit)
+            if fitted is not context.tokens:
+                context.tokens, context.cache = fitted, make_prompt_cache(self.model)
+            if not context.unseen:
+                trim_prompt_cache(context.cache, 1)  # the next token's logits come from reading the last again
+            n = min(left, limit - len(context.tokens))
+            common = {
+                "max_tokens": n,
+                "sampler": self._sampler(options),
+                "logits_processors": self._logits_processors(options),
+                "kv_bits": options.kv_bits,
+                "quantized_kv_start": 0,
+                **({"kv_group_size": self._group_size()} if options.kv_bits else {}),
+            }
+            prompt = mx.array(context.unseen)
+            if draft is None:
+                for token, _ in generate_step(prompt, self.model, prompt_cache=context.cache, **common):
+                    context.tokens.append(int(token))
+                    yield int(token), False
+            else:
+                draft_cache = make_prompt_cache(draft)
+                if seen := context.tokens[: context.cache[0].offset]:
+                    draft(mx.array([seen]), cache=draft_cache)
+                caches = context.cache + draft_cache
+                for token, _, guessed in speculative_generate_step(
+                    prompt,
+                    self.model,
+                    draft,
+                    num_draft_tokens=options.num_draft_tokens,
+                    prompt_cache=caches,
+                    **common,
+                ):
+                    context.tokens.append(int(token))
+                    yield int(token), guessed
+            left -= n
+
+    def _draft_model(self, options: GenerationOptions, context: int) -> Model | None:
+        """The draft model that the options name, after checking that it can guess for this one."""
+        if options.draft_model is None:
+            return None
+        if self._draft is None or self._draft[0] != options.draft_model:
+            folder = find_model(options.draft_model)
+            check_draft(options.draft_model, self.tokenizer, checkpoint.read_tokenizer(folder))
+            self._draft = options.draft_model, load(folder)
+        draft = self._draft[1]
+        if draft.args.n_positions < context:
+            raise UserError(
+                f"--draft-model {options.draft_model}: has n_positions={draft.args.n_positions}, and prompt and text "
+                f"together take {context}; use fewer --max-tokens, or a draft model with a longer context"
+            )
+        return draft
+
+    def _sampler(self, options: GenerationOptions) -> Callable[[mx.array], mx.array]:
+        return make_sampler(temp=options.temp, top_p=options.top_p, min_p=options.min_p, top_k=options.top_k)
+
+    def _logits_processors(self, options: GenerationOptions) -> list[Any]:
+        processors = []
+        if options.repetition_penalty != 1.0:
+            processors += make_logits_processors(
+                repetition_penalty=options.repetition_penalty,
+                repetition_context_size=options.repetition_context_size,
+            )
+        # Rows that pad the vocabulary stand for no token (a draft model may have fewer or more of them).
+        n = len(self.tokenizer)
+        if self.vocab_size > n or options.draft_model:
+            processors.append(lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < n, logits, -mx.inf))
+        return processors
+
+    def _group_size(self) -> int:
+        """The quantiser's group of values that share a scale, which must divide the width of every layer's cache."""
+        if self.cache == "none":
+            raise UserError("--kv-bits needs a cache; leave out --cache none")
+        c, m = self.config, self.model
+        widths = [a.kv_lora_rank + a.qk_rope_head_dim for b in m.layers if isinstance(a := b.attn, LatentAttention)]
+        if not widths or self.requested_cache == "materialized":
+            widths = [c.n_embd // c.n_head + c.qk_rope_head_dim, c.v_head_dim or c.n_embd // c.n_head]
+        for group_size in GROUP_SIZES:
+            if all(width % group_size == 0 for width in widths):
+                return group_size
+        found = " or ".join(map(str, sorted(set(widths))))
+        raise UserError(
+            f"--kv-bits: the cache is {found} wide, and the quantiser takes multiples of 32; "
+            f"a width of {-(-max(widths) // 32) * 32} would fit, in groups of 32"
+        )

@@ -1,0 +1,61 @@
+"""The device that MLX computes on, chosen for each call, so that no call changes another's."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import mlx.core as mx
+
+from mlx_mla.errors import UserError
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class HasDevice(Protocol):
+    device: mx.Device
+
+
+S = TypeVar("S", bound=HasDevice)
+
+
+def find_device(name: str) -> mx.Device:
+    """The device of a --device value; UserError if it is not there."""
+    if name in ("mps", "cuda"):
+        raise UserError(f"--device {name} goes with --backend torch; for MLX's GPU use --device gpu")
+    has_gpu = mx.is_available(mx.gpu)
+    if name == "gpu" and not has_gpu:
+        raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
+    return mx.Device(mx.gpu if has_gpu and name != "cpu" else mx.cpu)
+
+
+def on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Runs a method, or every step of a generator, on `self.device`; MLX's default is then as it was."""
+    if inspect.isgeneratorfunction(method):
+
+        @functools.wraps(method)
+        def steps(self: S, *args: P.args, **kwargs: P.kwargs) -> Iterator[Any]:
+            inner: Any = method(self, *args, **kwargs)
+            end = object()
+            try:
+                while True:
+                    with mx.stream(self.device):
+                        value = next(inner, end)
+                    if value is end:
+                        return
+                    yield value
+            finally:
+                with mx.stream(self.device):
+                    inner.close()
+
+        return steps  # type: ignore[return-value]
+
+    @functools.wraps(method)
+    def run(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        with mx.stream(self.device):
+            return method(self, *args, **kwargs)
+
+    return run

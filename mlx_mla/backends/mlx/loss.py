@@ -1,0 +1,100 @@
+"""The forward pass of training in MLX: gradient checkpointing, and a loss that never holds all logits."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_mla.model_mlx import Block, Transformer
+
+
+def hidden_states(transformer: Transformer, ids_BL: mx.array, checkpoint_every: int = 0) -> mx.array:
+    """Last hidden states (B, L, D) of token ids, without a cache.
+
+    Args:
+        checkpoint_every: Keep activations only between groups of so many blocks, and compute the others
+            again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
+    """
+    if not checkpoint_every:
+        return transformer(ids_BL)
+    h = transformer.wte(ids_BL)
+    if "wpe" in transformer:
+        h = h + transformer.wpe(mx.arange(ids_BL.shape[1]))
+    h = transformer.drop(h)
+    for i in range(0, len(transformer.h), checkpoint_every):
+        h = _checkpointed(transformer.h[i : i + checkpoint_every], h)
+    return transformer.ln_f(h)
+
+
+def _checkpointed(blocks: Sequence[Block], h: mx.array) -> mx.array:
+    def run(parameters: list, h: mx.array) -> mx.array:
+        # Computed again, the group must drop the same values: it draws from a key of its own.
+        outer = _random_state()[:]
+        _random_state()[:] = key
+        for block, own in zip(blocks, parameters):
+            block.update(own)
+            h = block(h, "causal")
+        _random_state()[:] = outer
+        return h
+
+    _random_state()[:], key = mx.random.split(_random_state())
+    return mx.checkpoint(run)([block.trainable_parameters() for block in blocks], h)
+
+
+def _random_state() -> mx.array:
+    """MLX's state as it is now: every draw puts another array in its place."""
+    return cast(mx.array, mx.random.state[0])  # type: ignore[index]
+
+
+def head_loss(h_NLD: mx.array, w_VD: mx.array, y_NL: mx.array, chunk: int = 0, gradient: bool = False) -> mx.array:
+    """Summed cross-entropy of the tied head, in nats, float32.
+
+    Args:
+        h_NLD: Hidden states in the type of the computation.
+        w_VD: The embedding, in the same type.
+        y_NL: Targets.
+        chunk: Tokens whose logits are held at a time. 0: all.
+        gradient: Whether a gradient will be asked for. It is then taken along with the loss, chunk by chunk, so
+            that no logits are kept or computed twice (as Liger Kernel's fused linear cross-entropy does,
+            arXiv:2410.10989).
+    """
+    if not chunk or y_NL.size <= chunk:
+        return _cross_entropy(h_NLD, w_VD, y_NL)
+    h, y = h_NLD.reshape(-1, h_NLD.shape[-1]), y_NL.reshape(-1)
+    pieces = [slice(i, i + chunk) for i in range(0, len(y), chunk)]
+    if gradient:
+        return _with_gradient(pieces)(h, w_VD, y)[0]
+    total = mx.zeros(())
+    for piece in pieces:
+        total = total + _cross_entropy(mx.depends(h[piece], [total]), w_VD, y[piece])
+    return total
+
+
+def _cross_entropy(h: mx.array, w_VD: mx.array, y: mx.array) -> mx.array:
+    return mx.fast.cross_entropy((h @ w_VD.T).astype(mx.float32), y).sum()
+
+
+_loss_and_gradients = mx.value_and_grad(_cross_entropy, argnums=(0, 1))
+
+
+def _with_gradient(pieces: Sequence[slice]) -> Any:
+    """A function of (h_ND, w_VD, y_N) that gives the summed loss and its gradients for h and w."""
+
+    @mx.custom_function
+    def loss_and_gradients(h_ND: mx.array, w_VD: mx.array, y_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        total, dw_VD = mx.zeros(()), mx.zeros(w_VD.shape)
+        dh: list[mx.array] = []
+        for piece in pieces:
+            # Without these dependencies all chunks would be begun at once, and all their logits held.
+            h = mx.depends(h_ND[piece], [total, dw_VD, *dh[-1:]])
+            loss, (own, weight) = _loss_and_gradients(h, w_VD, y_N[piece])
+            total, dw_VD = total + loss, dw_VD + weight
+            dh.append(own)
+        return total, mx.concatenate(dh), dw_VD
+
+    @loss_and_gradients.vjp
+    def _(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array, mx.array]:
+        (h, w, y), scale, (_, dh, dw) = primals, cotangents[0], outputs
+        return (scale * dh).astype(h.dtype), (scale * dw).astype(w.dtype), mx.zeros_like(y)
+
+    return loss_and_gradients

@@ -1,0 +1,89 @@
+"""Optimisers in MLX: AdamW, and Muon for the blocks' matrices; their state by name."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_mla.backends.contract import stored_moment
+from mlx_mla.config import TrainConfig
+from mlx_mla.schedule import muon_rate
+from mlx_mla.weights import is_hidden_matrix
+
+
+class Muon(optim.Muon):
+    """MLX's Muon (https://kellerjordan.github.io/posts/muon) with decoupled weight decay.
+
+    MLX adds the decay to the gradient, whose size the orthogonalisation then takes away; here it shrinks the
+    weights by `learning_rate * weight_decay`, as AdamW's does (Moonlight, arXiv:2502.16982, equation 3). The
+    Newton-Schulz iteration runs in the gradient's float32.
+    """
+
+    def __init__(self, learning_rate: float, weight_decay: float):
+        super().__init__(learning_rate, weight_decay=0.0)
+        self.decay = weight_decay
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        kept = parameter * (1 - self.learning_rate * self.decay)
+        return super().apply_single(gradient, kept, state)
+
+
+def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
+    """AdamW with bias correction, decay on matrices only, as in GPT-2 and GPT-3 training; with --optimizer muon
+    the blocks' matrices go to Muon."""
+    adamw = partial(
+        optim.AdamW,
+        learning_rate=config.learning_rate,
+        betas=[config.beta1, config.beta2],
+        eps=config.adam_epsilon,
+        bias_correction=True,
+    )
+    parts = [adamw(weight_decay=config.weight_decay), adamw(weight_decay=0.0)]
+    filters = [lambda _, w: w.ndim >= 2]
+    if config.optimizer == "muon":
+        assert config.muon_learning_rate
+        parts.insert(0, Muon(config.muon_learning_rate, config.weight_decay))
+        filters.insert(0, lambda name, w: is_hidden_matrix(name, w.ndim))
+    return optim.MultiOptimizer(parts, filters)
+
+
+def set_learning_rate(optimizer: optim.MultiOptimizer, config: TrainConfig, rate: float) -> None:
+    """Set AdamW's rate; Muon's follows the same schedule."""
+    for part in optimizer.optimizers:
+        part.learning_rate = muon_rate(config, rate) if isinstance(part, Muon) else rate
+
+
+def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, np.ndarray]:
+    """The moments by their names on disk."""
+    return {key: np.array(value) for key, _, _, value in _moments(optimizer)}
+
+
+def load_state(optimizer: optim.MultiOptimizer, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
+    """Put back what `state_tensors` gave, into an optimiser that `init` has seen; UserError if it does not fit."""
+    # Written into the dictionaries that init made, so that each optimiser keeps its own tensors.
+    for part in optimizer.state["states"]:
+        part["step"] = mx.array(steps_done, mx.uint64)
+    for key, state, path, value in list(_moments(optimizer)):
+        _set_path(state, path, mx.array(stored_moment(tensors, key, value.shape)))
+
+
+def _moments(optimizer: optim.MultiOptimizer) -> Iterator[tuple[str, dict, str, mx.array]]:
+    """Every moment: its name on disk, its optimiser's state, the path in that, and the tensor."""
+    for part in optimizer.optimizers:
+        names = {"v": "momentum_buffer"} if isinstance(part, Muon) else {"m": "exp_avg", "v": "exp_avg_sq"}
+        for path, value in tree_flatten(part.state):
+            name, _, moment = path.rpartition(".")
+            if moment in names:
+                yield f"{names[moment]}.{name}", part.state, path, value
+
+
+def _set_path(tree: dict, path: str, value: mx.array) -> None:
+    """Replace one leaf of nested dictionaries and lists, by its tree_flatten path."""
+    *parents, last = path.split(".")
+    node = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    node[last] = value

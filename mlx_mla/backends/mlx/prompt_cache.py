@@ -1,0 +1,111 @@
+"""Prompt-cache files: a context that was read once, as mlx-lm keeps it on disk, and the model that it belongs to."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_map
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from safetensors import SafetensorError, safe_open
+
+from mlx_mla import checkpoint
+from mlx_mla.errors import UserError
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) -> None:
+    """Write a cache and the tokens it holds; mlx-lm's tools can go on from the file, too.
+
+    Args:
+        path: File to write, complete or not at all; ends in .safetensors.
+        cache: mlx-lm caches, a layer each, that hold `tokens` and nothing else.
+        folder: The model's folder.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    used = [copy.copy(c) for c in cache]
+    for c in used:  # caches grow in steps; what is not used yet is not for the disk
+        c.keys, c.values = tree_map(lambda a, end=c.offset: a[..., :end, :], (c.keys, c.values))
+    about = {
+        "model": str(folder), "tokenizer_config": "{}",  # for mlx_lm.generate --prompt-cache-file
+        "fingerprint": fingerprint(folder), "shape": _shape(folder), "tokens": json.dumps(list(tokens)),
+    }  # fmt: skip
+    unfinished = path.with_name(f".{path.stem}.tmp-{os.getpid()}.safetensors")
+    try:
+        save_prompt_cache(str(unfinished), used, about)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{path}: cannot be written: {e}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
+    """Read what `save` wrote.
+
+    Args:
+        folder: Folder of the model that will go on from it.
+
+    Returns:
+        mlx-lm caches, a layer each, and the tokens they hold.
+
+    Raises:
+        UserError: If it is no such file, is truncated, or belongs to another model.
+    """
+    try:
+        with safe_open(str(path), "np") as f:  # checks that the file is as long as it says
+            about = f.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --save-prompt-cache writes one") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
+    about = {key.removeprefix("0."): value for key, value in about.items() if key.startswith("0.")}
+    if "fingerprint" not in about or "tokens" not in about:
+        raise UserError(f"{path}: does not say what model it is of; --save-prompt-cache writes files that do")
+    if about["fingerprint"] != fingerprint(folder):
+        raise UserError(
+            f"{path}: is of another model ({about.get('model')}: {about.get('shape')}) than {folder} "
+            f"({_shape(folder)}); read the prompt again with --save-prompt-cache"
+        )
+    return load_prompt_cache(str(path)), json.loads(about["tokens"])
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of a model: its settings, the headers of its weight files and 64 samples spread over each.
+
+    Reads a quarter of a megabyte of a file, however large it is. Other weights, another rank or another
+    quantisation give another fingerprint.
+    """
+    digest = hashlib.sha256(json.dumps(checkpoint.read_config(folder).to_dict(), sort_keys=True).encode())
+    for path in sorted(folder.glob("model*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            header = f.read(8)
+            digest.update(header + f.read(int.from_bytes(header, "little")))
+            for i in range(SAMPLES):
+                f.seek(max(f.tell(), size * (i + 1) // SAMPLES - SAMPLE_BYTES))
+                digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _shape(folder: Path) -> str:
+    """What a cache of a model holds, in words."""
+    config = checkpoint.read_config(folder)
+    if config.attention == "mha":
+        return f"{config.n_layer} layers, keys and values {config.n_embd} wide"
+    ranks = sorted(set(config.latent_ranks))
+    return f"{config.n_layer} layers, latents {' or '.join(map(str, ranks))} wide"
+
+
+def check_target(path: Path) -> None:
+    """Refuse a name that mlx-lm would change, or a folder that is not there, before anything is computed."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: the name of a prompt cache must end in .safetensors")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: {path.parent} is not a folder")

@@ -1,0 +1,202 @@
+"""Generation in PyTorch, on transformers' caches and logits processors."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Cache, LogitsProcessorList, StaticCache
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import logits_process
+
+from mlx_mla import checkpoint
+from mlx_mla.backends.contract import Piece
+from mlx_mla.backends.torch.device import peak_memory_bytes
+from mlx_mla.backends.torch.load import load
+from mlx_mla.decoding.cache_choice import choose_cache
+from mlx_mla.decoding.request import CacheKind, GenerationOptions, check_request, fit_context
+from mlx_mla.decoding.text import Meter, TextWriter
+from mlx_mla.errors import UserError
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's cache that grows by 256 tokens at a time, as mlx-lm's; transformers' own is copied at every step."""
+
+    step = 256
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [key_states[..., :0, :], value_states[..., :0, :]]
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        if end > self.room[0].shape[-2]:
+            size = -(-end // self.step) * self.step
+            for i, old in enumerate(self.room):
+                new = old.new_empty(*old.shape[:-2], size, old.shape[-1])
+                new[..., :begin, :] = old[..., :begin, :]
+                self.room[i] = new
+        for room, states in zip(self.room, (key_states, value_states)):
+            room[..., begin:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+
+class GrowingCache(Cache):
+    """transformers' cache of such layers. Decoding here neither crops nor reorders it."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+
+
+class TorchDecoder:
+    """See `mlx_mla.backends.contract.Decoder`.
+
+    Args:
+        folder: A model folder of this project. The model file in it is not executed: the package's own
+            is the same model.
+        cache: What to keep between tokens.
+        device: Where to run.
+
+    Raises:
+        UserError: If the folder is not one that PyTorch can read.
+    """
+
+    def __init__(self, folder: Path, cache: CacheKind, device: torch.device):
+        config = checkpoint.read_config(folder)
+        self.model = load(folder, device)
+        self.device, self.config, self.requested_cache = device, config, cache
+        self._use("latent" if cache == "auto" else cache)
+        # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never grows.
+        self.fixed_shapes = device.type == "mps"
+        self.tokenizer = checkpoint.read_tokenizer(folder)
+        assert config.vocab_size
+        self.vocab_size, self.n_positions = config.vocab_size, config.n_positions
+
+    def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
+        for _, piece in self._decode([prompt], options):
+            yield piece
+
+    def batch(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+        if options.max_kv_size or self.cache == "none":
+            # Rows would reach the limit at different times, so the prompts take turns.
+            for i, prompt in enumerate(prompts):
+                for _, piece in self._decode([prompt], options):
+                    yield i, piece
+        else:
+            yield from self._decode(prompts, options)
+
+    def _use(self, cache: CacheKind) -> None:
+        self.cache = cache
+        self.model.materialize_cache(cache == "materialized")
+
+    def _decode(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+        for name in ("kv_bits", "prompt_cache", "save_prompt_cache", "draft_model"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is mlx-lm's; use --backend mlx, or leave it out")
+        limits = [check_request(p, options, self.vocab_size, self.n_positions) for p in prompts]
+        if self.requested_cache == "auto":
+            context = max(len(p) + n for p, n in zip(prompts, limits))
+            self._use(choose_cache(self.config, "torch", self.device.type, len(prompts), context))
+        meters = [Meter(len(p), lambda: peak_memory_bytes(self.device)) for p in prompts]
+        writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
+        unfinished = set(range(len(prompts)))
+        for tokens, cache_bytes in self._tokens(prompts, max(limits), options):
+            for i in sorted(unfinished):
+                meters[i].count(cache_bytes)
+                reason = writers[i].add(tokens[i])
+                if reason is None and meters[i].tokens == limits[i]:
+                    reason = "length"
+                if reason:
+                    unfinished.discard(i)
+                yield i, Piece(writers[i].take(final=reason == "length"), [tokens[i]], meters[i].figures(), reason)
+            if not unfinished:
+                return
+
+    def _tokens(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, options: GenerationOptions
+    ) -> Iterator[tuple[list[int], int]]:
+        """The next token of every prompt, and the bytes of the cache, step by step."""
+        limit = options.max_kv_size or self.n_positions
+        processors = self._processors(options)
+        random = torch.Generator(self.device).manual_seed(options.seed)
+        contexts, done = [list(p) for p in prompts], 0
+        while done < max_tokens:
+            contexts = [fit_context(c, limit) for c in contexts]
+            # Shorter prompts of a batch stop before the longest, whose room does not bind them.
+            room = limit - min(map(len, contexts))
+            width = max(map(len, contexts))
+            padding = torch.tensor([width - len(c) for c in contexts], device=self.device)
+            ids = torch.tensor([[0] * (width - len(c)) + c for c in contexts], device=self.device)
+            columns, end = torch.arange(width, device=self.device), width
+            cache = self._new_cache()
+            for _ in range(min(max_tokens - done, room)):
+                with torch.inference_mode():
+                    # Rows that are finished may run past the position table; their tokens are not used.
+                    positions = (columns[None] - padding[:, None]).clamp(0, self.n_positions - 1)
+                    keys = torch.arange(self.n_positions if self.fixed_shapes else end, device=self.device)
+                    logits = self.model(
+                        ids,
+                        attention_mask=(keys[None] >= padding[:, None]).long() if len(prompts) > 1 else None,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=cache is not None,
+                        logits_to_keep=1,
+                    ).logits[:, -1]
+                    chosen = self._choose(logits.float(), contexts, processors, options, random)
+                for context, token in zip(contexts, chosen.tolist()):
+                    context.append(token)
+                done += 1
+                yield chosen.tolist(), _cache_bytes(cache)
+                end += 1
+                if cache is None:
+                    ids = torch.cat([ids, chosen[:, None]], dim=1)
+                    columns = torch.arange(end, device=self.device)
+                else:
+                    ids, columns = chosen[:, None], columns[-1:] + 1
+
+    def _new_cache(self) -> Any:
+        if self.cache == "none":
+            return None
+        if self.fixed_shapes:
+            return StaticCache(config=self.model.config, max_cache_len=self.n_positions)
+        return GrowingCache()
+
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        contexts: list[list[int]],
+        processors: LogitsProcessorList,
+        options: GenerationOptions,
+        random: torch.Generator,
+    ) -> torch.Tensor:
+        logits[:, len(self.tokenizer) :] = -torch.inf  # rows that pad the vocabulary stand for no token
+        if options.repetition_penalty != 1.0:
+            penalty = logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+            recent = [torch.tensor([c[-options.repetition_context_size :]], device=self.device) for c in contexts]
+            logits = torch.cat([penalty(r, row[None]) for r, row in zip(recent, logits)])
+        if options.temp == 0:
+            return logits.argmax(-1)
+        scores = processors(torch.empty(0, device=self.device), logits)
+        return torch.multinomial(scores.softmax(-1), 1, generator=random)[:, 0]
+
+    def _processors(self, options: GenerationOptions) -> LogitsProcessorList:
+        """The sampling options in mlx-lm's order: filters on the model's own distribution, temperature last."""
+        chain = LogitsProcessorList()
+        if 0 < options.top_p < 1:
+            chain.append(logits_process.TopPLogitsWarper(options.top_p))
+        if options.min_p > 0:
+            chain.append(logits_process.MinPLogitsWarper(options.min_p))
+        if options.top_k > 0:
+            chain.append(logits_process.TopKLogitsWarper(options.top_k))
+        if options.temp > 0:
+            chain.append(logits_process.TemperatureLogitsWarper(float(options.temp)))
+        return chain
+
+
+def _cache_bytes(cache: Any) -> int:
+    if cache is None:
+        return 0
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))

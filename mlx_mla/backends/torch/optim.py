@@ -1,0 +1,79 @@
+"""Optimisers in PyTorch: AdamW, and Muon for the blocks' matrices; their state by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_mla.backends.contract import stored_moment
+from mlx_mla.config import TrainConfig
+from mlx_mla.schedule import muon_rate
+from mlx_mla.weights import is_hidden_matrix
+
+MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+if hasattr(torch.optim, "Muon"):  # PyTorch 2.9
+    MOMENTS[torch.optim.Muon] = ("momentum_buffer",)
+
+
+class Optimizers:
+    """AdamW with decay on matrices only; with --optimizer muon the blocks' matrices go to PyTorch's Muon.
+
+    PyTorch's Muon decays weights decoupled and iterates in bfloat16, for which its polynomial was made.
+
+    Args:
+        parameters: By name.
+    """
+
+    def __init__(self, config: TrainConfig, parameters: Mapping[str, torch.nn.Parameter]):
+        self.config = config
+        self._names = {p: name for name, p in parameters.items()}
+        hidden = []
+        if config.optimizer == "muon":
+            hidden = [p for name, p in parameters.items() if is_hidden_matrix(name, p.ndim)]
+        taken = set(hidden)
+        matrices = [p for p in parameters.values() if p.ndim >= 2 and p not in taken]
+        others = [p for p in parameters.values() if p.ndim < 2]
+        self._adamw = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_epsilon,
+            fused=next(iter(parameters.values())).device.type == "cuda",
+        )
+        self._all: list[Any] = [self._adamw]
+        if hidden:
+            assert config.muon_learning_rate
+            self._all.append(torch.optim.Muon(hidden, config.muon_learning_rate, config.weight_decay))
+
+    def step(self, rate: float) -> None:
+        """Take a step at AdamW's rate; Muon's follows the same schedule. Gradients are cleared."""
+        for optimizer in self._all:
+            own = rate if optimizer is self._adamw else muon_rate(self.config, rate)
+            for group in optimizer.param_groups:
+                group["lr"] = own
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, np.ndarray]:
+        """The moments by their names on disk."""
+        return {
+            f"{moment}.{self._names[p]}": optimizer.state[p][moment].detach().cpu().numpy().copy()
+            for optimizer, p in self._owned()
+            for moment in MOMENTS[type(optimizer)]
+        }
+
+    def load_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
+        """Put back what `state_tensors` gave; UserError if it does not fit."""
+        for optimizer, p in self._owned():
+            state: dict[str, Any] = {}
+            for moment in MOMENTS[type(optimizer)]:
+                stored = stored_moment(tensors, f"{moment}.{self._names[p]}", tuple(p.shape))
+                state[moment] = torch.tensor(stored, device=p.device)
+            if optimizer is self._adamw:
+                # Fused AdamW keeps its count on the device.
+                state["step"] = torch.tensor(float(steps_done), device=p.device if p.device.type == "cuda" else None)
+            optimizer.state[p] = state
+
+    def _owned(self) -> list[tuple[Any, torch.nn.Parameter]]:
+        return [(o, p) for o in self._all for group in o.param_groups for p in group["params"]]

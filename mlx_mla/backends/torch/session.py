@@ -1,0 +1,135 @@
+"""Training in PyTorch: a model, its optimiser and the step."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from mlx_mla.backends.contract import Start, StepResult, Teacher, dropout_seed
+from mlx_mla.backends.torch.device import peak_memory_bytes
+from mlx_mla.backends.torch.load import build_model
+from mlx_mla.backends.torch.loss import head_loss, hidden_states
+from mlx_mla.backends.torch.optim import Optimizers
+from mlx_mla.backends.torch.score import TorchScorer
+from mlx_mla.config import TrainConfig
+from mlx_mla.data.windows import Batch
+from mlx_mla.world import SOLO, World
+
+
+class TorchTrainSession:
+    """See `mlx_mla.backends.contract.TrainSession`.
+
+    Weights, gradients and optimiser state are float32; bfloat16 runs the forward pass under autocast.
+    On CUDA the forward pass is compiled and AdamW fused; elsewhere both run as they are.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        config: TrainConfig,
+        start: Start,
+        teacher: Teacher | None = None,
+        world: World = SOLO,
+    ):
+        self.config, self.device, self.world = config, device, world
+        self.model = build_model(config.model, start.weights, device)
+        self._teacher: Any = None
+        if teacher is not None:
+            self._teacher, self._vocabulary = build_model(teacher.config, teacher.weights, device), teacher.vocabulary
+        self.parameters = dict(self.model.named_parameters())
+        self._average = world.gradient_average(self.parameters.values())
+        self.optimizers = Optimizers(config, self.parameters)
+        if start.optimizer_state is not None:
+            self.optimizers.load_state(start.optimizer_state, start.step)
+        on_cuda = device.type == "cuda"
+        self._hidden: Any = torch.compile(hidden_states) if on_cuda and config.compile else hidden_states
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
+        self.model.train()
+        if self.config.model.dropout:
+            torch.manual_seed(dropout_seed(self.config.seed, step, self.world.rank))
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            loss = self._training_loss(batch) / len(batches)
+            last = i == len(batches) - 1
+            with self._average.last_pass() if last else contextlib.nullcontext():
+                loss.backward()
+            total += loss.detach()
+        limit = self.config.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        self.optimizers.step(learning_rate)
+        return StepResult(total.item(), norm.item())
+
+    def loss_sum(self, batch: Batch) -> float:
+        self.model.eval()
+        with torch.no_grad():
+            return self._cross_entropy(*self._tensors(batch)).item()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {name: p.detach().cpu().numpy().copy() for name, p in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        return self.optimizers.state_tensors()
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
+        self.model.eval()
+        torch.manual_seed(seed)
+        ids = torch.tensor([list(prompt)], device=self.device)
+        sampling: dict[str, Any] = {"do_sample": temp > 0, "temperature": temp or None, "top_k": 0}
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, **sampling)
+        return out[0, len(prompt) :].tolist()
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self.device)
+
+    def scorer(self, tokenizer: Any) -> TorchScorer:
+        self.model.eval()
+        return TorchScorer(self.model, tokenizer)
+
+    def _training_loss(self, batch: Batch) -> torch.Tensor:
+        x, y = self._tensors(batch)
+        if self._teacher is None:
+            return self._cross_entropy(x, y) / len(y)
+        weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
+        assert weight is not None and temperature is not None
+        with torch.no_grad(), self._autocast():
+            taught = self._teacher(x, use_cache=False).logits[..., : self._vocabulary].float().flatten(0, 1)
+        with self._autocast():
+            logits = self.model.lm_head(self._last_hidden(x)).float().flatten(0, 1)
+        divergence = distillation_divergence(logits[:, : self._vocabulary], taught, temperature)
+        return (1 - weight) * F.cross_entropy(logits, y) + weight * divergence
+
+    def _cross_entropy(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Summed over all tokens."""
+        with self._autocast():
+            return head_loss(self._last_hidden(x), self.model.lm_head.weight, y, self.config.loss_chunk or 0)
+
+    def _last_hidden(self, x: torch.Tensor) -> torch.Tensor:
+        every = self.config.checkpoint_every if self.model.training else 0
+        h: torch.Tensor = self._hidden(self.model.transformer, x, every)
+        return h
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        bfloat16 = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (B, L) and targets (B * L,) on the device."""
+        x, y = (torch.tensor(a, dtype=torch.long, device=self.device) for a in batch)
+        return x, y.flatten()
+
+
+def distillation_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, nats.
+
+    Args:
+        student: Logits, (N, V) float32.
+        teacher: The same.
+    """
+    log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")

@@ -1,0 +1,35 @@
+"""What a run trains on, and what it holds out."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mlx_mla.config import TrainConfig
+from mlx_mla.data import corpus
+from mlx_mla.data.shards import Shard, open_folder, training_part
+from mlx_mla.data.tokenizer import TextEncoder
+from mlx_mla.data.windows import TokenWindows
+
+
+class TrainingData:
+    """Training and held-out windows of --data: a text, or a folder of token shards."""
+
+    def __init__(self, config: TrainConfig, encoder: TextEncoder):
+        assert config.model.vocab_size
+        self.encoder = encoder
+        self.tokenizer = encoder.fast_tokenizer()
+        train: np.ndarray | list[Shard]
+        val: np.ndarray | list[Shard]
+        if Path(config.data).is_dir():
+            folder = open_folder(Path(config.data))
+            folder.check_tokenizer(encoder.name)
+            self.fingerprint = folder.fingerprint
+            train, val = folder.held_out(config.val_fraction)
+        else:
+            tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
+            self.fingerprint = corpus.fingerprint(tokens)
+            cut = training_part(len(tokens), config.val_fraction)
+            train, val = tokens[:cut], tokens[cut:]
+        T, vocab = config.context, config.model.vocab_size
+        self.train = TokenWindows(train, T, config.seed, vocab, "the training part of --data")
+        self.val = TokenWindows(val, T, config.seed, vocab, "the held-out part of --data")

@@ -1,0 +1,385 @@
+"""Documents from text, JSON lines, parquet and the Hugging Face hub, read in blocks of about a megabyte.
+
+Where a block ends depends on where it begins and on the file alone, so that reading can stop after any block and
+go on there in another process. A block is parsed later, by whichever thread tokenises it.
+"""
+
+import dataclasses
+import gzip
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlx_mla.errors import UserError
+
+TEXT, JSON_LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (".parquet",)
+COMPRESSED = (".gz", ".xz", ".zst")
+
+LONGEST = 16 << 20
+"""Bytes of a text file without a separator, after which it is cut at a line break."""
+
+_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some consecutive documents of a source."""
+
+    documents: Callable[[], list[str | None]]
+    """Parses them; raises UserError naming the file and the place."""
+    end: Any
+    """Where the next block begins; a JSON value."""
+    done: float
+    """How much of the source's `size` has been read."""
+
+
+class Source(Protocol):
+    """One file, or one file of a dataset on the hub."""
+
+    name: str
+    size: float
+    """In any unit that `Block.done` counts in, the same for all sources of a run; 0: not known."""
+
+    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        """Blocks of at least one document and, if more than one, at most `limit` bytes.
+
+        Args:
+            start: `end` of the block before, or None.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files are read."""
+
+    column: str = "text"
+    """Column of a parquet file, or key of a JSON line."""
+    separator: str = "<|endoftext|>"
+    """What stands between the documents of a text file."""
+    revision: str | None = None
+    """Commit, branch or tag of a dataset on the hub; None: its newest commit."""
+
+
+def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
+    """The readable files that SRC means, in the order of their names, and the names of other files there.
+
+    Raises:
+        UserError: If there are none.
+    """
+    path = Path(src)
+    if path.is_file():
+        return [_file(path, path.name, reading, TEXT[0])], []
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", src):
+            raise UserError(f"{src}: no such file or folder, and not a dataset's name (OWNER/NAME:CONFIG)")
+        return _hub(src, reading), []
+    found: list[Source] = []
+    others: list[str] = []
+
+    def unreadable(e: OSError) -> None:
+        raise UserError(f"{e.filename}: cannot be read: {e.strerror}")
+
+    for folder, names, files in os.walk(path, onerror=unreadable):
+        names[:] = sorted(n for n in names if not n.startswith("."))
+        for name in sorted(files):
+            full = Path(folder) / name
+            if name.startswith("."):
+                continue
+            if _kind(name) is None:
+                others.append(full.relative_to(path).as_posix())
+            else:
+                found.append(_file(full, full.relative_to(path).as_posix(), reading))
+    if not found:
+        kinds = " ".join(TEXT + JSON_LINES + PARQUET)
+        raise UserError(f"{path}: holds no files to read ({kinds}, the first two kinds also {' '.join(COMPRESSED)})")
+    return sorted(found, key=lambda source: source.name), others
+
+
+def _kind(name: str) -> str | None:
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in COMPRESSED:
+        suffix = os.path.splitext(stem)[1]
+        return None if suffix in PARQUET else suffix if suffix in TEXT + JSON_LINES else None
+    return suffix if suffix in TEXT + JSON_LINES + PARQUET else None
+
+
+def _file(path: Path, name: str, reading: Reading, otherwise: str | None = None) -> Source:
+    kind = _kind(name) or otherwise
+    assert kind is not None
+    maker = ParquetSource if kind in PARQUET else JsonLinesSource if kind in JSON_LINES else TextSource
+    return maker(path, name, reading)
+
+
+class _FileSource:
+    def __init__(self, path: Path, name: str, reading: Reading):
+        self.path, self.name, self.reading = path, name, reading
+        try:
+            self.size: float = path.stat().st_size
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+class _StreamSource(_FileSource):
+    """A file that is cut at a delimiter; a position is [bytes, delimiters] before it, uncompressed."""
+
+    delimiter: bytes
+    longest: int | None = None
+
+    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        offset, count = start or (0, 0)
+        try:
+            with self.path.open("rb") as raw:
+                stream = _decompressed(raw, self.path.suffix.lower())
+                _skip(stream, offset)
+                for data in _pieces(stream, self.delimiter, limit, self.longest):
+                    end = [offset + len(data), count + data.count(self.delimiter)]
+                    yield Block(self._parser(data, offset, count), end, raw.tell())
+                    offset, count = end
+        except _DAMAGE as e:
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else f"damaged or truncated ({e})"
+            raise UserError(f"{self.path}: cannot be read: {reason}") from None
+
+    def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
+        raise NotImplementedError
+
+
+class TextSource(_StreamSource):
+    """Plain text, cut into documents at the separator."""
+
+    longest = LONGEST
+
+    def __init__(self, path: Path, name: str, reading: Reading):
+        super().__init__(path, name, reading)
+        self.delimiter = reading.separator.encode()
+
+    def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
+        def parse() -> list[str | None]:
+            try:
+                text = data.decode("utf-8")
+            except UnicodeDecodeError as e:
+                raise UserError(
+                    f"{self.path}: not UTF-8 text (byte {data[e.start]:#04x} at offset {offset + e.start:,}); "
+                    "convert it, for example with iconv -f latin1 -t utf-8"
+                ) from None
+            documents = text.split(self.reading.separator)
+            # What follows the last separator is nothing, not an empty document.
+            return list(documents if documents[-1] else documents[:-1])
+
+        return parse
+
+
+class JsonLinesSource(_StreamSource):
+    """A JSON object a line."""
+
+    delimiter = b"\n"
+
+    def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
+        def parse() -> list[str | None]:
+            lines = enumerate(data.split(b"\n"), count + 1)
+            return [self._document(line, number) for number, line in lines if line.strip()]
+
+        return parse
+
+    def _document(self, line: bytes, number: int) -> str | None:
+        where, column = f"{self.path}, line {number:,}", self.reading.column
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            raise UserError(
+                f"{where}: not UTF-8 text (byte {line[e.start]:#04x} at offset {e.start} of the line)"
+            ) from None
+        except ValueError as e:
+            raise UserError(f"{where}: not JSON ({e}); this needs one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object; this needs one object a line")
+        if column not in row:
+            raise UserError(f"{where}: has no {column!r}, but {_names(row)}; choose one with --text-column")
+        if not isinstance(row[column], str | None):
+            raise UserError(f"{where}: {column!r} is not a string; choose another with --text-column")
+        return row[column]
+
+
+class ParquetSource(_FileSource):
+    """A column of a parquet file; a position is a number of rows."""
+
+    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        skip, column = start or 0, self.reading.column
+        position = skip
+        try:
+            with pq.ParquetFile(self.path) as file:
+                self._check(file.schema_arrow)
+                groups, first = list[int](), 0
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    if groups or first + rows > skip:
+                        groups.append(group)
+                    else:
+                        first += rows
+                batches = file.iter_batches(256, row_groups=groups, columns=[column]) if groups else []
+                rows_of = (text for batch in batches for text in batch.column(0).to_pylist())
+                total = max(1, file.metadata.num_rows)
+                for texts, position in _grouped(rows_of, first, skip, limit):
+                    yield Block(_constant(texts), position, self.size * position / total)
+        except UnicodeDecodeError as e:
+            raise UserError(f"{self.path}: column {column!r} is not UTF-8 after row {position:,} ({e})") from None
+        except (pa.ArrowException, OSError) as e:
+            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+            raise UserError(f"{self.path}: cannot be read as parquet: {reason}") from None
+
+    def _check(self, schema: pa.Schema) -> None:
+        column = self.reading.column
+        if column not in schema.names:
+            raise UserError(
+                f"{self.path}: has no column {column!r}, but {_names(schema.names)}; choose one with --text-column"
+            )
+        kind = schema.field(column).type
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(is_string(plain) for is_string in _STRINGS):
+            raise UserError(f"{self.path}: column {column!r} is {kind}, not string; choose another with --text-column")
+
+
+class HubSource:
+    """One of the files of a dataset that `datasets` streams; a position is its state and a number of rows."""
+
+    def __init__(self, dataset: Any, name: str, size: float, column: str):
+        self.dataset, self.name, self.size, self.column = dataset, name, size, column
+
+    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        done = 0
+        if start is not None:
+            self.dataset.load_state_dict(start["state"])
+            done = start["rows"]
+        try:
+            for texts, end in _grouped(map(self._text, self.dataset), done, done, limit):
+                yield Block(_constant(texts), {"rows": end, "state": self.dataset.state_dict()}, end)
+        except UserError:
+            raise
+        except Exception as e:  # datasets, fsspec and the network raise many kinds
+            raise UserError(
+                f"{self.name}: could not be read on ({type(e).__name__}: {_first_line(e)}); run it again to go on"
+            ) from e
+
+    def _text(self, row: dict[str, Any]) -> str | None:
+        if self.column not in row or not isinstance(row[self.column], str | None):
+            raise UserError(
+                f"{self.name}: has no text column {self.column!r}, but {_names(row)}; choose one with --text-column"
+            )
+        return row[self.column]
+
+
+def _hub(src: str, reading: Reading) -> list[Source]:
+    import datasets  # takes seconds, and only this needs it
+    from huggingface_hub import HfApi
+
+    name, _, config = src.partition(":")
+    try:
+        # The commit becomes part of the files' names, so that a preparation never goes on with other data.
+        commit = HfApi().dataset_info(name, revision=reading.revision).sha or ""
+        data = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
+        files = data.num_shards
+        splits = data.info.splits or {}
+        rows = splits["train"].num_examples if "train" in splits else 0
+    except Exception as e:  # datasets, fsspec and the network raise many kinds
+        raise UserError(
+            f"{src}: no such file or folder, and the dataset could not be opened ({type(e).__name__}: {_first_line(e)})"
+        ) from None
+    return [
+        HubSource(data.shard(files, i), f"{src}@{commit}#{i:05d}", (rows or 0) / files, reading.column)
+        for i in range(files)
+    ]
+
+
+def _grouped(texts: Iterator[str | None], first: int, skip: int, limit: int) -> Iterator[tuple[list[str | None], int]]:
+    """Rows from `skip` on, gathered until they have `limit` characters, with the number of rows before their end."""
+    group: list[str | None] = []
+    size, end = 0, first
+    for text in texts:
+        end += 1
+        if end <= skip:
+            continue
+        group.append(text)
+        size += len(text or "")
+        if size >= limit:
+            yield group, end
+            group, size = [], 0
+    if group:
+        yield group, end
+
+
+def _pieces(stream: Any, delimiter: bytes, limit: int, longest: int | None) -> Iterator[bytes]:
+    """Cut a stream after delimiters: the last one within `limit` bytes, or else the first.
+
+    Args:
+        longest: Where there is none in so many bytes, cut after the last line break, or the last whole character.
+    """
+    buffer, ended = bytearray(), False
+
+    def fill(size: int) -> None:
+        nonlocal ended
+        while len(buffer) < size and not ended:
+            data = stream.read(max(1 << 16, size - len(buffer)))
+            ended = not data
+            buffer.extend(data)
+
+    while True:
+        fill(limit)
+        cut = buffer.rfind(delimiter, 0, limit) + len(delimiter)
+        if cut < len(delimiter):
+            at, searched = -1, 0
+            while at < 0 and not (ended and searched >= len(buffer)) and not (longest and searched >= longest):
+                fill(max(2 * searched, limit, 1 << 20))
+                at = buffer.find(delimiter, max(0, searched - len(delimiter)))
+                searched = len(buffer)
+            cut = at + len(delimiter) if at >= 0 else len(buffer)
+            if longest is not None and cut > longest:
+                cut = buffer.rfind(b"\n", 0, longest) + 1 or _character_end(buffer, longest)
+        if not cut:
+            return
+        yield bytes(buffer[:cut])
+        del buffer[:cut]
+
+
+def _character_end(data: bytearray, at: int) -> int:
+    while at > 1 and data[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
+
+
+def _decompressed(raw: Any, suffix: str) -> Any:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    if suffix == ".zst":
+        return pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+    return raw
+
+
+def _skip(stream: Any, count: int) -> None:
+    if isinstance(stream, pa.NativeFile | gzip.GzipFile | lzma.LZMAFile):
+        while count > 0:
+            count -= len(stream.read(min(count, 1 << 20))) or count
+    else:
+        stream.seek(count)
+
+
+def _constant(value: list[str | None]) -> Callable[[], list[str | None]]:
+    return lambda: value
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "nothing"
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [""])[0]

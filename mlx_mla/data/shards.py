@@ -1,0 +1,276 @@
+"""Token shards on disk: build-nanogpt's `.npy`, llm.c's `.bin` and nanoGPT's headerless `.bin`, all of uint16.
+
+A folder of shards is read by their names, as build-nanogpt does: `val` or `train` in a name says which part it
+is. A folder that `mlx_mla.prepare` wrote also has a manifest, which is then the authority.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import numpy as np
+
+from mlx_mla.errors import UserError
+
+Format = Literal["npy", "llmc"]
+Split = Literal["train", "val"]
+
+MANIFEST = "manifest.json"
+SUFFIXES = {"npy": ".npy", "llmc": ".bin"}
+
+LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
+"""Of llm.c's token files: 256 int32, of which the third is the number of tokens (llm.c, dev/data/data_common.py)."""
+
+_SAMPLES, _SAMPLE = 16, 2048
+"""Places in a shard, and tokens at each, that stand for the whole where reading all would take minutes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A stretch of token ids in a file, memory-mapped.
+
+    Attributes:
+        path: The file.
+        tokens: Token ids, uint16 of shape (n,).
+        first: Index of `tokens[0]` among the file's tokens.
+        size: Bytes the file had when it was opened.
+    """
+
+    path: Path
+    tokens: np.ndarray
+    first: int
+    size: int
+
+    def check(self) -> None:
+        """UserError if the file is no longer what was mapped: reading on would kill the process with SIGBUS."""
+        try:
+            now = self.path.stat().st_size
+        except OSError as e:
+            raise UserError(f"{self.path}: the data can no longer be read ({e.strerror})") from None
+        if now != self.size:
+            raise UserError(f"{self.path}: the data changed while it was read ({self.size:,} bytes became {now:,})")
+
+    def cut(self, start: int, stop: int) -> "Shard":
+        """The part from token `start` to before `stop`."""
+        return dataclasses.replace(self, tokens=self.tokens[start:stop], first=self.first + start)
+
+    def samples(self) -> list[tuple[int, np.ndarray]]:
+        """Some stretches of the shard, spread evenly and with both ends, as (index, token ids)."""
+        last = max(0, len(self.tokens) - _SAMPLE)
+        starts = sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
+        return [(s, self.tokens[s : s + _SAMPLE]) for s in starts]
+
+
+def training_part(count: int, val_fraction: float) -> int:
+    """How many of `count` tokens come before the held-out end."""
+    return int(count * (1 - val_fraction))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFolder:
+    """The shards of a folder, checked as far as their sizes and headers go."""
+
+    path: Path
+    train: list[Shard]
+    val: list[Shard]
+    fingerprint: str
+    """Tells whether a resumed run sees the same data."""
+    tokenizer: Optional[str]
+    """Name of the tokenizer that made them, where a manifest says so."""
+
+    def held_out(self, fraction: float) -> tuple[list[Shard], list[Shard]]:
+        """Training and validation shards; without the latter, the last `fraction` of all tokens is split off."""
+        if self.val:
+            return self.train, self.val
+        train, val = list(self.train), list[Shard]()
+        total = sum(len(shard.tokens) for shard in train)
+        left = total - training_part(total, fraction)
+        while left > 0:
+            last = train.pop()
+            cut = max(0, len(last.tokens) - left)
+            left -= len(last.tokens) - cut
+            val.insert(0, last.cut(cut, len(last.tokens)))
+            if cut:
+                train.append(last.cut(0, cut))
+        return train, val
+
+    def check_tokenizer(self, name: str) -> None:
+        """UserError if a manifest says that another tokenizer made the shards."""
+        if self.tokenizer not in (None, name):
+            raise UserError(
+                f"{self.path}: was prepared with --tokenizer {self.tokenizer}, and training has --tokenizer {name}; "
+                f"give --tokenizer {self.tokenizer}, or prepare the data again"
+            )
+
+
+def open_shard(path: Path) -> Shard:
+    """Map a shard of any of the three formats.
+
+    Raises:
+        UserError: If it is truncated or longer than it says, has a foreign header, or does not hold uint16.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if path.suffix == ".npy":
+                offset, count = _npy_header(path, file)
+            else:
+                offset, count = _bin_header(path, file, size)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    if size != offset + 2 * count:
+        state = "truncated" if size < offset + 2 * count else "longer than its header says"
+        raise UserError(
+            f"{path}: {state}: {count:,} tokens need {offset + 2 * count:,} bytes, it has {size:,}; write it again"
+        )
+    if not count:
+        raise UserError(f"{path}: holds no tokens; remove it")
+    return Shard(path, np.memmap(path, "<u2", "r", offset, (count,)).view(np.ndarray), 0, size)
+
+
+def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count: int) -> str:
+    """Write a shard that appears under its name only once it is whole and on disk.
+
+    Args:
+        path: The file.
+        layout: "npy" or "llmc".
+        pieces: Token ids, uint16, of `count` tokens in all.
+        count: Number of tokens, which the header holds.
+
+    Returns:
+        The file's sha256.
+
+    Raises:
+        UserError: If the disk is full or refuses to be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    digest = hashlib.sha256()
+    try:
+        with temporary.open("wb") as file:
+            for block in (_header(layout, count), *pieces):
+                data = block if isinstance(block, bytes) else np.ascontiguousarray(block, "<u2").data
+                digest.update(data)
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        assert temporary.stat().st_size == len(_header(layout, count)) + 2 * count
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"{path}: could not be written: {e.strerror or e}; make room and run it again") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def open_folder(folder: Path) -> ShardFolder:
+    """The shards of a folder, by its manifest or else by their names.
+
+    Raises:
+        UserError: If there are none, or one is not what it should be; the message names it.
+    """
+    if (folder / MANIFEST).is_file():
+        return _prepared(folder, read_manifest(folder))
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES.values() and not p.name.startswith("."))
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read: {e.strerror}") from None
+    if not paths:
+        raise UserError(f"{folder}: holds no token shards (.npy, .bin); make some with python -m mlx_mla.prepare")
+    parts: dict[Split, list[Shard]] = {"train": [], "val": []}
+    digest = hashlib.sha256()
+    for path in paths:
+        shard = open_shard(path)
+        parts[_split(path)].append(shard)
+        digest.update(f"{path.name} {shard.size}\n".encode())
+        for _, tokens in shard.samples():
+            digest.update(tokens.tobytes())
+    if not parts["train"]:
+        raise UserError(f"{folder}: holds no training shards; a name must have 'train' in it")
+    return ShardFolder(folder, parts["train"], parts["val"], digest.hexdigest(), None)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `mlx_mla.prepare` wrote."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != 1:
+            raise UserError(f"{path}: format {values['format']}, and this version reads 1; prepare the data again")
+        if missing := {"complete", "settings", "tokenizer", "sources", "shards"} - values.keys():
+            raise KeyError(missing)
+        return values
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{path}: not a manifest of mlx_mla.prepare ({type(e).__name__}); remove it") from None
+
+
+def _prepared(folder: Path, manifest: dict[str, Any]) -> ShardFolder:
+    if not manifest["complete"]:
+        raise UserError(f"{folder}: its preparation was not finished; run mlx_mla.prepare again to go on with it")
+    parts: dict[Split, list[Shard]] = {"train": [], "val": []}
+    digest = hashlib.sha256()
+    for row in manifest["shards"]:
+        shard = open_shard(folder / row["file"])
+        if len(shard.tokens) != row["tokens"]:
+            raise UserError(
+                f"{shard.path}: has {len(shard.tokens):,} tokens, {MANIFEST} says {row['tokens']:,}; prepare it again"
+            )
+        parts[row["split"]].append(shard)
+        digest.update(f"{row['split']} {row['sha256']}\n".encode())
+    return ShardFolder(folder, parts["train"], parts["val"], digest.hexdigest(), manifest["tokenizer"]["name"])
+
+
+def _split(path: Path) -> Split:
+    words = re.split(r"[^a-z]+", path.name.lower())
+    splits: tuple[Split, ...] = ("val", "train")
+    for found in ([s for s in splits if s in words], [s for s in splits if s in path.name.lower()]):
+        if len(found) == 1:
+            return found[0]
+    raise UserError(f"{path}: its name must say 'train' or 'val'; rename it, or move it out of the folder")
+
+
+def _header(layout: Format, count: int) -> bytes:
+    if layout == "llmc":
+        return struct.pack("<256i", LLMC_MAGIC, LLMC_VERSION, count, *[0] * 253)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)})
+    return buffer.getvalue()
+
+
+def _npy_header(path: Path, file: Any) -> tuple[int, int]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(file)
+    except (ValueError, KeyError, EOFError):
+        raise UserError(f"{path}: not a NumPy array file (its header is damaged); write it again") from None
+    if dtype != np.dtype("<u2"):
+        raise UserError(f"{path}: holds {dtype}, token shards hold uint16; convert it with .astype(numpy.uint16)")
+    if len(shape) != 1:
+        raise UserError(f"{path}: has {len(shape)} dimensions, token shards have one; flatten it")
+    return file.tell(), shape[0]
+
+
+def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int]:
+    head = file.read(LLMC_HEADER)
+    magic, version, count = struct.unpack("<3i", head[:12]) if len(head) >= 12 else (0, 0, 0)
+    if magic == LLMC_MAGIC:
+        if version != LLMC_VERSION or count < 0:
+            raise UserError(f"{path}: llm.c's version {version} with {count} tokens, and this reads version 1 (uint16)")
+        return LLMC_HEADER, count
+    if re.split(r"[^a-z]+", path.stem.lower())[-1] not in ("train", "val"):
+        raise UserError(
+            f"{path}: does not begin with llm.c's {LLMC_MAGIC}, and only nanoGPT's train.bin and val.bin "
+            "have no header; write it again"
+        )
+    if size % 2:
+        raise UserError(f"{path}: truncated: {size:,} bytes are no whole number of uint16 tokens; write it again")
+    return 0, size // 2

@@ -1,0 +1,169 @@
+"""Byte-level and GPT-2 BPE tokenizers, and one `tokenizer.json` that every tool reads.
+
+Both are byte-level: any text encodes, and decoding gives it back exactly. `<|endoftext|>` stands
+before every document; it is never produced from text that merely spells it.
+"""
+
+import hashlib
+import itertools
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlx_mla.config import TOKENIZER_IDS, TokenizerName
+from mlx_mla.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+BYTES_EOT, GPT2_EOT = (TOKENIZER_IDS[name] - 1 for name in ("bytes", "gpt2"))
+
+# As published with GPT-2 (tiktoken checks the same values).
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# White space as tiktoken's regular expressions have it, which do not count four control characters that Python's do.
+_LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")
+
+
+class TextEncoder(Protocol):
+    """Text to token ids, fast, for training data."""
+
+    name: str
+    size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of `text`, uint16 of shape (tokens,), without special tokens."""
+        ...
+
+    def fast_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The same tokenizer for transformers and mlx-lm; `save_pretrained` writes its files."""
+        ...
+
+
+class ByteEncoder:
+    """The 256 bytes of UTF-8 as ids 0-255, and `<|endoftext|>` as 256."""
+
+    name = "bytes"
+    size = TOKENIZER_IDS["bytes"]
+    end_of_text = BYTES_EOT
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+
+    def fast_tokenizer(self) -> PreTrainedTokenizerFast:
+        return _fast_tokenizer([bytes([b]) for b in range(256)], [], use_regex=False)
+
+
+class GPT2Encoder:
+    """GPT-2's byte-pair encoding, through tiktoken.
+
+    Args:
+        bpe_dir: Folder with the published `encoder.json` and `vocab.bpe`. None: tiktoken downloads
+            them once, to its own cache (`TIKTOKEN_CACHE_DIR`).
+
+    Raises:
+        UserError: If the files are missing, changed, or cannot be downloaded.
+    """
+
+    name = "gpt2"
+    size = TOKENIZER_IDS["gpt2"]
+    end_of_text = GPT2_EOT
+
+    def __init__(self, bpe_dir: str | Path | None = None):
+        self._encoding = _gpt2_encoding(None if bpe_dir is None else str(bpe_dir))
+
+    def encode(self, text: str) -> np.ndarray:
+        # Surrogates cannot be encoded; tiktoken replaces them as UTF-16 decoding does.
+        try:
+            return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=()), np.uint16)
+        except ValueError:
+            # tiktoken's pattern backtracks over white space, and gives up after some 100,000 characters of it. It
+            # leaves the last one to what follows, so a cut before that one changes nothing.
+            cuts = [0, *(m.end() - 1 for m in _LONG_SPACE.finditer(text) if m.end() < len(text)), len(text)]
+            if len(cuts) == 2:
+                raise
+            return np.concatenate([self.encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
+
+    def fast_tokenizer(self) -> PreTrainedTokenizerFast:
+        ranks = self._encoding._mergeable_ranks
+        tokens = sorted(ranks, key=ranks.__getitem__)
+        merges = [_merged_pair(token, ranks) for token in tokens if len(token) > 1]
+        return _fast_tokenizer(tokens, merges, use_regex=True)
+
+
+def get_encoder(name: TokenizerName, bpe_dir: str | Path | None = None) -> TextEncoder:
+    """The encoder by its command-line name."""
+    return ByteEncoder() if name == "bytes" else GPT2Encoder(bpe_dir)
+
+
+@lru_cache(maxsize=2)
+def _gpt2_encoding(bpe_dir: str | None) -> tiktoken.Encoding:
+    if bpe_dir is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as e:  # requests and its callers raise many kinds
+            raise UserError(
+                f"the GPT-2 vocabulary could not be downloaded ({type(e).__name__}); "
+                "give --bpe-dir a folder with encoder.json and vocab.bpe, or use --tokenizer bytes"
+            ) from None
+    for file, sha256 in GPT2_SHA256.items():
+        path = Path(bpe_dir) / file
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; --bpe-dir needs encoder.json and vocab.bpe of GPT-2")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise UserError(f"{path}: not GPT-2's file (its sha256 differs); download it again")
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(Path(bpe_dir) / "vocab.bpe"), encoder_json_file=str(Path(bpe_dir) / "encoder.json")
+    )
+    return tiktoken.Encoding(
+        "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: GPT2_EOT}
+    )
+
+
+def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts whose merge makes `token`: BPE run with only the merges that come before it."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 1 << 30))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts[0], parts[1]
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable character for each byte (openai/gpt-2, encoder.py)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+
+
+def _fast_tokenizer(tokens: list[bytes], merges: list[tuple[bytes, bytes]], use_regex: bool) -> PreTrainedTokenizerFast:
+    alphabet = _byte_alphabet()
+
+    def spell(token: bytes) -> str:
+        return "".join(alphabet[b] for b in token)
+
+    vocab = {spell(t): i for i, t in enumerate(tokens)}
+    bpe = models.BPE(vocab=vocab, merges=[(spell(a), spell(b)) for a, b in merges])
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=None,
+        clean_up_tokenization_spaces=False,
+    )

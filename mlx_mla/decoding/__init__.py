@@ -1,0 +1,1 @@
+"""Requests to generate text, and text from tokens; no framework."""

@@ -1,0 +1,125 @@
+"""What a request for text may ask, and whether a model can do it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from mlx_mla.errors import UserError
+
+CacheKind = Literal["latent", "materialized", "auto", "none"]
+
+DEFAULT_MAX_TOKENS = 200
+
+
+@dataclasses.dataclass(kw_only=True)
+class GenerationOptions:
+    """How to continue a prompt."""
+
+    max_tokens: Optional[int] = None
+    """Most tokens to generate for each prompt. None: 200, or as many as fit in n_positions."""
+    temp: float = 0.8
+    """Sampling temperature. 0: greedy, always the likeliest token."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens. 0: off."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability. 1: off."""
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the likeliest one's probability. 0: off."""
+    repetition_penalty: float = 1.0
+    """Divide the scores of recent tokens by this. 1: off."""
+    repetition_context_size: int = 64
+    """Tokens that count as recent for --repetition-penalty."""
+    seed: int = 0
+    """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Texts at which to stop; they are not printed."""
+    cache: CacheKind = "latent"
+    """What is kept between tokens: the latents, expanded keys and values, the faster of these two by the cost
+    model in docs/decoding.md (auto), or nothing (all is recomputed)."""
+    kv_bits: Optional[Literal[4, 8]] = None
+    """Quantise the cache to so many bits. None: off."""
+    prompt_cache: Optional[Path] = None
+    """Go on from the context in this .safetensors file of --save-prompt-cache; the prompt is what follows it."""
+    save_prompt_cache: Optional[Path] = None
+    """Write the context, with what was generated, to this .safetensors file."""
+    draft_model: Optional[str] = None
+    """A small model with the same tokenizer that guesses tokens for the model to check, several at a time: run
+    folder, model folder or hub id. The greedy text stays the same."""
+    num_draft_tokens: int = 3
+    """Tokens that --draft-model guesses at a time."""
+    max_kv_size: Optional[int] = None
+    """Go on past this many tokens of context (at most n_positions) by dropping all but the newest half
+    and reading it again. None: a context past n_positions is an error."""
+
+
+def check_request(prompt: Sequence[int], options: GenerationOptions, vocab_size: int, n_positions: int) -> int:
+    """Refuse what a model cannot do; returns how many tokens to generate.
+
+    Raises:
+        UserError: Naming the option and its remedy.
+    """
+    if len(prompt) == 0:
+        raise UserError("the prompt has no tokens; give some text")
+    if max(prompt) >= vocab_size or min(prompt) < 0:
+        bad = next(t for t in prompt if not 0 <= t < vocab_size)
+        raise UserError(
+            f"the prompt has token id {bad}, outside the model's vocabulary of {vocab_size}; "
+            "the tokenizer in the folder does not belong to this model"
+        )
+    _check_sampling(options, vocab_size)
+    if options.num_draft_tokens < 1:
+        raise UserError(f"--num-draft-tokens must be at least 1, not {options.num_draft_tokens}")
+    if options.max_kv_size is not None:
+        if not 2 <= options.max_kv_size <= n_positions:
+            raise UserError(f"--max-kv-size must be from 2 to n_positions ({n_positions}), not {options.max_kv_size}")
+        return DEFAULT_MAX_TOKENS if options.max_tokens is None else options.max_tokens
+    room = n_positions - len(prompt)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and the model n_positions={n_positions}; "
+            f"shorten it to {n_positions - 1}, or give --max-kv-size {n_positions}"
+        )
+    if options.max_tokens is None:
+        return min(DEFAULT_MAX_TOKENS, room)
+    if options.max_tokens > room:
+        raise UserError(
+            f"{len(prompt)} prompt tokens and --max-tokens {options.max_tokens} exceed the model's "
+            f"n_positions={n_positions}; use --max-tokens {room}, or give --max-kv-size {n_positions}"
+        )
+    return options.max_tokens
+
+
+def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
+    """Refuse a draft model whose token ids mean something else; raises UserError."""
+    if tokenizer.get_vocab() != draft_tokenizer.get_vocab():
+        raise UserError(
+            f"--draft-model {name}: has another vocabulary ({len(draft_tokenizer)} tokens, the model "
+            f"{len(tokenizer)}); a draft model must have the model's own tokenizer"
+        )
+
+
+def fit_context(context: list[int], limit: int) -> list[int]:
+    """The context to go on with: itself, or once it is full its newest half.
+
+    Positions are absolute, so a full context cannot slide; its newest half is read again.
+    """
+    return context if len(context) < limit else context[-max(1, limit // 2) :]
+
+
+def _check_sampling(options: GenerationOptions, vocab_size: int) -> None:
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise UserError(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    if options.temp < 0:
+        raise UserError(f"--temp must not be negative, not {options.temp}; 0 is greedy")
+    if not 0 <= options.top_k < vocab_size:
+        raise UserError(f"--top-k must be from 0 (off) to {vocab_size - 1}, not {options.top_k}")
+    for name, value in (("--top-p", options.top_p), ("--min-p", options.min_p)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} must be between 0 and 1, not {value}")
+    if options.repetition_penalty <= 0:
+        raise UserError(f"--repetition-penalty must be positive, not {options.repetition_penalty}; 1 is off")
+    if options.repetition_context_size < 1:
+        raise UserError(f"--repetition-context-size must be at least 1, not {options.repetition_context_size}")
+    if "" in options.stop:
+        raise UserError("--stop takes strings that are not empty")

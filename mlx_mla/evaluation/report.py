@@ -1,0 +1,143 @@
+"""Results of an evaluation as tables for the terminal, Markdown and a plot."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_mla.evaluation.tasks import Measured
+from mlx_mla.evaluation.tasks.base import compare
+from mlx_mla.files import write_text
+
+
+def compare_models(
+    first: str, second: str, task: str, of_first: Sequence[Measured], of_second: Sequence[Measured]
+) -> list[dict[str, Any]]:
+    """Paired comparisons, one a metric; without figures where the two do not count the same units."""
+    rows = []
+    for a, b in zip(of_first, of_second):
+        row: dict[str, Any] = {"first": first, "second": second, "task": task, "metric": a.name}
+        result = compare(a, b)
+        if result is not None:
+            row |= {
+                "relative": a.perplexity, "difference": result.difference, "low": result.low, "high": result.high,
+                "shown": result.shown,
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def tables(document: dict[str, Any]) -> str:
+    """The results as Markdown, which reads well on a terminal too."""
+    models = document["models"]
+    header = ["task", "metric", *(m["model"] for m in models)]
+    rows = []
+    for task, metric in _names(models):
+        rows.append([task, metric, *(_cell(m["tasks"].get(task, {}), metric) for m in models)])
+    lines = _table(header, rows)
+    if document["comparisons"]:
+        lines += ["", f"Against {models[0]['model']}, on the same items (95 % confidence interval):", ""]
+        body = [[c["task"], c["metric"], c["second"], _difference(c)] for c in document["comparisons"]]
+        lines += _table(["task", "metric", "model", "difference"], body)
+    lines += ["", f"Protocol: {document['protocol']}. ± is one standard error; for speeds, the range of 5 runs."]
+    lines += [f"- {note}." for note in document["notes"]]
+    return "\n".join(lines)
+
+
+def write(document: dict[str, Any], out: Path) -> None:
+    """Write the results file, and the report and the plot beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(_finite(document), indent=1) + "\n")
+    plot = out.with_suffix(".png")
+    _plot(document, plot)
+    text = f"# Evaluation\n\n{tables(document)}\n\n![scores]({plot.name})\n"
+    write_text(out.with_suffix(".md"), text)
+
+
+def _names(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    names: dict[tuple[str, str], None] = {}
+    for model in models:
+        for task, values in model["tasks"].items():
+            for key in values:
+                if key != "n" and not key.endswith(("_stderr", "_count")):
+                    names[task, key] = None
+    return list(names)
+
+
+def _cell(values: dict[str, Any], metric: str) -> str:
+    value = values.get(metric)
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{value['median']:,.1f} ({value['min']:,.1f} - {value['max']:,.1f})"
+    scale, unit = (100, " %") if "acc" in metric else (1, "")
+    error = values.get(f"{metric}_stderr")
+    spread = "" if error is None or math.isnan(error) else f" ± {scale * error:.{_digits(scale * error)}f}"
+    return f"{scale * value:.{_digits(scale * (error or value))}f}{spread}{unit}"
+
+
+def _digits(error: float) -> int:
+    """Decimals that show an error with two figures."""
+    if not math.isfinite(error) or error <= 0:
+        return 2
+    return min(4, max(0, 1 - math.floor(math.log10(error))))
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if "difference" not in row:
+        return "not comparable: the two count different tokens"
+    low, high, value = (100 * row[k] for k in ("low", "high", "difference"))
+    unit = " %" if row["relative"] else " pp" if "acc" in row["metric"] else ""
+    if not unit:
+        low, high, value = low / 100, high / 100, value / 100
+    digits = _digits((high - low) / 4)
+    text = f"{value:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f})"
+    return text if row["shown"] else f"{text}: no difference shown"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"
+
+    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plot(document: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = document["models"]
+    names = [n for n in _names(models) if n[0] != "speed"] or _names(models)
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, (task, metric) in zip(axes.flat, names):
+        own = [m["tasks"].get(task, {}) for m in models]
+        values = [v.get(metric) for v in own]
+        heights = [v["median"] if isinstance(v, dict) else v if v and math.isfinite(v) else 0 for v in values]
+        errors = [v.get(f"{metric}_stderr") or 0 for v in own]
+        errors = [e if math.isfinite(e) else 0 for e in errors]
+        labels = [f"{i}" for i in range(1, len(models) + 1)]
+        axis.bar(labels, heights, yerr=errors, color=[f"C{i}" for i in range(len(models))], capsize=3)
+        axis.set_title(f"{task} {metric}", fontsize=9)
+    legend = "   ".join(f"{i}: {m['model']}" for i, m in enumerate(models, 1))
+    figure.suptitle(legend, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

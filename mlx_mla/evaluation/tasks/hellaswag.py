@@ -1,0 +1,100 @@
+"""HellaSwag (Zellers et al. 2019), validation split: which of four endings is right.
+
+standard: lm-evaluation-harness's `hellaswag`: `acc` takes the ending of the largest summed
+log-probability, `acc_norm` of the largest one divided by the characters of the ending, on preprocessed
+text; beside it the completion style of build-nanogpt, on the raw context: `completion_acc` (sum) and
+`completion_acc_norm` (mean by token).
+
+original: the completion style alone, as `acc` and `acc_norm`.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation.scoring import Request, Scores, encode_choices
+from mlx_mla.evaluation.tasks.base import Context, Definition, Measured, Task, accuracy
+from mlx_mla.evaluation.tasks.data import field, load_hub, read_jsonl
+
+
+class HellaSwag(Task):
+    """Documents: rows in the published schema, `label` an int."""
+
+    name = "hellaswag"
+    hub = "Rowan/hellaswag"
+    files = {"standard": "hellaswag/hellaswag_val.jsonl", "original": "hellaswag/hellaswag_val.jsonl"}  # noqa: RUF012
+    why_not_standard = (
+        "hellaswag: the raw context and endings without the activity's name and the cleaning of WikiHow's "
+        "brackets, and endings normalised by tokens, not characters"
+    )
+
+    def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
+        return _checked(list(read_jsonl(path)), str(path))
+
+    def documents_from_hub(self, protocol: Definition) -> list[Any]:
+        rows = load_hub(self.hub, None, "validation", self.files[protocol])
+        return _checked([(f"{self.hub}, row {i}", dict(row)) for i, row in enumerate(rows)], self.hub)
+
+    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
+        requests = []
+        for row in documents:
+            head = tuple(context.encode(row["ctx"])) or (context.end_of_text,)
+            completion = Request(head, tuple(tuple(context.encode(" " + e)) for e in row["endings"]))
+            if protocol == "original":
+                requests.append([completion])
+                continue
+            query = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+            endings = [" " + clean(e) for e in row["endings"]]
+            requests.append([encode_choices(context.encode, context.end_of_text, query, endings), completion])
+        return requests
+
+    def measure(
+        self, documents: Sequence[Any], protocol: Definition, context: Context,
+        requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
+    ) -> list[Measured]:  # fmt: skip
+        labels = [row["label"] for row in documents]
+        summed = [_best(own[-1], [1] * 4) for own in scores]
+        by_token = [_best(s[-1], [len(t) for t in r[-1].targets]) for r, s in zip(requests, scores)]
+        completion = "completion_" if protocol == "standard" else ""
+        measured = [
+            accuracy(f"{completion}acc", _equal(summed, labels)),
+            accuracy(f"{completion}acc_norm", _equal(by_token, labels)),
+        ]
+        if protocol == "standard":
+            by_character = [_best(s[0], [len(clean(e)) for e in d["endings"]]) for d, s in zip(documents, scores)]
+            measured.insert(0, accuracy("acc", _equal([_best(own[0], [1] * 4) for own in scores], labels)))
+            measured.insert(1, accuracy("acc_norm", _equal(by_character, labels)))
+        return measured
+
+
+def clean(text: str) -> str:
+    """lm-evaluation-harness's preprocessing: WikiHow's [title] becomes a stop, other brackets go."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _best(scores: Scores, lengths: Sequence[int]) -> int:
+    values = [s / max(1, n) for s, n in zip(scores.logprob, lengths)]
+    return values.index(max(values))
+
+
+def _equal(chosen: Sequence[int], labels: Sequence[int]) -> list[bool]:
+    return [c == label for c, label in zip(chosen, labels)]
+
+
+def _checked(rows: list[tuple[str, dict[str, Any]]], source: str) -> list[dict[str, Any]]:
+    if not rows:
+        raise UserError(f"{source}: has no examples")
+    checked = []
+    for where, row in rows:
+        texts = {name: field(row, name, str, where) for name in ("activity_label", "ctx_a", "ctx_b", "ctx")}
+        endings = field(row, "endings", list, where)
+        if len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
+            raise UserError(f"{where}: field 'endings' must be four texts")
+        label = row.get("label")
+        if str(label) not in ("0", "1", "2", "3"):
+            raise UserError(f"{where}: field 'label' must be 0, 1, 2 or 3, not {label!r}")
+        checked.append({**texts, "endings": endings, "label": int(str(label))})
+    return checked

@@ -1,0 +1,183 @@
+"""WikiText-2 (Merity et al. 2016, raw): perplexity.
+
+standard: `token_ppl` reads the test text, rows joined by a blank line, in windows of 1024 tokens without
+overlap, and `token_ppl_stride512` in windows that start 512 tokens apart, scoring only what the window
+before did not (Hugging Face's "Perplexity of fixed-length models"). `word_ppl`, `byte_ppl` and
+`bits_per_byte` are lm-evaluation-harness's `wikitext`: page by page, detokenised, each token once, in
+disjoint windows, the first after <|endoftext|>; divided by words and bytes of the page as it stood.
+
+original: the validation split, every row that is not blank on its own; first and last token unscored.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation.scoring import Request, Scores
+from mlx_mla.evaluation.tasks.base import Context, Definition, Measured, Task
+from mlx_mla.evaluation.tasks.data import load_hub, read_text
+
+WINDOW = 1024
+"""Tokens of the window that published values of `token_ppl` mean."""
+
+# Spaces that WikiText's tokeniser put in, undone in this order.
+_PLAIN = [
+    (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "),
+    (" ! ", "! "), (" ? ", "? "), (" , ", ", "),
+]  # fmt: skip
+_PAIRS = [
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"),
+]  # fmt: skip
+_REST = [
+    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
+    (" N ", " 1 "), (" 's", "'s"),
+]  # fmt: skip
+
+
+class WikiText2(Task):
+    """Documents: the two halves of the standard protocol are `("text", str)` and `("page", str)`."""
+
+    name = "wikitext2"
+    hub = "wikitext, wikitext-2-raw-v1"
+    files = {"standard": "wikitext2/wiki.test.raw", "original": "wikitext2/wiki.valid.raw"}  # noqa: RUF012
+    why_not_standard = (
+        "wikitext2: the validation split instead of the test split, each row alone, so that most tokens have far "
+        "less context than in a window of 1024, and the first and last token of a row are not scored"
+    )
+
+    def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
+        text = read_text(path)
+        if not text.strip():
+            raise UserError(f"{path}: is empty")
+        # A row is a line with its end; the published dataset empties rows that hold only blanks.
+        lines = text.removesuffix("\n").split("\n")
+        return self._documents([line + "\n" if line.strip() else "" for line in lines], protocol)
+
+    def documents_from_hub(self, protocol: Definition) -> list[Any]:
+        split = {"standard": "test", "original": "validation"}[protocol]
+        rows = load_hub("wikitext", "wikitext-2-raw-v1", split, self.files[protocol])
+        return self._documents(list(rows["text"]), protocol)
+
+    def _documents(self, rows: list[str], protocol: Definition) -> list[Any]:
+        if protocol == "original":
+            return [("row", row) for row in rows if row.strip()]
+        return [("text", "\n\n".join(rows)), *(("page", page) for page in pages(rows))]
+
+    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
+        if protocol == "standard" and context.window > context.n_positions:
+            raise UserError(
+                f"wikitext2: windows of {context.window} tokens do not fit this model's "
+                f"n_positions={context.n_positions}; --window {context.n_positions} measures another, "
+                "not comparable perplexity"
+            )
+        return [self._requests(kind, text, context) for kind, text in documents]
+
+    def sample(self, documents: Sequence[Any], limit: int, random: np.random.Generator) -> list[Any]:
+        """Pages or rows; of the text as a whole `requests` takes as many windows."""
+        whole = [d for d in documents if d[0] == "text"]
+        return whole + super().sample([d for d in documents if d[0] != "text"], limit, random)
+
+    def _requests(self, kind: str, text: str, context: Context) -> list[Request]:
+        window = context.window
+        if kind == "text":
+            ids = context.encode(text)
+            return [*_windows(ids, window, context), *_windows(ids, window // 2, context)]
+        if kind == "page":
+            ids = context.encode(detokenize(text))
+            requests = []
+            for start in range(0, len(ids), context.n_positions):
+                end = min(start + context.n_positions, len(ids))
+                # The last window reaches back, so that its tokens too see as much as fits.
+                before = ids[end - context.n_positions - 1 : start] if start else [context.end_of_text]
+                requests.append(Request(tuple(before), (tuple(ids[start:end]),)))
+            return requests
+        ids = context.encode(text)
+        requests = []
+        for start in range(0, len(ids) - 1, context.n_positions):
+            end = min(start + context.n_positions, len(ids) - 1)
+            if end - start > 1:
+                requests.append(Request((ids[start],), (tuple(ids[start + 1 : end]),)))
+        return requests
+
+    def measure(
+        self, documents: Sequence[Any], protocol: Definition, context: Context,
+        requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
+    ) -> list[Measured]:  # fmt: skip
+        measured = []
+        nll = [np.array([-s.logprob[0] for s in own]) for own in scores]
+        tokens = [np.array([float(len(r.targets[0])) for r in own]) for own in requests]
+        if protocol == "original":
+            keep = [i for i, t in enumerate(tokens) if len(t)]
+            sums = np.array([nll[i].sum() for i in keep]), np.array([tokens[i].sum() for i in keep])
+            return [Measured("token_ppl", *sums, perplexity=True, unit="token")]
+        for i, (kind, text) in enumerate(documents):
+            if kind == "text":
+                n = len(_windows(context.encode(text), context.window, context))
+                parts = {"token_ppl": slice(None, n), f"token_ppl_stride{context.window // 2}": slice(n, None)}
+                for name, part in parts.items():
+                    measured.append(Measured(name, nll[i][part], tokens[i][part], True, "token"))
+        # The harness counts words by splitting, which gives one for the blank before the title.
+        on_pages = [(text, nll[i].sum()) for i, (kind, text) in enumerate(documents) if kind == "page"]
+        if on_pages:
+            losses = np.array([loss for _, loss in on_pages])
+            words = np.array([float(len(re.split(r"\s+", page))) for page, _ in on_pages])
+            size = np.array([float(len(page.encode("utf-8"))) for page, _ in on_pages])
+            measured.append(Measured("word_ppl", losses, words, True, "word"))
+            measured.append(Measured("byte_ppl", losses, size, True, "byte"))
+            measured.append(Measured("bits_per_byte", losses / math.log(2), size, False, "byte"))
+        return measured
+
+
+def pages(rows: Sequence[str]) -> list[str]:
+    """The articles: a new one begins at each row that is a heading of the first level, ` = Title = `."""
+    articles: list[list[str]] = [[]]
+    for row in rows:
+        line = row.strip()
+        title = line.replace("= = =", "===").replace("= =", "==")
+        if title.startswith("= ") and title.endswith(" ="):
+            articles.append([])
+        articles[-1].append(row.removesuffix("\n") if row else " ")
+    joined = ["\n".join(lines) for lines in articles]
+    return [page for page in joined if page.strip()]
+
+
+def detokenize(page: str) -> str:
+    """Text as it was before WikiText's tokeniser, by the rules of lm-evaluation-harness (wikitext 2.0)."""
+    text = page.replace("s '", "s'")
+    text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text)
+    for old, new in _PLAIN:
+        text = text.replace(old, new)
+    for pattern, replacement in _PAIRS:
+        text = re.sub(pattern, replacement, text)
+    for old, new in _REST:
+        text = text.replace(old, new)
+    return text
+
+
+def _windows(ids: Sequence[int], stride: int, context: Context) -> list[Request]:
+    windows = _sliding(ids, context.window, stride)
+    if context.limit is None or context.limit >= len(windows):
+        return windows
+    chosen = np.random.default_rng(context.seed).choice(len(windows), context.limit, replace=False)
+    return [windows[i] for i in sorted(chosen)]
+
+
+def _sliding(ids: Sequence[int], window: int, stride: int) -> list[Request]:
+    """Windows `stride` apart; each scores the tokens that the one before did not reach."""
+    requests = []
+    reached = 0
+    for start in range(0, len(ids), stride):
+        end = min(start + window, len(ids))
+        first = max(reached, start + 1)  # the first token of a window has nothing before it
+        if first < end:
+            requests.append(Request(tuple(ids[start:first]), (tuple(ids[first:end]),)))
+        reached = end
+        if end == len(ids):
+            break
+    return requests

@@ -1,0 +1,28 @@
+"""The machine that this runs on: what reports and estimates say of it."""
+
+import os
+import platform
+import subprocess
+import sys
+
+
+def processor() -> str:
+    """Name of the processor, as the system tells it."""
+    if sys.platform == "darwin":
+        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or platform.processor()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory() -> str:
+    """Memory of the machine."""
+    return f"{physical_memory() / 2**30:.1f} GiB"

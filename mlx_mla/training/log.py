@@ -1,0 +1,90 @@
+"""What a run writes down as it goes, and how fast it goes."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_mla.backends.peak import mfu
+from mlx_mla.config import TrainConfig
+from mlx_mla.errors import UserError
+from mlx_mla.metrics import METRICS, SAMPLES, read_metrics
+from mlx_mla.training.tracking import Tracking
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and samples.jsonl, and tells the trackers.
+
+    Args:
+        out: The run folder.
+        trackers: Where else each row goes.
+        advice: What to add to an error, for the user to go on.
+    """
+
+    def __init__(self, out: Path, trackers: Tracking, advice: Callable[[], str]):
+        self._out, self._trackers, self._advice = out, trackers, advice
+        # When the run would have begun, had it never stopped.
+        so_far = max((row.get("seconds", 0.0) for row in read_metrics(out / METRICS)), default=0.0)
+        self._began = time.perf_counter() - so_far
+
+    def add(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl, with the seconds since the run began."""
+        seconds = round(time.perf_counter() - self._began, 2)
+        row = {"step": step, "split": split, **values, "seconds": seconds}
+        self._append(METRICS, row)
+        self._trackers.log(row)
+
+    def sample(self, step: int, text: str) -> None:
+        """A row of samples.jsonl."""
+        self._append(SAMPLES, {"step": step, "text": text})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        try:
+            with (self._out / name).open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"{self._out / name}: could not be written: {e.strerror}; {self._advice()}") from e
+
+
+class Pace:
+    """Speed of training, without validation and saving, and the time that is left.
+
+    Args:
+        config: Resolved settings.
+        flops_per_token: Of training.
+        peak_flops: FLOP/s that the device reaches.
+    """
+
+    def __init__(self, config: TrainConfig, flops_per_token: int, peak_flops: float):
+        self._config, self._flops, self._peak = config, flops_per_token, peak_flops
+        self._seconds, self._tokens = 0.0, 0
+        self._timed_seconds, self._timed_steps = 0.0, -1
+
+    def step(self, seconds: float) -> None:
+        """Count a step."""
+        self._seconds += seconds
+        self._tokens += self._config.step_tokens
+        if self._timed_steps >= 0:  # the first step compiles, which says nothing about those to come
+            self._timed_seconds += seconds
+        self._timed_steps += 1
+
+    def logged(self) -> None:
+        """Begin the next mean."""
+        self._seconds, self._tokens = 0.0, 0
+
+    @property
+    def tokens_per_sec(self) -> float:
+        """The mean since the last logged step."""
+        return self._tokens / self._seconds
+
+    @property
+    def mfu(self) -> float:
+        """Share of the device's peak; see `mlx_mla.backends.peak.mfu`."""
+        return mfu(self._flops, self.tokens_per_sec, self._peak)
+
+    def eta(self, step: int) -> float | None:
+        """Seconds until the last step; None while no step tells."""
+        if self._timed_steps < 1:
+            return None
+        return (self._config.steps - step) * self._timed_seconds / self._timed_steps

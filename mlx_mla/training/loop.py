@@ -1,0 +1,377 @@
+"""The training loop: batches in, metrics and checkpoints out. It knows no framework.
+
+Everything a step depends on is a function of the configuration, the data and the step number, or is
+in the checkpoint; so a run that was stopped and resumed is bit-identical to one that was not.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mlx_mla import checkpoint
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Backend, Start, TrainSession
+from mlx_mla.card import model_card
+from mlx_mla.config import BackendName, DeviceName, DType, TrainConfig
+from mlx_mla.data.dataset import TrainingData
+from mlx_mla.data.tokenizer import TextEncoder, get_encoder
+from mlx_mla.data.windows import Batch
+from mlx_mla.display import TrainDisplay
+from mlx_mla.errors import UserError
+from mlx_mla.estimate import Estimate, estimate, memory_advice
+from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
+from mlx_mla.evaluation.tasks import TASKS
+from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
+from mlx_mla.files import atomic_folder, write_text
+from mlx_mla.metrics import METRICS, read_metrics
+from mlx_mla.plot import plot_loss
+from mlx_mla.presets import overlay, parse_toml, to_toml
+from mlx_mla.schedule import learning_rate
+from mlx_mla.training import lr_find, run_folder
+from mlx_mla.training.log import MetricsLog, Pace
+from mlx_mla.training.recovery import catch_signals
+from mlx_mla.training.run_folder import LATEST, PLOT
+from mlx_mla.training.starting_models import first_weights, teacher, with_model_of
+from mlx_mla.training.tracking import tracker_names, tracking
+from mlx_mla.world import SOLO, Share, World, same_everywhere, share_of
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a call of `train` ended."""
+
+    checkpoint: Path
+    """The newest checkpoint."""
+    step: int
+    val_loss: float | None
+    """The last validation loss, over what --final-eval-batches says; None if the run was interrupted."""
+    sample: str | None
+    """Text generated at the end."""
+    signal: int | None
+    """The signal that interrupted the run, else None."""
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    from_step: int | None = None,
+    console: Console,
+    world: World = SOLO,
+) -> RunResult:
+    """Train a model into a run folder.
+
+    Args:
+        config: Settings; defaults in it are filled in here. Those of rank 0 hold for all.
+        out: The run folder: a new one, or with `resume` one that holds a run. Only rank 0 reads and writes it.
+        resume: Go on from the newest checkpoint of `out`.
+        from_step: With `resume`, go on from the checkpoint of this step instead.
+        console: Where progress is shown.
+        world: The ranks that train together.
+
+    Raises:
+        UserError: For anything the user can set right; see the message.
+    """
+    lead = world.rank == 0
+    if lead:
+        encoder, config = _resolved(config, resume)
+    if world.size > 1:
+        config = overlay(TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0")
+    if not lead:
+        encoder = get_encoder(config.tokenizer, config.bpe_dir)
+    share = share_of(world.size, config.batch_size, config.passes_per_step)
+    data = TrainingData(config, encoder)
+    same_everywhere(world, data.fingerprint, f"other tokens in --data {config.data}")
+    tasks = _tasks(config, data) if lead else []
+    tracker_names(config.track)
+    start = _start(config, out, data, resume, from_step) if lead else None
+    taught_by = teacher(config, encoder)
+    backend = get_backend(config.backend, config.device)
+    start = _shared(world, start)
+    # All that the user may have got wrong is checked; from here on the run folder is written.
+    if lead and resume:
+        run_folder.go_on(out, config, start.step)
+    elif lead:
+        run_folder.claim(out, config)
+    began = f"resuming {out} after step {start.step}" if resume else f"training {config.preset} into {out}"
+    ranks = "" if world.size == 1 else f" with {world.size} ranks"
+    console.print(began + ranks, highlight=False, soft_wrap=True)
+    expected = _expected_memory(config, backend, console)
+    peak_flops = _peak_flops(config.backend, config.device, config.dtype) if lead else math.inf
+    pace = Pace(config, expected.train_flops_per_token, peak_flops)
+    run = _Run(config, out, data, tasks, world, share)
+    with backend.limited_memory(expected.total_bytes), contextlib.ExitStack() as stack:
+        session = backend.train_session(config, start, taught_by, world)
+        log = None
+        if lead:
+            rows = read_metrics(out / METRICS)
+            trackers = stack.enter_context(tracking(config, out, rows, console))
+            log = MetricsLog(out, trackers, run.how_to_go_on)
+        return _Loop(run, session, start, console, log, pace).run()
+
+
+def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
+    """The learning-rate range test on a run's model and data; writes nothing. UserError as `train` raises it."""
+    encoder, config = _resolved(config, resume=False)
+    data = TrainingData(config, encoder)
+    backend = get_backend(config.backend, config.device)
+    session = backend.train_session(config, Start(first_weights(config)), teacher(config, encoder))
+    count, size = config.passes_per_step, config.batch_size
+    return lr_find.sweep(session, lambda step: [data.train.batch(step * count + i, size) for i in range(count)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run is made of on this rank, all of it checked."""
+
+    config: TrainConfig
+    out: Path
+    data: TrainingData
+    tasks: Sequence[PreparedTask]
+    world: World
+    share: Share
+
+    def how_to_go_on(self) -> str:
+        newest = checkpoint.latest(self.out)
+        if newest is None:
+            return "no checkpoint was saved before"
+        return f"the newest good checkpoint is {newest}; set things right and add --resume --out {self.out}"
+
+
+class _Loop:
+    """Takes the steps of a run; `log` is None on ranks that write nothing."""
+
+    def __init__(
+        self,
+        run: _Run,
+        session: TrainSession,
+        start: Start,
+        console: Console,
+        log: MetricsLog | None,
+        pace: Pace,
+    ):
+        self.parts, self.session, self.log, self.pace = run, session, log, pace
+        self.config, self.out, self.data, self.world = run.config, run.out, run.data, run.world
+        self.lead = log is not None
+        if self.lead:
+            self.world.advice = run.how_to_go_on
+        self.done = self.saved = start.step
+        self.val_loss = start.val_loss
+        self.display = TrainDisplay(console, self.done, self.config.steps)
+
+    def run(self) -> RunResult:
+        config, sample = self.config, None
+        if self.lead:
+            (self.out / "checkpoints").mkdir(exist_ok=True)
+        stopped: int | None = None
+        with self.display, catch_signals(second_acts=self.world.size == 1) as caught:
+            while self.done < config.steps:
+                batches, stopped = self._next(caught)
+                if stopped is not None:
+                    break
+                self._step(batches)
+                finished = self.done == config.steps
+                if finished or _due(self.done, config.eval_every):
+                    self._validate(config.final_eval_batches if finished else config.eval_batches)
+                    self._run_tasks()
+                if self.lead and (finished or _due(self.done, config.sample_every)):
+                    sample = self._sample()
+                    if sample is not None and not finished:  # the last one is the caller's to show
+                        self.display.sample(self.done, sample)
+                if finished or _due(self.done, config.save_every):
+                    self._save()
+            if self.saved != self.done:
+                self._save()
+        newest = checkpoint.checkpoint_path(self.out, self.saved)
+        if stopped is not None:
+            return RunResult(newest, self.done, None, None, stopped)
+        return RunResult(newest, self.done, self.val_loss, sample, None)
+
+    def _next(self, caught: Sequence[int]) -> tuple[list[Batch], int | None]:
+        """This rank's batches of the next step, and the signal that stops the run before it, if any rank got one."""
+        count, size = self.parts.share
+        first = (self.done * self.world.size + self.world.rank) * count * size
+        with self._reading(f"the batches of step {self.done + 1}"):
+            batches = [self.data.train.rows(first + i * size, size) for i in range(count)]
+        orphaned = signal.SIGTERM if self.world.launcher_has_gone() else None
+        signals = self.world.gather(caught[0] if caught else orphaned)
+        return batches, next((s for s in signals if s is not None), None)
+
+    def _step(self, batches: Sequence[Batch]) -> None:
+        config, began = self.config, time.perf_counter()
+        lr = learning_rate(config, self.done)
+        result = self.session.step(self.done, lr, batches)
+        result = dataclasses.replace(result, loss=sum(self.world.gather(result.loss)) / self.world.size)
+        self.done += 1
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise UserError(self._diverged(result.loss, result.grad_norm))
+        self.pace.step(time.perf_counter() - began)
+        speed, share = self.pace.tokens_per_sec, self.pace.mfu
+        self.display.step(self.done, result.loss, speed, share, self.pace.eta(self.done))
+        if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
+            self._log_loss("train", result.loss, lr, speed, mfu=round(share, 4))
+            self.pace.logged()
+
+    def _validate(self, max_batches: int) -> None:
+        began, total, count = time.perf_counter(), 0.0, 0
+        every = self.data.val.sequential(self.config.batch_size, max_batches)
+        batches = itertools.islice(every, self.world.rank, None, self.world.size)
+        while True:
+            with self._reading("the held-out text"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            total += self.session.loss_sum(batch)
+            count += batch[1].size
+        total, count = map(sum, zip(*self.world.gather([total, count]), strict=True))
+        self.val_loss = total / count
+        self.display.validation(self.done, self.val_loss)
+        rate = learning_rate(self.config, self.done - 1)
+        self._log_loss("val", self.val_loss, rate, count / (time.perf_counter() - began))
+
+    def _run_tasks(self) -> None:
+        """Run the tasks on rank 0, while the others wait."""
+        scorer = self.session.scorer(self.data.tokenizer)
+        for prepared in self.parts.tasks:
+            row = metrics(prepared.run(scorer, self.config.batch_size))
+            self._log(prepared.task.name, row)
+            self.display.task(self.done, prepared.task.name, row)
+
+    def _log_loss(self, split: str, loss: float, lr: float, tokens_per_sec: float, **more: float) -> None:
+        rest = {"tokens_per_sec": round(tokens_per_sec, 1), "peak_memory_bytes": self.session.peak_memory_bytes()}
+        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.step_tokens, **rest, **more})
+
+    def _log(self, split: str, values: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.add(self.done, split, values)
+
+    def _save(self) -> None:
+        if not self.lead:
+            self.saved = self.done
+            return
+        config, target = self.config, checkpoint.checkpoint_path(self.out, self.done)
+        info = {
+            "format": 1,
+            "step": self.done,
+            "tokens": self.done * config.step_tokens,
+            "val_loss": self.val_loss,
+            "optimizer": config.optimizer,
+            "data_sha256": self.data.fingerprint,
+        }
+        try:
+            with atomic_folder(target) as folder:
+                card = model_card(config, self.done, self.val_loss)
+                checkpoint.write_model(folder, config.model, self.session.weights(), self.data.tokenizer, card)
+                checkpoint.write_train_state(folder, self.session.optimizer_state(), info)
+            write_text(self.out / LATEST, target.name + "\n")
+        except UserError as e:
+            raise UserError(f"{e}; {self.parts.how_to_go_on()}") from e
+        self.saved = self.done
+        checkpoint.prune(self.out, config.keep, self.done)
+        try:
+            plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
+        except OSError as e:
+            raise UserError(
+                f"{self.out / PLOT}: could not be written: {e.strerror or e}; {self.parts.how_to_go_on()}"
+            ) from e
+
+    def _sample(self) -> str | None:
+        """A text from the weights as they are, a function of the seed and the step; also written to samples.jsonl."""
+        config = self.config
+        prompt = self.data.encoder.encode(config.sample_prompt).tolist() or [self.data.encoder.end_of_text]
+        prompt = prompt[: config.model.n_positions - 1]
+        length = min(config.sample_tokens, config.model.n_positions - len(prompt))
+        if length < 1:
+            return None
+        tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
+        text = self.data.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
+        if self.log is not None:
+            self.log.sample(self.done, text)
+        return text
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Data that vanish or prove bad end the run; the message then says how to go on."""
+        try:
+            yield
+        except (OSError, UserError) as e:
+            advice = f"; {self.parts.how_to_go_on()}" if self.lead else ""  # rank 0 adds its own to another's error
+            raise UserError(f"{what} cannot be read: {e}{advice}") from e
+
+    def _diverged(self, loss: float, norm: float) -> str:
+        return (
+            f"training diverged at step {self.done} (loss {loss}, gradient norm {norm}) and was stopped; "
+            f"use a lower --learning-rate; {self.parts.how_to_go_on()}"
+        )
+
+
+def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
+    """The tasks of --eval-tasks, on the samples that the whole run uses."""
+    if not config.eval_tasks:
+        return []
+    n_positions = config.model.n_positions
+    # Windows as long as the model allows: its progress is wanted here, not a figure to set beside others.
+    window = min(WINDOW, n_positions)
+    context = context_of(data.tokenizer, n_positions, window, config.eval_limit, config.seed)
+    folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
+    prepared = []
+    for name in task_names(config.eval_tasks, "--eval-tasks"):
+        documents = load(TASKS[name], "standard", folder, config.eval_limit, config.seed)
+        prepared.append(PreparedTask(TASKS[name], documents, "standard", context))
+    return prepared
+
+
+def _resolved(config: TrainConfig, resume: bool) -> tuple[TextEncoder, TrainConfig]:
+    """The tokenizer, and the settings with all defaults filled in."""
+    encoder = get_encoder(config.tokenizer, config.bpe_dir)
+    if config.init is not None and not resume:
+        config = with_model_of(config, checkpoint.model_folder(Path(config.init)), encoder)
+    return encoder, config.resolved()
+
+
+def _start(config: TrainConfig, out: Path, data: TrainingData, resume: bool, from_step: int | None) -> Start:
+    """The checkpoint to go on from, or the first weights."""
+    point = run_folder.resume_point(config, out, from_step, data.fingerprint) if resume else None
+    return Start(first_weights(config)) if point is None else point
+
+
+def _shared(world: World, start: Start | None) -> Start:
+    """Rank 0's start on every rank."""
+    point = world.first(None if start is None else [start.step, start.val_loss, start.optimizer_state is not None])
+    step, val_loss, has_state = point
+    weights = world.broadcast(None if start is None else start.weights)
+    state = None if start is None else start.optimizer_state
+    return Start(weights, step, world.broadcast(state) if has_state else None, val_loss)
+
+
+def _expected_memory(config: TrainConfig, backend: Backend, console: Console) -> Estimate:
+    """What a step takes by estimate; warns if the device has less, since swapping makes it many times slower."""
+    expected = estimate(config, backend.fused_attention)
+    limit = backend.memory_bytes()
+    if (advice := memory_advice(config, backend.fused_attention, limit)) is not None:
+        console.print(
+            f"warning: a step takes about {expected.total_bytes / 2**30:.1f} GiB, the device has "
+            f"{limit / 2**30:.1f}: it will swap, many times slower, or fail; to fit: {advice}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return expected
+
+
+@functools.cache
+def _peak_flops(backend: BackendName, device: DeviceName, dtype: DType) -> float:
+    """The device's measured peak, for the MFU: once a process."""
+    return get_backend(backend, device).peak_flops(dtype)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,96 @@
+"""A run's folder: making it, the settings in it, and the checkpoint that a run goes on from."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mlx_mla import checkpoint
+from mlx_mla.backends.contract import Start
+from mlx_mla.config import ModelConfig, TrainConfig, flag
+from mlx_mla.errors import UserError
+from mlx_mla.files import write_text
+from mlx_mla.metrics import METRICS, SAMPLES, read_metrics
+from mlx_mla.presets import overlay, read_toml, to_toml
+
+CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
+
+# Beside the shape of the model, these decide which batch a step sees, where the run began or what it minimises.
+FIXED_ON_RESUME = (
+    "tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len", "seed", "init", "initializer_range",
+    "optimizer", "teacher", "teacher_weight", "teacher_temperature",
+)  # fmt: skip
+
+
+def claim(out: Path, config: TrainConfig) -> None:
+    """Make the run folder, unless something is there that must not be overwritten."""
+    if (out / CONFIG).exists():
+        raise UserError(f"{out}: holds another run; add --resume to go on with it, or give --out a new name")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not an empty folder; give --out a new name")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
+    write_text(out / CONFIG, to_toml(config))
+
+
+def run_config(out: Path) -> TrainConfig:
+    """The settings that a run folder was made with."""
+    if not (out / CONFIG).is_file():
+        raise UserError(f"{out}: holds no run to resume (no {CONFIG}); leave out --resume to start one")
+    return overlay(TrainConfig(), read_toml(out / CONFIG), str(out / CONFIG))
+
+
+def resume_point(config: TrainConfig, out: Path, from_step: int | None, data_sha256: str) -> Start | None:
+    """The checkpoint that a run goes on from; None: it was stopped before its first.
+
+    Raises:
+        UserError: If the settings or the data are others, or the checkpoint is damaged.
+    """
+    before = run_config(out)
+    for where, old, new, names in (
+        ("model", before.model, config.model, [f.name for f in dataclasses.fields(ModelConfig)]),
+        ("run", before, config, list(FIXED_ON_RESUME)),
+    ):
+        for name in names:
+            if getattr(old, name) != getattr(new, name):
+                raise UserError(
+                    f"--resume: {flag(name)} is {getattr(old, name)} in {out} and cannot become "
+                    f"{getattr(new, name)}; leave it out, or start a new {where} with another --out"
+                )
+    folder = checkpoint.latest(out) if from_step is None else checkpoint.checkpoint_path(out, from_step)
+    if folder is None:
+        return None  # stopped before its first checkpoint: start over, in the same folder
+    if not folder.is_dir():
+        steps = ", ".join(str(checkpoint.step_of(p)) for p in checkpoint.checkpoints(out))
+        raise UserError(f"--from-step {from_step}: {out} has checkpoints of steps {steps}")
+    if problem := checkpoint.damage(folder):
+        older = [s for p in checkpoint.checkpoints(out) if (s := checkpoint.step_of(p)) < checkpoint.step_of(folder)]
+        advice = f"go on from the one before with --from-step {older[-1]}" if older else "there is no older one"
+        raise UserError(f"{folder}: damaged, {problem}; {advice}")
+    optimizer_state, info = checkpoint.read_train_state(folder)
+    if info.get("data_sha256") != data_sha256:
+        raise UserError(
+            f"--resume: {config.data} is not the text that {out} was trained on (its sha256 differs); "
+            "restore it, or start a new run with --init"
+        )
+    if info["step"] >= config.steps:
+        raise UserError(
+            f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, "
+            f"or generate from it with --model {out}"
+        )
+    weights = checkpoint.read_weights(folder, config.model)
+    return Start(weights, info["step"], optimizer_state, info["val_loss"])
+
+
+def go_on(out: Path, config: TrainConfig, step: int) -> None:
+    """Make a run folder ready to go on after a step.
+
+    Lines that a killed run wrote after its last checkpoint are dropped; they will be written again.
+    """
+    write_text(out / CONFIG, to_toml(config))
+    for name in (METRICS, SAMPLES):
+        path = out / name
+        if path.exists():
+            rows = [row for row in read_metrics(path) if row["step"] <= step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

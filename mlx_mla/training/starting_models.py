@@ -1,0 +1,64 @@
+"""What a run starts from: random weights, those of --init, and the teacher of --teacher."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from mlx_mla import checkpoint
+from mlx_mla.backends.contract import Teacher
+from mlx_mla.config import TOKENIZER_IDS, ModelConfig, TrainConfig
+from mlx_mla.data.tokenizer import TextEncoder
+from mlx_mla.errors import UserError
+from mlx_mla.weights import initial_weights
+
+
+def first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
+    """The weights before the first step, float32 by name."""
+    if config.init is None:
+        return initial_weights(config.model, config.seed, config.initializer_range)
+    return _whole_weights("--init", checkpoint.model_folder(Path(config.init)), config.model)
+
+
+def teacher(config: TrainConfig, encoder: TextEncoder) -> Teacher | None:
+    """The model of --teacher; UserError if it cannot teach this one."""
+    if config.teacher is None:
+        return None
+    folder = checkpoint.model_folder(Path(config.teacher))
+    shape = checkpoint.read_config(folder)
+    _check_tokenizer("--teacher", folder, encoder)
+    if shape.n_positions < config.context:
+        raise UserError(
+            f"--teacher {folder}: has {shape.n_positions} positions, a sequence {config.context} tokens; "
+            f"use --seq-len {shape.n_positions}, or another teacher"
+        )
+    assert shape.vocab_size
+    if shape.vocab_size < encoder.size:
+        raise UserError(
+            f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {encoder.size} ids; "
+            "the folder is damaged"
+        )
+    return Teacher(shape, _whole_weights("--teacher", folder, shape), encoder.size)
+
+
+def _whole_weights(option: str, folder: Path, shape: ModelConfig) -> dict[str, np.ndarray]:
+    if problem := checkpoint.damage(folder, training=False):
+        raise UserError(f"{option} {folder}: {problem}; the folder is damaged")
+    return checkpoint.read_weights(folder, shape)
+
+
+def with_model_of(config: TrainConfig, folder: Path, encoder: TextEncoder) -> TrainConfig:
+    """Take the model's shape from a folder; dropout is not part of it and stays."""
+    shape = checkpoint.read_config(folder)
+    _check_tokenizer("--init", folder, encoder)
+    return dataclasses.replace(config, model=dataclasses.replace(shape, dropout=config.model.dropout))
+
+
+def _check_tokenizer(option: str, folder: Path, encoder: TextEncoder) -> None:
+    ids = len(checkpoint.read_tokenizer(folder))
+    if ids != encoder.size:
+        fitting = next((name for name, n in TOKENIZER_IDS.items() if n == ids), None)
+        advice = f"use --tokenizer {fitting}" if fitting else "no --tokenizer of this project fits it"
+        raise UserError(
+            f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has {encoder.size}; {advice}"
+        )

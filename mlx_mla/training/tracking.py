@@ -1,0 +1,227 @@
+"""Copies of a run's metrics in TensorBoard, Weights & Biases or Trackio, as --track asks.
+
+Each gets the rows of metrics.jsonl as scalars named SPLIT/KEY (`train/loss`, `val/loss`) at their step. That file
+stays the record: a tracker that fails while training is left out with a warning, and the run goes on.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from mlx_mla.config import TrainConfig, nearest
+from mlx_mla.errors import UserError
+from mlx_mla.files import write_text
+
+STATE = "tracking.json"
+PROJECT = "mlx_mla"
+
+
+class Tracker(Protocol):
+    """One run in one tool."""
+
+    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
+        """Take scalars by name; `seconds` is the training time at that step, where the row has it."""
+        ...
+
+    def close(self, failed: bool) -> None:
+        """Send what is left."""
+        ...
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard.
+
+    They are written anew by every process, from the rows kept so far: TensorBoard has no other way to drop steps
+    that a killed run logged after its last checkpoint. Wall times are such that "relative" is the training time.
+    """
+
+    def __init__(self, out: Path, rows: Sequence[Mapping[str, Any]]):
+        from tensorboard.summary import Writer
+
+        folder = out / "tensorboard"
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = Writer(str(folder))
+        self._began = time.time() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
+
+    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
+        wall_time = None if seconds is None else self._began + seconds
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, wall_time=wall_time)
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, its files in OUT/wandb; WANDB_PROJECT, WANDB_MODE and the like are obeyed."""
+
+    def __init__(self, out: Path, identity: str, settings: dict[str, Any]):
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=identity,
+            name=out.resolve().name,
+            dir=str(out),
+            config=settings,
+            resume="allow",
+            allow_val_change=True,  # a resumed run may have more --steps
+        )
+
+    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class Trackio:
+    """A run of Trackio, in its own folder (TRACKIO_DIR) or Space (TRACKIO_SPACE_ID)."""
+
+    def __init__(self, out: Path, identity: str, settings: dict[str, Any]):
+        import trackio
+
+        # Trackio resumes by name, so the name has to be this run's alone.
+        name = f"{out.resolve().name}-{identity}"
+        self._run = trackio.init(project=PROJECT, name=name, config=settings, resume="allow")
+
+    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish()
+
+
+NAMES = ("tensorboard", "wandb", "trackio")
+
+
+def tracker_names(text: str) -> list[str]:
+    """The trackers of a --track value, each importable.
+
+    Raises:
+        UserError: For an unknown name, or one whose package is not installed.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"--track: unknown tracker {name!r}; {nearest(name, NAMES)}")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            raise UserError(f"--track {name}: {e.name} is not installed; pip install {name}") from None
+    return names
+
+
+class Tracking:
+    """Every tracker of a run, fed row by row.
+
+    OUT/tracking.json holds the run's id and, for trackers that cannot take a step back, the last step of each
+    split they were given: a resumed run goes on with the same id and gives no step twice.
+    """
+
+    def __init__(self, out: Path, console: Console):
+        self._path, self._console = out / STATE, console
+        self._trackers: dict[str, Tracker] = {}
+        stored = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        self.identity: str = stored.get("id") or uuid.uuid4().hex[:8]
+        self._sent: dict[str, dict[str, int]] = stored.get("sent", {})
+
+    def start(self, name: str, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Open a tracker and give it those of the rows so far that it has not got."""
+        out, settings = self._path.parent, _settings(config)
+        try:
+            if name == "tensorboard":
+                tracker: Tracker = TensorBoard(out, rows)
+            else:
+                tracker = (WandB if name == "wandb" else Trackio)(out, self.identity, settings)
+        except Exception as e:  # theirs: no login, no network, no room
+            raise UserError(
+                f"--track {name}: could not start: {e}; set it right, or leave it out with --track '', "
+                f"and add --resume --out {out}"
+            ) from e
+        self._trackers[name] = tracker
+        self._sent.setdefault(name, {})
+        for row in rows:
+            self._give(name, row)
+        self._remember()  # also the id, of which the tracker now has a run
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Give a row of metrics.jsonl to every tracker."""
+        for name in list(self._trackers):
+            self._give(name, row)
+        if self._trackers:
+            self._remember()
+
+    def close(self, failed: bool) -> None:
+        """End the run in every tracker."""
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close(failed)
+            except Exception as e:
+                self._warn(name, e)
+
+    def _give(self, name: str, row: Mapping[str, Any]) -> None:
+        step, split = row["step"], row["split"]
+        if name not in self._trackers or step <= self._sent[name].get(split, 0):
+            return
+        try:
+            self._trackers[name].log(step, scalars(row), row.get("seconds"))
+        except Exception as e:  # whatever it is, it is no reason to lose a run
+            del self._trackers[name]
+            self._warn(name, e)
+        else:
+            self._sent[name][split] = step
+
+    def _warn(self, name: str, error: Exception) -> None:
+        text = f"warning: --track {name} failed and is left out from here: {' '.join(str(error).split())}"
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _remember(self) -> None:
+        if sent := {name: steps for name, steps in self._sent.items() if name != "tensorboard"}:
+            write_text(self._path, json.dumps({"id": self.identity, "sent": sent}) + "\n")
+
+
+@contextlib.contextmanager
+def tracking(config: TrainConfig, out: Path, rows: Sequence[Mapping[str, Any]], console: Console) -> Iterator[Tracking]:
+    """The trackers of --track for the length of a run.
+
+    Args:
+        config: Settings, which the trackers show.
+        out: The run folder.
+        rows: The rows that metrics.jsonl holds already.
+        console: Where warnings go.
+    """
+    all_of_them = Tracking(out, console)
+    failed = True
+    try:
+        for name in tracker_names(config.track):
+            all_of_them.start(name, config, rows)
+        yield all_of_them
+        failed = False
+    finally:
+        all_of_them.close(failed)
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl, named SPLIT/KEY."""
+    return {
+        f"{row['split']}/{key}": value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return {**values, "model": {k: v for k, v in values["model"].items() if v is not None}}
