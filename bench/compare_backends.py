@@ -3,20 +3,23 @@
     python bench/compare_backends.py --quick
     python bench/compare_backends.py --out bench/results/my-mac
 
-Method: the same weights go into both backends, and their logits must agree before anything is timed;
-every subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart); then
-all subjects of a measurement take turns, so that drift of the machine hits them alike. Figures are the
-median, smallest and largest of the repetitions.
+Method: the same weights go into both backends, and their logits must agree before anything is
+    timed;
+every subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart);
+then all subjects of a measurement take turns, so that drift of the machine hits them alike. Figures
+are the median, smallest and largest of the repetitions.
 
 Writes results.json after every measurement, and at the end report.md and plots. results.json:
-{"machine": {...}, "settings": {...}, "baseline": the model that ratios are against (absent without MHA),
-"rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]}, a row being one measurement of one
-subject: measure (forward, first token, decoding, training), backend, model, cache (latent, materialized,
-none or null), batch, context (tokens), status ("ok" or why not), tokens_per_sec: {median, min, max, cold,
-values}, ms (of the whole call, median), peak_memory_bytes (null where the framework does not say),
-cache_bytes, cache_bytes_per_token, weight_bytes, flops and bytes (that one call must compute and move),
-roofline (the time that these need at the rates, as a share of the time taken). The rates are the best that
-the device showed at the beginning and at the end of every run into the file.
+{"machine": {...}, "settings": {...}, "baseline": the model that ratios are against (absent without
+MHA), "rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]}, a row being one
+measurement of one
+subject: measure (forward, first token, decoding, training), backend, model, cache (latent,
+    materialized,
+none or null), batch, context (tokens), status ("ok" or why not), tokens_per_sec: {median, min, max,
+cold, values}, ms (of the whole call, median), peak_memory_bytes (null where the framework does not
+say), cache_bytes, cache_bytes_per_token, weight_bytes, flops and bytes (that one call must compute
+and move), roofline (the time that these need at the rates, as a share of the time taken). The rates
+are the best that the device showed at the beginning and at the end of every run into the file.
 """
 
 import dataclasses
@@ -113,16 +116,22 @@ def _main(argv: Sequence[str]) -> int:
 
 def _check(s: Compare) -> None:
     if not s.models or not s.backends or not s.measures or not s.batch or not s.context:
-        raise UserError("--models, --backends, --measures, --batch and --context need at least one value each")
+        raise UserError(
+            "--models, --backends, --measures, --batch and --context need at least one value each"
+        )
     for name in ("forward_batch", "train_batch", "repetitions"):
         if getattr(s, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}"
+            )
     if min(s.batch) < 1 or min(s.context) < 1:
         raise UserError("--batch and --context must be at least 1")
     if s.resume and s.out is None:
         raise UserError("--resume needs --out, the folder with the rows to keep")
     if s.out is not None and (s.out / "results.json").exists() and not s.resume:
-        raise UserError(f"{s.out}: holds results; add --resume to complete them, or give --out a new name")
+        raise UserError(
+            f"{s.out}: holds results; add --resume to complete them, or give --out a new name"
+        )
 
 
 class Results:
@@ -135,20 +144,30 @@ class Results:
 
     def __init__(self, settings: Any, path: Path | None):
         self.path = path
-        shown = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
+        shown = {
+            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
+        }
         self.document: dict[str, Any] = {
             "machine": machine(settings.backends), "settings": shown, "rates": {}, "rows": [],
         }  # fmt: skip
         if settings.resume and self.path and self.path.exists():
             try:
                 stored = json.loads(self.path.read_text(encoding="utf-8"))
-                if different := [k for k, v in self.document["machine"].items() if stored["machine"].get(k, v) != v]:
-                    raise UserError(f"{self.path}: measured with another {different[0]}; give --out a new name")
+                if different := [
+                    k
+                    for k, v in self.document["machine"].items()
+                    if stored["machine"].get(k, v) != v
+                ]:
+                    raise UserError(
+                        f"{self.path}: measured with another {different[0]}; give --out a new name"
+                    )
                 self.document["rows"], self.document["rates"] = stored["rows"], stored["rates"]
                 if "baseline" in stored:
                     self.document["baseline"] = stored["baseline"]
             except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as e:
-                raise UserError(f"{self.path}: not results of this benchmark ({e}); give --out a new name") from None
+                raise UserError(
+                    f"{self.path}: not results of this benchmark ({e}); give --out a new name"
+                ) from None
 
     def has(self, **key: Any) -> bool:
         return any(all(row.get(k) == v for k, v in key.items()) for row in self.document["rows"])
@@ -184,7 +203,13 @@ class Bench:
         references: Whether mlx-lm's and transformers' GPT-2 run beside ours.
     """
 
-    def __init__(self, settings: Any, results: Results, n_positions: int | None = None, references: bool = True):
+    def __init__(
+        self,
+        settings: Any,
+        results: Results,
+        n_positions: int | None = None,
+        references: bool = True,
+    ):
         self.s, self.results = settings, results
         self.configs: dict[str, ModelConfig] = {}
         self.subjects: list[Subject] = []
@@ -194,29 +219,47 @@ class Bench:
             self.configs[name] = config
             how = (config, weights, settings.dtype, settings.device)
             self.subjects += [subjects.load(backend, name, *how) for backend in settings.backends]
-            if config.attention == "mha" and all(c.attention == "mla" for c in list(self.configs.values())[:-1]):
+            if config.attention == "mha" and all(
+                c.attention == "mla" for c in list(self.configs.values())[:-1]
+            ):
                 results.document.setdefault("baseline", name)
                 if references:
-                    self.subjects += [subjects.load_reference(backend, *how) for backend in settings.backends]
+                    self.subjects += [
+                        subjects.load_reference(backend, *how) for backend in settings.backends
+                    ]
 
     def rates(self) -> None:
-        """Measure what the device does at best; better figures replace those that the document has."""
+        """Measure what the device does at best; better figures replace those that the document
+        has."""
         for backend in self.s.backends:
-            best = self.results.document["rates"].setdefault(backend, {"matmul_flops": 0.0, "memory_bytes": 0.0})
-            for key, rate in zip(best, subjects.rates(backend, self.s.dtype, self.s.device), strict=True):
+            best = self.results.document["rates"].setdefault(
+                backend, {"matmul_flops": 0.0, "memory_bytes": 0.0}
+            )
+            for key, rate in zip(
+                best, subjects.rates(backend, self.s.dtype, self.s.device), strict=True
+            ):
                 best[key] = max(best[key], rate)
 
     def parity(self) -> None:
-        """Compare logits of every subject with the first of the same weights; those that differ are not timed."""
+        """Compare logits of every subject with the first of the same weights; those that differ are
+        not timed."""
         for name, config in self.configs.items():
-            same = [s for s in self.subjects if s.model == name or (config.attention == "mha" and s.config is config)]
-            ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(48, config.n_positions)))
+            same = [
+                s
+                for s in self.subjects
+                if s.model == name or (config.attention == "mha" and s.config is config)
+            ]
+            ids = np.random.default_rng(0).integers(
+                0, config.vocab_size, (2, min(48, config.n_positions))
+            )
             expected = same[0].logits(ids.astype(np.int32))
             for subject in same[1:]:
                 difference = float(np.abs(subject.logits(ids.astype(np.int32)) - expected).max())
                 ok = difference <= PARITY[self.s.dtype]
                 print(
-                    f"parity {subject.backend} {subject.model}: largest logit difference {difference:.2g}", flush=True
+                    f"parity {subject.backend} {subject.model}: largest logit difference "
+                    f"{difference:.2g}",
+                    flush=True,
                 )
                 if not ok:
                     self.failed.add((subject.backend, subject.model))
@@ -227,7 +270,10 @@ class Bench:
 
     def forward(self) -> None:
         """Logits of every position, no cache built by anyone."""
-        for batch, length in ((self.s.forward_batch, 512), (max(1, self.s.forward_batch // 2), 1024)):
+        for batch, length in (
+            (self.s.forward_batch, 512),
+            (max(1, self.s.forward_batch // 2), 1024),
+        ):
             length = length // 16 if self.s.quick else length
             cases = []
             for s in self._timed():
@@ -252,7 +298,8 @@ class Bench:
             self._measure(cases)
 
     def decoding(self) -> None:
-        """Greedy steps after a context, each waiting for the one before; the original's way at batch 1 alone."""
+        """Greedy steps after a context, each waiting for the one before; the original's way at
+        batch 1 alone."""
         for batch in self.s.batch:
             for context in self.s.context:
                 context = context // 16 if self.s.quick else context
@@ -267,29 +314,40 @@ class Bench:
                     else:
                         flops = batch * subjects.decode_flops(s.config, kind, context)
                     run: Any = lambda s=s, k=kind, b=batch, c=context, n=steps: s.decode(b, c, n, k)  # noqa: E731
-                    cases.append(self._case("decoding", s, kind, batch, context, run, steps * flops, steps))
+                    cases.append(
+                        self._case("decoding", s, kind, batch, context, run, steps * flops, steps)
+                    )
                 self._measure(cases)
 
     def training(self) -> None:
-        """One optimiser step; a backend at a time, since each holds weights, gradients and moments."""
+        """One optimiser step; a backend at a time, since each holds weights, gradients and
+        moments."""
         length = 32 if self.s.quick else 512
         for backend in self.s.backends:
             cases = []
             for s in self._timed():
-                if s.backend != backend or s.model not in self.configs or length > s.config.n_positions:
+                if (
+                    s.backend != backend
+                    or s.model not in self.configs
+                    or length > s.config.n_positions
+                ):
                     continue
                 key = self._key("training", s, None, self.s.train_batch, length)
                 if self.results.has(**key):
                     continue
                 train = dataclasses.replace(
-                    TrainConfig(dtype=self.s.dtype, model=s.config), batch_size=self.s.train_batch, seq_len=length
+                    TrainConfig(dtype=self.s.dtype, model=s.config),
+                    batch_size=self.s.train_batch,
+                    seq_len=length,
                 )
                 # Made by the first call, so that running out of memory marks this row alone.
                 step = functools.cache(lambda s=s, train=train: s.train_step(train))
                 ids = _ids(self.s.train_batch, length + 1, s.config)
                 flops = 3 * self.s.train_batch * length * forward_flops_per_token(s.config, length)
                 run: Any = lambda step=step, i=ids: step()(i[:, :-1], i[:, 1:])  # noqa: E731
-                cases.append(self._case("training", s, None, self.s.train_batch, length, run, flops))
+                cases.append(
+                    self._case("training", s, None, self.s.train_batch, length, run, flops)
+                )
             self._measure(cases)
             del cases
             gc.collect()
@@ -298,26 +356,41 @@ class Bench:
         return [s for s in self.subjects if (s.backend, s.model) not in self.failed]
 
     def _decoders(self) -> list[tuple[Subject, str]]:
-        """Subjects with each kind of cache; the original's way, without one, in PyTorch for its own shape."""
+        """Subjects with each kind of cache; the original's way, without one, in PyTorch for its own
+        shape."""
         pairs = []
         for s in self._timed():
             pairs.append((s, "latent" if s.config.attention == "mla" else "materialized"))
             if s.config.attention == "mla":
                 pairs.append((s, "materialized"))
         first_mla = next((n for n, c in self.configs.items() if c.attention == "mla"), None)
-        pairs += [(s, "none") for s in self._timed() if s.backend == "torch" and s.model == first_mla]
+        pairs += [
+            (s, "none") for s in self._timed() if s.backend == "torch" and s.model == first_mla
+        ]
         return pairs
 
     def _key(self, measure: str, s: Subject, kind: str | None, batch: int, context: int) -> Row:
         model = f"{ORIGINAL} ({s.model})" if kind == "none" else s.model
         return {
-            "measure": measure, "backend": s.backend, "model": model, "cache": kind, "batch": batch, "context": context,
-        }  # fmt: skip
+            "measure": measure,
+            "backend": s.backend,
+            "model": model,
+            "cache": kind,
+            "batch": batch,
+            "context": context,
+        }
 
     def _case(
-        self, measure: str, s: Subject, kind: str | None, batch: int, context: int, run: Callable[[], Any],
-        flops: float, steps: int = 1,
-    ) -> Case:  # fmt: skip
+        self,
+        measure: str,
+        s: Subject,
+        kind: str | None,
+        batch: int,
+        context: int,
+        run: Callable[[], Any],
+        flops: float,
+        steps: int = 1,
+    ) -> Case:
         weights = subjects.weight_bytes(s.config, self.s.dtype)
         cached = subjects.cache_bytes(s.config, kind, self.s.dtype) * context * batch if kind else 0
         moved = steps * (weights + (cached if measure == "decoding" else 0))
@@ -343,7 +416,9 @@ class Bench:
                 status[i] = "out of memory"
                 return None
             took = time.perf_counter() - began
-            if isinstance(outcome, tuple):  # decoding times its own steps, without the filling of the cache
+            if isinstance(
+                outcome, tuple
+            ):  # decoding times its own steps, without the filling of the cache
                 took, extra[i]["cache_bytes"] = outcome
             extra[i]["peak_memory_bytes"] = cases[i].subject.peak_memory_bytes()
             return took
@@ -368,11 +443,16 @@ class Bench:
             if i not in status:
                 row |= self._figures(case, seconds[i], cold[i])
             rows.append(row)
-            shown = f"{row['tokens_per_sec']['median']:,.1f} tok/s" if "tokens_per_sec" in row else row["status"]
+            shown = (
+                f"{row['tokens_per_sec']['median']:,.1f} tok/s"
+                if "tokens_per_sec" in row
+                else row["status"]
+            )
             k = case.key
             where = f"batch {k['batch']}, {k['context']} tokens"
             print(
-                f"{k['measure']:<12} {k['backend']:<6} {k['model']:<36} {k['cache'] or '':<13}{where}: {shown}",
+                f"{k['measure']:<12} {k['backend']:<6} {k['model']:<36} "
+                f"{k['cache'] or '':<13}{where}: {shown}",
                 flush=True,
             )
         self.results.add(rows)
@@ -382,24 +462,33 @@ class Bench:
         config, kind = case.subject.config, case.key["cache"]
         return {
             "tokens_per_sec": {
-                "median": case.tokens / median, "min": case.tokens / max(seconds), "max": case.tokens / min(seconds),
-                "cold": case.tokens / cold, "values": [case.tokens / t for t in seconds],
+                "median": case.tokens / median,
+                "min": case.tokens / max(seconds),
+                "max": case.tokens / min(seconds),
+                "cold": case.tokens / cold,
+                "values": [case.tokens / t for t in seconds],
             },
             "ms": median * 1e3,
             "weight_bytes": subjects.weight_bytes(config, self.s.dtype),
-            "cache_bytes_per_token": subjects.cache_bytes(config, kind, self.s.dtype) if kind else None,
-            "flops": case.flops, "bytes": case.bytes,
-        }  # fmt: skip
+            "cache_bytes_per_token": subjects.cache_bytes(config, kind, self.s.dtype)
+            if kind
+            else None,
+            "flops": case.flops,
+            "bytes": case.bytes,
+        }
 
 
-def _model(name: str, quick: bool, n_positions: int | None = None) -> tuple[ModelConfig, subjects.Weights]:
+def _model(
+    name: str, quick: bool, n_positions: int | None = None
+) -> tuple[ModelConfig, subjects.Weights]:
     """A preset with random weights, or a model folder with its own; `quick` shrinks presets."""
     if name not in PRESETS and Path(name).exists():
         folder = checkpoint.model_folder(Path(name))
         config = checkpoint.read_config(folder)
         if checkpoint.is_quantized(folder):
             raise UserError(
-                f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder it was made from"
+                f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder "
+                "it was made from"
             )
         return config, checkpoint.read_weights(folder, config)
     config = preset(name).resolved().model
@@ -419,7 +508,11 @@ def _model(name: str, quick: bool, n_positions: int | None = None) -> tuple[Mode
 
 
 def _ids(batch: int, length: int, config: ModelConfig) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, config.vocab_size or 1, (batch, length)).astype(np.int32)
+    return (
+        np.random.default_rng(1)
+        .integers(0, config.vocab_size or 1, (batch, length))
+        .astype(np.int32)
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Row = dict[str, Any]
 
 
 def set_rooflines(document: dict[str, Any]) -> None:
-    """Give every timed row the share of its time that its FLOPs or bytes need at the document's rates."""
+    """Give every timed row the share of its time that its FLOPs or bytes need at the document's
+    rates."""
     for row in document["rows"]:
         rates = document["rates"].get(row["backend"])
         if rates and row["status"] == "ok":
@@ -30,7 +31,8 @@ def machine_lines(document: dict[str, Any]) -> list[str]:
     lines = [f"- {key}: {value}" for key, value in document["machine"].items()]
     for backend, r in document["rates"].items():
         lines.append(
-            f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x 2048 product, "
+            f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x "
+            "2048 product, "
             f"{r['memory_bytes'] / 1e9:,.1f} GB/s copying or in a matrix-vector product"
         )
     return lines
@@ -41,13 +43,29 @@ def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
     lines = ["# MLX and PyTorch side by side", "", *machine_lines(document)]
     s = document["settings"]
     lines += [f"- {s['dtype']}, median of {s['repetitions']} runs in turns (smallest - largest)"]
-    lines += [f"- not timed: {r['backend']} {r['model']}: {r['status']}" for r in rows if r["measure"] == "parity"]
-    lines += ["", "Ratios are against this project's GPT-2 (MHA) in the same backend and row group. Roofline is the"]
-    lines += ["share reached of the time that the FLOPs and bytes of the call need at the rates above.", ""]
+    lines += [
+        f"- not timed: {r['backend']} {r['model']}: {r['status']}"
+        for r in rows
+        if r["measure"] == "parity"
+    ]
+    lines += [
+        "",
+        "Ratios are against this project's GPT-2 (MHA) in the same backend and row group. "
+        "Roofline is the",
+    ]
+    lines += [
+        "share reached of the time that the FLOPs and bytes of the call need at the rates above.",
+        "",
+    ]
     for measure in ("forward", "first token", "decoding", "training"):
         chosen = [r for r in rows if r["measure"] == measure]
         if chosen:
-            lines += [f"## {measure.capitalize()}", "", *table(chosen, document.get("baseline")), ""]
+            lines += [
+                f"## {measure.capitalize()}",
+                "",
+                *table(chosen, document.get("baseline")),
+                "",
+            ]
             lines += [f"![{measure}]({plots[measure]})", ""] if measure in plots else []
     if "cache" in plots:
         lines += ["## Cache memory", "", f"![cache]({plots['cache']})"]
@@ -70,7 +88,8 @@ def table(rows: list[Row], baseline: str | None) -> list[str]:
     )
     lines = [f"| {' | '.join((*names, 'cache MB'))} |", "|---" * (len(names) + 1) + "|"]
     for r in sorted(rows, key=lambda r: (r["batch"], r["context"])):
-        head = f"| {r['batch']} | {r['context']} | {r['backend']} | {r['model']} | {r['cache'] or '-'} | "
+        what = (r["batch"], r["context"], r["backend"], r["model"], r["cache"] or "-")
+        head = f"| {' | '.join(map(str, what))} | "
         if r["status"] != "ok":
             lines.append(head + f"{r['status']} |" + " - |" * 6)
             continue
@@ -78,8 +97,10 @@ def table(rows: list[Row], baseline: str | None) -> list[str]:
         base = _base(rows, r, baseline)
         ratio = "-" if base is None else f"{t['median'] / base['tokens_per_sec']['median']:.2f}x"
         lines.append(
-            head + f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])}) | {_n(r['ms'])} | {ratio} | "
-            f"{r['roofline']:.0%} | {_n(t['cold'])} | {_mb(r.get('peak_memory_bytes'))} | {_mb(r.get('cache_bytes'))} |"
+            head
+            + f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])}) | {_n(r['ms'])} | {ratio} | "
+            f"{r['roofline']:.0%} | {_n(t['cold'])} | {_mb(r.get('peak_memory_bytes'))} | "
+            f"{_mb(r.get('cache_bytes'))} |"
         )
     return lines
 
@@ -122,20 +143,32 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
             context, batch = min((r["context"], r["batch"]) for r in rows)
             rows = [r for r in rows if (r["context"], r["batch"]) == (context, batch)]
             fig, ax = plt.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
-            _bars(ax, sorted(rows, key=lambda r: r["backend"]), lambda r: f"{r['backend']}: {r['model']}")
+            _bars(
+                ax,
+                sorted(rows, key=lambda r: r["backend"]),
+                lambda r: f"{r['backend']}: {r['model']}",
+            )
             ax.set(xlabel=f"{measure} tok/s, batch {batch}, {context} tokens")
             finish(fig, measure)
     decoded = [r for r in ok if r["measure"] == "decoding"]
     if decoded:
         finish(decoding_figure(decoded), "decoding")
         fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-        widths = {(r["model"], r["cache"]): r["cache_bytes_per_token"] for r in decoded if r["cache_bytes_per_token"]}
+        widths = {
+            (r["model"], r["cache"]): r["cache_bytes_per_token"]
+            for r in decoded
+            if r["cache_bytes_per_token"]
+        }
         end = max(r["context"] for r in decoded)
         drawn: set[int] = set()
         for (model, cache), width in sorted(widths.items(), key=lambda item: -item[1]):
             if width not in drawn:
                 drawn.add(width)
-                ax.plot([0, end], [0, end * width / 1e6], label=f"{model}, {cache}: {width:,} bytes a token")
+                ax.plot(
+                    [0, end],
+                    [0, end * width / 1e6],
+                    label=f"{model}, {cache}: {width:,} bytes a token",
+                )
         ax.set(xlabel="context (tokens)", ylabel="cache of one sequence (MB)")
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
@@ -144,21 +177,26 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
 
 
 def decoding_figure(decoded: list[Row]) -> Any:
-    """Decoding speed against context, a panel for each backend and batch; bars where there is one context."""
+    """Decoding speed against context, a panel for each backend and batch; bars where there is one
+    context."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = [
-        (b, n) for n in sorted({r["batch"] for r in decoded}) for b in dict.fromkeys(r["backend"] for r in decoded)
+        (b, n)
+        for n in sorted({r["batch"] for r in decoded})
+        for b in dict.fromkeys(r["backend"] for r in decoded)
     ]
     columns = len({b for b, _ in panels})
     height = len(panels) // columns
     fig, axes = plt.subplots(
         height, columns, figsize=(5.5 * columns, 3.4 * height), layout="constrained", squeeze=False
     )
-    color_of = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(r["model"] for r in decoded))}
+    color_of = {
+        model: f"C{i}" for i, model in enumerate(dict.fromkeys(r["model"] for r in decoded))
+    }
     with_latents = {r["model"] for r in decoded if r["cache"] == "latent"}
 
     def name(r: Row) -> str:
@@ -172,15 +210,22 @@ def decoding_figure(decoded: list[Row]) -> Any:
             continue
         if len(contexts) == 1:
             _bars(ax, rows, name)
-            ax.set(title=f"{backend}, batch {batch}", xlabel=f"decoding tok/s after {contexts.pop()} tokens")
+            ax.set(
+                title=f"{backend}, batch {batch}",
+                xlabel=f"decoding tok/s after {contexts.pop()} tokens",
+            )
             ax.tick_params(axis="y", labelsize=7)
             continue
         for model, cache in dict.fromkeys((r["model"], r["cache"]) for r in rows):
             own = [r for r in rows if (r["model"], r["cache"]) == (model, cache)]
             points = sorted((r["context"], r["tokens_per_sec"]["median"]) for r in own)
             style = "--" if model in with_latents and cache == "materialized" else "-"
-            ax.plot(*zip(*points), style, color=color_of[model], marker="o", ms=3, label=name(own[0]))
-        ax.set(title=f"{backend}, batch {batch}", xlabel="context (tokens)", ylabel="decoding tok/s")
+            ax.plot(
+                *zip(*points), style, color=color_of[model], marker="o", ms=3, label=name(own[0])
+            )
+        ax.set(
+            title=f"{backend}, batch {batch}", xlabel="context (tokens)", ylabel="decoding tok/s"
+        )
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=6, loc="lower left", framealpha=0.5)

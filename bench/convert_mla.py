@@ -1,16 +1,19 @@
-"""What latent attention costs a trained MHA model: perplexity by rank and method, before and after healing.
+"""What latent attention costs a trained MHA model: perplexity by rank and method, before and after
+healing.
 
     python bench/convert_mla.py --model RUN --work FOLDER [--out bench/results]
 
 RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for example
 
-    python -m mlx_mla.train --attention mha --n-layer 4 --n-head 4 --n-embd 256 --n-positions 128 --batch-size 16 \\
-        --steps 3200 --warmup-steps 100 --learning-rate 3e-3 --initializer-range 0.06 --backend torch \\
-        --data TEXT --out RUN
+    python -m mlx_mla.train --attention mha --n-layer 4 --n-head 4 --n-embd 256 --n-positions 128
+    --batch-size 16 \\
+        --steps 3200 --warmup-steps 100 --learning-rate 3e-3 --initializer-range 0.06 --backend
+        torch \\ --data TEXT --out RUN
 
-Calibration and healing read what the model was trained on, perplexity is of the part it held out. Every loss is
-compared window by window with the MHA model's, so the difference has a standard error of its own: windows are alike
-for both, and their own spread cancels. Finished cells are kept in FOLDER, and an interrupted run goes on there.
+Calibration and healing read what the model was trained on, perplexity is of the part it held out.
+Every loss is compared window by window with the MHA model's, so the difference has a standard error
+of its own: windows are alike for both, and their own spread cancels. Finished cells are kept in
+FOLDER, and an interrupted run goes on there.
 """
 
 import dataclasses
@@ -56,7 +59,8 @@ Weights = dict[str, np.ndarray]
 
 @dataclasses.dataclass(kw_only=True)
 class ConvertBench:
-    """Measure held-out perplexity of an MHA model made latent, by rank and method, and after healing."""
+    """Measure held-out perplexity of an MHA model made latent, by rank and method, and after
+    healing."""
 
     model: Path
     """Run folder of the multi-head model."""
@@ -113,7 +117,9 @@ class Bench:
         self.folder = checkpoint.model_folder(options.model)
         self.config = checkpoint.read_config(self.folder)
         if self.config.attention != "mha":
-            raise UserError(f"--model {options.model}: is latent already; give a run of --attention mha")
+            raise UserError(
+                f"--model {options.model}: is latent already; give a run of --attention mha"
+            )
         self.weights = checkpoint.read_weights(self.folder, self.config)
         encoder = get_encoder(self.run.tokenizer, self.run.bpe_dir)
         tokens = corpus.tokenize(corpus.read_documents(self.run.data), encoder)
@@ -132,14 +138,19 @@ class Bench:
         with torch.inference_mode():
             for x, y in self.batches:
                 logits = model(torch.tensor(x), use_cache=False).logits.transpose(1, 2)
-                losses.append(F.cross_entropy(logits, torch.tensor(y).long(), reduction="none").mean(1))
+                losses.append(
+                    F.cross_entropy(logits, torch.tensor(y).long(), reduction="none").mean(1)
+                )
         return torch.cat(losses).double().numpy()
 
     def measure(self) -> list[dict[str, Any]]:
         o, rows = self.options, []
         D = self.config.n_embd
         cells = [
-            Cell(max(1, round(f * D)), m, budget) for f in o.fractions for m in o.methods for budget in (False, True)
+            Cell(max(1, round(f * D)), m, budget)
+            for f in o.fractions
+            for m in o.methods
+            for budget in (False, True)
         ]
         cells = [c for c in cells if c.rank < D or not c.budget]
         heal = [
@@ -153,7 +164,10 @@ class Bench:
             if not done.is_file():
                 converted = self._converted(cell)
                 config, weights = self._healed(cell, *converted) if cell.heal else converted
-                row = {**dataclasses.asdict(cell), **compare(self.window_losses(config, weights), self.base)}
+                row = {
+                    **dataclasses.asdict(cell),
+                    **compare(self.window_losses(config, weights), self.base),
+                }
                 files.write_text(done, json.dumps(row))
             rows.append(json.loads(done.read_text()))
             print(line(rows[-1]), flush=True)
@@ -163,7 +177,9 @@ class Bench:
     def moments(self) -> list[Moments]:
         """Of the training text, with gradients."""
         model = build_model(self.config, self.weights, torch.device("cpu"))
-        return collect_moments(model, self.text, self.options.calibration_tokens, True, Console())[0]
+        return collect_moments(model, self.text, self.options.calibration_tokens, True, Console())[
+            0
+        ]
 
     def _converted(self, cell: Cell) -> tuple[ModelConfig, Weights]:
         if cell.method == UNCONVERTED:
@@ -171,35 +187,58 @@ class Bench:
         method = next(m for m in METHODS if m == cell.method)
         moments = None if method == "svd" else self.moments
         layers = list(factorise(self.config, self.weights, method, moments))
-        ranks = share_ranks(layers, cell.rank, method) if cell.budget else [cell.rank] * self.config.n_layer
+        ranks = (
+            share_ranks(layers, cell.rank, method)
+            if cell.budget
+            else [cell.rank] * self.config.n_layer
+        )
         return assemble(self.config, self.weights, ranks, layers, moments)
 
-    def _healed(self, cell: Cell, config: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    def _healed(
+        self, cell: Cell, config: ModelConfig, weights: Weights
+    ) -> tuple[ModelConfig, Weights]:
         assert self.config.vocab_size
         size = self.options.heal_batch_size
-        steps = max(1, round(cell.heal * self.run.steps * self.run.step_tokens / (size * self.run.context)))
+        steps = max(
+            1, round(cell.heal * self.run.steps * self.run.step_tokens / (size * self.run.context))
+        )
         settings = dataclasses.replace(
-            self.run, model=config, steps=steps, learning_rate=self.options.heal_learning_rate, batch_size=size,
-            grad_accum_steps=1, warmup_steps=max(1, steps // 10), weight_decay=0.0,
-        )  # fmt: skip
+            self.run,
+            model=config,
+            steps=steps,
+            learning_rate=self.options.heal_learning_rate,
+            batch_size=size,
+            grad_accum_steps=1,
+            warmup_steps=max(1, steps // 10),
+            weight_decay=0.0,
+        )
         teacher = None
         if cell.teacher:
-            settings = dataclasses.replace(settings, teacher="--model", teacher_weight=1.0, teacher_temperature=1.0)
+            settings = dataclasses.replace(
+                settings, teacher="--model", teacher_weight=1.0, teacher_temperature=1.0
+            )
             teacher = Teacher(self.config, self.weights, len(self.text.tokenizer))
         session = get_backend("torch", "cpu").train_session(settings, Start(weights), teacher)
         # Another seed than the run's: other windows and another order.
-        data = TokenWindows(self.training, self.run.context, self.run.seed + 1, self.config.vocab_size)
+        data = TokenWindows(
+            self.training, self.run.context, self.run.seed + 1, self.config.vocab_size
+        )
         for step in range(steps):
             session.step(step, learning_rate(settings, step), [data.batch(step, size)])
         return config, session.weights()
 
 
 def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Perplexity, and its change against the base in per cent with the standard error of the paired difference."""
+    """Perplexity, and its change against the base in per cent with the standard error of the paired
+    difference."""
     paired = losses - base
     change, error = float(paired.mean()), float(paired.std(ddof=1) / math.sqrt(len(paired)))
     perplexity = math.exp(losses.mean())
-    return {"perplexity": perplexity, "change": 100 * math.expm1(change), "stderr": 100 * math.exp(change) * error}
+    return {
+        "perplexity": perplexity,
+        "change": 100 * math.expm1(change),
+        "stderr": 100 * math.exp(change) * error,
+    }
 
 
 def line(row: dict[str, Any]) -> str:
@@ -219,12 +258,17 @@ def report(bench: Bench, rows: list[dict[str, Any]]) -> str:
     facts = "\n".join(f"- {k}: {v}" for k, v in machine(["torch"]).items())
     head = (
         f"# MHA made latent: perplexity by rank and method\n\n`{PROG}`, on\n\n{facts}\n\n"
-        f"The model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {run.context}, trained on "
-        f"{tokens:,} tokens ({run.tokenizer}); perplexity {base:.4f} on {len(bench.base):,} held-out windows. "
-        f"Calibrated on {bench.options.calibration_tokens:,} tokens of its training text. Healed: so much of the "
-        "training tokens, with the text's cross-entropy or the divergence from the MHA teacher alone; the MHA model "
+        f"The model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context "
+        f"{run.context}, trained on "
+        f"{tokens:,} tokens ({run.tokenizer}); perplexity {base:.4f} on {len(bench.base):,} "
+        "held-out windows. "
+        f"Calibrated on {bench.options.calibration_tokens:,} tokens of its training text. Healed: "
+        "so much of the "
+        "training tokens, with the text's cross-entropy or the divergence from the MHA teacher "
+        "alone; the MHA model "
         "itself with the same tokens for comparison. Change: "
-        "perplexity against the MHA model in per cent, ± the standard error of the paired difference over windows.\n\n"
+        "perplexity against the MHA model in per cent, ± the standard error of the paired "
+        "difference over windows.\n\n"
         "| rank | method | healed | perplexity | change, % |\n|---|---|---|---|---|\n"
     )
     return head + "\n".join(map(line, rows)) + "\n"
@@ -234,14 +278,24 @@ def draw(bench: Bench, rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        healed = f", healed {row['heal']:.0%}{' with teacher' if row['teacher'] else ''}" if row["heal"] else ""
+        healed = (
+            f", healed {row['heal']:.0%}{' with teacher' if row['teacher'] else ''}"
+            if row["heal"]
+            else ""
+        )
         if row["method"] == UNCONVERTED:
             continue
-        series.setdefault(row["method"] + (", budget" if row["budget"] else "") + healed, []).append(row)
+        series.setdefault(
+            row["method"] + (", budget" if row["budget"] else "") + healed, []
+        ).append(row)
     for label, points in series.items():
         x, y = ([p[key] for p in points] for key in ("rank", "change"))
         axes.errorbar(x, y, [p["stderr"] for p in points], marker="o", ms=3, lw=1, label=label)
-    axes.set(xlabel="rank of the latent", ylabel="change of perplexity, %", title=f"n_embd = {bench.config.n_embd}")
+    axes.set(
+        xlabel="rank of the latent",
+        ylabel="change of perplexity, %",
+        title=f"n_embd = {bench.config.n_embd}",
+    )
     axes.set_yscale("symlog", linthresh=0.1)
     axes.axhline(0, color="gray", lw=0.5)
     axes.legend(fontsize=7)
@@ -264,7 +318,11 @@ def _main(argv: Sequence[str]) -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         name = str(options.out / report_name("convert"))
-        values = {"machine": machine(["torch"]), "mha_perplexity": math.exp(bench.base.mean()), "cells": rows}
+        values = {
+            "machine": machine(["torch"]),
+            "mha_perplexity": math.exp(bench.base.mean()),
+            "cells": rows,
+        }
         files.write_text(Path(name + ".json"), json.dumps(values, indent=1) + "\n")
         files.write_text(Path(name + ".md"), page)
         draw(bench, rows, Path(name + ".png"))

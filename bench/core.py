@@ -44,12 +44,14 @@ CACHES = ("latent", "materialized", "none")
 
 @dataclasses.dataclass(kw_only=True)
 class CoreBench:
-    """Measure the compiled and the eager step, decoding with each kind of cache, and a checkpoint save."""
+    """Measure the compiled and the eager step, decoding with each kind of cache, and a checkpoint
+    save."""
 
     presets: tuple[str, ...] = ("nano", "mla-124m", "mla-124m-r128")
     """Presets to decode with and to save. The training step is measured for nano alone."""
     contexts: tuple[int, ...] = (64, 256, 1000)
-    """Tokens of prompt before the decoding that is timed; those a preset has no room for are left out."""
+    """Tokens of prompt before the decoding that is timed; those a preset has no room for are left
+    out."""
     new_tokens: int = 16
     """Tokens decoded in one repetition (2 without a cache)."""
     repetitions: int = 5
@@ -68,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     bench = cli.parse(CoreBench, argv, PROG)
     if bench.quick:
-        bench = dataclasses.replace(bench, presets=("nano",), contexts=(16, 64), new_tokens=4, repetitions=2)
+        bench = dataclasses.replace(
+            bench, presets=("nano",), contexts=(16, 64), new_tokens=4, repetitions=2
+        )
     for name in bench.presets:
         preset(name)  # raises for an unknown one
     if bench.repetitions < 1 or bench.new_tokens < 2 or min(bench.contexts, default=0) < 2:
@@ -82,8 +86,11 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def take_turns(actions: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Run every action once unmeasured, then `repetitions` rounds of all; returns what each returned."""
+def take_turns(
+    actions: Mapping[str, Callable[[], float]], repetitions: int
+) -> dict[str, list[float]]:
+    """Run every action once unmeasured, then `repetitions` rounds of all; returns what each
+    returned."""
     for action in actions.values():
         action()
     results: dict[str, list[float]] = {name: [] for name in actions}
@@ -93,11 +100,20 @@ def take_turns(actions: Mapping[str, Callable[[], float]], repetitions: int) -> 
     return results
 
 
-def row(what: str, name: str, case: str, unit: str, values: list[float], **more: Any) -> dict[str, Any]:
+def row(
+    what: str, name: str, case: str, unit: str, values: list[float], **more: Any
+) -> dict[str, Any]:
     return {
-        "what": what, "preset": name, "case": case, "unit": unit,
-        "median": statistics.median(values), "min": min(values), "max": max(values), "repetitions": len(values), **more,
-    }  # fmt: skip
+        "what": what,
+        "preset": name,
+        "case": case,
+        "unit": unit,
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "repetitions": len(values),
+        **more,
+    }
 
 
 def training(bench: CoreBench) -> list[dict[str, Any]]:
@@ -108,7 +124,9 @@ def training(bench: CoreBench) -> list[dict[str, Any]]:
     tokens = rng.integers(0, 257, (config.batch_size, config.context + 1)).astype(np.int32)
     steps = 2 if bench.quick else 10
     sessions = {
-        name: MLXBackend().train_session(dataclasses.replace(config, compile=name == "compiled"), Start(weights))
+        name: MLXBackend().train_session(
+            dataclasses.replace(config, compile=name == "compiled"), Start(weights)
+        )
         for name in ("compiled", "eager")
     }
 
@@ -118,8 +136,12 @@ def training(bench: CoreBench) -> list[dict[str, Any]]:
             session.step(step, 1e-4, [(tokens[:, :-1], tokens[:, 1:])])
         return steps / (time.perf_counter() - began)
 
-    results = take_turns({name: partial(measure, s) for name, s in sessions.items()}, bench.repetitions)
-    return [row("training step", "nano", name, "steps/s", values) for name, values in results.items()]
+    results = take_turns(
+        {name: partial(measure, s) for name, s in sessions.items()}, bench.repetitions
+    )
+    return [
+        row("training step", "nano", name, "steps/s", values) for name, values in results.items()
+    ]
 
 
 def decoding(bench: CoreBench) -> list[dict[str, Any]]:
@@ -133,14 +155,30 @@ def decoding(bench: CoreBench) -> list[dict[str, Any]]:
                 continue
             prompt = mx.zeros((context,), mx.int32)
             sizes: dict[str, int] = {}
-            actions = {kind: partial(decode, model, kind, prompt, bench.new_tokens, sizes) for kind in CACHES}
+            actions = {
+                kind: partial(decode, model, kind, prompt, bench.new_tokens, sizes)
+                for kind in CACHES
+            }
             for kind, values in take_turns(actions, bench.repetitions).items():
-                rows.append(row("decoding", name, kind, "tok/s", values, context=context, cache_bytes=sizes[kind]))
+                rows.append(
+                    row(
+                        "decoding",
+                        name,
+                        kind,
+                        "tok/s",
+                        values,
+                        context=context,
+                        cache_bytes=sizes[kind],
+                    )
+                )
     return rows
 
 
-def decode(model: Model, kind: str, prompt: mx.array, new_tokens: int, sizes: dict[str, int]) -> float:
-    """Tokens per second after the first one, which comes with the prompt; notes the cache's bytes."""
+def decode(
+    model: Model, kind: str, prompt: mx.array, new_tokens: int, sizes: dict[str, int]
+) -> float:
+    """Tokens per second after the first one, which comes with the prompt; notes the cache's
+    bytes."""
     model.materialize_cache(kind == "materialized")
     decoder = WithoutCache(model) if kind == "none" else model
     cache = make_prompt_cache(decoder)
@@ -154,7 +192,8 @@ def decode(model: Model, kind: str, prompt: mx.array, new_tokens: int, sizes: di
 
 
 def saving(bench: CoreBench) -> list[dict[str, Any]]:
-    """Seconds that a training checkpoint takes: weights, optimiser state, checksums, sync, rename."""
+    """Seconds that a training checkpoint takes: weights, optimiser state, checksums, sync,
+    rename."""
     rows = []
     for name in bench.presets:
         config = resolved(name)
@@ -162,7 +201,9 @@ def saving(bench: CoreBench) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=".") as folder:
             action = partial(save, config, session, Path(folder) / "step-1")
             values = take_turns({"save": action}, bench.repetitions)["save"]
-        rows.append(row("checkpoint", name, "save", "s", values, bytes=12 * num_parameters(config.model)))
+        rows.append(
+            row("checkpoint", name, "save", "s", values, bytes=12 * num_parameters(config.model))
+        )
     return rows
 
 
@@ -170,7 +211,9 @@ def save(config: TrainConfig, session: MLXTrainSession, target: Path) -> float:
     """Seconds of one save."""
     began = time.perf_counter()
     with files.atomic_folder(target) as folder:
-        checkpoint.write_model(folder, config.model, session.weights(), ByteEncoder().fast_tokenizer(), "")
+        checkpoint.write_model(
+            folder, config.model, session.weights(), ByteEncoder().fast_tokenizer(), ""
+        )
         checkpoint.write_train_state(folder, session.optimizer_state(), {"step": 1})
     return time.perf_counter() - began
 
@@ -183,7 +226,11 @@ def resolved(name: str) -> TrainConfig:
 def markdown(bench: CoreBench, rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
     """The report: the machine, then a table a measurement with ratios within this run."""
     lines = [f"- {key}: {value}" for key, value in facts.items()]
-    lines += [f"- command: `{PROG} {' '.join(sys.argv[1:])}`; median of {bench.repetitions} (smallest - largest)", ""]
+    lines += [
+        f"- command: `{PROG} {' '.join(sys.argv[1:])}`; median of {bench.repetitions} (smallest - "
+        "largest)",
+        "",
+    ]
 
     def figure(r: dict[str, Any]) -> str:
         return f"{r['median']:.3g} ({r['min']:.3g} - {r['max']:.3g})"
@@ -193,23 +240,32 @@ def markdown(bench: CoreBench, rows: list[dict[str, Any]], facts: dict[str, str]
     eager = by_case["training step", "nano", "eager", None]
     for r in rows:
         if r["what"] == "training step":
-            lines.append(f"| nano, {r['case']} | {figure(r)} | {r['median'] / eager['median']:.2f}x |")
-    lines += ["", "| decoding, batch 1 | context | tok/s | against none | against materialized | cache, bytes |"]
+            lines.append(
+                f"| nano, {r['case']} | {figure(r)} | {r['median'] / eager['median']:.2f}x |"
+            )
+    lines += [
+        "",
+        "| decoding, batch 1 | context | tok/s | against none | against materialized | cache, "
+        "bytes |",
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for r in rows:
         if r["what"] == "decoding":
             others = (
-                by_case["decoding", r["preset"], kind, r["context"]]["median"] for kind in ("none", "materialized")
+                by_case["decoding", r["preset"], kind, r["context"]]["median"]
+                for kind in ("none", "materialized")
             )
             ratios = " | ".join(f"{r['median'] / other:.2f}x" for other in others)
             lines.append(
-                f"| {r['preset']}, {r['case']} | {r['context']} | {figure(r)} | {ratios} | {r['cache_bytes']:,} |"
+                f"| {r['preset']}, {r['case']} | {r['context']} | {figure(r)} | {ratios} | "
+                f"{r['cache_bytes']:,} |"
             )
     lines += ["", "| checkpoint save | seconds | MB | MB/s |", "|---|---|---|---|"]
     for r in rows:
         if r["what"] == "checkpoint":
             lines.append(
-                f"| {r['preset']} | {figure(r)} | {r['bytes'] / 1e6:.0f} | {r['bytes'] / 1e6 / r['median']:.0f} |"
+                f"| {r['preset']} | {figure(r)} | {r['bytes'] / 1e6:.0f} | "
+                f"{r['bytes'] / 1e6 / r['median']:.0f} |"
             )
     return "\n".join(lines)
 
@@ -236,12 +292,25 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     names = [n for n in PRESETS if len({r["context"] for r in decoded if r["preset"] == n}) > 1]
     if not names:
         return
-    fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(names), figsize=(4 * len(names), 3.6), layout="constrained", squeeze=False
+    )
     for ax, name in zip(axes[0], names):
         for kind in CACHES:
             points = [r for r in decoded if (r["preset"], r["case"]) == (name, kind)]
-            ax.plot([r["context"] for r in points], [r["median"] for r in points], marker="o", label=kind)
-        ax.set(title=name, xscale="log", yscale="log", xlabel="context (tokens)", ylabel="decoding (tok/s)")
+            ax.plot(
+                [r["context"] for r in points],
+                [r["median"] for r in points],
+                marker="o",
+                label=kind,
+            )
+        ax.set(
+            title=name,
+            xscale="log",
+            yscale="log",
+            xlabel="context (tokens)",
+            ylabel="decoding (tok/s)",
+        )
         ax.set_xticks(sorted({r["context"] for r in decoded if r["preset"] == name}))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")

@@ -1,18 +1,22 @@
-"""Decoding by kind of cache, batch and context: speed, bytes, what `--cache auto` chooses, and what Python costs.
+"""Decoding by kind of cache, batch and context: speed, bytes, what `--cache auto` chooses, and what
+Python costs.
 
     python bench/decode.py --quick
-    python bench/decode.py --out bench/results                         # the whole grid: hours on a CPU
-    python bench/decode.py --out bench/results --resume --batch 1 4    # in parts
+    python bench/decode.py --out bench/results                         # the whole grid: hours on a
+    CPU python bench/decode.py --out bench/results --resume --batch 1 4    # in parts
 
-Method, rates and rooflines are those of compare_backends.py: the same weights in both backends, logits that agree,
-subjects in turns. A cell is greedy steps after a context that is in the cache; `ms` of a row is of all its steps.
-The roofline's bytes are the weights and the cache, each once a step; its rate is the best the device showed.
-"chunk" rows are one call with several tokens on a latent cache, absorbed and expanded, beside what the model chooses.
+Method, rates and rooflines are those of compare_backends.py: the same weights in both backends,
+logits that agree, subjects in turns. A cell is greedy steps after a context that is in the cache;
+`ms` of a row is of all its steps. The roofline's bytes are the weights and the cache, each once a
+step; its rate is the best the device showed. "chunk" rows are one call with several tokens on a
+latent cache, absorbed and expanded, beside what the model chooses.
 
-Writes NAME.json after every cell, NAME.md and NAME.png at the end, NAME being the machine, the date and "decode".
+Writes NAME.json after every cell, NAME.md and NAME.png at the end, NAME being the machine, the date
+and "decode".
 """
 
 import dataclasses
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -45,7 +49,11 @@ class DecodeBench:
     """Device of both; "auto" takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and computation."""
-    measures: tuple[Literal["overhead", "decoding", "chunks"], ...] = ("overhead", "decoding", "chunks")
+    measures: tuple[Literal["overhead", "decoding", "chunks"], ...] = (
+        "overhead",
+        "decoding",
+        "chunks",
+    )
     """What to measure."""
     batch: tuple[int, ...] = (1, 4, 16, 64)
     """Batch sizes."""
@@ -71,14 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     s = cli.parse(DecodeBench, argv, PROG)
     if not s.models or not s.backends or not s.measures or not s.batch or not s.context:
-        raise UserError("--models, --backends, --measures, --batch and --context need at least one value each")
+        raise UserError(
+            "--models, --backends, --measures, --batch and --context need at least one value each"
+        )
     if min(*s.batch, *s.context, s.repetitions) < 1:
         raise UserError("--batch, --context and --repetitions must be at least 1")
     if s.quick:
         s = dataclasses.replace(s, batch=(1, 3), context=(16, 48), repetitions=2)
     path = s.out and s.out / f"{report_name('decode')}.json"
     if path and path.exists() and not s.resume:
-        raise UserError(f"{path}: is there already; add --resume to complete it, or give --out a new name")
+        raise UserError(
+            f"{path}: is there already; add --resume to complete it, or give --out a new name"
+        )
     results = Results(s, path)
     bench = Decoding(s, results)
     bench.parity()
@@ -96,7 +108,9 @@ class Decoding(Bench):
 
     def __init__(self, settings: DecodeBench, results: Results):
         room = max(settings.context) + 64
-        super().__init__(settings, results, room if room > 1024 or settings.quick else None, references=False)
+        super().__init__(
+            settings, results, room if room > 1024 or settings.quick else None, references=False
+        )
 
     def decoding(self) -> None:
         for batch in self.s.batch:
@@ -104,12 +118,18 @@ class Decoding(Bench):
                 steps = 8 if batch == 1 else 2
                 cases = []
                 for subject, kind in self._decoders():
-                    size = subjects.cache_bytes(subject.config, kind, self.s.dtype) * context * batch
+                    size = (
+                        subjects.cache_bytes(subject.config, kind, self.s.dtype) * context * batch
+                    )
                     if kind == "none" or size > self.s.max_cache_gb * 1e9:
                         continue
                     flops = batch * subjects.decode_flops(subject.config, kind, context)
-                    run: Any = lambda s=subject, k=kind, b=batch, c=context, n=steps: s.decode(b, c, n, k)  # noqa: E731
-                    cases.append(self._case("decoding", subject, kind, batch, context, run, steps * flops, steps))
+                    run = functools.partial(subject.decode, batch, context, steps, kind)
+                    cases.append(
+                        self._case(
+                            "decoding", subject, kind, batch, context, run, steps * flops, steps
+                        )
+                    )
                 self._measure(cases)
         latent = {(s.backend, s.model): s for s in self._timed() if s.config.attention == "mla"}
         for row in self.results.document["rows"]:
@@ -119,7 +139,8 @@ class Decoding(Bench):
                 row["auto"] = choose_cache(found.config, *where)
 
     def chunks(self) -> None:
-        """Calls with several tokens at batch 1 on a latent cache: absorbed, expanded, and as the model chooses."""
+        """Calls with several tokens at batch 1 on a latent cache: absorbed, expanded, and as the
+        model chooses."""
         for context in self.s.context:
             for new in CHUNKS:
                 cases = []
@@ -141,17 +162,28 @@ class Decoding(Bench):
             for context in (c for c in self.s.context if c <= 1000):
                 for how in ("eager", "compiled"):
                     key: Row = {
-                        "measure": "overhead", "backend": "mlx", "model": subject.model, "cache": how, "batch": 1,
+                        "measure": "overhead",
+                        "backend": "mlx",
+                        "model": subject.model,
+                        "cache": how,
+                        "batch": 1,
                         "context": context,
-                    }  # fmt: skip
+                    }
                     if self.results.has(**key):
                         continue
-                    method = subject.python_overhead if how == "eager" else subject.compiled_overhead  # type: ignore
+                    overhead = {"eager": "python_overhead", "compiled": "compiled_overhead"}
+                    method = getattr(subject, overhead[how])
                     method(context, 2)
                     described, computed = method(context, 20)
-                    row = {**key, "python_ms": described * 1e3, "compute_ms": computed * 1e3, "status": "measured"}
+                    row = {
+                        **key,
+                        "python_ms": described * 1e3,
+                        "compute_ms": computed * 1e3,
+                        "status": "measured",
+                    }
                     self.results.add([row])
-                    print(f"overhead {subject.model} {how} {context} tokens: Python {row['python_ms']:.2f} ms, "
+                    print(f"overhead {subject.model} {how} {context} tokens: Python "
+                          f"{row['python_ms']:.2f} ms, "
                           f"MLX {row['compute_ms']:.2f} ms", flush=True)  # fmt: skip
 
 

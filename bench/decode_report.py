@@ -24,7 +24,11 @@ def markdown(document: dict[str, Any], plot: Path | None) -> str:
     rows: list[Row] = document["rows"]
     lines = ["# Decoding by kind of cache", "", *machine_lines(document)]
     s = document["settings"]
-    lines += [f"- {s['dtype']}, random weights, median of {s['repetitions']} runs in turns (smallest - largest)", ""]
+    lines += [
+        f"- {s['dtype']}, random weights, median of {s['repetitions']} runs in turns (smallest - "
+        "largest)",
+        "",
+    ]
     lines += [f"![decoding]({plot.name})", ""] if plot else []
     for title, part in (
         ("What `--cache auto` chooses", _auto(rows)),
@@ -35,7 +39,12 @@ def markdown(document: dict[str, Any], plot: Path | None) -> str:
         lines += [f"## {title}", "", *part, ""] if part else []
     decoded = [r for r in rows if r["measure"] == "decoding"]
     if decoded:
-        lines += ["## Every cell", "", "Ratios are against the MHA model in the same backend, batch and context.", ""]
+        lines += [
+            "## Every cell",
+            "",
+            "Ratios are against the MHA model in the same backend, batch and context.",
+            "",
+        ]
         lines += table(decoded, document.get("baseline"))
     return "\n".join(lines).rstrip()
 
@@ -45,7 +54,9 @@ def _auto(rows: list[Row]) -> list[str]:
     cells: dict[tuple[Any, ...], dict[str, Row]] = {}
     for r in rows:
         if "auto" in r and r["status"] == "ok":
-            cells.setdefault((r["backend"], r["model"], r["batch"], r["context"]), {})[r["cache"]] = r
+            cells.setdefault((r["backend"], r["model"], r["batch"], r["context"]), {})[
+                r["cache"]
+            ] = r
     lines, losses = [], []
     for (backend, model, batch, context), both in sorted(cells.items()):
         if len(both) == 2:
@@ -60,10 +71,13 @@ def _auto(rows: list[Row]) -> list[str]:
         return []
     within = sum(loss <= 0.05 for loss in losses)
     head = [
-        f"{within} of {len(losses)} cells within 5 % of the better cache; the worst is {max(losses):.1%} slower.",
+        f"{within} of {len(losses)} cells within 5 % of the better cache; the worst is "
+        f"{max(losses):.1%} slower.",
         "",
     ]
-    head += ["| backend | model | batch | context | latent's time / materialized's | auto takes | loss |"]
+    head += [
+        "| backend | model | batch | context | latent's time / materialized's | auto takes | loss |"
+    ]
     return [*head, "|---" * 7 + "|", *lines]
 
 
@@ -78,18 +92,23 @@ def _chunks(rows: list[Row]) -> list[str]:
         + f" | {c['expanded']['ms'] / c['chosen']['ms']:.2f}x |"
         for (backend, model, context, new), c in sorted(cells.items())
     ]
-    head = "| backend | model | cached | new tokens | absorbed, ms | expanded, ms | as the model chooses, ms | gain |"
+    head = (
+        "| backend | model | cached | new tokens | absorbed, ms | expanded, ms "
+        "| as the model chooses, ms | gain |"
+    )
     return [head, "|---" * 8 + "|", *lines] if lines else []
 
 
 def _overhead(rows: list[Row]) -> list[str]:
     lines = [
-        f"| {r['model']} | {r['context']} | {r['cache']} | {r['python_ms']:.2f} | {r['compute_ms']:.2f} |"
+        f"| {r['model']} | {r['context']} | {r['cache']} | {r['python_ms']:.2f} | "
+        f"{r['compute_ms']:.2f} |"
         for r in rows
         if r["measure"] == "overhead"
     ]
     head = [
-        "MLX, batch 1, each step waited for. While text is generated, Python describes the next step as this one is",
+        "MLX, batch 1, each step waited for. While text is generated, Python describes the next "
+        "step as this one is",
         "computed; the compiled graph reads a cache of fixed size, a multiple of 256 tokens.",
         "",
         "| model | context | step | Python, ms | MLX, ms |",
@@ -109,7 +128,8 @@ def _room(rows: list[Row]) -> list[str]:
         shown = " | ".join(f"{n:,} = {n // 1000} x 1000" for n in fits)
         lines.append(f"| {model}, {cache} | {width:,} | {shown} |")
     head = [
-        "Batch x context that fits in so much memory beside the weights, by their bytes (working memory apart).",
+        "Batch x context that fits in so much memory beside the weights, by their bytes (working "
+        "memory apart).",
         "",
     ]
     head += ["| model, cache | bytes a token | 2 GB | 8 GB | 32 GB |", "|---|---|---|---|---|"]

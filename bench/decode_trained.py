@@ -1,11 +1,13 @@
-"""What needs a trained model: the perplexity that quantised caches and weights cost, and the speed of a draft model.
+"""What needs a trained model: the perplexity that quantised caches and weights cost, and the speed
+of a draft model.
 
     python bench/decode_trained.py --models RUN [RUN ...] [--draft RUN] [--out bench/results]
 
-The models are run or model folders with one tokenizer, for example those of `bench/convert_mla.py`'s recipe. Text is
-the end of --text, which they have not seen. A window is read through the cache in two parts, so that the second is
-scored on what the quantised cache holds, as decoding does; only it counts. Losses are compared window by window with
-those of the model as it is, so each difference has a standard error.
+The models are run or model folders with one tokenizer, for example those of
+`bench/convert_mla.py`'s recipe. Text is the end of --text, which they have not seen. A window is
+read through the cache in two parts, so that the second is scored on what the quantised cache holds,
+as decoding does; only it counts. Losses are compared window by window with those of the model as it
+is, so each difference has a standard error.
 """
 
 import dataclasses
@@ -62,26 +64,40 @@ def _main(argv: Sequence[str]) -> int:
     s = cli.parse(TrainedBench, argv, PROG)
     if not s.models or not 0 < s.held_out < 1 or s.windows < 2 or s.tokens < 1:
         raise UserError(
-            "--models must not be empty, --held-out between 0 and 1, --windows 2 or more, --tokens positive"
+            "--models must not be empty, --held-out between 0 and 1, --windows 2 or more, "
+            "--tokens positive"
         )
     folders = {p.name: checkpoint.model_folder(p) for p in s.models}
     quality = [row for name, folder in folders.items() for row in quantised(s, name, folder)]
-    speed = [row for name, folder in folders.items() for row in drafted(s, name, folder)] if s.draft else []
+    speed = (
+        [row for name, folder in folders.items() for row in drafted(s, name, folder)]
+        if s.draft
+        else []
+    )
     report = markdown(s, quality, speed)
     print(report)
     if s.out is not None:
         s.out.mkdir(parents=True, exist_ok=True)
         path = s.out / f"{report_name('decode-trained')}.json"
-        document = {"machine": machine(["mlx"]), "command": sys.argv, "quality": quality, "speed": speed}
+        document = {
+            "machine": machine(["mlx"]),
+            "command": sys.argv,
+            "quality": quality,
+            "speed": speed,
+        }
         path.write_text(json.dumps(document, indent=1, default=str) + "\n")
-        path.with_suffix(".md").write_text(f"# Quantised caches and weights, and a draft model\n\n{report}\n")
+        path.with_suffix(".md").write_text(
+            f"# Quantised caches and weights, and a draft model\n\n{report}\n"
+        )
     return 0
 
 
 def held_out(s: TrainedBench, folder: Path) -> np.ndarray:
     """Token ids that the models have not seen."""
     text = corpus.read_documents(str(s.text))[0]
-    return np.array(checkpoint.read_tokenizer(folder).encode(text[int(len(text) * (1 - s.held_out)) :]))
+    return np.array(
+        checkpoint.read_tokenizer(folder).encode(text[int(len(text) * (1 - s.held_out)) :])
+    )
 
 
 def quantised(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
@@ -93,24 +109,37 @@ def quantised(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
     for weight_bits in (None, 8, 4):
         model = load(folder)
         if weight_bits:
-            nn.quantize(model, 64, weight_bits, class_predicate=lambda path, m: _quantisable(path, m))
+            nn.quantize(
+                model, 64, weight_bits, class_predicate=lambda path, m: _quantisable(path, m)
+            )
         for cache_bits in (None, 8, 4) if weight_bits in (None, 4) else (None,):
             losses = window_losses(model, x, cache_bits)
             if losses is None:
                 continue
             base = losses if base is None else base
             change = losses - base
-            rows.append({
-                "model": name, "weight_bits": weight_bits, "cache_bits": cache_bits, "loss": losses.mean(),
-                "perplexity": math.exp(losses.mean()), "change": math.expm1(change.mean()),
-                "error": change.std(ddof=1) / math.sqrt(len(change)), "bytes": cache_bytes(model, cache_bits),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": name,
+                    "weight_bits": weight_bits,
+                    "cache_bits": cache_bits,
+                    "loss": losses.mean(),
+                    "perplexity": math.exp(losses.mean()),
+                    "change": math.expm1(change.mean()),
+                    "error": change.std(ddof=1) / math.sqrt(len(change)),
+                    "bytes": cache_bytes(model, cache_bits),
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 
 
 def _quantisable(path: str, module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and not path.endswith("wpe") and module.weight.shape[-1] % 64 == 0
+    return (
+        hasattr(module, "to_quantized")
+        and not path.endswith("wpe")
+        and module.weight.shape[-1] % 64 == 0
+    )
 
 
 def new_cache(model: Any, bits: int | None) -> list[Any] | None:
@@ -124,7 +153,8 @@ def new_cache(model: Any, bits: int | None) -> list[Any] | None:
 
 
 def window_losses(model: Any, x: mx.array, bits: int | None) -> np.ndarray | None:
-    """Mean loss of the second half of every window (nats a token); None if the width has no group size."""
+    """Mean loss of the second half of every window (nats a token); None if the width has no group
+    size."""
     half, losses = x.shape[1] // 2, []
     for at in range(0, len(x), 16):
         cache, ids = new_cache(model, bits), x[at : at + 16]
@@ -143,7 +173,12 @@ def cache_bytes(model: Any, bits: int | None) -> float:
     assert cache is not None
     model(mx.zeros((1, 1), mx.int32), cache=like)
     for c, shape in zip(cache, like):
-        c.update_and_fetch(*(mx.zeros((*a.shape[:2], 1, a.shape[3]), mx.bfloat16) for a in (shape.keys, shape.values)))
+        c.update_and_fetch(
+            *(
+                mx.zeros((*a.shape[:2], 1, a.shape[3]), mx.bfloat16)
+                for a in (shape.keys, shape.values)
+            )
+        )
     return sum(c.nbytes for c in cache) / len(cache) / cache[0].step
 
 
@@ -151,13 +186,18 @@ def drafted(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
     """Tokens per second and accepted guesses, greedy, by number of guessed tokens."""
     decoder, tokens = MLXDecoder(mx.default_device(), folder), held_out(s, folder)
     room = decoder.n_positions - s.tokens
-    prompts = [tokens[a : a + room // 2].tolist() for a in np.linspace(0, len(tokens) - room, 8).astype(int)]
+    prompts = [
+        tokens[a : a + room // 2].tolist()
+        for a in np.linspace(0, len(tokens) - room, 8).astype(int)
+    ]
     rows: list[dict[str, Any]] = []
     alone: list[list[int]] = []
     for guesses in (0, 2, 3, 4, 6):
         options = GenerationOptions(temp=0, max_tokens=s.tokens)
         if guesses:
-            options = dataclasses.replace(options, draft_model=str(s.draft), num_draft_tokens=guesses)
+            options = dataclasses.replace(
+                options, draft_model=str(s.draft), num_draft_tokens=guesses
+            )
         texts, accepted, seconds = [], 0, []
         for prompt in [prompts[0], *prompts]:  # the first one warms up
             began = time.perf_counter()
@@ -178,7 +218,8 @@ def drafted(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
 def markdown(s: TrainedBench, quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> str:
     lines = [f"- {key}: {value}" for key, value in machine(["mlx"], ("mlx", "mlx-lm")).items()]
     lines += [
-        f"- {s.windows} windows of held-out text, the second half of each scored; float32 where not quantised",
+        f"- {s.windows} windows of held-out text, the second half of each scored; float32 where "
+        "not quantised",
         "",
     ]
     lines += [
@@ -186,7 +227,9 @@ def markdown(s: TrainedBench, quality: list[dict[str, Any]], speed: list[dict[st
         "|---|---|---|---|---|---|",
     ]
     for r in quality:
-        weights, cache = (f"{b} bits" if b else "as trained" for b in (r["weight_bits"], r["cache_bits"]))
+        weights, cache = (
+            f"{b} bits" if b else "as trained" for b in (r["weight_bits"], r["cache_bits"])
+        )
         lines.append(
             f"| {r['model']} | {weights} | {cache} | {r['bytes']:,.0f} | {r['perplexity']:.4f} | "
             f"{r['change']:+.2%} ± {r['error']:.2%} |"
@@ -194,10 +237,14 @@ def markdown(s: TrainedBench, quality: list[dict[str, Any]], speed: list[dict[st
     if speed:
         lines += [
             "",
-            f"Greedy text of {s.tokens} tokens after 8 prompts, with `--draft-model` {s.draft and s.draft.name}.",
+            f"Greedy text of {s.tokens} tokens after 8 prompts, with `--draft-model` "
+            f"{s.draft and s.draft.name}.",
             "",
         ]
-        lines += ["| model | guessed at a time | tok/s | against none | guessed tokens in the text | same text |"]
+        lines += [
+            "| model | guessed at a time | tok/s | against none | guessed tokens in the text | "
+            "same text |"
+        ]
         lines += ["|---|---|---|---|---|---|"]
         base: dict[str, float] = {}
         for r in speed:

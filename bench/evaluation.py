@@ -2,11 +2,13 @@
 
     python bench/evaluation.py --data-dir DIR [--limit 64] [--out bench/results]
 
-Both read the same items of the same model folder in batches of the same size on the same device, and take turns.
-HellaSwag is timed without its completion form, which `evaluate` also scores and lm_eval does not.
-Timed is all but loading the model: reading and tokenising the items, scoring, metrics. The scores of all are set
-beside each other, since only equal work may be compared. Memory is the process's resident memory, by half of the
-run: it is flat if the second half needs no more than the first. Prints a table; writes NAME.json and NAME.md.
+Both read the same items of the same model folder in batches of the same size on the same device,
+and take turns. HellaSwag is timed without its completion form, which `evaluate` also scores and
+lm_eval does not. Timed is all but loading the model: reading and tokenising the items, scoring,
+metrics. The scores of all are set beside each other, since only equal work may be compared. Memory
+is the process's resident memory, by half of the
+run: it is flat if the second half needs no more than the first. Prints a table; writes NAME.json
+    and NAME.md.
 """
 
 import contextlib
@@ -47,14 +49,17 @@ WARM_UP = 4
 class AccuracyAlone(HellaSwag):
     """HellaSwag as lm_eval scores it, so that both do the same work."""
 
-    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
+    def requests(
+        self, documents: Sequence[Any], protocol: Definition, context: Context
+    ) -> list[list[Request]]:
         return [own[:1] for own in super().requests(documents, protocol, context)]
 
     def measure(
         self, documents: Sequence[Any], protocol: Definition, context: Context,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
-        # The original protocol, too, has one form alone, and its accuracy is by summed log-probability as well.
+        # The original protocol, too, has one form alone, and its accuracy is by summed
+        # log-probability as well.
         return super().measure(documents, "original", context, requests, scores)[:1]
 
 
@@ -97,7 +102,9 @@ def _main(argv: Sequence[str]) -> int:
     bench = cli.parse(EvaluationBench, argv, PROG)
     names = task_names(bench.tasks)
     if "wikitext2" in names:
-        raise UserError("--tasks: wikitext2 has too few items to be timed by item; take hellaswag or lambada")
+        raise UserError(
+            "--tasks: wikitext2 has too few items to be timed by item; take hellaswag or lambada"
+        )
     if min(bench.batch_size, bench.repetitions, 1 if bench.limit is None else bench.limit) < 1:
         raise UserError("--batch-size, --repetitions and --limit must be at least 1")
     facts = machine(bench.backends, (*PACKAGES, "lm_eval"))
@@ -110,8 +117,12 @@ def _main(argv: Sequence[str]) -> int:
         name = report_name("evaluation")
         settings = json.loads(json.dumps(dataclasses.asdict(bench), default=str))
         document = {"machine": facts, "settings": settings, "rows": rows}
-        (bench.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        (bench.out / f"{name}.md").write_text(f"# bench/evaluation.py\n\n{text}\n", encoding="utf-8")
+        (bench.out / f"{name}.json").write_text(
+            json.dumps(document, indent=1) + "\n", encoding="utf-8"
+        )
+        (bench.out / f"{name}.md").write_text(
+            f"# bench/evaluation.py\n\n{text}\n", encoding="utf-8"
+        )
     return 0
 
 
@@ -120,12 +131,16 @@ def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> li
     folder = model_folder(bench, temporary)
     data = {name: sample(bench, name, temporary) for name in names}
     scorers: dict[str, Scorer] = {
-        b: get_backend(b, bench.device if b == "torch" else "auto").scorer(folder, "float32") for b in bench.backends
+        b: get_backend(b, bench.device if b == "torch" else "auto").scorer(folder, "float32")
+        for b in bench.backends
     }
     theirs = HFLM(
-        pretrained=str(folder), trust_remote_code=True, dtype="float32", device=str(TorchBackend(bench.device).device),
+        pretrained=str(folder),
+        trust_remote_code=True,
+        dtype="float32",
+        device=str(TorchBackend(bench.device).device),
         batch_size=bench.batch_size,
-    )  # fmt: skip
+    )
     (temporary / "tasks").mkdir()
     files = {name: data[name] / TASKS[name].files["standard"] for name in names}
     referees = referee.local_tasks(files, temporary / "tasks")
@@ -134,16 +149,22 @@ def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> li
         scorer = scorers[backend]
         documents = load(TIMED[name], "standard", data[name], None, 0)[:limit]
         context = context_of(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
-        return metrics(PreparedTask(TIMED[name], documents, "standard", context).run(scorer, bench.batch_size))
+        return metrics(
+            PreparedTask(TIMED[name], documents, "standard", context).run(scorer, bench.batch_size)
+        )
 
     rows = []
     for name in names:
         subjects: dict[str, Callable[..., dict[str, float]]] = {
-            REFEREE: lambda limit=None, name=name: referee.evaluate(theirs, referees, name, bench.batch_size, limit)
+            REFEREE: lambda limit=None, name=name: referee.evaluate(
+                theirs, referees, name, bench.batch_size, limit
+            )
         }
         for b in bench.backends:
             subjects[f"mlx_mla {b}"] = lambda limit=None, b=b, name=name: ours(b, name, limit)
-        items = sum(1 for line in files[name].read_text(encoding="utf-8").splitlines() if line.strip())
+        items = sum(
+            1 for line in files[name].read_text(encoding="utf-8").splitlines() if line.strip()
+        )
         for run in subjects.values():
             run(limit=WARM_UP)
         found: dict[str, dict[str, Any]] = {s: {"seconds": [], "memory": []} for s in subjects}
@@ -156,7 +177,9 @@ def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> li
                 found[subject]["acc"] = scores["acc"]
         for subject, f in found.items():
             rate = items / statistics.median(f["seconds"])
-            rows.append({"task": name, "subject": subject, "items": items, "items_per_second": rate, **f})
+            rows.append(
+                {"task": name, "subject": subject, "items": items, "items_per_second": rate, **f}
+            )
     return rows
 
 
@@ -178,7 +201,10 @@ def watched() -> Iterator[dict[str, float]]:
         figures["seconds"] = seconds = time.perf_counter() - began
         stop.set()
         thread.join()
-        for name, half in (("first_half", (0, seconds / 2)), ("second_half", (seconds / 2, seconds))):
+        for name, half in (
+            ("first_half", (0, seconds / 2)),
+            ("second_half", (seconds / 2, seconds)),
+        ):
             figures[name] = max((rss for t, rss in samples if half[0] <= t <= half[1]), default=0)
 
 
@@ -193,7 +219,9 @@ def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
     model = config.resolved().model
     folder = temporary / bench.model
     folder.mkdir()
-    checkpoint.write_model(folder, model, initial_weights(model, 0, 0.02), encoder.fast_tokenizer(), "")
+    checkpoint.write_model(
+        folder, model, initial_weights(model, 0, 0.02), encoder.fast_tokenizer(), ""
+    )
     return folder
 
 
@@ -203,7 +231,9 @@ def sample(bench: EvaluationBench, name: str, temporary: Path) -> Path:
     if bench.limit is None:
         return bench.data_dir.resolve()
     lines = (bench.data_dir / path).read_text(encoding="utf-8").splitlines()
-    chosen = np.random.default_rng(0).choice(len(lines), min(bench.limit, len(lines)), replace=False)
+    chosen = np.random.default_rng(0).choice(
+        len(lines), min(bench.limit, len(lines)), replace=False
+    )
     folder = temporary / "data"
     (folder / path).parent.mkdir(parents=True)
     (folder / path).write_text("".join(lines[i] + "\n" for i in sorted(chosen)), encoding="utf-8")
@@ -215,8 +245,10 @@ def report(bench: EvaluationBench, rows: Sequence[dict[str, Any]], facts: dict[s
     lines = [f"- {key}: {value}" for key, value in facts.items()]
     lines.append(f"- command: `{PROG} {' '.join(sys.argv[1:])}`")
     lines += [
-        f"- {bench.model}, float32, batches of {bench.batch_size} rows, median of {bench.repetitions}", "",
-        "| task | subject | items | items/s | against lm_eval | accuracy | memory, first half | second half |",
+        f"- {bench.model}, float32, batches of {bench.batch_size} rows, median of "
+        f"{bench.repetitions}", "",
+        "| task | subject | items | items/s | against lm_eval | accuracy | memory, first half | "
+        "second half |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     reference = {r["task"]: r["items_per_second"] for r in rows if r["subject"] == REFEREE}
@@ -224,7 +256,8 @@ def report(bench: EvaluationBench, rows: Sequence[dict[str, Any]], facts: dict[s
         first, second = (f"{statistics.median(m) / 2**20:,.0f} MiB" for m in zip(*r["memory"]))
         lines.append(
             f"| {r['task']} | {r['subject']} | {r['items']:,} | {r['items_per_second']:.2f} "
-            f"| {r['items_per_second'] / reference[r['task']]:.2f}x | {r['acc']:.4f} | {first} | {second} |"
+            f"| {r['items_per_second'] / reference[r['task']]:.2f}x | {r['acc']:.4f} | {first} | "
+            f"{second} |"
         )
     return "\n".join(lines)
 

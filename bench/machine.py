@@ -36,5 +36,7 @@ def machine(backends: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict
 
 def report_name(kind: str) -> str:
     """Name of a report: the processor, the date and the kind of report."""
-    words = "".join(c if c.isalnum() else " " for c in processor().replace("(R)", "")).lower().split()
+    words = (
+        "".join(c if c.isalnum() else " " for c in processor().replace("(R)", "")).lower().split()
+    )
     return f"{'-'.join(words)}-{os.cpu_count()}cores_{datetime.date.today().isoformat()}_{kind}"

@@ -1,12 +1,14 @@
-"""Measure mlx_mla.prepare: text per second against tiktoken alone, and memory at two sizes of input.
+"""Measure mlx_mla.prepare: text per second against tiktoken alone, and memory at two sizes of
+input.
 
     python bench/prepare.py SRC --bpe-dir DIR [--megabytes 60] [--out bench/results]
 
-tiktoken's `encode_ordinary_batch` gets the documents as strings in memory, and as many threads as there are cores.
-`prepare` reads the same documents from JSON lines, plain and compressed, and does all else until the shards are on
-disk. They take turns. Each is measured on the documents as they are and cut into pieces of the size of a web page,
-which take more of Python's time. Decompressing is also timed alone, on one core. Memory is the peak of a process of
-its own. Prints a table; writes NAME.json and NAME.md.
+tiktoken's `encode_ordinary_batch` gets the documents as strings in memory, and as many threads as
+there are cores. `prepare` reads the same documents from JSON lines, plain and compressed, and does
+all else until the shards are on disk. They take turns. Each is measured on the documents as they
+are and cut into pieces of the size of a web page, which take more of Python's time. Decompressing
+is also timed alone, on one core. Memory is the peak of a process of its own. Prints a table; writes
+NAME.json and NAME.md.
 """
 
 import dataclasses
@@ -33,7 +35,12 @@ from mlx_mla.data.tokenizer import GPT2Encoder
 from mlx_mla.errors import UserError
 
 PROG = "python bench/prepare.py"
-ALONE, PLAIN, XZ, UNPACK = "tiktoken alone", "prepare, .jsonl", "prepare, .jsonl.xz", "xz alone, one core"
+ALONE, PLAIN, XZ, UNPACK = (
+    "tiktoken alone",
+    "prepare, .jsonl",
+    "prepare, .jsonl.xz",
+    "xz alone, one core",
+)
 FILES = 8
 VAL_FRACTION = 0.2  # large, so that few whole books leave none out
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -54,7 +61,8 @@ class PrepareBench:
     repetitions: int = 3
     """Rounds of all."""
     memory_shard_tokens: int = 5_000_000
-    """--shard-tokens for the measurement of memory: small, so that both inputs fill several shards."""
+    """--shard-tokens for the measurement of memory: small, so that both inputs fill several
+    shards."""
     out: Optional[Path] = None
     """Folder for the report. None: only print."""
 
@@ -73,7 +81,11 @@ def _main(argv: Sequence[str]) -> int:
         for name, cut in (("whole", None), (f"{bench.web_page} characters", bench.web_page)):
             rows += speed(bench, name, cut, Path(temporary) / f"cut-{cut}")
         for factor in (1, 4):
-            memory.append(peak(bench, int(factor * bench.megabytes * 1e6), Path(temporary) / f"memory-{factor}"))
+            memory.append(
+                peak(
+                    bench, int(factor * bench.megabytes * 1e6), Path(temporary) / f"memory-{factor}"
+                )
+            )
     facts = machine((), ("tiktoken", "numpy", "pyarrow"))
     text = report(bench, rows, memory, facts)
     print(text)
@@ -82,13 +94,16 @@ def _main(argv: Sequence[str]) -> int:
         name = report_name("prepare")
         settings = json.loads(json.dumps(dataclasses.asdict(bench), default=str))
         document = {"machine": facts, "settings": settings, "speed": rows, "memory": memory}
-        (bench.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (bench.out / f"{name}.json").write_text(
+            json.dumps(document, indent=1) + "\n", encoding="utf-8"
+        )
         (bench.out / f"{name}.md").write_text(f"# bench/prepare.py\n\n{text}\n", encoding="utf-8")
     return 0
 
 
 def texts(src: str, size: int, cut: int | None) -> Iterator[str]:
-    """Documents of SRC, over and over, until there are so many bytes; in pieces of `cut` characters."""
+    """Documents of SRC, over and over, until there are so many bytes; in pieces of `cut`
+    characters."""
     while True:
         for source in find_sources(src, Reading())[0]:
             for block in source.blocks(None, 1 << 20):
@@ -137,7 +152,10 @@ def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list
     def run(kind: str) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             command = prepare.PrepareCommand(
-                src=str(folder / kind), out=Path(out) / "shards", bpe_dir=bench.bpe_dir, val_fraction=VAL_FRACTION
+                src=str(folder / kind),
+                out=Path(out) / "shards",
+                bpe_dir=bench.bpe_dir,
+                val_fraction=VAL_FRACTION,
             )
             prepare.prepare(command, Console(quiet=True))
 
@@ -167,26 +185,39 @@ def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list
 def peak(bench: PrepareBench, size: int, folder: Path) -> dict[str, Any]:
     """Peak memory of a preparation of so many bytes of text, in a process of its own."""
     size = write(texts(bench.src, size, bench.web_page), folder / "plain")
-    argv = [str(folder / "plain"), "--out", str(folder / "out"), "--shard-tokens", str(bench.memory_shard_tokens)]
+    argv = [
+        str(folder / "plain"),
+        "--out",
+        str(folder / "out"),
+        "--shard-tokens",
+        str(bench.memory_shard_tokens),
+    ]
     argv += ["--bpe-dir", bench.bpe_dir] if bench.bpe_dir else []
     code = (
         "import resource, sys; from mlx_mla import prepare; code = prepare.main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True, check=True
+    )
     unit = 1 if sys.platform == "darwin" else 1024
     return {"bytes": size, "peak_bytes": int(done.stdout.splitlines()[-1]) * unit}
 
 
 def report(
-    bench: PrepareBench, rows: Sequence[dict[str, Any]], memory: Sequence[dict[str, Any]], facts: dict[str, str]
+    bench: PrepareBench,
+    rows: Sequence[dict[str, Any]],
+    memory: Sequence[dict[str, Any]],
+    facts: dict[str, str],
 ) -> str:
     """The machine and the tables."""
     lines = [f"- {key}: {value}" for key, value in facts.items()]
     lines.append(f"- command: `{PROG} {' '.join(sys.argv[1:])}`")
     lines += [
-        f"- GPT-2's tokenizer, {CORES} threads, median of {bench.repetitions} in turns; MB are 10^6 bytes of text", "",
-        "| documents | subject | MB/s | slowest - fastest | against tiktoken | MB by CPU second | against tiktoken |",
+        f"- GPT-2's tokenizer, {CORES} threads, median of {bench.repetitions} in turns; MB are "
+        "10^6 bytes of text", "",
+        "| documents | subject | MB/s | slowest - fastest | against tiktoken | MB by CPU second | "
+        "against tiktoken |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     reference = {r["documents"]: r for r in rows if r["subject"] == ALONE}
@@ -203,8 +234,16 @@ def report(
             f"| {r['count']:,}, {r['documents']} | {r['subject']} | {statistics.median(rates):.1f} "
             f"| {rates[0]:.1f} - {rates[-1]:.1f} | {ratios[0]} | {cpu_rate:.1f} | {ratios[1]} |"
         )
-    lines += ["", f"Memory with `--shard-tokens {bench.memory_shard_tokens}`:", "", "| text | peak |", "|---|---|"]
-    lines += [f"| {m['bytes'] / 1e6:,.4g} MB | {m['peak_bytes'] / 2**20:,.0f} MiB |" for m in memory]
+    lines += [
+        "",
+        f"Memory with `--shard-tokens {bench.memory_shard_tokens}`:",
+        "",
+        "| text | peak |",
+        "|---|---|",
+    ]
+    lines += [
+        f"| {m['bytes'] / 1e6:,.4g} MB | {m['peak_bytes'] / 2**20:,.0f} MiB |" for m in memory
+    ]
     return "\n".join(lines)
 
 

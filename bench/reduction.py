@@ -3,8 +3,8 @@
     mlx.launch -n 2 -- python bench/reduction.py [--preset nano]
     torchrun --nproc-per-node 2 bench/reduction.py --backend torch
 
-Steps with and without the averaging take turns on every rank. Prints a table; figures are medians with the smallest
-and largest beside them, of rank 0.
+Steps with and without the averaging take turns on every rank. Prints a table; figures are medians
+with the smallest and largest beside them, of rank 0.
 """
 
 import dataclasses
@@ -62,9 +62,15 @@ def _main(argv: Sequence[str]) -> int:
         averaging = backend.train_session(config, Start(weights), world=world)
         alone = backend.train_session(config, Start(weights))
         rng = np.random.default_rng(world.rank)
-        ids = rng.integers(0, config.model.vocab_size, (options.batch_size, config.context + 1)).astype(np.int32)
+        ids = rng.integers(
+            0, config.model.vocab_size, (options.batch_size, config.context + 1)
+        ).astype(np.int32)
         batches = [(ids[:, :-1], ids[:, 1:])] * options.grad_accum_steps
-        times: dict[str, list[float]] = {"step, averaged": [], "step, alone": [], "agreeing (two a step)": []}
+        times: dict[str, list[float]] = {
+            "step, averaged": [],
+            "step, alone": [],
+            "agreeing (two a step)": [],
+        }
         for step in range(options.repetitions + 2):  # the first two warm up
             for name, work in (
                 ("step, averaged", lambda n=step: averaging.step(n, 1e-4, batches)),
@@ -75,7 +81,10 @@ def _main(argv: Sequence[str]) -> int:
                 times[name].append(_seconds(work))
         if world.rank == 0:
             nbytes = 4 * num_parameters(config.model)
-            print(f"{options.preset}, {options.backend}, {world.size} ranks: {nbytes:,} bytes of gradients a step")
+            print(
+                f"{options.preset}, {options.backend}, {world.size} ranks: {nbytes:,} bytes of "
+                "gradients a step"
+            )
             for name, values in times.items():
                 v = [1e3 * value for value in values[2:]]
                 print(f"{name:<24}{statistics.median(v):8.2f} ms  ({min(v):.2f} to {max(v):.2f})")

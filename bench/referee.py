@@ -26,15 +26,22 @@ def local_tasks(files: Mapping[str, Path], folder: Path) -> TaskManager:
     own = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
     for name, data in files.items():
         lines = [
-            f"include: {os.path.join(own, YAMLS[name])}", f"task: local_{name}", "dataset_path: json",
-            "dataset_name: null", "training_split: null", "validation_split: null", "test_split: test",
+            f"include: {os.path.join(own, YAMLS[name])}",
+            f"task: local_{name}",
+            "dataset_path: json",
+            "dataset_name: null",
+            "training_split: null",
+            "validation_split: null",
+            "test_split: test",
             f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}",
-        ]  # fmt: skip
+        ]
         (folder / f"local_{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return TaskManager(include_path=str(folder))
 
 
-def evaluate(model: Any, tasks: TaskManager, name: str, batch_size: int, limit: int | None = None) -> dict[str, float]:
+def evaluate(
+    model: Any, tasks: TaskManager, name: str, batch_size: int, limit: int | None = None
+) -> dict[str, float]:
     """Metrics of one local task.
 
     Args:
@@ -42,7 +49,16 @@ def evaluate(model: Any, tasks: TaskManager, name: str, batch_size: int, limit: 
         limit: First items only (for warming up).
     """
     outcome = lm_eval.simple_evaluate(
-        model=model, tasks=[f"local_{name}"], task_manager=tasks, batch_size=batch_size, limit=limit, bootstrap_iters=0,
-    )  # fmt: skip
+        model=model,
+        tasks=[f"local_{name}"],
+        task_manager=tasks,
+        batch_size=batch_size,
+        limit=limit,
+        bootstrap_iters=0,
+    )
     results: dict[str, Any] = outcome["results"][f"local_{name}"]
-    return {key.removesuffix(",none"): value for key, value in results.items() if isinstance(value, float)}
+    return {
+        key.removesuffix(",none"): value
+        for key, value in results.items()
+        if isinstance(value, float)
+    }

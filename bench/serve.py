@@ -1,10 +1,12 @@
-"""`mlx_lm.server` under many clients: this project's models, and mlx-lm's own GPT-2, each served by stock mlx-lm.
+"""`mlx_lm.server` under many clients: this project's models, and mlx-lm's own GPT-2, each served by
+stock mlx-lm.
 
     python bench/serve.py --out bench/results
 
-Every model has random weights and bytes as tokens. Each prompt is asked once alone; then all clients ask for a
-while, each going through all prompts from another one on, and every answer is compared with the one given alone.
-Writes NAME.json and NAME.md, NAME being the machine, the date and "serve".
+Every model has random weights and bytes as tokens. Each prompt is asked once alone; then all
+clients ask for a while, each going through all prompts from another one on, and every answer is
+compared with the one given alone. Writes NAME.json and NAME.md, NAME being the machine, the date
+and "serve".
 """
 
 import concurrent.futures
@@ -45,7 +47,8 @@ class ServeBench:
     """Measure mlx_lm.server with this project's models against mlx-lm's own GPT-2."""
 
     presets: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
-    """Models to serve. Of one with multi-head attention, mlx-lm's own GPT-2 with the same weights is served as well."""
+    """Models to serve. Of one with multi-head attention, mlx-lm's own GPT-2 with the same weights
+    is served as well."""
     layers: int = 12
     """Layers of each."""
     clients: int = 16
@@ -68,24 +71,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     s = cli.parse(ServeBench, argv, PROG)
     if min(s.layers, s.clients, s.max_tokens) < 1 or s.prompt_bytes < 8 or s.seconds <= 0:
-        raise UserError("--layers, --clients, --max-tokens and --seconds must be positive, --prompt-bytes at least 8")
+        raise UserError(
+            "--layers, --clients, --max-tokens and --seconds must be positive, --prompt-bytes at "
+            "least 8"
+        )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in s.presets:
-            rows += [measure(s, label, model) for label, model in models(Path(folder), name, s.layers)]
+            rows += [
+                measure(s, label, model) for label, model in models(Path(folder), name, s.layers)
+            ]
     report = markdown(s, rows)
     print(report)
     if s.out is not None:
         s.out.mkdir(parents=True, exist_ok=True)
         path = s.out / f"{report_name('serve')}.json"
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(s).items()}
-        path.write_text(json.dumps({"machine": machine(["mlx"]), "settings": settings, "rows": rows}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(f"# mlx_lm.server under {s.clients} clients\n\n{report}\n")
+        settings = {
+            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(s).items()
+        }
+        path.write_text(
+            json.dumps({"machine": machine(["mlx"]), "settings": settings, "rows": rows}, indent=1)
+            + "\n"
+        )
+        path.with_suffix(".md").write_text(
+            f"# mlx_lm.server under {s.clients} clients\n\n{report}\n"
+        )
     return 0
 
 
 def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
-    """Folders of a preset with random weights, and of mlx-lm's `gpt2` with the same for multi-head attention."""
+    """Folders of a preset with random weights, and of mlx-lm's `gpt2` with the same for multi-head
+    attention."""
     config = dataclasses.replace(preset(name).model, vocab_size=257, n_layer=layers).resolved()
     ours, theirs = work / name, work / "gpt2"
     ours.mkdir()
@@ -95,7 +111,9 @@ def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
     yield name, ours
     if config.attention == "mha":
         shutil.copytree(ours, theirs)
-        (theirs / "config.json").write_text(json.dumps({"model_type": "gpt2", **gpt2_shape(config)}))
+        (theirs / "config.json").write_text(
+            json.dumps({"model_type": "gpt2", **gpt2_shape(config)})
+        )
         renamed = {k.replace("transformer.", "model.", 1): w for k, w in weights.items()}
         save_file(renamed, str(theirs / "model.safetensors"), {"format": "mlx"})
         yield THEIRS, theirs
@@ -105,7 +123,10 @@ def measure(s: ServeBench, label: str, folder: Path) -> dict[str, Any]:
     """Answers, errors and speeds of one model."""
     text = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz     "
-    lengths = [s.prompt_bytes // 8 + i * (s.prompt_bytes - s.prompt_bytes // 8) // s.clients for i in range(s.clients)]
+    lengths = [
+        s.prompt_bytes // 8 + i * (s.prompt_bytes - s.prompt_bytes // 8) // s.clients
+        for i in range(s.clients)
+    ]
     prompts = ["".join(text.choice(letters) for _ in range(n)) for n in lengths]
     with serving(folder) as port:
         alone = [ask(port, p, s.max_tokens)[0] for p in prompts]
@@ -131,14 +152,19 @@ def measure(s: ServeBench, label: str, folder: Path) -> dict[str, Any]:
             done = [d for own in pool.map(client, range(s.clients)) for d in own]
         took = time.monotonic() - began
     row = {
-        "model": label, "requests": len(done), "same": sum(d[0] == "same" for d in done),
+        "model": label,
+        "requests": len(done),
+        "same": sum(d[0] == "same" for d in done),
         "different": sum(d[0] == "different" for d in done),
         "errors": sorted({d[0] for d in done if d[0].startswith("error")}),
         "failed": sum(d[0].startswith("error") for d in done),
-        "tokens_per_sec": sum(d[1] for d in done) / took, "seconds": took,
-        "median_latency": statistics.median(d[2] for d in done), "worst_latency": max(d[2] for d in done),
-    }  # fmt: skip
-    print(f"{label}: {row['requests']} requests, {row['failed']} errors, {row['different']} different, "
+        "tokens_per_sec": sum(d[1] for d in done) / took,
+        "seconds": took,
+        "median_latency": statistics.median(d[2] for d in done),
+        "worst_latency": max(d[2] for d in done),
+    }
+    print(f"{label}: {row['requests']} requests, {row['failed']} errors, {row['different']} "
+          "different, "
           f"{row['tokens_per_sec']:.1f} tok/s", flush=True)  # fmt: skip
     return row
 
@@ -159,7 +185,16 @@ def serving(folder: Path) -> Iterator[int]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
-    command = [sys.executable, "-c", SERVER, "--model", str(folder), "--port", str(port), "--trust-remote-code"]
+    command = [
+        sys.executable,
+        "-c",
+        SERVER,
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+        "--trust-remote-code",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -180,17 +215,20 @@ def serving(folder: Path) -> Iterator[int]:
 def markdown(s: ServeBench, rows: list[dict[str, Any]]) -> str:
     lines = [f"- {key}: {value}" for key, value in machine(["mlx"], ("mlx", "mlx-lm")).items()]
     lines += [
-        f"- {s.layers} layers, random weights, float32; {s.clients} clients for {s.seconds:g} s, prompts of "
+        f"- {s.layers} layers, random weights, float32; {s.clients} clients for {s.seconds:g} s, "
+        "prompts of "
         f"{s.prompt_bytes // 8} to {s.prompt_bytes} tokens, {s.max_tokens} tokens an answer",
         "",
-        "| model | requests | errors | unlike the answer given alone | tok/s | against mlx-lm's | latency, s |",
+        "| model | requests | errors | unlike the answer given alone | tok/s | against mlx-lm's | "
+        "latency, s |",
         "|---|---|---|---|---|---|---|",
     ]
     theirs = next((r["tokens_per_sec"] for r in rows if r["model"] == THEIRS), None)
     for r in rows:
         ratio = f"{r['tokens_per_sec'] / theirs:.2f}x" if theirs else "-"
         lines.append(
-            f"| {r['model']} | {r['requests']} | {r['failed']} | {r['different']} | {r['tokens_per_sec']:.1f} | "
+            f"| {r['model']} | {r['requests']} | {r['failed']} | {r['different']} | "
+            f"{r['tokens_per_sec']:.1f} | "
             f"{ratio} | {r['median_latency']:.2f}, worst {r['worst_latency']:.2f} |"
         )
     return "\n".join(lines)

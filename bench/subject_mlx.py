@@ -67,13 +67,19 @@ class MLXSubject:
         return seconds
 
     def python_overhead(self, context: int, steps: int) -> tuple[float, float]:
-        """Seconds that Python takes to describe a step at batch 1, and that MLX then takes to compute it (medians)."""
+        """Seconds that Python takes to describe a step at batch 1, and that MLX then takes to
+        compute it (medians)."""
         self._use("latent")
         cache, y = self._filled(1, context, steps), mx.zeros((1, 1), mx.int32)
-        return _apart(lambda y: mx.argmax(self._network(y, cache=cache)[:, -1], axis=-1, keepdims=True), y, steps)
+        return _apart(
+            lambda y: mx.argmax(self._network(y, cache=cache)[:, -1], axis=-1, keepdims=True),
+            y,
+            steps,
+        )
 
     def compiled_overhead(self, context: int, steps: int, bucket: int = 256) -> tuple[float, float]:
-        """The same with one compiled graph on a cache of fixed size, the next multiple of `bucket`."""
+        """The same with one compiled graph on a cache of fixed size, the next multiple of
+        `bucket`."""
         self._use("latent")
         size = -(-(context + steps) // bucket) * bucket
         state = [mx.array([context]), *(c.keys for c in self._filled(1, size - 1, 1))]
@@ -109,14 +115,17 @@ class MLXSubject:
             self._network.materialize_cache(kind == "materialized")
 
     def _filled(self, batch: int, context: int, steps: int) -> list[Any]:
-        """A cache that holds a context, with room for the steps: decoding takes as long whatever the values are."""
+        """A cache that holds a context, with room for the steps: decoding takes as long whatever
+        the values are."""
         shapes = make_prompt_cache(self._network)
         mx.eval(self._network(mx.zeros((1, 1), mx.int32), cache=shapes))
         cache = []
         for like in shapes:
             c = KVCache()
             shape = (batch, like.keys.shape[1], context + steps)
-            keys, values = (mx.full((*shape, a.shape[-1]), 0.01, a.dtype) for a in (like.keys, like.values))
+            keys, values = (
+                mx.full((*shape, a.shape[-1]), 0.01, a.dtype) for a in (like.keys, like.values)
+            )
             c.update_and_fetch(keys, values)
             c.trim(steps)
             cache.append(c)
@@ -125,7 +134,8 @@ class MLXSubject:
 
 
 class FixedCache:
-    """A latent cache of fixed size whose length is an array, so that a compiled graph serves every length."""
+    """A latent cache of fixed size whose length is an array, so that a compiled graph serves every
+    length."""
 
     def __init__(self, keys: mx.array, offset: mx.array):
         self.keys, self.offset = keys, offset
@@ -163,12 +173,15 @@ def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) ->
     """mlx-lm's `gpt2` with the weights of our MHA model."""
     mx.set_default_device(MLXBackend(device).device)
     network = gpt2.Model(gpt2.ModelArgs(model_type="gpt2", **gpt2_shape(config)))
-    network.load_weights([(k.replace("transformer.", "model.", 1), mx.array(w)) for k, w in weights.items()])
+    network.load_weights(
+        [(k.replace("transformer.", "model.", 1), mx.array(w)) for k, w in weights.items()]
+    )
     return MLXSubject("mlx-lm gpt2", network, config, dtype)
 
 
 def rates(dtype: DType) -> tuple[float, float]:
-    """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector product."""
+    """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector
+    product."""
     b = mx.random.normal((8192, 8192))
     v = mx.random.normal((8192,))
     mx.eval(b, v)
@@ -181,5 +194,7 @@ def rates(dtype: DType) -> tuple[float, float]:
             times.append(time.perf_counter() - began)
         return min(times)
 
-    memory = max(2 * b.nbytes / best(lambda: b + 1), b.nbytes / min(best(lambda: b @ v), best(lambda: v @ b)))
+    memory = max(
+        2 * b.nbytes / best(lambda: b + 1), b.nbytes / min(best(lambda: b @ v), best(lambda: v @ b))
+    )
     return MLXBackend().peak_flops(dtype, seconds=1.0), memory

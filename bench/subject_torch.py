@@ -23,9 +23,13 @@ class TorchSubject:
 
     backend = "torch"
 
-    def __init__(self, model: str, network: Any, config: ModelConfig, dtype: str, device: torch.device):
+    def __init__(
+        self, model: str, network: Any, config: ModelConfig, dtype: str, device: torch.device
+    ):
         self.model, self.config, self.device, self.device_kind = model, config, device, device.type
-        self._network = network.to(device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).eval()
+        self._network = network.to(
+            device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        ).eval()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -41,7 +45,10 @@ class TorchSubject:
         with torch.inference_mode():
             cache = None if kind == "none" else DynamicCache()
             out = self._network(
-                self._ids(ids[None]), past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+                self._ids(ids[None]),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=1,
             )
             out.logits[:, -1].argmax(-1).tolist()
 
@@ -60,7 +67,9 @@ class TorchSubject:
                 y = out.logits[:, -1].argmax(-1, keepdim=True)
                 self._synchronize()
             seconds = time.perf_counter() - began
-        return seconds, sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))
+        return seconds, sum(
+            t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values)
+        )
 
     def read_on(self, batch: int, context: int, new: int) -> float:
         self._use("latent")
@@ -75,11 +84,20 @@ class TorchSubject:
     def _filled(self, batch: int, context: int) -> Any:
         """A cache that holds a context: ours for our models, transformers' for its own."""
         shapes = DynamicCache()
-        self._network(torch.zeros((1, 1), dtype=torch.long, device=self.device), past_key_values=shapes, use_cache=True)
+        self._network(
+            torch.zeros((1, 1), dtype=torch.long, device=self.device),
+            past_key_values=shapes,
+            use_cache=True,
+        )
         cache = GrowingCache() if hasattr(self._network, "materialize_cache") else DynamicCache()
         for i, layer in enumerate(shapes.layers):
             keys, values = (
-                torch.full((batch, layer.keys.shape[1], context, a.shape[-1]), 0.01, dtype=a.dtype, device=a.device)
+                torch.full(
+                    (batch, layer.keys.shape[1], context, a.shape[-1]),
+                    0.01,
+                    dtype=a.dtype,
+                    device=a.device,
+                )
                 for a in (layer.keys, layer.values)
             )
             cache.update(keys, values, i)
@@ -123,7 +141,9 @@ class TorchSubject:
             getattr(torch, self.device.type).synchronize()
 
 
-def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> TorchSubject:
+def ours(
+    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str
+) -> TorchSubject:
     """One of this project's models."""
     place = TorchBackend(device).device
     return TorchSubject(model, build_model(config, weights, place), config, dtype, place)
@@ -132,13 +152,19 @@ def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: 
 def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> TorchSubject:
     """transformers' GPT2LMHeadModel with the weights of our MHA model."""
     return TorchSubject(
-        "transformers GPT-2", reference_network(config, weights), config, dtype, TorchBackend(device).device
+        "transformers GPT-2",
+        reference_network(config, weights),
+        config,
+        dtype,
+        TorchBackend(device).device,
     )
 
 
 def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
     """transformers' GPT-2 with our weights, without dropout, on the CPU."""
-    network = GPT2LMHeadModel(GPT2Config(**gpt2_shape(config), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    network = GPT2LMHeadModel(
+        GPT2Config(**gpt2_shape(config), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    )
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out) there
     state = {k: torch.tensor(w.T.copy() if k.endswith(conv1d) else w) for k, w in weights.items()}
     network.load_state_dict(state, strict=False)
@@ -147,7 +173,8 @@ def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
 
 
 def rates(dtype: DType, device: str) -> tuple[float, float]:
-    """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector product."""
+    """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector
+    product."""
     backend = TorchBackend(device)
     place = backend.device
     b = torch.randn(8192, 8192, device=place)
@@ -164,5 +191,8 @@ def rates(dtype: DType, device: str) -> tuple[float, float]:
         return min(times)
 
     size = b.numel() * b.element_size()
-    memory = max(2 * size / best(lambda: target.copy_(b)), size / min(best(lambda: b @ v), best(lambda: v @ b)))
+    memory = max(
+        2 * size / best(lambda: target.copy_(b)),
+        size / min(best(lambda: b @ v), best(lambda: v @ b)),
+    )
     return backend.peak_flops(dtype, seconds=1.0), memory

@@ -38,11 +38,13 @@ class Subject(Protocol):
         ...
 
     def decode(self, batch: int, context: int, steps: int, kind: str) -> tuple[float, int]:
-        """Seconds of `steps` greedy steps after a context that is in the cache, and the cache's bytes."""
+        """Seconds of `steps` greedy steps after a context that is in the cache, and the cache's
+        bytes."""
         ...
 
     def read_on(self, batch: int, context: int, new: int) -> float:
-        """Seconds of one call with `new` tokens after a context that is in the latent cache, logits of them all."""
+        """Seconds of one call with `new` tokens after a context that is in the latent cache, logits
+        of them all."""
         ...
 
     def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
@@ -54,19 +56,24 @@ class Subject(Protocol):
         ...
 
 
-def load(backend: str, model: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> Subject:
+def load(
+    backend: str, model: str, config: ModelConfig, weights: Weights, dtype: str, device: str
+) -> Subject:
     """One of this project's models in a backend."""
     return _module(backend).ours(model, config, weights, dtype, device)
 
 
-def load_reference(backend: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> Subject:
+def load_reference(
+    backend: str, config: ModelConfig, weights: Weights, dtype: str, device: str
+) -> Subject:
     """GPT-2 of the ecosystem with the weights of our MHA model: mlx-lm's, or transformers'."""
     assert config.attention == "mha"
     return _module(backend).reference(config, weights, dtype, device)
 
 
 def rates(backend: str, dtype: str, device: str) -> tuple[float, float]:
-    """What the device does at best in this framework: matmul FLOP/s, and bytes per second from memory."""
+    """What the device does at best in this framework: matmul FLOP/s, and bytes per second from
+    memory."""
     module = _module(backend)
     return module.rates(dtype) if backend == "mlx" else module.rates(dtype, device)
 
@@ -81,15 +88,22 @@ def _module(backend: str) -> Any:
 
         return subject_torch
     except ModuleNotFoundError as e:
-        raise UserError(f"backend {backend}: {e.name} is not installed; pip install {e.name}") from None
+        raise UserError(
+            f"backend {backend}: {e.name} is not installed; pip install {e.name}"
+        ) from None
 
 
 def gpt2_shape(config: ModelConfig) -> dict[str, Any]:
     """Arguments of GPT-2's own configuration classes."""
     return {
-        "n_embd": config.n_embd, "n_head": config.n_head, "n_layer": config.n_layer, "n_positions": config.n_positions,
-        "n_ctx": config.n_positions, "vocab_size": config.vocab_size, "layer_norm_epsilon": config.layer_norm_epsilon,
-    }  # fmt: skip
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_layer": config.n_layer,
+        "n_positions": config.n_positions,
+        "n_ctx": config.n_positions,
+        "vocab_size": config.vocab_size,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+    }
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
@@ -108,9 +122,12 @@ def cache_bytes(config: ModelConfig, kind: str, dtype: str) -> int:
 
 
 def decode_flops(config: ModelConfig, kind: str, context: int) -> float:
-    """FLOPs of decoding one token after `context` cached ones; without a cache see forward_flops_per_token."""
+    """FLOPs of decoding one token after `context` cached ones; without a cache see
+    forward_flops_per_token."""
     c = config
-    matrices = sum(s[0] * s[1] for n, s in parameter_shapes(c).items() if len(s) == 2 and "wpe" not in n)
+    matrices = sum(
+        s[0] * s[1] for n, s in parameter_shapes(c).items() if len(s) == 2 and "wpe" not in n
+    )
     key = c.n_embd // c.n_head + c.qk_rope_head_dim
     value = c.v_head_dim or c.n_embd // c.n_head
     widths = c.n_layer * (key + value)

@@ -1,4 +1,5 @@
-"""A plain PyTorch training loop, as nanoGPT's and many others' are, to compare this project's sessions with."""
+"""A plain PyTorch training loop, as nanoGPT's and many others' are, to compare this project's
+sessions with."""
 
 import contextlib
 import time
@@ -23,7 +24,8 @@ Step = Callable[[np.ndarray, np.ndarray], None]
 def plain_step(config: TrainConfig) -> Step:
     """All logits at once, F.cross_entropy, clipping, torch.optim.AdamW; compiled and fused on CUDA.
 
-    The network is transformers' GPT-2 for multi-head attention, and this project's for latent attention.
+    The network is transformers' GPT-2 for multi-head attention, and this project's for latent
+    attention.
     """
     device = _device(config)
     weights = initial_weights(config.model, 0)
@@ -33,11 +35,19 @@ def plain_step(config: TrainConfig) -> Step:
     else:
         network = build_model(config.model, weights, device)
     network.train()
-    matrices, others = ([p for p in network.parameters() if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False))
+    matrices, others = (
+        [p for p in network.parameters() if (p.ndim >= 2) == is_matrix]
+        for is_matrix in (True, False)
+    )
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=1e-4, betas=(config.beta1, config.beta2), fused=device.type == "cuda",
-    )  # fmt: skip
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=1e-4,
+        betas=(config.beta1, config.beta2),
+        fused=device.type == "cuda",
+    )
     forward = torch.compile(network) if device.type == "cuda" else network
     half = config.dtype == "bfloat16"
 
@@ -57,7 +67,9 @@ def plain_step(config: TrainConfig) -> Step:
 
 def our_step(config: TrainConfig) -> Step:
     """The step of this project's PyTorch session."""
-    session = TorchBackend(config.device).train_session(config, Start(initial_weights(config.model, 0)))
+    session = TorchBackend(config.device).train_session(
+        config, Start(initial_weights(config.model, 0))
+    )
 
     def step(x: np.ndarray, y: np.ndarray) -> None:
         session.step(0, 1e-4, [(x, y)])

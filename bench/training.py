@@ -1,11 +1,13 @@
-"""Measure training: memory by component against the estimate, and speed against a plain PyTorch loop.
+"""Measure training: memory by component against the estimate, and speed against a plain PyTorch
+loop.
 
     python bench/training.py [--parts memory speed plan] [--quick] [--out bench/results]
 
-`memory` takes one step of every model and type in MLX and sets what was held beside what `--dry-run` says. `speed`
-lets this project's sessions and a plain PyTorch loop (all logits, torch.optim.AdamW; on CUDA compiled and under
-autocast) take turns on the same batches; figures are medians, and only their ratios should be compared between
-machines. `plan` measures nothing: it looks for the largest batch that the estimate puts into memories of some sizes.
+`memory` takes one step of every model and type in MLX and sets what was held beside what
+`--dry-run` says. `speed` lets this project's sessions and a plain PyTorch loop (all logits,
+torch.optim.AdamW; on CUDA compiled and under autocast) take turns on the same batches; figures are
+medians, and only their ratios should be compared between machines. `plan` measures nothing: it
+looks for the largest batch that the estimate puts into memories of some sizes.
 """
 
 import dataclasses
@@ -58,7 +60,8 @@ class TrainingBench:
     memory_gb: tuple[int, ...] = (16, 32, 64, 128)
     """Memories to plan for, in GB."""
     usable: float = 0.7
-    """Share of a memory that training may take, in the plan; the system and its programs have the rest."""
+    """Share of a memory that training may take, in the plan; the system and its programs have the
+    rest."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device: a GPU where there is one, or the CPU."""
     repetitions: int = 5
@@ -94,7 +97,9 @@ def _main(argv: Sequence[str]) -> int:
     if bench.out is not None:
         bench.out.mkdir(parents=True, exist_ok=True)
         path = bench.out / report_name("training")
-        path.with_suffix(".json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+        path.with_suffix(".json").write_text(
+            json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n"
+        )
         path.with_suffix(".md").write_text(f"# bench/training.py\n\n{report}\n")
         print(f"\nwritten: {path}.json, .md")
     return 0
@@ -113,17 +118,29 @@ def memory(bench: TrainingBench, backend: MLXBackend) -> list[dict[str, Any]]:
         for dtype in bench.dtypes:
             for every in bench.checkpoint_every:
                 config = settings(
-                    name, dtype=dtype, checkpoint_every=every, batch_size=bench.batch_size, seq_len=bench.seq_len
+                    name,
+                    dtype=dtype,
+                    checkpoint_every=every,
+                    batch_size=bench.batch_size,
+                    seq_len=bench.seq_len,
                 )
                 expected = estimate(config, backend.fused_attention)
                 measured = measure_memory(config, backend, expected)
                 rows.append(
                     {
-                        "what": "memory", "preset": name, "dtype": dtype, "checkpoint_every": every,
-                        "batch_size": bench.batch_size, "seq_len": bench.seq_len, "measured": measured,
-                        "estimate": {**dataclasses.asdict(expected), "total_bytes": expected.total_bytes},
+                        "what": "memory",
+                        "preset": name,
+                        "dtype": dtype,
+                        "checkpoint_every": every,
+                        "batch_size": bench.batch_size,
+                        "seq_len": bench.seq_len,
+                        "measured": measured,
+                        "estimate": {
+                            **dataclasses.asdict(expected),
+                            "total_bytes": expected.total_bytes,
+                        },
                     }
-                )  # fmt: skip
+                )
                 print(memory_line(rows[-1]), file=sys.stderr)
     return rows
 
@@ -138,7 +155,9 @@ def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate)
         mx.clear_cache()
         state = mx.get_active_memory() - before
         mx.reset_peak_memory()
-        x = np.random.default_rng(0).integers(0, config.model.vocab_size, (config.batch_size, config.context))
+        x = np.random.default_rng(0).integers(
+            0, config.model.vocab_size, (config.batch_size, config.context)
+        )
         session.model.train()
         loss, grads = session._grad_step(mx.array(x), mx.array(x))
         mx.eval(loss, grads)
@@ -147,7 +166,12 @@ def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate)
         del grads
         mx.eval(session.model.state, session.optimizer.state, norm)
         peak = mx.get_peak_memory() - before
-    return {"state_bytes": state, "gradient_bytes": held, "activation_bytes": peak - state - held, "total_bytes": peak}
+    return {
+        "state_bytes": state,
+        "gradient_bytes": held,
+        "activation_bytes": peak - state - held,
+        "total_bytes": peak,
+    }
 
 
 def speed(bench: TrainingBench) -> list[dict[str, Any]]:
@@ -160,19 +184,27 @@ def speed(bench: TrainingBench) -> list[dict[str, Any]]:
         subjects: dict[tuple[str, str], Callable[[np.ndarray, np.ndarray], None]] = {}
         for name in bench.models:
             config = settings(
-                name, dtype=dtype, batch_size=bench.speed_batch_size, seq_len=bench.speed_seq_len, device=bench.device
+                name,
+                dtype=dtype,
+                batch_size=bench.speed_batch_size,
+                seq_len=bench.speed_seq_len,
+                device=bench.device,
             )
             subjects["plain PyTorch loop", name] = torch_loop.plain_step(config)
             subjects["torch", name] = torch_loop.our_step(config)
             subjects["mlx", name] = mlx_step(config)
-        ids = rng.integers(0, config.model.vocab_size, (bench.speed_batch_size, bench.speed_seq_len + 1))
+        ids = rng.integers(
+            0, config.model.vocab_size, (bench.speed_batch_size, bench.speed_seq_len + 1)
+        )
         actions = {
             f"{backend}|{name}": partial(torch_loop.rate, step, ids[:, :-1], ids[:, 1:])
             for (backend, name), step in subjects.items()
         }
         for case, values in take_turns(actions, bench.repetitions).items():
             backend, name = case.split("|")
-            rows.append(row("speed", name, backend, "tok/s", values, dtype=dtype, tokens=ids[:, 1:].size))
+            rows.append(
+                row("speed", name, backend, "tok/s", values, dtype=dtype, tokens=ids[:, 1:].size)
+            )
     return rows
 
 
@@ -185,7 +217,10 @@ def mlx_step(config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
 def largest_batch(config: TrainConfig, limit: float) -> int:
     """The largest power of two of sequences whose step fits; 0 if none does."""
     batch = 0
-    while estimate(dataclasses.replace(config, batch_size=max(1, 2 * batch)), True).total_bytes <= limit:
+    while (
+        estimate(dataclasses.replace(config, batch_size=max(1, 2 * batch)), True).total_bytes
+        <= limit
+    ):
         batch = max(1, 2 * batch)
         if batch >= 1024:
             break
@@ -199,27 +234,35 @@ def markdown(bench: TrainingBench, rows: list[dict[str, Any]], facts: dict[str, 
     held = [r for r in rows if r["what"] == "memory"]
     if held:
         lines += [
-            f"Memory of one step in MLX, batch {bench.batch_size} x {bench.seq_len}, in MB, measured / estimated:", "",
-            "| model | type | checkpointing | weights, optimiser | gradients | activations | peak | estimate off by |",
+            f"Memory of one step in MLX, batch {bench.batch_size} x {bench.seq_len}, in MB, "
+            "measured / estimated:", "",
+            "| model | type | checkpointing | weights, optimiser | gradients | activations | peak "
+            "| estimate off by |",
             "|---|---|---|---|---|---|---|---|", *map(memory_line, held), "",
         ]  # fmt: skip
     timed = [r for r in rows if r["what"] == "speed"]
     if timed:
-        lines += [f"Training tok/s, median of {bench.repetitions} steps in turns (smallest - largest):", ""]
+        lines += [
+            f"Training tok/s, median of {bench.repetitions} steps in turns (smallest - largest):",
+            "",
+        ]
         lines += ["| model | type | tokens a step | subject | tok/s | against the plain loop |"]
         lines += ["|---|---|---|---|---|---|"]
         for r in timed:
             same = (x for x in timed if (x["preset"], x["dtype"]) == (r["preset"], r["dtype"]))
             plain = next(x for x in same if x["case"] == "plain PyTorch loop")
             lines.append(
-                f"| {r['preset']} | {r['dtype']} | {r['tokens']} | {r['case']} | {r['median']:,.0f} "
+                f"| {r['preset']} | {r['dtype']} | {r['tokens']} | {r['case']} | "
+                f"{r['median']:,.0f} "
                 f"({r['min']:,.0f} - {r['max']:,.0f}) | {r['median'] / plain['median']:.2f}x |"
             )
         lines.append("")
     if "plan" in bench.parts:
         lines += [
-            f"Largest batch of sequences of {bench.seq_len} tokens whose step the estimate fits into {bench.usable:.0%}"
-            " of a memory (fused attention; with gradient checkpointing at every block in brackets):", "",
+            f"Largest batch of sequences of {bench.seq_len} tokens whose step the estimate fits "
+            f"into {bench.usable:.0%}"
+            " of a memory (fused attention; with gradient checkpointing at every block in "
+            "brackets):", "",
             "| model | type | " + " | ".join(f"{gb} GB" for gb in bench.memory_gb) + " |",
             "|---|---|" + "---|" * len(bench.memory_gb), *plan_lines(bench),
         ]  # fmt: skip
@@ -235,8 +278,10 @@ def memory_line(r: dict[str, Any]) -> str:
     return (
         f"| {r['preset']} | {r['dtype']} | {r['checkpoint_every'] or 'off'} "
         f"| {pair('state_bytes', e['weights_bytes'] + e['optimizer_bytes'])} "
-        f"| {pair('gradient_bytes', e['gradient_bytes'])} | {pair('activation_bytes', e['activation_bytes'])} "
-        f"| {pair('total_bytes', e['total_bytes'])} | {e['total_bytes'] / measured['total_bytes'] - 1:+.0%} |"
+        f"| {pair('gradient_bytes', e['gradient_bytes'])} | "
+        f"{pair('activation_bytes', e['activation_bytes'])} "
+        f"| {pair('total_bytes', e['total_bytes'])} | "
+        f"{e['total_bytes'] / measured['total_bytes'] - 1:+.0%} |"
     )
 
 

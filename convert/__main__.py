@@ -23,36 +23,39 @@ PROG = "python -m convert"
 
 @dataclasses.dataclass(kw_only=True)
 class ConvertCommand:
-    """Turn a GPT-2 checkpoint into a model folder of this project, with latent attention if asked, or back into
-    Hugging Face's GPT-2.
+    """Turn a GPT-2 checkpoint into a model folder of this project, with latent attention if asked,
+    or back into Hugging Face's GPT-2.
 
     The source is recognised by its content; nothing in it is executed.
     """
 
     src: Positional[str]
-    """Hugging Face hub id or folder of a GPT-2; .pt of MLA-Transformer, nanoGPT or build-nanogpt; model .bin of
-    llm.c; or a run or model folder of this project."""
+    """Hugging Face hub id or folder of a GPT-2; .pt of MLA-Transformer, nanoGPT or build-nanogpt;
+    model .bin of llm.c; or a run or model folder of this project."""
     out: Path
     """Folder to write; it must not exist yet, or be empty. It appears complete or not at all."""
     to: Optional[Literal["mla", "hf"]] = None
-    """"mla" replaces multi-head by latent attention; "hf" writes a plain GPT2LMHeadModel folder. None: a model folder
-    with the source's own attention."""
+    """"mla" replaces multi-head by latent attention; "hf" writes a plain GPT2LMHeadModel folder.
+    None: a model folder with the source's own attention."""
     rank: Optional[int] = None
-    """--to mla: width of the latent; n_embd is exact and halves the cache, half of it quarters the cache."""
+    """--to mla: width of the latent; n_embd is exact and halves the cache, half of it quarters the
+    cache."""
     rank_budget: Optional[int] = None
     """--to mla: average width instead, shared out among the layers by what each loses."""
     method: Optional[Literal["balanced", "whitened", "svd"]] = None
-    """--to mla: what the factorisation minimises: the error of keys and values on the calibration text ("whitened"),
-    that error weighed by the loss's gradient ("balanced"), or the error of the weights ("svd"). None: "balanced" with
-    --calibration, else "svd"."""
+    """--to mla: what the factorisation minimises: the error of keys and values on the calibration
+    text ("whitened"), that error weighed by the loss's gradient ("balanced"), or the error of the
+    weights ("svd"). None: "balanced" with --calibration, else "svd"."""
     calibration: Optional[str] = None
-    """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures perplexity."""
+    """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures
+    perplexity."""
     calibration_tokens: int = 131072
     """Tokens of the text to calibrate on, from its beginning. 0: all."""
     held_out_tokens: int = 32768
     """Tokens of its last tenth to measure perplexity on. 0: all."""
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
-    """Where PyTorch runs the model on the calibration text. "auto" takes a GPU where there is one."""
+    """Where PyTorch runs the model on the calibration text. "auto" takes a GPU where there is
+    one."""
     revision: Optional[str] = None
     """Branch, tag or commit, for a hub id."""
     tokenizer: Optional[str] = None
@@ -83,10 +86,15 @@ def _main(argv: Sequence[str]) -> int:
     source = open_source(command.src, command.revision, command.n_head)
     tokenizer = find_tokenizer(source, command.tokenizer, command.bpe_dir)
     config = source.config
-    print(f"{source.name}: {source.kind}, {config.attention}, {num_parameters(config):,} parameters")
+    print(
+        f"{source.name}: {source.kind}, {config.attention}, {num_parameters(config):,} parameters"
+    )
     assert config.vocab_size
     if padding := config.vocab_size - len(tokenizer):
-        print(f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are kept, and never sampled")
+        print(
+            f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are kept, and never "
+            "sampled"
+        )
     rank = check_rank(config, command.rank, command.rank_budget) if command.to == "mla" else None
     with files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
@@ -128,7 +136,9 @@ def _check_flags(command: ConvertCommand) -> None:
             if getattr(command, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --to mla; leave it out")
     if command.method in ("balanced", "whitened") and command.calibration is None:
-        raise UserError(f"--method {command.method} needs --calibration TEXT; without one there is --method svd")
+        raise UserError(
+            f"--method {command.method} needs --calibration TEXT; without one there is --method svd"
+        )
     for name in ("calibration_tokens", "held_out_tokens"):
         if getattr(command, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative; 0 takes all")

@@ -1,4 +1,5 @@
-"""What a text does to a model: moments of every attention layer's input, and perplexity; both stream."""
+"""What a text does to a model: moments of every attention layer's input, and perplexity; both
+stream."""
 
 import codecs
 from collections.abc import Iterator
@@ -41,7 +42,9 @@ class Text:
         self.name = source if source == BUILTIN else Path(source).name
         self._builtin = "\n".join(read_documents(BUILTIN)).encode() if source == BUILTIN else None
         try:
-            self._size = len(self._builtin) if self._builtin is not None else Path(source).stat().st_size
+            self._size = (
+                len(self._builtin) if self._builtin is not None else Path(source).stat().st_size
+            )
             if self._builtin is None:
                 with Path(source).open("rb"):
                     pass
@@ -49,7 +52,8 @@ class Text:
             raise UserError(f"--calibration {source}: cannot be read: {e.strerror}") from None
 
     def calibration(self, max_tokens: int) -> Iterator[np.ndarray]:
-        """Batches (B, T + 1) of the first part of the text; windows overlap by the one token that is only a target."""
+        """Batches (B, T + 1) of the first part of the text; windows overlap by the one token that
+        is only a target."""
         return self._batches(0, training_part(self._size, HELD_OUT), max_tokens)
 
     def held_out(self, max_tokens: int) -> Iterator[np.ndarray]:
@@ -84,13 +88,16 @@ class Text:
             if not block:
                 break
             if at == start and start:
-                # The part may begin within a character, whose other bytes belong to the part before.
+                # The part may begin within a character, whose other bytes belong to the part
+                # before.
                 block = block.lstrip(bytes(range(0x80, 0xC0))) if block[0] & 0xC0 == 0x80 else block
             at = min(at + BLOCK, stop)
             try:
                 yield decoder.decode(block)
             except UnicodeDecodeError:
-                raise UserError(f"--calibration {self.source}: not UTF-8 text; convert it with iconv") from None
+                raise UserError(
+                    f"--calibration {self.source}: not UTF-8 text; convert it with iconv"
+                ) from None
 
     def _read(self, at: int, size: int) -> bytes:
         if self._builtin is not None:
@@ -114,7 +121,8 @@ def collect_moments(
     Args:
         model: Multi-head attention.
         max_tokens: About how many tokens of the text to take, from its beginning. 0: all.
-        gradients: Also take the second moment of the loss's gradient at keys and values, three times the cost.
+        gradients: Also take the second moment of the loss's gradient at keys and values, three
+            times the cost.
     """
     layers = [_Collector(block.attn.c_attn, gradients) for block in model.transformer.h]
     tokens = 0
@@ -154,10 +162,14 @@ class _Collector:
         self.probe: torch.Tensor | None = None
         self.handle = c_attn.register_forward_hook(self._hook)
 
-    def _hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    def _hook(
+        self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor:
         x = inputs[0].detach().flatten(0, 1)
         if self.shift is None:
-            self.shift = x.mean(0)  # near the mean, so that the covariance is no small difference of large sums
+            self.shift = x.mean(
+                0
+            )  # near the mean, so that the covariance is no small difference of large sums
         x = x - self.shift
         self.sum += _double(x.sum(0))
         self.products += _double(x.T @ x)
@@ -176,13 +188,18 @@ class _Collector:
     def moments(self, tokens: int) -> Moments:
         assert self.shift is not None and isinstance(self.products, np.ndarray)
         offset = self.sum / tokens
-        gradient = self.gradient_products / tokens if isinstance(self.gradient_products, np.ndarray) else None
+        gradient = (
+            self.gradient_products / tokens
+            if isinstance(self.gradient_products, np.ndarray)
+            else None
+        )
         covariance = self.products / tokens - np.outer(offset, offset)
         return Moments(_double(self.shift) + offset, covariance, gradient)
 
 
 def perplexity(model: MLAGPT2LMHeadModel, text: Text, max_tokens: int) -> tuple[float, int]:
-    """exp of the mean loss on the held-out part, each window a context of its own, and the number of targets.
+    """exp of the mean loss on the held-out part, each window a context of its own, and the number
+    of targets.
 
     Rows of the vocabulary that stand for no token take no part in the softmax.
     """
@@ -191,12 +208,16 @@ def perplexity(model: MLAGPT2LMHeadModel, text: Text, max_tokens: int) -> tuple[
     with torch.inference_mode():
         for batch in text.held_out(max_tokens):
             x, targets = _tensors(batch, model)
-            total += float(_loss(model, x, targets, vocabulary).cpu().double().sum())  # MPS has no float64
+            total += float(
+                _loss(model, x, targets, vocabulary).cpu().double().sum()
+            )  # MPS has no float64
             tokens += x.numel()
     return float(np.exp(total / tokens)), tokens
 
 
-def _loss(model: MLAGPT2LMHeadModel, x: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def _loss(
+    model: MLAGPT2LMHeadModel, x: torch.Tensor, targets: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
     logits = model(x, use_cache=False).logits[..., :vocabulary]
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
 

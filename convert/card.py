@@ -16,8 +16,15 @@ def converted_card(config: ModelConfig, name: str, kind: str, tokens: int, steps
     """
     c = config
     assert c.vocab_size
-    padding = f" (of which {c.vocab_size - tokens} pad the {tokens} tokens)" if c.vocab_size > tokens else ""
-    done = "".join(f"- {step}\n" for step in steps) or "- Nothing: the weights are the source's, bit for bit.\n"
+    padding = (
+        f" (of which {c.vocab_size - tokens} pad the {tokens} tokens)"
+        if c.vocab_size > tokens
+        else ""
+    )
+    done = (
+        "".join(f"- {step}\n" for step in steps)
+        or "- Nothing: the weights are the source's, bit for bit.\n"
+    )
     return f"""---
 library_name: mlx
 pipeline_tag: text-generation
@@ -25,9 +32,10 @@ tags: [mlx, mla_gpt2]
 ---
 # {name}, converted
 
-A GPT-2-style language model with {c.attention_text}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide,
-context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding}, {num_parameters(c):,} parameters. Decoding
-caches {cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.
+A GPT-2-style language model with {c.attention_text}: {c.n_layer} layers, {c.n_head} heads,
+{c.n_embd} wide, context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding},
+{num_parameters(c):,} parameters. Decoding caches
+{cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.
 
 Converted from {kind} (`{name}`). What was done to the weights:
 
@@ -37,7 +45,8 @@ Converted from {kind} (`{name}`). What was done to the weights:
     python -m mlx_mla.generate --model THIS_FOLDER --prompt "The "
     mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "The "
 
-`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with `model_torch.py`:
+`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with
+`model_torch.py`:
 
     AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 """

@@ -1,4 +1,5 @@
-"""A checkpoint that is being read: its configuration, and tensors that are loaded when they are asked for."""
+"""A checkpoint that is being read: its configuration, and tensors that are loaded when they are
+asked for."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -71,12 +72,16 @@ class ForeignCheckpoint:
         for name in parameter_shapes(self.config):
             values = np.ascontiguousarray(self.tensors[name].read(), np.float32)
             if not np.isfinite(values).all():
-                raise UserError(f"{self.name}: {name} has values that are not finite; the checkpoint is damaged")
+                raise UserError(
+                    f"{self.name}: {name} has values that are not finite; the checkpoint is damaged"
+                )
             weights[name] = values
         return weights
 
 
-def check_tensors(where: object, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(
+    where: object, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
     """Compare a checkpoint's tensors with those its configuration asks for, in its own names.
 
     Raises:
@@ -85,10 +90,15 @@ def check_tensors(where: object, found: Mapping[str, LazyTensor], expected: Mapp
     if missing := [n for n in expected if n not in found]:
         raise UserError(f"{where}: missing {_some(missing)}; the checkpoint is incomplete")
     if unexpected := [n for n in found if n not in expected]:
-        raise UserError(f"{where}: unexpected {_some(unexpected)}; this is not the architecture it claims to be")
+        raise UserError(
+            f"{where}: unexpected {_some(unexpected)}; this is not the architecture it claims to be"
+        )
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise UserError(f"{where}: tensor {name} has shape {found[name].shape}, its configuration asks for {shape}")
+            raise UserError(
+                f"{where}: tensor {name} has shape {found[name].shape}, its configuration asks "
+                f"for {shape}"
+            )
 
 
 def _some(names: Iterable[str]) -> str:
@@ -103,7 +113,10 @@ def check_tied(where: object, tensors: Mapping[str, LazyTensor], head: str, embe
         return
     a, b = tensors[head], tensors[embedding]
     if a.shape != b.shape or not np.array_equal(a.read(), b.read()):
-        raise UserError(f"{where}: {head} is not tied to {embedding}; only models with a tied head are supported")
+        raise UserError(
+            f"{where}: {head} is not tied to {embedding}; only models with a tied head are "
+            "supported"
+        )
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:
@@ -120,10 +133,14 @@ def resolved(where: object, **values: object) -> ModelConfig:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise UserError(f"{where}: {name} is {value!r}, and should be a whole number")
         if value is not None and value > LARGEST.get(name, 1 << 20):
-            raise UserError(f"{where}: {name} is {value:,}, which is beyond any GPT-2; the file is damaged")
+            raise UserError(
+                f"{where}: {name} is {value:,}, which is beyond any GPT-2; the file is damaged"
+            )
     epsilon = values.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
-        raise UserError(f"{where}: layer_norm_epsilon is {epsilon!r}, and should be a small positive number")
+        raise UserError(
+            f"{where}: layer_norm_epsilon is {epsilon!r}, and should be a small positive number"
+        )
     try:
         return ModelConfig.from_dict(values).resolved()
     except UserError as e:

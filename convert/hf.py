@@ -1,7 +1,7 @@
 """Hugging Face's GPT-2 (`GPT2LMHeadModel`), in and out.
 
-Its Conv1D matrices are stored (in, out), the transpose of ours; names are otherwise the same (transformers,
-modeling_gpt2.py).
+Its Conv1D matrices are stored (in, out), the transpose of ours; names are otherwise the same
+(transformers, modeling_gpt2.py).
 """
 
 import dataclasses
@@ -16,7 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from convert.foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
+from convert.foreign import (
+    ForeignCheckpoint,
+    LazyTensor,
+    Tensors,
+    check_tensors,
+    check_tied,
+    resolved,
+)
 from convert.pickles import open_pickle, state_dict
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
@@ -26,7 +33,12 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 BUFFERS = ("attn.bias", "attn.masked_bias")
 """Causal masks that older versions saved as tensors."""
 
-ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu": "gelu"}
+ACTIVATIONS = {
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu": "gelu",
+}
 """Names of transformers for the two functions we have; the first three are one formula."""
 
 
@@ -39,7 +51,9 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     where = folder / "config.json"
     values = read_json(where)
     config = _config(values, where)
-    return ForeignCheckpoint("Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder)
+    return ForeignCheckpoint(
+        "Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,16 +71,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     architectures = values.get("architectures") or ["GPT2LMHeadModel"]
-    if values.get("model_type") != "gpt2" or not set(architectures) & {"GPT2LMHeadModel", "GPT2Model"}:
+    if values.get("model_type") != "gpt2" or not set(architectures) & {
+        "GPT2LMHeadModel",
+        "GPT2Model",
+    }:
         raise UserError(
-            f"{where}: architecture {architectures[0]} (model_type {values.get('model_type')!r}) is not supported; "
+            f"{where}: architecture {architectures[0]} (model_type {values.get('model_type')!r}) "
+            "is not supported; "
             "supported are GPT2LMHeadModel and this project's own mla_gpt2"
         )
     for option in ("add_cross_attention", "quantization_config"):
         if values.get(option):
             raise UserError(f"{where}: {option} is not supported")
     if values.get("tie_word_embeddings") is False:
-        raise UserError(f"{where}: tie_word_embeddings false is not supported; the head must be the embedding")
+        raise UserError(
+            f"{where}: tie_word_embeddings false is not supported; the head must be the embedding"
+        )
     c = GPT2Config().to_dict() | values
     activation = ACTIVATIONS.get(c["activation_function"])
     if activation is None:
@@ -74,18 +94,37 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
             f"{where}: activation_function {c['activation_function']!r} is not supported; "
             f"supported are {', '.join(ACTIVATIONS)}"
         )
-    names = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size", "layer_norm_epsilon")
-    return resolved(where, attention="mha", activation_function=activation, **{n: c[n] for n in names})
+    names = (
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "n_inner",
+        "n_positions",
+        "vocab_size",
+        "layer_norm_epsilon",
+    )
+    return resolved(
+        where, attention="mha", activation_function=activation, **{n: c[n] for n in names}
+    )
 
 
 def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Tensors:
     where, found = _open_weights(folder)
     # GPT2Model saves its tensors without the prefix of GPT2LMHeadModel.
-    found = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t for n, t in found.items()}
+    found = {
+        n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t
+        for n, t in found.items()
+    }
     check_tied(where, found, "lm_head.weight", "transformer.wte.weight")
-    found = {n: t for n, t in found.items() if n != "lm_head.weight" and not n.endswith(BUFFERS[1]) and not _mask(n, t)}
+    found = {
+        n: t
+        for n, t in found.items()
+        if n != "lm_head.weight" and not n.endswith(BUFFERS[1]) and not _mask(n, t)
+    }
     shapes = parameter_shapes(config)
-    check_tensors(where, found, {n: s[::-1] if n.endswith(CONV1D) else s for n, s in shapes.items()})
+    check_tensors(
+        where, found, {n: s[::-1] if n.endswith(CONV1D) else s for n, s in shapes.items()}
+    )
     tensors = {n: t.T if n.endswith(CONV1D) else t for n, t in found.items()}
 
     D, head_dim = config.n_embd, config.n_embd // config.n_head
@@ -109,13 +148,20 @@ def _open_weights(folder: Path) -> tuple[Path, Tensors]:
     """The weights of a folder by their names, and the file to blame."""
     for single, index, opener in (
         ("model.safetensors", "model.safetensors.index.json", open_safetensors),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", lambda p: state_dict(open_pickle(p), p)),
+        (
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+            lambda p: state_dict(open_pickle(p), p),
+        ),
     ):
         if (folder / single).is_file():
             return folder / single, opener(folder / single)
         if (folder / index).is_file():
             return folder / index, _open_shards(folder / index, opener)
-    raise UserError(f"{folder}: has no weights (model.safetensors or pytorch_model.bin); the folder is incomplete")
+    raise UserError(
+        f"{folder}: has no weights (model.safetensors or pytorch_model.bin); the folder is "
+        "incomplete"
+    )
 
 
 def _open_shards(index: Path, opener: Any) -> Tensors:
@@ -125,7 +171,10 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
     tensors: Tensors = {}
     for shard in sorted(set(placed.values())):
         if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise UserError(f"{index.parent / shard}: no such file, and {index.name} names it; download it again")
+            raise UserError(
+                f"{index.parent / shard}: no such file, and {index.name} names it; download it "
+                "again"
+            )
         tensors |= opener(index.parent / shard)
     return tensors
 
@@ -134,14 +183,18 @@ def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
     try:
         with safe_open(str(path), "pt") as file:
-            return {n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n)) for n in file.keys()}  # noqa: SIM118
+            return {
+                n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
+                for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
+            }
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
 
 
 def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
-        # Opened anew for each tensor: one mapping for all would keep the whole file in memory beside the copies.
+        # Opened anew for each tensor: one mapping for all would keep the whole file in memory
+        # beside the copies.
         with safe_open(str(path), "pt") as file:
             return file.get_tensor(name).float().numpy()
 
@@ -149,7 +202,10 @@ def _reader(path: Path, name: str) -> Any:
 
 
 def write_gpt2(
-    folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerFast
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """Write a plain `GPT2LMHeadModel` folder.
 
@@ -162,7 +218,10 @@ def write_gpt2(
         UserError: If the model has latent attention, for which GPT-2 has no name.
     """
     if config.attention != "mha":
-        raise UserError("--to hf needs multi-head attention; this model's is latent (transformers loads it as it is)")
+        raise UserError(
+            "--to hf needs multi-head attention; this model's is latent (transformers loads it as "
+            "it is)"
+        )
     state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
     if not config.attention_bias:
         for i in range(config.n_layer):
@@ -173,9 +232,15 @@ def write_gpt2(
     values = {n: getattr(config, n) for n in fields}
     eos = tokenizer.eos_token_id
     hf = GPT2Config(
-        **values, resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=0.0, bos_token_id=eos,
-        eos_token_id=eos, architectures=["GPT2LMHeadModel"], dtype="float32",
-    )  # fmt: skip
+        **values,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=0.0,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        architectures=["GPT2LMHeadModel"],
+        dtype="float32",
+    )
     hf.save_pretrained(str(folder))
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(str(folder))

@@ -1,9 +1,12 @@
-"""Training checkpoints of nanoGPT, build-nanogpt and MLA-Transformer: one family, matrices as nn.Linear stores them.
+"""Training checkpoints of nanoGPT, build-nanogpt and MLA-Transformer: one family, matrices as
+nn.Linear stores them.
 
-nanoGPT (karpathy/nanoGPT, train.py): `model, optimizer, model_args, iter_num, ...`; exact GELU, biases optional.
+nanoGPT (karpathy/nanoGPT, train.py): `model, optimizer, model_args, iter_num, ...`; exact GELU,
+    biases optional.
 build-nanogpt (karpathy/build-nanogpt, train_gpt2.py): `model, config, step, val_loss`; tanh GELU.
-MLA-Transformer (Marques-079/MLA-Transformer): `step, model, optimizer, config`, or the state dict alone; tanh GELU,
-latent attention as q_proj, c_proj (to the latent), k_from_c, v_from_c and c_proj_out.
+MLA-Transformer (Marques-079/MLA-Transformer): `step, model, optimizer, config`, or the state dict
+alone; tanh GELU, latent attention as q_proj, c_proj (to the latent), k_from_c, v_from_c and
+c_proj_out.
 """
 
 from collections.abc import Mapping
@@ -34,14 +37,17 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
     """Read a `.pt` file of one of the three projects.
 
     Args:
-        n_head: Heads, for a bare state dict, which does not say; None: n_embd / 64, as in every GPT-2.
+        n_head: Heads, for a bare state dict, which does not say; None: n_embd / 64, as in every
+            GPT-2.
 
     Raises:
         UserError: If it is none of them, is damaged, or its tensors do not fit its settings.
     """
     values = open_pickle(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {_article(values)}, not a checkpoint of a model that is known here")
+        raise UserError(
+            f"{path}: holds {_article(values)}, not a checkpoint of a model that is known here"
+        )
     if "model_args" in values:
         settings, kind = values["model_args"], "nanoGPT"
     else:
@@ -49,43 +55,61 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
     if isinstance(settings, PickledConfig):
         settings = vars(settings)
     if settings is not None and not isinstance(settings, Mapping):
-        raise UserError(f"{path}: its configuration is {_article(settings)}, not a mapping; it is damaged")
+        raise UserError(
+            f"{path}: its configuration is {_article(settings)}, not a mapping; it is damaged"
+        )
     tensors = state_dict(values.get("model", values), path)
     tensors = {n: t for n, t in tensors.items() if not _is_mask(n, t)}
     check_tied(path, tensors, "lm_head.weight", "transformer.wte.weight")
     tensors.pop("lm_head.weight", None)
     if "transformer.wte.weight" not in tensors or "transformer.wpe.weight" not in tensors:
-        raise UserError(f"{path}: has no transformer.wte.weight and wpe.weight; it is no GPT-2 of a project known here")
+        raise UserError(
+            f"{path}: has no transformer.wte.weight and wpe.weight; it is no GPT-2 of a project "
+            "known here"
+        )
 
     if "transformer.h.0.attn.k_from_c.weight" in tensors:
         return _latent(path, settings, tensors, n_head)
     if settings is None:
         raise UserError(
-            f"{path}: a bare state dict does not say its heads and activation; give the checkpoint it is part of"
+            f"{path}: a bare state dict does not say its heads and activation; give the "
+            "checkpoint it is part of"
         )
     return _multi_head(path, kind, settings, tensors)
 
 
-def _multi_head(path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors) -> ForeignCheckpoint:
+def _multi_head(
+    path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors
+) -> ForeignCheckpoint:
     bias = bool(settings.get("bias", True))
     activation = "gelu" if kind == "nanoGPT" else "gelu_new"
-    config = _config(path, settings, attention="mha", attention_bias=bias, activation_function=activation)
+    config = _config(
+        path, settings, attention="mha", attention_bias=bias, activation_function=activation
+    )
     shapes = parameter_shapes(config)
-    check_tensors(path, tensors, {n: s for n, s in shapes.items() if bias or not n.endswith(".bias")})
+    check_tensors(
+        path, tensors, {n: s for n, s in shapes.items() if bias or not n.endswith(".bias")}
+    )
     # Only the projections that read x may lack a bias in our layout.
     tensors = {n: tensors[n] if n in tensors else zeros(s) for n, s in shapes.items()}
     return ForeignCheckpoint(kind, path.name, config, tensors)
 
 
-def _latent(path: Path, settings: Mapping[str, Any] | None, tensors: Tensors, n_head: int | None) -> ForeignCheckpoint:
+def _latent(
+    path: Path, settings: Mapping[str, Any] | None, tensors: Tensors, n_head: int | None
+) -> ForeignCheckpoint:
     down = tensors.get("transformer.h.0.attn.c_proj.weight")
     if down is None or len(down.shape) != 2:
-        raise UserError(f"{path}: missing tensor transformer.h.0.attn.c_proj.weight, whose rows are the latent width")
+        raise UserError(
+            f"{path}: missing tensor transformer.h.0.attn.c_proj.weight, whose rows are the "
+            "latent width"
+        )
     rank, n_embd = down.shape
     if settings is None:
         if n_head is None and n_embd % 64:
             raise UserError(
-                f"{path}: a bare state dict does not say its heads, and {n_embd} is no multiple of 64; give --n-head"
+                f"{path}: a bare state dict does not say its heads, and {n_embd} is no multiple "
+                "of 64; give --n-head"
             )
         settings = {
             "n_layer": count_layers(tensors, "transformer.h."),
@@ -127,7 +151,10 @@ def _latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _config(path: Path, settings: Mapping[str, Any], **known: Any) -> ModelConfig:
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     if missing := [n for n in names if n not in settings]:
-        raise UserError(f"{path}: its configuration lacks {', '.join(missing)}; it is no project's that is known here")
+        raise UserError(
+            f"{path}: its configuration lacks {', '.join(missing)}; it is no project's that is "
+            "known here"
+        )
     values = {"n_positions" if n == "block_size" else n: settings[n] for n in names}
     return resolved(path, **values, **known)
 
@@ -138,7 +165,8 @@ def _joined(*parts: LazyTensor) -> LazyTensor:
 
 
 def _by_head(k: LazyTensor, v: LazyTensor, n_head: int) -> LazyTensor:
-    """Rows of [k | v] for one head after the other, as `kv_b_proj` holds them; k and v are (D, R)."""
+    """Rows of [k | v] for one head after the other, as `kv_b_proj` holds them; k and v are (D,
+    R)."""
     shape = (k.shape[0] + v.shape[0], k.shape[1])
 
     def read() -> np.ndarray:

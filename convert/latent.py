@@ -1,16 +1,19 @@
 """Multi-head attention as latent attention: the linear algebra, in float64.
 
-Keys and values of a layer are [k | v] = A x + b with A = [Wk; Wv], (2D, D). A latent of width R is a factorisation
-A ~ U V with V (R, D) and U (2D, R). Two constants cost nothing: what is added to every key leaves the softmax as it
-is, and what is added to every value comes out of attention unchanged, so it goes into the output bias. Hence both
-biases fold away, and only the error's spread around its mean counts: the covariance of x, not its second moment.
+Keys and values of a layer are [k | v] = A x + b with A = [Wk; Wv], (2D, D). A latent of width R is
+a factorisation A ~ U V with V (R, D) and U (2D, R). Two constants cost nothing: what is added to
+every key leaves the softmax as it is, and what is added to every value comes out of attention
+unchanged, so it goes into the output bias. Hence both biases fold away, and only the error's spread
+around its mean counts: the covariance of x, not its second moment.
 
     svd        min |A - UV|                        (blind to what x looks like)
-    whitened   min E |(A - UV)(x - mean)|^2        (Sigma = cov(x); CARE, ASVD and SVD-LLM do this for RoPE models)
-    balanced   min E |g . (A - UV)(x - mean)|^2    (g = gradient of the loss at [k | v], taken as independent of x)
+    whitened   min E |(A - UV)(x - mean)|^2        (Sigma = cov(x); CARE, ASVD and SVD-LLM do this
+    for RoPE models) balanced   min E |g . (A - UV)(x - mean)|^2    (g = gradient of the loss at [k
+    | v], taken as independent of x)
 
-Each is a truncated SVD of L A S, with S S^T = Sigma and L^T L = E[g g^T]: the Kronecker-factored form of the
-loss's second-order change (K-FAC, arXiv:1503.05671), in which keys and values have one unit, the loss.
+Each is a truncated SVD of L A S, with S S^T = Sigma and L^T L = E[g g^T]: the Kronecker-factored
+form of the loss's second-order change (K-FAC, arXiv:1503.05671), in which keys and values have one
+unit, the loss.
 """
 
 import dataclasses
@@ -22,10 +25,11 @@ import numpy as np
 Method = Literal["balanced", "whitened", "svd"]
 
 RIDGE = 1e-5
-"""Added to the covariance, relative to its mean variance: directions that the text never took are not lost."""
+"""Added to the covariance, relative to its mean variance: directions that the text never took are
+not lost."""
 GRADIENT_RIDGE = 0.5
-"""The same for the gradients' second moment, which says what small errors do: where much is cut errors are large, and
-count for themselves too (docs/diary.md has other values)."""
+"""The same for the gradients' second moment, which says what small errors do: where much is cut
+errors are large, and count for themselves too (docs/diary.md has other values)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """All factors of one layer, the most important first; the first R are the best latent of width R."""
+    """All factors of one layer, the most important first; the first R are the best latent of width
+    R."""
 
     up: np.ndarray
     """(2D, D)"""
@@ -60,7 +65,8 @@ def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomp
     """
     A = kv.astype(np.float64)
     if method == "svd":
-        # A V V^T with the eigenvectors V of A^T A: faster than an SVD, and nothing is divided by small values.
+        # A V V^T with the eigenvectors V of A^T A: faster than an SVD, and nothing is divided by
+        # small values.
         energy, V = np.linalg.eigh(A.T @ A)
         return Decomposition(A @ V[:, ::-1], V[:, ::-1].T, np.sqrt(np.maximum(energy[::-1], 0)))
     assert moments is not None
@@ -70,7 +76,8 @@ def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomp
         assert moments.gradient is not None
         L, L_inverse = _root(moments.gradient, GRADIENT_RIDGE)
     B = A if L is None else L @ A
-    # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse is not needed.
+    # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse
+    # is not needed.
     U, singular_values, _ = np.linalg.svd(B @ S, full_matrices=False)
     return Decomposition(U if L_inverse is None else L_inverse @ U, U.T @ B, singular_values)
 
@@ -84,8 +91,9 @@ def kept_energy(singular_values: np.ndarray, rank: int) -> float:
 def share_ranks(layers: list[Decomposition], average: int, method: Method) -> list[int]:
     """A width for every layer, `average` in the mean, that loses the least error in all.
 
-    Widths come in blocks of gcd(average, 32), as quantised caches and weights need multiples of 32. "balanced" errors
-    are changes of one loss and count as they are; those of the other methods count as shares of their layer's.
+    Widths come in blocks of gcd(average, 32), as quantised caches and weights need multiples of 32.
+    "balanced" errors are changes of one loss and count as they are; those of the other methods
+    count as shares of their layer's.
     """
     block, n = math.gcd(average, 32), len(layers)
     gains = []
@@ -94,9 +102,13 @@ def share_ranks(layers: list[Decomposition], average: int, method: Method) -> li
         if method != "balanced":
             energy = energy / (energy.sum() or 1.0)
         # Every layer gets one block, whatever it is worth: a latent needs some width.
-        gains += [(float(energy[at : at + block].sum()), i) for at in range(block, len(energy) - block + 1, block)]
+        gains += [
+            (float(energy[at : at + block].sum()), i)
+            for at in range(block, len(energy) - block + 1, block)
+        ]
     ranks = [block] * n
-    # A layer's blocks have falling gains, so that the largest gains of all are a choice of first blocks.
+    # A layer's blocks have falling gains, so that the largest gains of all are a choice of first
+    # blocks.
     for _, i in sorted(gains, key=lambda gain: -gain[0])[: n * average // block - n]:
         ranks[i] += block
     return ranks
@@ -136,11 +148,14 @@ class MlaLayer:
     c_proj_bias: np.ndarray
 
 
-def to_latent(layer: MhaLayer, factors: Decomposition, rank: int, n_head: int, mean: np.ndarray | None) -> MlaLayer:
+def to_latent(
+    layer: MhaLayer, factors: Decomposition, rank: int, n_head: int, mean: np.ndarray | None
+) -> MlaLayer:
     """Replace a layer's keys and values by a latent of width `rank`.
 
     Args:
-        mean: Mean of the layer's input, (D,): the values' mean error goes into the output bias. None: zero.
+        mean: Mean of the layer's input, (D,): the values' mean error goes into the output bias.
+            None: zero.
 
     Returns:
         float32 weights. With rank D they compute what the layer did, up to rounding.
@@ -160,5 +175,7 @@ def to_latent(layer: MhaLayer, factors: Decomposition, rank: int, n_head: int, m
         c_attn_bias=q_bias,
         kv_b_proj=by_head.reshape(2 * D, rank).astype(np.float32),
         c_proj=layer.c_proj,
-        c_proj_bias=(layer.c_proj_bias + layer.c_proj.astype(np.float64) @ value_shift).astype(np.float32),
+        c_proj_bias=(layer.c_proj_bias + layer.c_proj.astype(np.float64) @ value_shift).astype(
+            np.float32
+        ),
     )

@@ -1,7 +1,8 @@
 """Model files of llm.c: 256 int32 of header, then the parameters, layer by layer within each kind.
 
-Version 3 holds float32, version 5 bfloat16 (karpathy/llm.c, train_gpt2.cu: gpt2_write_to_checkpoint; train_gpt2.py:
-write_tensors). The vocabulary is padded to a multiple of 128.
+Version 3 holds float32, version 5 bfloat16 (karpathy/llm.c, train_gpt2.cu:
+gpt2_write_to_checkpoint; train_gpt2.py: write_tensors). The vocabulary is padded to a multiple of
+128.
 """
 
 import math
@@ -21,9 +22,19 @@ HEADER_BYTES = 1024
 VERSIONS: dict[int, np.dtype] = {3: np.dtype("<f4"), 5: np.dtype("<u2")}
 
 PER_LAYER = (
-    "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
-    "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias",
-)  # fmt: skip
+    "ln_1.weight",
+    "ln_1.bias",
+    "attn.c_attn.weight",
+    "attn.c_attn.bias",
+    "attn.c_proj.weight",
+    "attn.c_proj.bias",
+    "ln_2.weight",
+    "ln_2.bias",
+    "mlp.c_fc.weight",
+    "mlp.c_fc.bias",
+    "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+)
 """In the order of the file; each is there for all layers before the next begins."""
 
 
@@ -31,19 +42,34 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
     """Read a model file; the parameters stay on disk until they are asked for.
 
     Raises:
-        UserError: If the version is unknown, the header impossible, or the size not the one it asks for.
+        UserError: If the version is unknown, the header impossible, or the size not the one it asks
+            for.
     """
     with path.open("rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES), "<i4")
     if len(header) < 256:
-        raise UserError(f"{path}: shorter than llm.c's header of {HEADER_BYTES} bytes; it is truncated")
+        raise UserError(
+            f"{path}: shorter than llm.c's header of {HEADER_BYTES} bytes; it is truncated"
+        )
     _, version, n_positions, vocab_size, n_layer, n_head, n_embd, padded = map(int, header[:8])
     if version not in VERSIONS:
-        raise UserError(f"{path}: llm.c model version {version} is not supported; supported are 3 (fp32) and 5 (bf16)")
+        raise UserError(
+            f"{path}: llm.c model version {version} is not supported; supported are 3 (fp32) and "
+            "5 (bf16)"
+        )
     if padded < vocab_size:
-        raise UserError(f"{path}: header says {padded} padded rows for a vocabulary of {vocab_size}; it is damaged")
+        raise UserError(
+            f"{path}: header says {padded} padded rows for a vocabulary of {vocab_size}; it is "
+            "damaged"
+        )
     config = resolved(
-        path, attention="mha", n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=n_positions, vocab_size=padded
+        path,
+        attention="mha",
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        n_positions=n_positions,
+        vocab_size=padded,
     )
     shapes = parameter_shapes(config)
     names = ["transformer.wte.weight", "transformer.wpe.weight"]
@@ -53,7 +79,10 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
     expected = HEADER_BYTES + dtype.itemsize * sum(math.prod(shapes[n]) for n in names)
     size = path.stat().st_size
     if size != expected:
-        raise UserError(f"{path}: {size:,} bytes, and its header asks for {expected:,}; it is truncated or damaged")
+        raise UserError(
+            f"{path}: {size:,} bytes, and its header asks for {expected:,}; it is truncated or "
+            "damaged"
+        )
     tensors: Tensors = {}
     offset = HEADER_BYTES
     for name in names:
@@ -62,11 +91,15 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint("llm.c", path.name, config, tensors)
 
 
-def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
+def _reader(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         stored = np.memmap(path, dtype, "r", offset, shape)
         if dtype.itemsize == 4:
             return np.array(stored)
-        return (stored.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+        return (stored.astype(np.uint32) << 16).view(
+            np.float32
+        )  # bfloat16 is the upper half of a float32
 
     return read

@@ -24,11 +24,13 @@ class PickledConfig:
 
 
 ALLOWED = [(PickledConfig, "__main__.GPTConfig"), (PickledConfig, "train_gpt2.GPTConfig")]
-"""The classes beyond `weights_only` that a file may name: build-nanogpt's, run as a script or imported."""
+"""The classes beyond `weights_only` that a file may name: build-nanogpt's, run as a script or
+imported."""
 
 
 def open_pickle(path: Path) -> Any:
-    """What `torch.save` wrote into a file; tensors stay on disk until they are read, where the format allows.
+    """What `torch.save` wrote into a file; tensors stay on disk until they are read, where the
+    format allows.
 
     Raises:
         UserError: If the file is damaged, or names code beyond tensors, plain values and `ALLOWED`.
@@ -38,18 +40,26 @@ def open_pickle(path: Path) -> Any:
             warnings.simplefilter(
                 "ignore"
             )  # it remarks on protocols other than torch.save's, and then says why it stops
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as e:
         reason = str(e)
         if "GLOBAL" in reason or "global" in reason or "REDUCE" in reason or "reduce" in reason:
             named = reason.split("GLOBAL ")[-1].split(" was not")[0].splitlines()[0].strip()
-            raise UserError(f"{path}: refused, since it would run code when opened ({named})") from None
-        raise UserError(f"{path}: not readable as a PyTorch checkpoint; it is damaged or truncated") from None
+            raise UserError(
+                f"{path}: refused, since it would run code when opened ({named})"
+            ) from None
+        raise UserError(
+            f"{path}: not readable as a PyTorch checkpoint; it is damaged or truncated"
+        ) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # a damaged pickle fails in as many ways as it has bytes
         kind = type(e).__name__
-        raise UserError(f"{path}: not readable as a PyTorch checkpoint ({kind}); it is damaged or truncated") from None
+        raise UserError(
+            f"{path}: not readable as a PyTorch checkpoint ({kind}); it is damaged or truncated"
+        ) from None
 
 
 def state_dict(values: Any, where: Path) -> Tensors:
@@ -63,7 +73,9 @@ def state_dict(values: Any, where: Path) -> Tensors:
     tensors: Tensors = {}
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"{where}: {name!r} is no tensor; this is no state dict that is known here")
+            raise UserError(
+                f"{where}: {name!r} is no tensor; this is no state dict that is known here"
+            )
         tensors[_unwrapped(name)] = LazyTensor(tuple(value.shape), _reader(value))
     return tensors
 

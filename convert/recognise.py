@@ -14,13 +14,16 @@ from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
 
 KNOWN = (
-    "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT or build-nanogpt, a model .bin of llm.c, "
+    "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT or build-nanogpt, a "
+    "model .bin of llm.c, "
     "or a model folder of this project"
 )
 SMALL_FILES = ["*.json", "*.txt"]
 
 
-def open_source(name: str, revision: str | None = None, n_head: int | None = None) -> ForeignCheckpoint:
+def open_source(
+    name: str, revision: str | None = None, n_head: int | None = None
+) -> ForeignCheckpoint:
     """Open a checkpoint of any kind that is known here; nothing in it is executed.
 
     Args:
@@ -35,7 +38,9 @@ def open_source(name: str, revision: str | None = None, n_head: int | None = Non
     if path.exists():
         if revision is not None:
             raise UserError(f"--revision goes with a hub id, and {name} is a path; leave it out")
-        source = _open_folder(path, path.resolve().name) if path.is_dir() else _open_file(path, n_head)
+        source = (
+            _open_folder(path, path.resolve().name) if path.is_dir() else _open_file(path, n_head)
+        )
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".pt":
         source = _open_folder(_download(name, revision), name)
     else:
@@ -74,7 +79,9 @@ def _open_file(path: Path, n_head: int | None) -> ForeignCheckpoint:
     if magic == llmc.MAGIC:
         return llmc.read_llmc(path)
     if magic == llmc.TOKENS_MAGIC:
-        raise UserError(f"{path}: token ids of llm.c, not a model; a model .bin begins with {llmc.MAGIC}")
+        raise UserError(
+            f"{path}: token ids of llm.c, not a model; a model .bin begins with {llmc.MAGIC}"
+        )
     if path.suffix == ".safetensors":
         raise UserError(f"{path}: give the folder it is in, which has the config.json it needs")
     if zipfile.is_zipfile(path) or start[:1] == b"\x80" or path.suffix in (".pt", ".pth"):
@@ -83,12 +90,16 @@ def _open_file(path: Path, n_head: int | None) -> ForeignCheckpoint:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The local copy of a repository: its small files, and its weights in the safest format it has."""
+    """The local copy of a repository: its small files, and its weights in the safest format it
+    has."""
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             folder = Path(
                 snapshot_download(
-                    name, revision=revision, allow_patterns=[*SMALL_FILES, weights], ignore_patterns=["*/*"]
+                    name,
+                    revision=revision,
+                    allow_patterns=[*SMALL_FILES, weights],
+                    ignore_patterns=["*/*"],
                 )
             )
             if any(folder.glob(weights)):
@@ -99,5 +110,7 @@ def _download(name: str, revision: str | None) -> Path:
             "check the path or the network (and HF_HUB_OFFLINE)"
         ) from None
     except (HfHubHTTPError, HFValidationError) as e:
-        raise UserError(f"{name}: no such file or folder, and the hub says: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(
+            f"{name}: no such file or folder, and the hub says: {str(e).strip().splitlines()[0]}"
+        ) from None
     return folder

@@ -24,22 +24,29 @@ class Report:
     calibration: dict[str, Any] | None = None
     """"text" and "tokens" of the moments."""
     perplexity: dict[str, Any] | None = None
-    """On the held-out end of the calibration text: "before", "after", "tokens", and "masked_rows" of the vocabulary."""
+    """On the held-out end of the calibration text: "before", "after", "tokens", and "masked_rows"
+    of the vocabulary."""
 
     def sentences(self) -> list[str]:
         """The report in a few sentences, for the model card and the terminal."""
         before, after = self.cache_bytes_per_token["before"], self.cache_bytes_per_token["after"]
         text = [
-            f"Attention made latent: kv_lora_rank {self._rank()} of {self.n_embd}, method {self.method}, keeping "
+            f"Attention made latent: kv_lora_rank {self._rank()} of {self.n_embd}, method "
+            f"{self.method}, keeping "
             f"{min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of a layer's energy.",
-            f"Cache per token: {before:,} bytes before, {after:,} after ({before / after:.3g} times less).",
+            f"Cache per token: {before:,} bytes before, {after:,} after ({before / after:.3g} "
+            "times less).",
         ]
         if self.calibration:
-            text.append(f"Calibrated on {self.calibration['tokens']:,} tokens of {self.calibration['text']}.")
+            text.append(
+                f"Calibrated on {self.calibration['tokens']:,} tokens of "
+                f"{self.calibration['text']}."
+            )
         if p := self.perplexity:
             masked = f", {p['masked_rows']} rows of padding masked" if p["masked_rows"] else ""
             text.append(
-                f"Perplexity on {p['tokens']:,} held-out tokens: {p['before']:.4f} before, {p['after']:.4f} after "
+                f"Perplexity on {p['tokens']:,} held-out tokens: {p['before']:.4f} before, "
+                f"{p['after']:.4f} after "
                 f"({p['after'] / p['before'] - 1:+.2%}{masked})."
             )
         return text
@@ -73,11 +80,25 @@ class Report:
             top = values[0] or 1.0
             label = f"layer {i}" if i in (0, n - 1) else None
             left.plot(
-                range(1, len(values) + 1), [v / top for v in values], color=colours(i / max(1, n - 1)), label=label
+                range(1, len(values) + 1),
+                [v / top for v in values],
+                color=colours(i / max(1, n - 1)),
+                label=label,
             )
         mean = sum(self.kv_lora_ranks) / n
-        left.axvline(mean, color="black", ls="--", lw=1, label=f"{'mean ' if self._shared else ''}rank {mean:g}")
-        left.set(yscale="log", xlabel="index", ylabel="singular value / largest", title="spectrum of [Wk; Wv]")
+        left.axvline(
+            mean,
+            color="black",
+            ls="--",
+            lw=1,
+            label=f"{'mean ' if self._shared else ''}rank {mean:g}",
+        )
+        left.set(
+            yscale="log",
+            xlabel="index",
+            ylabel="singular value / largest",
+            title="spectrum of [Wk; Wv]",
+        )
         left.set_ylim(bottom=1e-6)
         left.legend()
         right.bar(range(n), [1 - kept for kept in self.kept_energy])

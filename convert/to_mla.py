@@ -8,7 +8,16 @@ import torch
 from rich.console import Console
 
 from convert.calibration import Text, collect_moments, perplexity
-from convert.latent import Decomposition, Method, MhaLayer, Moments, decompose, kept_energy, share_ranks, to_latent
+from convert.latent import (
+    Decomposition,
+    Method,
+    MhaLayer,
+    Moments,
+    decompose,
+    kept_energy,
+    share_ranks,
+    to_latent,
+)
 from convert.report import Report
 from mlx_mla.backends.torch.load import build_model
 from mlx_mla.config import ModelConfig
@@ -38,18 +47,24 @@ class Rank:
 
 
 def check_rank(config: ModelConfig, rank: int | None, budget: int | None = None) -> Rank:
-    """The latent width of --rank or --rank-budget, if it is possible for a model; UserError otherwise."""
+    """The latent width of --rank or --rank-budget, if it is possible for a model; UserError
+    otherwise."""
     if config.attention != "mha":
         raise UserError(
-            f"--to mla needs multi-head attention; this model is latent already (rank {config.kv_lora_rank})"
+            "--to mla needs multi-head attention; this model is latent already (rank "
+            f"{config.kv_lora_rank})"
         )
     if rank is not None and budget is not None:
         raise UserError("--rank and --rank-budget exclude each other; leave one out")
     name, width = ("--rank-budget", budget) if rank is None else ("--rank", rank)
     if width is None:
-        raise UserError(f"--to mla needs --rank R or --rank-budget R, from 1 to {config.n_embd} (exact)")
+        raise UserError(
+            f"--to mla needs --rank R or --rank-budget R, from 1 to {config.n_embd} (exact)"
+        )
     if not 1 <= width <= config.n_embd:
-        raise UserError(f"{name} must be from 1 to the model's n_embd, {config.n_embd} (exact), not {width}")
+        raise UserError(
+            f"{name} must be from 1 to the model's n_embd, {config.n_embd} (exact), not {width}"
+        )
     return Rank(width, rank is None)
 
 
@@ -68,7 +83,8 @@ def convert_to_mla(
         name: What the source is called, for the report.
         config: Resolved; multi-head attention.
         weights: float32, in this project's layout.
-        calibration: Needed by every method but "svd"; where there is one, perplexity is measured too.
+        calibration: Needed by every method but "svd"; where there is one, perplexity is measured
+            too.
     """
     moments: list[Moments] | None = None
     calibrated = before = None
@@ -104,7 +120,9 @@ def convert_to_mla(
             "before": cache_bytes_per_token(config, 2),
             "after": cache_bytes_per_token(new_config, 2),
         },
-        kept_energy=[kept_energy(values, rank) for values, rank in zip(spectra, ranks, strict=True)],
+        kept_energy=[
+            kept_energy(values, rank) for values, rank in zip(spectra, ranks, strict=True)
+        ],
         singular_values=[[float(f"{v:.5g}") for v in values] for values in spectra],
         calibration=calibrated,
     )
@@ -113,14 +131,20 @@ def convert_to_mla(
         after, _ = perplexity(model, calibration.text, calibration.held_out_tokens)
         assert config.vocab_size
         masked = config.vocab_size - len(calibration.text.tokenizer)
-        report.perplexity = {"before": before, "after": after, "tokens": scored, "masked_rows": masked}
+        report.perplexity = {
+            "before": before,
+            "after": after,
+            "tokens": scored,
+            "masked_rows": masked,
+        }
     return new_config, new_weights, report
 
 
 def factorise(
     config: ModelConfig, weights: Weights, method: Method, moments: list[Moments] | None
 ) -> Iterator[Decomposition]:
-    """Factors of every layer of a multi-head model, one layer at a time, so that few need be in memory.
+    """Factors of every layer of a multi-head model, one layer at a time, so that few need be in
+    memory.
 
     Args:
         moments: Of every layer; None for "svd".
@@ -141,7 +165,8 @@ def assemble(
 
     Args:
         config: Of the multi-head model, whose weights follow.
-        moments: Of the calibration text, whose mean goes into the output biases; None without a text.
+        moments: Of the calibration text, whose mean goes into the output biases; None without a
+            text.
     """
     values = {**config.to_dict(), "attention": "mla", "kv_lora_rank": max(ranks)}
     if len(set(ranks)) > 1:
@@ -156,7 +181,9 @@ def assemble(
             c_proj=weights[f"{attn}.c_proj.weight"],
             c_proj_bias=weights[f"{attn}.c_proj.bias"],
         )
-        layer = to_latent(old, factors, ranks[i], config.n_head, moments[i].mean if moments else None)
+        layer = to_latent(
+            old, factors, ranks[i], config.n_head, moments[i].mean if moments else None
+        )
         new[f"{attn}.c_attn.weight"] = layer.c_attn
         if layer.c_attn_bias is not None:
             new[f"{attn}.c_attn.bias"] = layer.c_attn_bias

@@ -10,15 +10,19 @@ from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.errors import UserError
 
 
-def find_tokenizer(source: ForeignCheckpoint, choice: str | None, bpe_dir: Path | None) -> PreTrainedTokenizerFast:
+def find_tokenizer(
+    source: ForeignCheckpoint, choice: str | None, bpe_dir: Path | None
+) -> PreTrainedTokenizerFast:
     """A tokenizer with no more ids than the model has rows.
 
     Args:
-        choice: "bytes", "gpt2" or a folder with tokenizer files. None: the source's own, else GPT-2's.
+        choice: "bytes", "gpt2" or a folder with tokenizer files. None: the source's own, else
+            GPT-2's.
         bpe_dir: Folder with GPT-2's encoder.json and vocab.bpe. None: tiktoken downloads them once.
 
     Raises:
-        UserError: If the files are missing or damaged, or the vocabulary is larger than the model's.
+        UserError: If the files are missing or damaged, or the vocabulary is larger than the
+            model's.
     """
     if choice is None and source.folder is not None:
         tokenizer = _read(source.folder)
@@ -29,7 +33,9 @@ def find_tokenizer(source: ForeignCheckpoint, choice: str | None, bpe_dir: Path 
         return _fitting(tokenizer, source, f"the {choice or 'gpt2'} tokenizer")
     tokenizer = _read(Path(choice)) if Path(choice).is_dir() else None
     if tokenizer is None:
-        raise UserError(f"--tokenizer {choice}: no folder with tokenizer.json; give one, or gpt2, or bytes")
+        raise UserError(
+            f"--tokenizer {choice}: no folder with tokenizer.json; give one, or gpt2, or bytes"
+        )
     return _fitting(tokenizer, source, f"the tokenizer of {choice}")
 
 
@@ -41,14 +47,18 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
     try:
         slow = GPT2TokenizerFast.from_pretrained(str(folder))
     except Exception as e:  # tokenizers raises bare Exceptions
-        raise UserError(f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})") from None
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})"
+        ) from None
     eos = slow.eos_token
     return PreTrainedTokenizerFast(
         tokenizer_object=slow.backend_tokenizer, bos_token=eos, eos_token=eos, unk_token=None
     )
 
 
-def _fitting(tokenizer: PreTrainedTokenizerFast, source: ForeignCheckpoint, which: str) -> PreTrainedTokenizerFast:
+def _fitting(
+    tokenizer: PreTrainedTokenizerFast, source: ForeignCheckpoint, which: str
+) -> PreTrainedTokenizerFast:
     rows = source.config.vocab_size
     assert rows
     if len(tokenizer) > rows:

@@ -21,7 +21,8 @@ _loaded: str | None = None
 
 
 def load_openblas() -> str | None:
-    """Load OpenBLAS for MLX where that helps, once; the MLX backend calls this before it imports MLX.
+    """Load OpenBLAS for MLX where that helps, once; the MLX backend calls this before it imports
+    MLX.
 
     Returns:
         The name of the loaded library, or None where it is not needed (not Linux), not found, too
@@ -32,8 +33,9 @@ def load_openblas() -> str | None:
         return _loaded
     if os.environ.get("MLX_MLA_BLAS") == "off" or "mlx.core" in sys.modules:
         return None
-    # PyTorch binds its own BLAS when it is loaded, and would bind to a global OpenBLAS if it came after
-    # (measured: 9 instead of 196 GFLOP/s). transformers imports it anyway where it is installed.
+    # PyTorch binds its own BLAS when it is loaded, and would bind to a global OpenBLAS if it came
+    # after (measured: 9 instead of 196 GFLOP/s). transformers imports it anyway where it is
+    # installed.
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     core = None if "OPENBLAS_CORETYPE" in os.environ else _core_type()
@@ -74,7 +76,10 @@ def hint() -> str | None:
     if not sys.platform.startswith("linux") or os.environ.get("MLX_MLA_BLAS") == "off" or _loaded:
         return None
     if "mlx.core" in sys.modules and ctypes.util.find_library("openblas"):
-        return "MLX was imported before OpenBLAS; import mlx_mla.backends.mlx first, or set LD_PRELOAD=libopenblas.so.0"
+        return (
+            "MLX was imported before OpenBLAS; import mlx_mla.backends.mlx first, "
+            "or set LD_PRELOAD=libopenblas.so.0"
+        )
     return HINT
 
 

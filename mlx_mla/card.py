@@ -23,9 +23,10 @@ tags: [mlx, mla_gpt2]
 ---
 # {config.preset}, step {step:,}
 
-A GPT-2-style language model with {m.attention_text}: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide,
-context {m.n_positions}, vocabulary {m.vocab_size} ({config.tokenizer}), {num_parameters(m):,} parameters.
-Decoding caches {cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.
+A GPT-2-style language model with {m.attention_text}: {m.n_layer} layers, {m.n_head} heads,
+{m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size} ({config.tokenizer}),
+{num_parameters(m):,} parameters. Decoding caches
+{cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.
 
 | | |
 |---|---|
@@ -39,7 +40,8 @@ Decoding caches {cache_bytes_per_token(m, 2):,} bytes per token of context in 16
     python -m mlx_mla.generate --model THIS_FOLDER --prompt "The "
     mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "The "
 
-`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with `model_torch.py`:
+`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with
+`model_torch.py`:
 
     AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 """

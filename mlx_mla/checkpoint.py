@@ -1,8 +1,8 @@
 """Model folders and training state on disk: complete or absent, checked by sha256.
 
 A model folder holds config.json, model.safetensors, model_mlx.py, model_torch.py, the tokenizer's
-files and a README.md; a training checkpoint adds train_state.safetensors and train_state.json. `SHA256SUMS`
-(as `sha256sum -c` reads it) covers every file but the README.
+files and a README.md; a training checkpoint adds train_state.safetensors and train_state.json.
+`SHA256SUMS` (as `sha256sum -c` reads it) covers every file but the README.
 """
 
 import contextlib
@@ -75,8 +75,11 @@ def model_config_json(config: ModelConfig, eos_token_id: int | None) -> dict[str
     }
 
 
-def write_train_state(folder: Path, tensors: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
-    """Add optimiser tensors (`exp_avg.NAME`, `exp_avg_sq.NAME`) and `train_state.json` to a folder."""
+def write_train_state(
+    folder: Path, tensors: Mapping[str, np.ndarray], info: Mapping[str, Any]
+) -> None:
+    """Add optimiser tensors (`exp_avg.NAME`, `exp_avg_sq.NAME`) and `train_state.json` to a
+    folder."""
     _save_tensors(folder / STATE, tensors)
     _write_json(folder / STATE_INFO, info)
 
@@ -86,7 +89,8 @@ def read_config(folder: Path) -> ModelConfig:
     values = _read_json(folder / "config.json")
     if values.get("model_type") != "mla_gpt2":
         raise UserError(
-            f"{folder}: config.json says model_type {values.get('model_type')!r}, and this needs 'mla_gpt2'"
+            f"{folder}: config.json says model_type {values.get('model_type')!r}, and this needs "
+            "'mla_gpt2'"
         )
     return ModelConfig.from_dict(values).resolved()
 
@@ -96,7 +100,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as e:  # tokenizers raises bare Exceptions
-        raise UserError(f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})") from None
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})"
+        ) from None
 
 
 def is_quantized(folder: Path) -> bool:
@@ -123,7 +129,9 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
 def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Optimiser tensors and `train_state.json` of a training checkpoint."""
     if not (folder / STATE).is_file():
-        raise UserError(f"{folder}: has no {STATE}, so training cannot resume from it; use --init {folder}")
+        raise UserError(
+            f"{folder}: has no {STATE}, so training cannot resume from it; use --init {folder}"
+        )
     return _load_tensors(folder / STATE), _read_json(folder / STATE_INFO)
 
 
@@ -133,7 +141,8 @@ def damage(folder: Path, training: bool = True) -> str | None:
     A folder without SHA256SUMS (another tool wrote it) is not checked.
 
     Args:
-        training: Also check the training state, twice the size of the model, which only resuming reads.
+        training: Also check the training state, twice the size of the model, which only resuming
+            reads.
     """
     sums = folder / SUMS
     if not sums.is_file():
@@ -169,16 +178,18 @@ def latest(run: Path) -> Path | None:
         named = run / "checkpoints" / (run / "latest").read_text(encoding="utf-8").strip()
         if named.is_dir():
             return named
-    # The run died between the rename and the update of `latest`; a checkpoint is whole if it is there.
+    # The run died between the rename and the update of `latest`; a checkpoint is whole if it is
+    # there.
     return checkpoints(run)[-1] if checkpoints(run) else None
 
 
 def prune(run: Path, keep: int, newest: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0: none), and what killed runs left half-written.
+    """Remove all but the newest `keep` checkpoints (0: none), and what killed runs left
+    half-written.
 
     Args:
-        newest: Step just saved. Checkpoints after it, of a run that was resumed from an earlier step, do
-            not count and stay until they are written anew.
+        newest: Step just saved. Checkpoints after it, of a run that was resumed from an earlier
+            step, do not count and stay until they are written anew.
     """
     folder = run / "checkpoints"
     for leftover in [*folder.glob(".step-*.tmp-*"), *folder.glob(".step-*.old-*")]:
@@ -189,7 +200,8 @@ def prune(run: Path, keep: int, newest: int) -> None:
 
 
 def model_folder(path: Path) -> Path:
-    """The model folder that a path means: the path itself, or the newest checkpoint of a run folder.
+    """The model folder that a path means: the path itself, or the newest checkpoint of a run
+    folder.
 
     Raises:
         UserError: If there is no model.
@@ -202,7 +214,9 @@ def model_folder(path: Path) -> Path:
             raise UserError(f"{path}: this run has saved no checkpoint yet")
         return newest
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: not a model folder (no config.json) and not a run folder (no checkpoints/)")
+        raise UserError(
+            f"{path}: not a model folder (no config.json) and not a run folder (no checkpoints/)"
+        )
     if not any(path.glob("model*.safetensors")):
         raise UserError(f"{path}: has no weights (model.safetensors); the folder is incomplete")
     return path
@@ -210,7 +224,9 @@ def model_folder(path: Path) -> Path:
 
 def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     # The metadata is what transformers and mlx-lm write; loaders of both look for it.
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, str(path), {"format": "mlx"})
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()}, str(path), {"format": "mlx"}
+    )
     path.chmod(0o644)  # safetensors makes its files private
 
 

@@ -34,7 +34,9 @@ def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = 
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            result, unknown = tyro.cli(command, args=list(argv), prog=prog, return_unknown_args=True, **extra)
+            result, unknown = tyro.cli(
+                command, args=list(argv), prog=prog, return_unknown_args=True, **extra
+            )
     except SystemExit as e:
         if e.code in (0, None):
             raise
@@ -60,7 +62,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return EXIT_USER
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone, which is no error; Python must not flush to it again.
+        # The reader of our output (head, less) has gone, which is no error; Python must not flush
+        # to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

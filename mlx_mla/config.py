@@ -18,7 +18,14 @@ TokenizerName = Literal["bytes", "gpt2"]
 TOKENIZER_IDS: dict[TokenizerName, int] = {"bytes": 257, "gpt2": 50257}
 """Token ids of each tokenizer: the 256 bytes, or GPT-2's byte pairs, and <|endoftext|>."""
 
-MLA_ONLY = ("kv_lora_rank", "kv_lora_ranks", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "latent_norm")
+MLA_ONLY = (
+    "kv_lora_rank",
+    "kv_lora_ranks",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "latent_norm",
+)
 """Fields of the model that mean nothing to multi-head attention."""
 
 
@@ -40,7 +47,8 @@ def flag(name: str) -> str:
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """Shape of the transformer, in the names of GPT-2 and DeepSeek; this is what config.json holds."""
+    """Shape of the transformer, in the names of GPT-2 and DeepSeek; this is what config.json
+    holds."""
 
     attention: Literal["mla", "mha"] = "mla"
     """"mla" caches one latent per token; "mha" is GPT-2's own attention."""
@@ -57,13 +65,15 @@ class ModelConfig:
     vocab_size: Optional[int] = None
     """Rows of the embedding. None: as many as the tokenizer has."""
     kv_lora_rank: Optional[int] = None
-    """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of kv_lora_ranks."""
+    """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of
+    kv_lora_ranks."""
     kv_lora_ranks: Optional[list[int]] = None
     """MLA: that width for every layer, where they differ. None: kv_lora_rank for all."""
     q_lora_rank: Optional[int] = None
     """MLA: width of a query latent, as in DeepSeek-V2. None: queries are projected directly."""
     qk_rope_head_dim: int = 0
-    """MLA: width of the decoupled RoPE part of queries and keys; it replaces the learned positions. 0: off."""
+    """MLA: width of the decoupled RoPE part of queries and keys; it replaces the learned positions.
+    0: off."""
     v_head_dim: Optional[int] = None
     """MLA: width of a value head. None: n_embd / n_head."""
     latent_norm: bool = False
@@ -107,7 +117,8 @@ class ModelConfig:
             c.vocab_size = tokenizer_size
         if tokenizer_size is not None and c.vocab_size < tokenizer_size:
             raise UserError(
-                f"--vocab-size {c.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; "
+                f"--vocab-size {c.vocab_size} is smaller than the tokenizer's {tokenizer_size} "
+                "ids; "
                 f"use at least {tokenizer_size}, or leave it out"
             )
         if c.attention_bias is None:
@@ -147,7 +158,9 @@ class ModelConfig:
             if value is not None and value < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {value}")
         if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
-            raise UserError(f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}")
+            raise UserError(
+                f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}"
+            )
 
     @property
     def latent_ranks(self) -> list[int]:
@@ -179,22 +192,28 @@ class TrainConfig:
     """Settings of a training run; `config.toml` in the run folder holds them all."""
 
     preset: str = "nano"
-    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128 or gpt2-124m."""
+    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128 or
+    gpt2-124m."""
     data: str = "builtin"
-    """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one; also those of
-    build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with Python."""
+    """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one;
+    also those of build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with
+    Python."""
     val_fraction: float = 0.1
-    """Share of the text, at its end, that is held out for validation. Not used where a folder has validation shards."""
+    """Share of the text, at its end, that is held out for validation. Not used where a folder has
+    validation shards."""
     tokenizer: TokenizerName = "bytes"
     """"bytes" (256 bytes and <|endoftext|>) or "gpt2" (GPT-2's byte-pair encoding, 50257 ids)."""
     bpe_dir: Optional[str] = None
-    """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them once."""
+    """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
+    once."""
     init: Optional[str] = None
     """Model folder whose weights to start from. None: random weights."""
     teacher: Optional[str] = None
-    """Model folder to distil from: adds the divergence of its predictions from the model's to the loss. None: off."""
+    """Model folder to distil from: adds the divergence of its predictions from the model's to the
+    loss. None: off."""
     teacher_weight: Optional[float] = None
-    """Share of that divergence in the loss, from 0 to 1; the rest is cross-entropy. None: 0.5 with --teacher."""
+    """Share of that divergence in the loss, from 0 to 1; the rest is cross-entropy. None: 0.5 with
+    --teacher."""
     teacher_temperature: Optional[float] = None
     """Temperature of both softmaxes in that divergence. None: 1 with --teacher."""
     steps: int = 1000
@@ -202,23 +221,27 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences in one forward and backward pass; halve it when memory runs out."""
     tokens_per_step: Optional[int] = None
-    """Tokens of one optimiser step, which decide --grad-accum-steps. None: --grad-accum-steps decides."""
+    """Tokens of one optimiser step, which decide --grad-accum-steps. None: --grad-accum-steps
+    decides."""
     grad_accum_steps: Optional[int] = None
-    """Passes whose gradients are averaged into one optimiser step; memory stays that of one pass. None: as many
-    as --tokens-per-step asks for, or 1."""
+    """Passes whose gradients are averaged into one optimiser step; memory stays that of one pass.
+    None: as many as --tokens-per-step asks for, or 1."""
     seq_len: Optional[int] = None
     """Tokens in one sequence. None: n_positions."""
     seed: int = 1337
     """Decides the first weights, the order of the data and the dropout."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """"muon" orthogonalises the steps of the blocks' matrices; embeddings, biases and norms keep AdamW."""
+    """"muon" orthogonalises the steps of the blocks' matrices; embeddings, biases and norms keep
+    AdamW."""
     learning_rate: float = 6e-4
     """Highest learning rate of AdamW, reached after the warm-up."""
     muon_learning_rate: Optional[float] = None
-    """Highest learning rate of Muon's matrices, on the same schedule. None: 0.02 with --optimizer muon."""
+    """Highest learning rate of Muon's matrices, on the same schedule. None: 0.02 with --optimizer
+    muon."""
     lr_schedule: Literal["cosine", "wsd"] = "cosine"
-    """After the warm-up: "cosine" decays over all steps; "wsd" (warm-up, stable, decay) stays at the highest rate
-    and falls linearly over the last --decay-fraction, so that a run can be lengthened."""
+    """After the warm-up: "cosine" decays over all steps; "wsd" (warm-up, stable, decay) stays at
+    the highest rate and falls linearly over the last --decay-fraction, so that a run can be
+    lengthened."""
     decay_fraction: Optional[float] = None
     """Share of all steps in which "wsd" decays. None: 0.2 with --lr-schedule wsd."""
     min_lr_ratio: float = 0.1
@@ -238,15 +261,18 @@ class TrainConfig:
     initializer_range: float = 0.02
     """Standard deviation of the first weights; residual projections get 1/sqrt(2 n_layer) of it."""
     dtype: DType = "float32"
-    """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on CPUs."""
+    """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on
+    CPUs."""
     checkpoint_every: int = 0
-    """Gradient checkpointing: keep the activations between groups of so many blocks only, and compute the others again
-    in the backward pass; less memory for a third more time. 1 saves most. 0: off."""
+    """Gradient checkpointing: keep the activations between groups of so many blocks only, and
+    compute the others again in the backward pass; less memory for a third more time. 1 saves most.
+    0: off."""
     loss_chunk: Optional[int] = None
-    """Tokens whose logits the loss holds at a time. 0: all of a pass. None: 1024 where the logits of a pass exceed
-    64 MiB, else all."""
+    """Tokens whose logits the loss holds at a time. 0: all of a pass. None: 1024 where the logits
+    of a pass exceed 64 MiB, else all."""
     compile: bool = True
-    """Compile the training step with mx.compile (--no-compile: run it eagerly, to look for a fault)."""
+    """Compile the training step with mx.compile (--no-compile: run it eagerly, to look for a
+    fault)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 100
@@ -256,11 +282,13 @@ class TrainConfig:
     final_eval_batches: int = 0
     """Batches of the last measurement, at the end of the run. 0: the whole held-out text."""
     eval_tasks: str = ""
-    """Tasks to run at the same steps, separated by commas: wikitext2, lambada, hellaswag. Empty: none."""
+    """Tasks to run at the same steps, separated by commas: wikitext2, lambada, hellaswag. Empty:
+    none."""
     eval_limit: int = 100
     """Items of each of these tasks: one seeded random sample for the whole run."""
     eval_data_dir: Optional[str] = None
-    """Folder with the tasks' files, as --data-dir of mlx_mla.evaluate. None: the Hugging Face hub."""
+    """Folder with the tasks' files, as --data-dir of mlx_mla.evaluate. None: the Hugging Face
+    hub."""
     save_every: int = 200
     """Steps between checkpoints. 0: only at the end."""
     keep: int = 2
@@ -272,11 +300,13 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between samples, which are also kept in samples.jsonl. 0: only at the end."""
     track: str = ""
-    """Where else to show the metrics, separated by commas: tensorboard, wandb, trackio. Empty: nowhere."""
+    """Where else to show the metrics, separated by commas: tensorboard, wandb, trackio. Empty:
+    nowhere."""
     backend: BackendName = "mlx"
     """Framework that does the computing; a run begun in one can be resumed in the other."""
     device: DeviceName = "auto"
-    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
+    where there is one."""
     model: OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
 
     @property
@@ -297,14 +327,33 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""
-        for name in ("steps", "batch_size", "tokens_per_step", "grad_accum_steps", "log_every", "eval_limit"):
+        for name in (
+            "steps",
+            "batch_size",
+            "tokens_per_step",
+            "grad_accum_steps",
+            "log_every",
+            "eval_limit",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in (
-            "warmup_steps", "weight_decay", "grad_clip", "eval_every", "eval_batches", "final_eval_batches",
-            "save_every", "keep", "sample_tokens", "sample_every", "seed", "adam_epsilon", "initializer_range",
-            "checkpoint_every", "loss_chunk",
-        ):  # fmt: skip
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "eval_every",
+            "eval_batches",
+            "final_eval_batches",
+            "save_every",
+            "keep",
+            "sample_tokens",
+            "sample_every",
+            "seed",
+            "adam_epsilon",
+            "initializer_range",
+            "checkpoint_every",
+            "loss_chunk",
+        ):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{flag(name)} must not be negative, not {value}")
@@ -315,7 +364,9 @@ class TrainConfig:
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction must be between 0 and 1, not {self.val_fraction}")
         for name in ("min_lr_ratio", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1 or (name != "min_lr_ratio" and getattr(self, name) == 1):
+            if not 0 <= getattr(self, name) <= 1 or (
+                name != "min_lr_ratio" and getattr(self, name) == 1
+            ):
                 raise UserError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
         if self.bpe_dir is not None and self.tokenizer != "gpt2":
             raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
@@ -328,7 +379,10 @@ class TrainConfig:
             raise UserError(f"--decay-fraction must be from 0 to 1, not {decay}")
         model = self.model.resolved(TOKENIZER_IDS[self.tokenizer])
         if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
-            raise UserError(f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not {self.seq_len}")
+            raise UserError(
+                f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not "
+                f"{self.seq_len}"
+            )
         resolved = dataclasses.replace(
             self,
             model=model,
@@ -346,11 +400,14 @@ class TrainConfig:
             # Distillation compares whole rows of logits, so there they are held.
             resolved.loss_chunk = 1024 if logits > LARGE_LOGITS and self.teacher is None else 0
         if resolved.loss_chunk and self.teacher is not None:
-            raise UserError("--loss-chunk does not go with --teacher, whose loss needs all logits; leave it out")
+            raise UserError(
+                "--loss-chunk does not go with --teacher, whose loss needs all logits; leave it out"
+            )
         return resolved
 
     def _only_with(self, name: str, default: float, option: str, choice: str) -> Optional[float]:
-        """A setting that one choice of an option has: its value or default there, refused elsewhere."""
+        """A setting that one choice of an option has: its value or default there, refused
+        elsewhere."""
         value: Optional[float] = getattr(self, name)
         if getattr(self, option) == choice:
             return default if value is None else value
@@ -366,8 +423,10 @@ class TrainConfig:
         passes, rest = divmod(self.tokens_per_step, one)
         if rest:
             raise UserError(
-                f"--tokens-per-step {self.tokens_per_step} is no multiple of a pass, --batch-size {self.batch_size} x "
-                f"{self.context} tokens = {one}; use {max(1, round(self.tokens_per_step / one)) * one}, "
+                f"--tokens-per-step {self.tokens_per_step} is no multiple of a pass, --batch-size "
+                f"{self.batch_size} x "
+                f"{self.context} tokens = {one}; use "
+                f"{max(1, round(self.tokens_per_step / one)) * one}, "
                 "or another --batch-size"
             )
         if self.grad_accum_steps not in (None, passes):

@@ -7,7 +7,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 class TrainDisplay:
@@ -38,21 +45,34 @@ class TrainDisplay:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("train", total=total, completed=done, loss=math.nan, val="-", tps=0.0, mfu=0.0)
+        self._task = self._bar.add_task(
+            "train", total=total, completed=done, loss=math.nan, val="-", tps=0.0, mfu=0.0
+        )
 
     def __enter__(self) -> "TrainDisplay":
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
-    def step(self, step: int, loss: float, tokens_per_sec: float, mfu: float, eta_seconds: float | None) -> None:
+    def step(
+        self, step: int, loss: float, tokens_per_sec: float, mfu: float, eta_seconds: float | None
+    ) -> None:
         """Report a finished step; the time left is None while it is not known."""
         self._bar.update(self._task, completed=step, loss=loss, tps=tokens_per_sec, mfu=mfu)
         if not self.console.is_terminal and (step % self._every == 0 or step == 1):
-            eta = "" if eta_seconds is None else f"  ETA {int(eta_seconds) // 60}:{int(eta_seconds) % 60:02d}"
-            self.say(f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_sec:,.0f} tok/s  MFU {mfu:.0%}{eta}")
+            eta = (
+                ""
+                if eta_seconds is None
+                else f"  ETA {int(eta_seconds) // 60}:{int(eta_seconds) % 60:02d}"
+            )
+            self.say(
+                f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_sec:,.0f} tok/s  MFU "
+                f"{mfu:.0%}{eta}"
+            )
 
     def validation(self, step: int, loss: float) -> None:
         """Report a validation loss."""
@@ -103,17 +123,22 @@ class PrepareDisplay:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("prepare", total=total or None, tokens=0, speed=0.0, eta="-")
+        self._task = self._bar.add_task(
+            "prepare", total=total or None, tokens=0, speed=0.0, eta="-"
+        )
 
     def __enter__(self) -> "PrepareDisplay":
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def resume(self, done: float, sources: Set[str]) -> None:
-        """Count what earlier runs have read: whole sources of size `done`, and some of each of `sources`."""
+        """Count what earlier runs have read: whole sources of size `done`, and some of each of
+        `sources`."""
         self._before, self._begun = done, set(sources)
 
     def read(self, source: str, done: float) -> None:
@@ -143,4 +168,8 @@ class PrepareDisplay:
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes >= 60
+        else f"{minutes}:{rest:02d}"
+    )

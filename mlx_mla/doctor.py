@@ -49,7 +49,8 @@ def examine() -> tuple[list[str], list[str]]:
     lines = [
         _row(
             "system",
-            f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
+            f"{platform.system()} {platform.release()}, {platform.machine()}, Python "
+            f"{platform.python_version()}",
         ),
         _row("processor", f"{processor()}, {os.cpu_count()} cores"),
         _row("memory", memory()),
@@ -62,9 +63,13 @@ def examine() -> tuple[list[str], list[str]]:
         if "error" in found:
             lines.append(_row(name, f"does not work: {found['error']}"))
             if name == "mlx":
-                advice.append("install MLX: pip install 'mlx[cpu]' on Linux, pip install mlx on a Mac")
+                advice.append(
+                    "install MLX: pip install 'mlx[cpu]' on Linux, pip install mlx on a Mac"
+                )
             else:
-                advice.append("for the PyTorch side of comparisons: pip install torch (not needed for MLX)")
+                advice.append(
+                    "for the PyTorch side of comparisons: pip install torch (not needed for MLX)"
+                )
             continue
         lines += [_row(key, value) for key, value in found["facts"].items()]
         advice += found["advice"]
@@ -76,14 +81,20 @@ def probe(name: BackendName) -> dict[str, Any]:
     backend = get_backend(name)
     title = {"mlx": "MLX", "torch": "PyTorch"}[name]
     # The peaks against which training's MFU is taken.
-    rates = {f"{title} matmul {dtype}": f"{backend.peak_flops(dtype) / 1e9:,.1f} GFLOP/s" for dtype in get_args(DType)}
+    rates = {
+        f"{title} matmul {dtype}": f"{backend.peak_flops(dtype) / 1e9:,.1f} GFLOP/s"
+        for dtype in get_args(DType)
+    }
     hint = blas.hint() if name == "mlx" else None
     return {"facts": {**backend.facts(), **rates}, "advice": [hint] if hint else []}
 
 
 def _run_probe(name: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_mla.doctor", "--probe", name], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mlx_mla.doctor", "--probe", name],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}

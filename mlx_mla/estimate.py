@@ -33,7 +33,9 @@ class Estimate:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return (
+            self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        )
 
 
 def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
@@ -71,10 +73,12 @@ def report(config: TrainConfig) -> str:
     tokens = config.steps * config.step_tokens
     ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
     rows = {
-        "model": f"{config.preset}: {m.attention_text}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
+        "model": f"{config.preset}: {m.attention_text}, {m.n_layer} layers, {m.n_head} heads, "
+        f"{m.n_embd} wide, "
         f"context {m.n_positions}, vocabulary {m.vocab_size}",
         "parameters": f"{unfused.parameters:,}",
-        "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, {unfused.train_flops_per_token:,} training",
+        "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, "
+        f"{unfused.train_flops_per_token:,} training",
         "training": f"{config.steps:,} steps x {config.step_tokens:,} tokens = {tokens:,} tokens, "
         f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
         "memory, CPU": _memory(unfused),
@@ -82,12 +86,16 @@ def report(config: TrainConfig) -> str:
         "cache per token": f"{unfused.cache_bytes_per_token:,} bytes in 16 bits, "
         f"{ratio:.3g}x smaller than MHA's {unfused.mha_cache_bytes_per_token:,}",
     }
-    return "\n".join(f"{name:<21}{value}" for name, value in rows.items()) + "\ndry run: nothing was trained"
+    return (
+        "\n".join(f"{name:<21}{value}" for name, value in rows.items())
+        + "\ndry run: nothing was trained"
+    )
 
 
 def _memory(e: Estimate) -> str:
     return (
-        f"{_size(e.total_bytes)}: weights {_size(e.weights_bytes)}, gradients {_size(e.gradient_bytes)}, "
+        f"{_size(e.total_bytes)}: weights {_size(e.weights_bytes)}, gradients "
+        f"{_size(e.gradient_bytes)}, "
         f"AdamW {_size(e.optimizer_bytes)}, activations {_size(e.activation_bytes)}"
     )
 
@@ -111,11 +119,19 @@ def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str
             # Halves must leave the tokens of a step as they are.
             if config.batch_size * config.passes_per_step % size:
                 continue
-            smaller = dataclasses.replace(config, batch_size=size, checkpoint_every=checkpoint_every)
+            smaller = dataclasses.replace(
+                config, batch_size=size, checkpoint_every=checkpoint_every
+            )
             if estimate(smaller, fused_attention).total_bytes <= limit:
-                flags = [f"--batch-size {size} --tokens-per-step {config.step_tokens}"] if size != batch else []
+                flags = (
+                    [f"--batch-size {size} --tokens-per-step {config.step_tokens}"]
+                    if size != batch
+                    else []
+                )
                 flags += (
-                    [f"--checkpoint-every {checkpoint_every}"] if checkpoint_every != config.checkpoint_every else []
+                    [f"--checkpoint-every {checkpoint_every}"]
+                    if checkpoint_every != config.checkpoint_every
+                    else []
                 )
                 return " ".join(flags)
     return "a smaller model or --seq-len"
@@ -145,10 +161,11 @@ def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
 def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     """Bytes that one pass and its update hold at their peak, beside float32 weights and moments.
 
-    While the backward pass goes through the blocks their activations go and their gradients come, so the peak is
-    at its beginning, at its end, or in the optimiser's update. The counts of values were fitted to
-    `mx.get_peak_memory` of compiled steps on a CPU, over widths, lengths, heads, vocabularies, both types and
-    gradient checkpointing (docs/diary.md); on Metal and CUDA they are not checked yet.
+    While the backward pass goes through the blocks their activations go and their gradients come,
+    so the peak is at its beginning, at its end, or in the optimiser's update. The counts of values
+    were fitted to `mx.get_peak_memory` of compiled steps on a CPU, over widths, lengths, heads,
+    vocabularies, both types and gradient checkpointing (docs/diary.md); on Metal and CUDA they are
+    not checked yet.
     """
     m, tokens = config.model, config.batch_size * config.context
     assert m.n_inner and m.vocab_size
@@ -159,11 +176,22 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     key_width = m.n_head * (m.n_embd // m.n_head + m.qk_rope_head_dim)
     latent = cache_bytes_per_token(m, 1) / m.n_layer if m.attention == "mla" else 0
     scores = 0 if fused else m.n_head * config.context
-    kept = (8.5 * m.n_embd + latent + 2 * key_width + 2 * value_width + 3.75 * m.n_inner + scores) * width * tokens
-    working = max(5 * m.n_inner + scores, 22 * m.n_embd + 2 * scores) * width * tokens  # MLP, attention
-    # Logits, their exponentials and their gradient in float32; in chunks also three sets of the head's gradient.
+    kept = (
+        (8.5 * m.n_embd + latent + 2 * key_width + 2 * value_width + 3.75 * m.n_inner + scores)
+        * width
+        * tokens
+    )
+    working = (
+        max(5 * m.n_inner + scores, 22 * m.n_embd + 2 * scores) * width * tokens
+    )  # MLP, attention
+    # Logits, their exponentials and their gradient in float32; in chunks also three sets of the
+    # head's gradient.
     head = (16 if half else 12) * m.vocab_size * min(config.loss_chunk or tokens, tokens)
-    head += (10 if half else 12) * m.vocab_size * m.n_embd if 0 < (config.loss_chunk or 0) < tokens else 0
+    head += (
+        (10 if half else 12) * m.vocab_size * m.n_embd
+        if 0 < (config.loss_chunk or 0) < tokens
+        else 0
+    )
 
     weight = 2 if half else 4  # bytes of a weight that the pass reads, and of its gradient
     of_block = weight * (n - m.vocab_size * m.n_embd) / m.n_layer

@@ -16,7 +16,15 @@ from mlx_mla.config import BackendName, DeviceName, DType
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation import report
 from mlx_mla.evaluation.item_store import ItemStore
-from mlx_mla.evaluation.runner import PreparedTask, check_tokenizer, context_of, load, metrics, speed, task_names
+from mlx_mla.evaluation.runner import (
+    PreparedTask,
+    check_tokenizer,
+    context_of,
+    load,
+    metrics,
+    speed,
+    task_names,
+)
 from mlx_mla.evaluation.scoring import Scorer
 from mlx_mla.evaluation.tasks import TASKS, Measured, Task
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
@@ -29,25 +37,29 @@ SPEED = "speed"
 class EvaluateCommand:
     """Score models on WikiText-2, LAMBADA and HellaSwag, and compare them on the same items.
 
-    With several models, each is compared with the first. Results go to stdout as a table, and with --out
-    to a JSON file, with a report (.md) and a plot (.png) beside it.
+    With several models, each is compared with the first. Results go to stdout as a table, and with
+    --out to a JSON file, with a report (.md) and a plot (.png) beside it.
     """
 
     model: tuple[str, ...]
     """Run folders, model folders, or Hugging Face hub ids."""
     tasks: str = "wikitext2,lambada,hellaswag,speed"
-    """Tasks, separated by commas. speed: tokens per second of the forward pass and of generation."""
+    """Tasks, separated by commas. speed: tokens per second of the forward pass and of
+    generation."""
     protocol: Literal["standard", "original"] = "standard"
-    """standard: the field's definitions. original: what the original project measured, for its table."""
+    """standard: the field's definitions. original: what the original project measured, for its
+    table."""
     limit: Optional[int] = None
     """Score a random sample of so many items of each task. None: all."""
     seed: int = 0
     """Seed of that sample."""
     data_dir: Optional[Path] = None
-    """Folder with wikitext2/wiki.{test,valid}.raw, lambada/lambada_test.jsonl and hellaswag/hellaswag_val.jsonl.
+    """Folder with wikitext2/wiki.{test,valid}.raw, lambada/lambada_test.jsonl and
+    hellaswag/hellaswag_val.jsonl.
     None: the Hugging Face hub."""
     window: int = WINDOW
-    """Tokens of a WikiText window; another than 1024 gives perplexities that others' cannot be compared with."""
+    """Tokens of a WikiText window; another than 1024 gives perplexities that others' cannot be
+    compared with."""
     batch_size: int = 32
     """Most rows scored at once. Lower it if memory runs out."""
     dtype: DType = "float32"
@@ -55,7 +67,8 @@ class EvaluateCommand:
     backend: BackendName = "mlx"
     """Framework that does the computing."""
     device: DeviceName = "auto"
-    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
+    where there is one."""
     out: Optional[Path] = None
     """File for the results. None: only print."""
     resume: bool = False
@@ -115,7 +128,9 @@ def _check(command: EvaluateCommand) -> None:
     if command.resume and command.out is None:
         raise UserError("--resume needs --out, the file of the interrupted run")
     if command.out is not None and command.out.exists() and not command.resume:
-        raise UserError(f"{command.out}: exists; add --resume to go on with it, or give --out a new name")
+        raise UserError(
+            f"{command.out}: exists; add --resume to go on with it, or give --out a new name"
+        )
     if command.data_dir is not None and not command.data_dir.is_dir():
         raise UserError(f"--data-dir {command.data_dir}: no such folder")
 
@@ -142,7 +157,9 @@ class Evaluation:
     def add(self, task: Task, documents: Sequence[Any], scorer: Scorer) -> None:
         """Run a task on the current model, and compare it with the first one."""
         command, row = self.command, self.document["models"][-1]
-        context = context_of(scorer.tokenizer, scorer.n_positions, command.window, command.limit, command.seed)
+        context = context_of(
+            scorer.tokenizer, scorer.n_positions, command.window, command.limit, command.seed
+        )
         prepared = PreparedTask(task, documents, command.protocol, context)
         store = None
         if command.out is not None:
@@ -159,7 +176,8 @@ class Evaluation:
         row["tasks"][task.name] = metrics(measured)
         if len(scorer.tokenizer) < scorer.vocab_size:
             self._note(
-                f"{row['model']}: {scorer.vocab_size - len(scorer.tokenizer)} rows that pad the vocabulary are masked"
+                f"{row['model']}: {scorer.vocab_size - len(scorer.tokenizer)} rows that pad the "
+                "vocabulary are masked"
             )
         if command.protocol == "original":
             self._note(task.why_not_standard)
@@ -169,7 +187,9 @@ class Evaluation:
             self._note(f"a random sample of {command.limit} items a task (seed {command.seed})")
         first = self.document["models"][0]["model"]
         if first != row["model"]:
-            pairs = report.compare_models(first, row["model"], task.name, self.measured[first, task.name], measured)
+            pairs = report.compare_models(
+                first, row["model"], task.name, self.measured[first, task.name], measured
+            )
             self.document["comparisons"] += pairs
 
     def add_speed(self, figures: dict[str, dict[str, float]]) -> None:

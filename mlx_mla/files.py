@@ -45,7 +45,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         # safetensors and tokenizers tell of a full disk in exceptions of their own.
         if isinstance(e, OSError) or "(os error " in str(e):
             reason = getattr(e, "strerror", None) or e
-            raise UserError(f"{target}: could not be written: {reason}; nothing there was changed") from e
+            raise UserError(
+                f"{target}: could not be written: {reason}; nothing there was changed"
+            ) from e
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

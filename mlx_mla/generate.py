@@ -35,7 +35,8 @@ class GenerateCommand(GenerationOptions):
     backend: BackendName = "mlx"
     """Framework that does the computing."""
     device: DeviceName = "auto"
-    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU where there is one."""
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
+    where there is one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +72,9 @@ def read_prompts(command: GenerateCommand) -> list[str]:
     if command.prompt is not None:
         return [sys.stdin.read() if command.prompt == "-" else command.prompt]
     if command.prompt_cache or command.save_prompt_cache:
-        raise UserError("--prompt-cache and --save-prompt-cache take one --prompt, not --prompts-file")
+        raise UserError(
+            "--prompt-cache and --save-prompt-cache take one --prompt, not --prompts-file"
+        )
     path = command.prompts_file
     assert path is not None
     try:
@@ -85,7 +88,9 @@ def read_prompts(command: GenerateCommand) -> list[str]:
 
 def encode(decoder: Decoder, prompt: str) -> list[int]:
     """Token ids of a prompt; an empty one becomes the end-of-text token, which starts documents."""
-    return decoder.tokenizer.encode(prompt, add_special_tokens=False) or [decoder.tokenizer.eos_token_id]
+    return decoder.tokenizer.encode(prompt, add_special_tokens=False) or [
+        decoder.tokenizer.eos_token_id
+    ]
 
 
 def _one(command: GenerateCommand, decoder: Decoder, prompt: list[int]) -> None:
@@ -101,7 +106,9 @@ def _one(command: GenerateCommand, decoder: Decoder, prompt: list[int]) -> None:
     print(_figures(command, decoder, [pieces]), file=sys.stderr)
 
 
-def _several(command: GenerateCommand, decoder: Decoder, prompts: list[str], encoded: list[list[int]]) -> None:
+def _several(
+    command: GenerateCommand, decoder: Decoder, prompts: list[str], encoded: list[list[int]]
+) -> None:
     pieces: list[list[Piece]] = [[] for _ in prompts]
     for i, piece in decoder.batch(encoded, command):
         pieces[i].append(piece)
@@ -131,7 +138,8 @@ def _figures(command: GenerateCommand, decoder: Decoder, pieces: list[list[Piece
     last = [own[-1].figures for own in pieces]
     tokens = sum(len(p.token_ids) for own in pieces for p in own)
     return (
-        f"[{sum(f['prompt_tokens'] for f in last)} prompt tokens, {sum(f['prompt_tps'] for f in last):,.0f} tok/s | "
+        f"[{sum(f['prompt_tokens'] for f in last)} prompt tokens, "
+        f"{sum(f['prompt_tps'] for f in last):,.0f} tok/s | "
         f"{tokens} tokens, {sum(f['generation_tps'] for f in last):,.1f} tok/s | "
         f"first token {max(f['ttft_ms'] for f in last):,.0f} ms | "
         f"cache {max(f['kv_cache_bytes'] for f in last):,} bytes | "

@@ -30,7 +30,11 @@ def find_model(name: str, revision: str | None = None) -> Path:
     else:
         raise UserError(f"{name}: no such folder, and not a hub id of the form owner/name")
     if problem := checkpoint.damage(folder, training=False):
-        older = checkpoint.checkpoints(path) if folder.parent.name == "checkpoints" and path != folder else []
+        older = (
+            checkpoint.checkpoints(path)
+            if folder.parent.name == "checkpoints" and path != folder
+            else []
+        )
         others = [p for p in older if p != folder]
         advice = f"the one before is {others[-1]}" if others else "restore it from a copy"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
@@ -46,4 +50,6 @@ def _download(name: str, revision: str | None) -> Path:
             "check the path or the network (and HF_HUB_OFFLINE)"
         ) from None
     except (HfHubHTTPError, HFValidationError) as e:
-        raise UserError(f"{name}: no such folder here, and the hub says: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(
+            f"{name}: no such folder here, and the hub says: {str(e).strip().splitlines()[0]}"
+        ) from None

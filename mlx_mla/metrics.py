@@ -25,7 +25,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                     row = None
                 if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                     raise UserError(
-                        f"{path}, line {number}: damaged, it is no JSON object with a step; remove the line"
+                        f"{path}, line {number}: damaged, it is no JSON object with a step; "
+                        "remove the line"
                     )
                 rows.append(row)
     return rows

@@ -1,7 +1,8 @@
 """GPT-2 with Multi-head Latent Attention (MLA), for MLX and mlx-lm.
 
-This file is self-contained: a copy travels in every model folder (`"model_file"` in config.json), so
-stock mlx-lm loads, generates, serves, quantises and fine-tunes the model with `--trust-remote-code`.
+This file is self-contained: a copy travels in every model folder (`"model_file"` in config.json),
+so stock mlx-lm loads, generates, serves, quantises and fine-tunes the model with
+`--trust-remote-code`.
 
 MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per token instead of keys
 and values per head:
@@ -9,13 +10,13 @@ and values per head:
     c = x W_down                      (kv_lora_rank wide; the only thing that is cached)
     [k_h | v_h] = c W_up,h            (every head h expands the same latent)
 
-Training and prefill expand the keys and values. Decoding absorbs W_up into the query and the output,
-so that the cached latents are read as they are:
+Training and prefill expand the keys and values. Decoding absorbs W_up into the query and the
+output, so that the cached latents are read as they are:
 
     scores_h = (q_h W_uk,h) . c       output_h = (softmax(scores_h) c) W_uv,h
 
-So do a few queries over many cached latents (the next part of a prompt, the check of a draft), where
-that is cheaper than expanding all of those.
+So do a few queries over many cached latents (the next part of a prompt, the check of a draft),
+where that is cheaper than expanding all of those.
 
 Shape legend, used as suffixes of array names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
@@ -39,17 +40,21 @@ from mlx_lm.models.base import (
 # head (MLX 0.32). Elsewhere the heads go in as rows of one matrix, so that unfused attention reads
 # the latents once and not once a head.
 FUSED_SHARED_HEAD = (
-    {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)} if mx.metal.is_available() else set()
+    {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
+    if mx.metal.is_available()
+    else set()
 )
 
-# The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU (docs/decoding.md);
-# on GPUs the arithmetic that their data sheets give for every byte moved comes to the same order.
+# The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU
+# (docs/decoding.md); on GPUs the arithmetic that their data sheets give for every byte moved comes
+# to the same order.
 WRITTEN_VALUE = 100
 
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each field."""
+    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each
+    field."""
 
     model_type: str = "mla_gpt2"
     vocab_size: int = 50257
@@ -75,7 +80,10 @@ class ModelArgs(BaseModelArgs):
         if self.attention not in ("mla", "mha"):
             raise ValueError(f"attention must be 'mla' or 'mha', not {self.attention!r}")
         if self.activation_function not in ("gelu_new", "gelu"):
-            raise ValueError(f"activation_function must be 'gelu_new' or 'gelu', not {self.activation_function!r}")
+            raise ValueError(
+                "activation_function must be 'gelu_new' or 'gelu', not "
+                f"{self.activation_function!r}"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.attention == "mla" and self.kv_lora_ranks is None:
@@ -96,10 +104,13 @@ class MultiHeadAttention(nn.Module):
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.attention_bias)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd)
 
-    def __call__(self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0) -> mx.array:
+    def __call__(
+        self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0
+    ) -> mx.array:
         B, L, _ = x_BLD.shape
         q, k, v = (
-            a.reshape(B, L, self.n_head, -1).transpose(0, 2, 1, 3) for a in mx.split(self.c_attn(x_BLD), 3, axis=-1)
+            a.reshape(B, L, self.n_head, -1).transpose(0, 2, 1, 3)
+            for a in mx.split(self.c_attn(x_BLD), 3, axis=-1)
         )
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
@@ -131,7 +142,9 @@ class LatentAttention(nn.Module):
         self.q_width = args.q_lora_rank or q_width
         # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
         self.c_attn = nn.Linear(
-            args.n_embd, self.q_width + self.kv_lora_rank + self.qk_rope_head_dim, bias=args.attention_bias
+            args.n_embd,
+            self.q_width + self.kv_lora_rank + self.qk_rope_head_dim,
+            bias=args.attention_bias,
         )
         if args.q_lora_rank:
             self.q_b_proj = nn.Linear(args.q_lora_rank, q_width, bias=False)
@@ -139,15 +152,20 @@ class LatentAttention(nn.Module):
             self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=args.layer_norm_epsilon)
             if args.q_lora_rank:
                 self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=args.layer_norm_epsilon)
-        # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's kv_b_proj).
+        # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's
+        # kv_b_proj).
         self.kv_b_proj = nn.Linear(
             self.kv_lora_rank, args.n_head * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
         self.c_proj = nn.Linear(args.n_head * self.v_head_dim, args.n_embd)
 
-    def __call__(self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0) -> mx.array:
+    def __call__(
+        self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0
+    ) -> mx.array:
         B, L, _ = x_BLD.shape
-        q, c_BLR, k_rope_BLP = mx.split(self.c_attn(x_BLD), [self.q_width, self.q_width + self.kv_lora_rank], axis=-1)
+        q, c_BLR, k_rope_BLP = mx.split(
+            self.c_attn(x_BLD), [self.q_width, self.q_width + self.kv_lora_rank], axis=-1
+        )
         if "kv_a_layernorm" in self:
             c_BLR = self.kv_a_layernorm(c_BLR)
         if "q_b_proj" in self:
@@ -163,7 +181,9 @@ class LatentAttention(nn.Module):
             k, v = self._expand(latent)
             if cache is not None:
                 k, v = cache.update_and_fetch(k, v)
-            out = scaled_dot_product_attention(q_BHLN, k, v, cache=cache, scale=self.scale, mask=mask)
+            out = scaled_dot_product_attention(
+                q_BHLN, k, v, cache=cache, scale=self.scale, mask=mask
+            )
         else:
             if cache is not None:
                 latent, _ = cache.update_and_fetch(latent, mx.zeros((B, 1, L, 0), latent.dtype))
@@ -175,13 +195,24 @@ class LatentAttention(nn.Module):
             else:
                 if hasattr(cache, "bits"):
                     w, scales, biases = latent
-                    latent = mx.dequantize(w, scales, biases, group_size=cache.group_size, bits=cache.bits)
+                    latent = mx.dequantize(
+                        w, scales, biases, group_size=cache.group_size, bits=cache.bits
+                    )
                 k, v = self._expand(latent)
-                out = mx.fast.scaled_dot_product_attention(q_BHLN, k, v, scale=self.scale, mask=mask)
+                out = mx.fast.scaled_dot_product_attention(
+                    q_BHLN, k, v, scale=self.scale, mask=mask
+                )
         return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
     def _rope(self, x: mx.array, offset: Any) -> mx.array:
-        return mx.fast.rope(x, self.qk_rope_head_dim, traditional=True, base=self.rope_theta, scale=1.0, offset=offset)
+        return mx.fast.rope(
+            x,
+            self.qk_rope_head_dim,
+            traditional=True,
+            base=self.rope_theta,
+            scale=1.0,
+            offset=offset,
+        )
 
     def _expand(self, latent: mx.array) -> tuple[mx.array, mx.array]:
         """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
@@ -195,12 +226,18 @@ class LatentAttention(nn.Module):
         return k, v
 
     def _absorbing_is_cheaper(self, L: int, T: int) -> bool:
-        """Whether L queries cost less on T latents as they are than on the keys and values these expand to.
+        """Whether L queries cost less on T latents as they are than on the keys and values these
+        expand to.
 
-        Counts, for a head, multiply-adds and the values written between two products. Softmax is the same for
-        both, but on a GPU attention over expanded keys is fused and writes no scores.
+        Counts, for a head, multiply-adds and the values written between two products. Softmax is
+        the same for both, but on a GPU attention over expanded keys is fused and writes no scores.
         """
-        N, V, P, R = self.qk_nope_head_dim, self.v_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
+        N, V, P, R = (
+            self.qk_nope_head_dim,
+            self.v_head_dim,
+            self.qk_rope_head_dim,
+            self.kv_lora_rank,
+        )
         expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
         absorbed = L * R * (N + V + 2 * WRITTEN_VALUE) + L * T * 2 * (R + P)
         if mx.default_device() != mx.cpu:
@@ -225,28 +262,53 @@ class LatentAttention(nn.Module):
 
             def apply(x: mx.array, w: list, transpose: bool) -> mx.array:
                 return mx.quantized_matmul(
-                    x, w[0], w[1], w[2], transpose, group_size=proj.group_size, bits=proj.bits, mode=proj.mode
+                    x,
+                    w[0],
+                    w[1],
+                    w[2],
+                    transpose,
+                    group_size=proj.group_size,
+                    bits=proj.bits,
+                    mode=proj.mode,
                 )
 
-            return (lambda q: apply(q, uk, transpose=False)), (lambda o: apply(o, uv, transpose=True))
+            return (lambda q: apply(q, uk, transpose=False)), (
+                lambda o: apply(o, uv, transpose=True)
+            )
         return None
 
     def _attend_absorbed(
-        self, q: mx.array, latent: Any, cache: Any, mask: Any, to_latent: Callable, from_latent: Callable
+        self,
+        q: mx.array,
+        latent: Any,
+        cache: Any,
+        mask: Any,
+        to_latent: Callable,
+        from_latent: Callable,
     ) -> mx.array:
-        """Queries (B, H, L, N + P) against the cached latents (B, 1, T, R + P); returns (B, H, L, V)."""
+        """Queries (B, H, L, N + P) against the cached latents (B, 1, T, R + P); returns (B, H, L,
+        V)."""
         B, H, L, _ = q.shape
         T, R = _length(latent), self.kv_lora_rank
         # The rows of a batch go through a head's weights together, which are then read once.
         q_BHLR = _by_head(to_latent, q[..., : self.qk_nope_head_dim])
         if self.qk_rope_head_dim:
             q_BHLR = mx.concatenate([q_BHLR, q[..., self.qk_nope_head_dim :]], axis=-1)
-        if not hasattr(cache, "bits") and (latent.shape[-1], R) in FUSED_SHARED_HEAD and H * L <= 32:
-            out = scaled_dot_product_attention(q_BHLR, latent, latent[..., :R], cache, self.scale, mask)
+        if (
+            not hasattr(cache, "bits")
+            and (latent.shape[-1], R) in FUSED_SHARED_HEAD
+            and H * L <= 32
+        ):
+            out = scaled_dot_product_attention(
+                q_BHLR, latent, latent[..., :R], cache, self.scale, mask
+            )
         else:
-            # Values as wide as the keys: dropping the RoPE part of the result is cheaper than copying the cache.
+            # Values as wide as the keys: dropping the RoPE part of the result is cheaper than
+            # copying the cache.
             rows = q_BHLR.reshape(B, 1, H * L, -1)
-            out = scaled_dot_product_attention(rows, latent, latent, cache, self.scale, _repeat_mask(mask, H, L, T))
+            out = scaled_dot_product_attention(
+                rows, latent, latent, cache, self.scale, _repeat_mask(mask, H, L, T)
+            )
         return _by_head(from_latent, out[..., :R].reshape(B, H, L, R))
 
 
@@ -273,7 +335,8 @@ def _repeat_mask(mask: Any, H: int, L: int, T: int) -> Any:
 
 
 def gelu_new(x: mx.array) -> mx.array:
-    """GPT-2's GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), by 1 + tanh(z) = 2 sigmoid(2z).
+    """GPT-2's GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), by 1 + tanh(z) = 2
+    sigmoid(2z).
 
     A third faster than the tanh form on CPUs, where transcendental functions dominate.
     """
@@ -295,12 +358,16 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
-        self.attn = LatentAttention(args, layer) if args.attention == "mla" else MultiHeadAttention(args)
+        self.attn = (
+            LatentAttention(args, layer) if args.attention == "mla" else MultiHeadAttention(args)
+        )
         self.ln_2 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
         self.mlp = MLP(args)
         self.drop = nn.Dropout(args.dropout)
 
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0) -> mx.array:
+    def __call__(
+        self, x: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0
+    ) -> mx.array:
         x = x + self.drop(self.attn(self.ln_1(x), mask, cache, offset))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
@@ -322,7 +389,9 @@ class Transformer(nn.Module):
         cache = cache or [None] * len(self.h)
         offset = 0 if cache[0] is None else cache[0].offset
         if isinstance(offset, mx.array):
-            offset = offset + 0  # mlx-lm before 0.32 moves a batch's offsets in place at the first layer
+            offset = (
+                offset + 0
+            )  # mlx-lm before 0.32 moves a batch's offsets in place at the first layer
         check_positions(cache[0], L, self.n_positions)
 
         h = self.wte(inputs)

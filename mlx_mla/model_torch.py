@@ -7,9 +7,10 @@ This file is self-contained: a copy travels in every model folder (`auto_map` in
 gives the model that `model_mlx.py` gives in MLX, from the same `model.safetensors`.
 
 MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per token instead of keys
-and values per head. Training and prefill expand the latents; a step that decodes one token, or a few over many
-cached latents, absorbs the up projection into the query and the output, and reads the latents as they
-are. The cache is transformers' own: keys hold the latents (and the shared RoPE key), values have width 0.
+and values per head. Training and prefill expand the latents; a step that decodes one token, or a
+few over many cached latents, absorbs the up projection into the query and the output, and reads the
+latents as they are. The cache is transformers' own: keys hold the latents (and the shared RoPE
+key), values have width 0.
 
 Shape legend, used as suffixes of tensor names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
@@ -30,7 +31,8 @@ WRITTEN_VALUE = 100
 
 
 class MLAGPT2Config(PretrainedConfig):
-    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each field."""
+    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each
+    field."""
 
     model_type = "mla_gpt2"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own form)
@@ -68,7 +70,9 @@ class MLAGPT2Config(PretrainedConfig):
         if attention not in ("mla", "mha"):
             raise ValueError(f"attention must be 'mla' or 'mha', not {attention!r}")
         if activation_function not in ("gelu_new", "gelu"):
-            raise ValueError(f"activation_function must be 'gelu_new' or 'gelu', not {activation_function!r}")
+            raise ValueError(
+                f"activation_function must be 'gelu_new' or 'gelu', not {activation_function!r}"
+            )
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
         self.vocab_size = vocab_size
@@ -78,7 +82,9 @@ class MLAGPT2Config(PretrainedConfig):
         self.n_head = n_head
         self.n_inner = n_inner or 4 * n_embd
         self.attention = attention
-        self.kv_lora_rank = n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
+        self.kv_lora_rank = (
+            n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
+        )
         self.kv_lora_ranks = kv_lora_ranks
         self.q_lora_rank = q_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
@@ -94,9 +100,13 @@ class MLAGPT2Config(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": True, **kwargs})
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     """Scaled dot-product attention; causal where there is no mask and more than one query."""
-    if q.device.type == "mps":  # it has given silently wrong results for strided inputs (pytorch#163597)
+    if (
+        q.device.type == "mps"
+    ):  # it has given silently wrong results for strided inputs (pytorch#163597)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     causal = mask is None and q.shape[-2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
@@ -115,14 +125,18 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
         B, L, _ = x_BLD.shape
-        q, k, v = (a.view(B, L, self.n_head, -1).transpose(1, 2) for a in self.c_attn(x_BLD).chunk(3, dim=-1))
+        q, k, v = (
+            a.view(B, L, self.n_head, -1).transpose(1, 2)
+            for a in self.c_attn(x_BLD).chunk(3, dim=-1)
+        )
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         return self.c_proj(attend(q, k, v, mask, self.scale).transpose(1, 2).reshape(B, L, -1))
 
 
 class LatentAttention(nn.Module):
-    """Multi-head Latent Attention; the cache holds latents (B, 1, T, R + P) and values of width 0."""
+    """Multi-head Latent Attention; the cache holds latents (B, 1, T, R + P) and values of width
+    0."""
 
     def __init__(self, config: MLAGPT2Config, layer: int):
         super().__init__()
@@ -131,7 +145,9 @@ class LatentAttention(nn.Module):
         self.qk_nope_head_dim = config.n_embd // config.n_head
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
-        self.kv_lora_rank = config.kv_lora_ranks[layer] if config.kv_lora_ranks else config.kv_lora_rank or 0
+        self.kv_lora_rank = (
+            config.kv_lora_ranks[layer] if config.kv_lora_ranks else config.kv_lora_rank or 0
+        )
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
         self.materialize_cache = False
@@ -140,13 +156,20 @@ class LatentAttention(nn.Module):
         # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
         self.widths = [config.q_lora_rank or q_width, self.kv_lora_rank, self.qk_rope_head_dim]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False) if config.q_lora_rank else None
-        norms = config.latent_norm
-        self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=config.layer_norm_epsilon) if norms else None
-        self.q_a_layernorm = (
-            nn.RMSNorm(config.q_lora_rank, eps=config.layer_norm_epsilon) if norms and config.q_lora_rank else None
+        self.q_b_proj = (
+            nn.Linear(config.q_lora_rank, q_width, bias=False) if config.q_lora_rank else None
         )
-        # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's kv_b_proj).
+        norms = config.latent_norm
+        self.kv_a_layernorm = (
+            nn.RMSNorm(self.kv_lora_rank, eps=config.layer_norm_epsilon) if norms else None
+        )
+        self.q_a_layernorm = (
+            nn.RMSNorm(config.q_lora_rank, eps=config.layer_norm_epsilon)
+            if norms and config.q_lora_rank
+            else None
+        )
+        # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's
+        # kv_b_proj).
         up_width = config.n_head * (self.qk_nope_head_dim + self.v_head_dim)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_width, bias=False)
         self.c_proj = nn.Linear(config.n_head * self.v_head_dim, config.n_embd)
@@ -192,26 +215,34 @@ class LatentAttention(nn.Module):
         return k, v
 
     def _absorbing_is_cheaper(self, L: int, T: int) -> bool:
-        """Whether L queries cost less on T latents as they are than on the keys and values these expand to.
+        """Whether L queries cost less on T latents as they are than on the keys and values these
+        expand to.
 
-        Counts, for a head, multiply-adds and the values written between two products, and for the fewer queries
-        also the scores, which fused attention over expanded keys does not write.
+        Counts, for a head, multiply-adds and the values written between two products, and for the
+        fewer queries also the scores, which fused attention over expanded keys does not write.
         """
-        N, V, P, R = self.qk_nope_head_dim, self.v_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
+        N, V, P, R = (
+            self.qk_nope_head_dim,
+            self.v_head_dim,
+            self.qk_rope_head_dim,
+            self.kv_lora_rank,
+        )
         expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
         absorbed = L * R * (N + V + 2 * WRITTEN_VALUE) + L * T * (2 * (R + P) + WRITTEN_VALUE)
         return L == 1 or absorbed <= expanded
 
     def _attend_absorbed(self, q: torch.Tensor, latent: torch.Tensor, mask: Any) -> torch.Tensor:
-        """Queries (B, H, L, N + P) against the cached latents (B, 1, T, R + P); returns (B, H, L, V)."""
+        """Queries (B, H, L, N + P) against the cached latents (B, 1, T, R + P); returns (B, H, L,
+        V)."""
         B, H, L, _ = q.shape
         T, R = latent.shape[2], self.kv_lora_rank
         w_HOR = self.kv_b_proj.weight.view(H, -1, R)
         w_uk, w_uv = w_HOR.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_BHLR = torch.cat([by_head(q_nope, w_uk), q_rope], dim=-1)
-        # Heads and queries go in as rows of one matrix, so that the latents are read once and not once a head.
-        # Values as wide as the keys: dropping the RoPE part of the result is cheaper than copying the cache.
+        # Heads and queries go in as rows of one matrix, so that the latents are read once and not
+        # once a head. Values as wide as the keys: dropping the RoPE part of the result is cheaper
+        # than copying the cache.
         if mask is None:  # by transformers' rule: one query, or no token before the L
             mask = torch.ones(L, T, dtype=torch.bool, device=q.device).tril()[None, None]
             mask = mask | (L == 1)
@@ -221,14 +252,19 @@ class LatentAttention(nn.Module):
 
 
 def by_head(x_BHLN: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Each head's rows, of all sequences, times its matrix of w (H, N, R), which is then read once."""
+    """Each head's rows, of all sequences, times its matrix of w (H, N, R), which is then read
+    once."""
     B, H, L, _ = x_BHLN.shape
     return (x_BHLN.transpose(0, 1).reshape(H, B * L, -1) @ w).view(H, B, L, -1).transpose(0, 1)
 
 
-def rotation_of(positions: torch.Tensor, width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation_of(
+    positions: torch.Tensor, width: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of the RoPE angles, (B, 1, L, P / 2), in float32."""
-    frequency = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    frequency = theta ** (
+        -torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    )
     angle = positions[:, None, :, None].float() * frequency
     return angle.cos(), angle.sin()
 
@@ -237,7 +273,11 @@ def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torc
     """Rotate the pairs (2i, 2i + 1) of the last axis (RoFormer, arXiv:2104.09864)."""
     cos, sin = rotation
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return (
+        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        .flatten(-2)
+        .to(x.dtype)
+    )
 
 
 class MLP(nn.Module):
@@ -255,7 +295,9 @@ class Block(nn.Module):
     def __init__(self, config: MLAGPT2Config, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = (LatentAttention if config.attention == "mla" else MultiHeadAttention)(config, layer)
+        self.attn = (LatentAttention if config.attention == "mla" else MultiHeadAttention)(
+            config, layer
+        )
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
@@ -293,7 +335,9 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         # With decoupled RoPE the positions live in the attention, as in DeepSeek.
-        self.wpe = None if config.qk_rope_head_dim else nn.Embedding(config.n_positions, config.n_embd)
+        self.wpe = (
+            None if config.qk_rope_head_dim else nn.Embedding(config.n_positions, config.n_embd)
+        )
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -337,7 +381,9 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
         if self.wpe is not None:
             h = h + self.wpe(position_ids)
         else:
-            rotation = rotation_of(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
+            rotation = rotation_of(
+                position_ids, self.config.qk_rope_head_dim, self.config.rope_theta
+            )
         h = self.drop(h)
         for block in self.h:
             h = block(h, mask, past_key_values, rotation)
@@ -364,7 +410,8 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def materialize_cache(self, on: bool) -> None:
-        """Cache expanded keys and values (True) or latents (False, the default). No effect on MHA."""
+        """Cache expanded keys and values (True) or latents (False, the default). No effect on
+        MHA."""
         for block in self.transformer.h:
             if isinstance(block.attn, LatentAttention):
                 block.attn.materialize_cache = on
@@ -387,9 +434,12 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, L, vocab_size), the cache, and with `labels` (B, L) their mean cross-entropy."""
+        """Logits (B, L, vocab_size), the cache, and with `labels` (B, L) their mean
+        cross-entropy."""
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        h, cache = self.transformer(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        h, cache = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
         loss = None

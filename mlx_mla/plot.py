@@ -1,4 +1,5 @@
-"""Compare runs in one picture and one table: `python -m mlx_mla.plot`; and the loss of one run, for its folder."""
+"""Compare runs in one picture and one table: `python -m mlx_mla.plot`; and the loss of one run, for
+its folder."""
 
 import dataclasses
 import itertools
@@ -33,7 +34,8 @@ class PlotCommand:
     out: Path = Path("runs.png")
     """The picture: a file ending in .png, .svg or .pdf."""
     smooth: float = 0.6
-    """Smoothing of the training loss, as in TensorBoard: the share of the mean so far in the next value. 0: off."""
+    """Smoothing of the training loss, as in TensorBoard: the share of the mean so far in the next
+    value. 0: off."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +76,9 @@ class RunMetrics:
 
     @property
     def last(self) -> dict[str, Any]:
-        return max(self.train[-1:] + self.val[-1:], key=lambda row: (row["step"], row.get("seconds", 0.0)))
+        return max(
+            self.train[-1:] + self.val[-1:], key=lambda row: (row["step"], row.get("seconds", 0.0))
+        )
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -83,7 +87,9 @@ class RunMetrics:
     @property
     def tokens_per_sec(self) -> float:
         """The median, without the first line where there are more: it compiles."""
-        return statistics.median(row["tokens_per_sec"] for row in self.train[1:] or self.train or self.val)
+        return statistics.median(
+            row["tokens_per_sec"] for row in self.train[1:] or self.train or self.val
+        )
 
 
 # Keys that every line of a loss has; `seconds` and `mfu` came later and may be missing.
@@ -91,7 +97,8 @@ REQUIRED = ("loss", "tokens", "tokens_per_sec", "peak_memory_bytes")
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
-    """Read run folders; UserError for one that holds no run, no metrics or a damaged line, or is given twice."""
+    """Read run folders; UserError for one that holds no run, no metrics or a damaged line, or is
+    given twice."""
     resolved = [folder.resolve() for folder in folders]
     runs = []
     for i, (folder, name) in enumerate(zip(folders, _unique_names(resolved))):
@@ -100,9 +107,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
         path = folder / METRICS
         if not path.is_file():
             if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder; give the run folders that mlx_mla.train wrote")
+                raise UserError(
+                    f"{folder}: no such folder; give the run folders that mlx_mla.train wrote"
+                )
             if not (folder / CONFIG).is_file():
-                raise UserError(f"{folder}: holds no run (no {METRICS}); give the folder that was train's --out")
+                raise UserError(
+                    f"{folder}: holds no run (no {METRICS}); give the folder that was train's --out"
+                )
             raise UserError(f"{path}: no such file; the run has logged nothing yet")
         rows = read_metrics(path)
         if not rows:
@@ -111,12 +122,19 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
             if row.get("split") in ("train", "val"):
                 for key in REQUIRED:
                     if not isinstance(row.get(key), (int, float)):
-                        raise UserError(f"{path}, line {number}: damaged, it has no number {key!r}; remove the line")
-        train, val = ([row for row in rows if row.get("split") == split] for split in ("train", "val"))
+                        raise UserError(
+                            f"{path}, line {number}: damaged, it has no number {key!r}; remove "
+                            "the line"
+                        )
+        train, val = (
+            [row for row in rows if row.get("split") == split] for split in ("train", "val")
+        )
         if not train and not val:
             raise UserError(f"{path}: holds no loss; the run has logged nothing yet")
         settings = read_toml(folder / CONFIG) if (folder / CONFIG).is_file() else {"run": name}
-        runs.append(RunMetrics(name, {k: v for k, v in settings.items() if k != "seed"}, train, val))
+        runs.append(
+            RunMetrics(name, {k: v for k, v in settings.items() if k != "seed"}, train, val)
+        )
     return runs
 
 
@@ -129,14 +147,27 @@ def _unique_names(paths: Sequence[Path]) -> list[str]:
     def name(path: Path) -> str:
         others = set(paths) - {path}
         lengths = range(1, len(path.parts))
-        return next((end(path, n) for n in lengths if end(path, n) not in {end(o, n) for o in others}), str(path))
+        return next(
+            (end(path, n) for n in lengths if end(path, n) not in {end(o, n) for o in others}),
+            str(path),
+        )
 
     return [name(path) for path in paths]
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
     """Steps, tokens, losses, speed and memory of runs, as text."""
-    header = ["run", "steps", "tokens", "last val", "best val (step)", "tok/s", "MFU", "peak memory", "time"]
+    header = [
+        "run",
+        "steps",
+        "tokens",
+        "last val",
+        "best val (step)",
+        "tok/s",
+        "MFU",
+        "peak memory",
+        "time",
+    ]
     rows = [header]
     for run in runs:
         best = min(run.val, key=lambda row: row["loss"], default=None)
@@ -157,7 +188,10 @@ def table(runs: Sequence[RunMetrics]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
         for row in rows
     )
 
@@ -186,7 +220,11 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
         handles.append(Line2D([], [], **line, lw=2, label=run.name))
         for axes, key, scale in ((by_tokens, "tokens", 1), (by_time, "seconds", divisor)):
             train, val = (
-                [(row[key] / scale, row["loss"]) for row in rows if key in row and math.isfinite(row["loss"])]
+                [
+                    (row[key] / scale, row["loss"])
+                    for row in rows
+                    if key in row and math.isfinite(row["loss"])
+                ]
                 for rows in (run.train, run.val)
             )
             if train:
@@ -197,13 +235,24 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
             if val:
                 axes.plot(*zip(*val), **line, lw=1.8, marker="o", ms=4)
         if rows := run.train[1:] or run.train:
-            speed.plot([row["tokens"] for row in rows], [row["tokens_per_sec"] for row in rows], **line, lw=1.1)
+            speed.plot(
+                [row["tokens"] for row in rows],
+                [row["tokens_per_sec"] for row in rows],
+                **line,
+                lw=1.1,
+            )
     for axes in (by_tokens, by_time):
         _loss_axis(axes)
     by_tokens.set(xlabel="tokens", ylabel="loss (nats per token)", title="loss against tokens")
     by_time.set(xlabel=f"time in the run ({unit})", title="loss against time")
     if without := [run.name for run in runs if "seconds" not in run.last]:
-        by_time.text(0.5, 0.5, "no times logged by\n" + "\n".join(without), transform=by_time.transAxes, ha="center")
+        by_time.text(
+            0.5,
+            0.5,
+            "no times logged by\n" + "\n".join(without),
+            transform=by_time.transAxes,
+            ha="center",
+        )
     for axes in (by_tokens, speed):
         axes.xaxis.set_major_formatter(lambda x, _: _count(x))
     speed.set(xlabel="tokens", ylabel="tokens per second", title="speed, training", ylim=(0, None))
@@ -216,7 +265,9 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
         Line2D([], [], color="0.4", lw=1.1, label=train_label),
         Line2D([], [], color="0.4", lw=1.8, marker="o", ms=4, label="validation"),
     ]
-    fig.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    fig.legend(
+        handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False
+    )
     _save(fig, out)
 
 
@@ -229,8 +280,13 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
     plt = _pyplot()
     rows = read_metrics(metrics)
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for split, style in (("train", {"lw": 1.2, "alpha": 0.8}), ("val", {"lw": 1.8, "marker": "o", "ms": 4})):
-        points = [(r["step"], r["loss"]) for r in rows if r["split"] == split and math.isfinite(r["loss"])]
+    for split, style in (
+        ("train", {"lw": 1.2, "alpha": 0.8}),
+        ("val", {"lw": 1.8, "marker": "o", "ms": 4}),
+    ):
+        points = [
+            (r["step"], r["loss"]) for r in rows if r["split"] == split and math.isfinite(r["loss"])
+        ]
         if points:
             ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)
     _loss_axis(ax)
@@ -261,7 +317,8 @@ def _save(fig: Any, out: Path) -> None:
 
 
 def _loss_axis(ax: Any) -> None:
-    """A logarithmic axis of losses with plain numbers, and a logarithmic x where it spans two decades."""
+    """A logarithmic axis of losses with plain numbers, and a logarithmic x where it spans two
+    decades."""
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
     xs = [x for line in ax.lines for x in line.get_xdata() if x > 0]
@@ -296,7 +353,9 @@ def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
 
 def _memory_bars(axes: Any, runs: Sequence[RunMetrics]) -> None:
     sizes = [run.peak_memory_bytes / 2**20 for run in runs]
-    bars = axes.barh([run.name for run in runs], sizes, color=[color for color, _ in _styles(runs)], height=0.45)
+    bars = axes.barh(
+        [run.name for run in runs], sizes, color=[color for color, _ in _styles(runs)], height=0.45
+    )
     axes.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.2)

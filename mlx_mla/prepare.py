@@ -1,4 +1,5 @@
-"""Make token shards from text: `python -m mlx_mla.prepare SRC --out DIR`. docs/data.md says how, step by step."""
+"""Make token shards from text: `python -m mlx_mla.prepare SRC --out DIR`. docs/data.md says how,
+step by step."""
 
 import collections
 import dataclasses
@@ -42,14 +43,16 @@ class PrepareCommand:
     """
 
     src: Positional[str]
-    """A text file, a folder (searched recursively) of .txt, .jsonl (also .gz, .xz, .zst) and .parquet files, or a
-    dataset of the Hugging Face hub with its config, such as HuggingFaceFW/fineweb-edu:sample-10BT."""
+    """A text file, a folder (searched recursively) of .txt, .jsonl (also .gz, .xz, .zst) and
+    .parquet files, or a dataset of the Hugging Face hub with its config, such as
+    HuggingFaceFW/fineweb-edu:sample-10BT."""
     out: Path
     """Folder for the shards."""
     tokenizer: TokenizerName = "gpt2"
     """"gpt2" (GPT-2's byte-pair encoding, 50257 ids) or "bytes" (256 bytes and <|endoftext|>)."""
     bpe_dir: Optional[str] = None
-    """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them once."""
+    """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
+    once."""
     val_fraction: float = 0.01
     """Share of the documents that is held out for validation, chosen by the hash of their text."""
     format: Format = "npy"
@@ -57,7 +60,8 @@ class PrepareCommand:
     prefix: str = "tokens"
     """First part of the shards' names: PREFIX_train_000001.npy."""
     shard_tokens: int = 100_000_000
-    """Most tokens in a shard, which is shuffled in memory (2 bytes each); a document is never cut in two."""
+    """Most tokens in a shard, which is shuffled in memory (2 bytes each); a document is never cut
+    in two."""
     workers: Optional[int] = None
     """Threads that read and tokenise. None: one for each core. The result does not depend on it."""
     seed: int = 1337
@@ -67,7 +71,8 @@ class PrepareCommand:
     separator: str = "<|endoftext|>"
     """What stands between the documents of a plain text file."""
     revision: Optional[str] = None
-    """Commit, branch or tag of a dataset on the hub. None: its newest commit, which the manifest names."""
+    """Commit, branch or tag of a dataset on the hub. None: its newest commit, which the manifest
+    names."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,20 +94,30 @@ def prepare(command: PrepareCommand, console: Console) -> str:
         What was made, in a few lines.
 
     Raises:
-        UserError: For anything the user can set right; what was written until then is kept and used again.
+        UserError: For anything the user can set right; what was written until then is kept and used
+            again.
     """
     workers = _check(command)
     encoder = get_encoder(command.tokenizer, command.bpe_dir)
-    sources, others = find_sources(command.src, Reading(command.text_column, command.separator, command.revision))
+    sources, others = find_sources(
+        command.src, Reading(command.text_column, command.separator, command.revision)
+    )
     job = _Job(command, encoder, sources)
     if not job.manifest["complete"]:
         if others:
-            console.print(f"left out {len(others)} other files, such as {others[0]}", markup=False, highlight=False)
+            console.print(
+                f"left out {len(others)} other files, such as {others[0]}",
+                markup=False,
+                highlight=False,
+            )
         try:
             with PrepareDisplay(console, sum(source.size for source in sources)) as display:
                 job.run(workers, display)
         except KeyboardInterrupt:
-            console.print(f"stopped; run it again to go on: the finished shards are in {command.out}", markup=False)
+            console.print(
+                f"stopped; run it again to go on: the finished shards are in {command.out}",
+                markup=False,
+            )
             raise
     return job.summary()
 
@@ -155,7 +170,10 @@ class _Gathered:
         return len(self._documents)
 
     def shuffled(self, seed: Sequence[int]) -> Iterator[np.ndarray]:
-        return (self._documents[i] for i in np.random.default_rng(seed).permutation(len(self._documents)))
+        return (
+            self._documents[i]
+            for i in np.random.default_rng(seed).permutation(len(self._documents))
+        )
 
 
 class _Job:
@@ -172,7 +190,9 @@ class _Job:
         command, start = self.command, self.manifest["next"]
         order = np.random.default_rng([command.seed]).permutation(len(self.sources))
         opened = {file for file, _ in start["open"]}
-        done = sum(self.sources[order[file]].size for file in range(start["file"]) if file not in opened)
+        done = sum(
+            self.sources[order[file]].size for file in range(start["file"]) if file not in opened
+        )
         display.resume(done, {self.sources[order[file]].name for file in opened})
         pool = ThreadPoolExecutor(workers)
         try:
@@ -180,7 +200,11 @@ class _Job:
             for state, encoded in self._encoded(stream, pool, 4 * workers, display):
                 sizes = [len(tokens) for tokens in encoded.tokens]
                 waiting = len(self._train) + len(self._val)
-                if waiting and max(self._train.count + sizes[0], self._val.count + sizes[1]) > command.shard_tokens:
+                if (
+                    waiting
+                    and max(self._train.count + sizes[0], self._val.count + sizes[1])
+                    > command.shard_tokens
+                ):
                     self._commit(state)
                 self._train.add(encoded.tokens[0], encoded.lengths[0])
                 self._val.add(encoded.tokens[1], encoded.lengths[1])
@@ -193,14 +217,20 @@ class _Job:
 
     def summary(self) -> str:
         m = self.manifest
-        documents = {split: sum(s["documents"] for s in m["shards"] if s["split"] == split) for split in _SPLITS}
-        tokens = {split: sum(s["tokens"] for s in m["shards"] if s["split"] == split) for split in _SPLITS}
+        documents = {
+            split: sum(s["documents"] for s in m["shards"] if s["split"] == split)
+            for split in _SPLITS
+        }
+        tokens = {
+            split: sum(s["tokens"] for s in m["shards"] if s["split"] == split) for split in _SPLITS
+        }
         return (
             f"training    {tokens['train']:,} tokens, {documents['train']:,} documents\n"
             f"validation  {tokens['val']:,} tokens, {documents['val']:,} documents\n"
             f"left out    {m['empty_documents']:,} empty documents\n"
             f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
-            f"train with:\n  python -m mlx_mla.train --data {self.out} --tokenizer {self.command.tokenizer}"
+            f"train with:\n  python -m mlx_mla.train --data {self.out} --tokenizer "
+            f"{self.command.tokenizer}"
         )
 
     def _encoded(
@@ -210,11 +240,17 @@ class _Job:
         ahead: int,
         display: PrepareDisplay,
     ) -> Iterator[tuple[dict[str, Any], _Encoded]]:
-        """Tokenise up to `ahead` blocks at once, and give them in order, each with the state before it."""
+        """Tokenise up to `ahead` blocks at once, and give them in order, each with the state before
+        it."""
         running: collections.deque[tuple[_Turn, Future[_Encoded]]] = collections.deque()
         while True:
             for turn in itertools.islice(stream, ahead - len(running)):
-                running.append((turn, pool.submit(_encode, turn.block, self.encoder, self.command.val_fraction)))
+                running.append(
+                    (
+                        turn,
+                        pool.submit(_encode, turn.block, self.encoder, self.command.val_fraction),
+                    )
+                )
             if not running:
                 return
             turn, future = running.popleft()
@@ -223,15 +259,22 @@ class _Job:
             yield turn.state, encoded
 
     def _commit(self, state: dict[str, Any]) -> None:
-        """Write what was gathered, then the manifest that says so; until then a kill leaves the old one true."""
+        """Write what was gathered, then the manifest that says so; until then a kill leaves the old
+        one true."""
         m, command = self.manifest, self.command
         number = len([s for s in m["shards"] if s["split"] == "train"]) + 1
         if len(self._train):
             name = f"{command.prefix}_train_{number:06d}{SUFFIXES[command.format]}"
-            m["shards"].append(self._write_shard(name, command.format, "train", self._train, [command.seed, number, 0]))
+            m["shards"].append(
+                self._write_shard(
+                    name, command.format, "train", self._train, [command.seed, number, 0]
+                )
+            )
         if len(self._val):  # few documents: they are put together into shards at the end
             name = f".val_{len(m['parts']):06d}.npy"
-            m["parts"].append(self._write_shard(name, "npy", "val", self._val, [command.seed, number, 1]))
+            m["parts"].append(
+                self._write_shard(name, "npy", "val", self._val, [command.seed, number, 1])
+            )
         m["empty_documents"] += self._empty
         m["next"] = state
         self._write()
@@ -246,14 +289,21 @@ class _Job:
     def _finish(self) -> None:
         m, command = self.manifest, self.command
         if not m["shards"] and not m["parts"]:
-            raise UserError(f"{command.src}: all its {m['empty_documents']:,} documents are empty; give other text")
+            raise UserError(
+                f"{command.src}: all its {m['empty_documents']:,} documents are empty; give other "
+                "text"
+            )
         if not m["parts"]:
             raise UserError(
-                f"{command.src}: none of its {sum(s['documents'] for s in m['shards'])} documents fell to validation; "
-                "give a larger --val-fraction, or cut text into more documents with --separator, into a new --out"
+                f"{command.src}: none of its {sum(s['documents'] for s in m['shards'])} documents "
+                "fell to validation; "
+                "give a larger --val-fraction, or cut text into more documents with --separator, "
+                "into a new --out"
             )
         if not m["shards"]:
-            raise UserError(f"{command.src}: all documents fell to validation; give a smaller --val-fraction")
+            raise UserError(
+                f"{command.src}: all documents fell to validation; give a smaller --val-fraction"
+            )
         groups: list[list[dict[str, Any]]] = []
         for part in m["parts"]:
             if not groups or sum(p["tokens"] for p in [*groups[-1], part]) > command.shard_tokens:
@@ -286,7 +336,11 @@ class _Job:
             "format": 1,
             "complete": False,
             "settings": settings,
-            "tokenizer": {"name": self.encoder.name, "ids": self.encoder.size, "end_of_text": self.encoder.end_of_text},
+            "tokenizer": {
+                "name": self.encoder.name,
+                "ids": self.encoder.size,
+                "end_of_text": self.encoder.end_of_text,
+            },
             "sources": [[source.name, source.size] for source in self.sources],
             "empty_documents": 0,
             "shards": [],
@@ -301,7 +355,8 @@ class _Job:
                 before = old["settings"].get(name)
                 if before != value:
                     raise UserError(
-                        f"{out}: holds another preparation, with {flag(name)} {before}, not {value}; "
+                        f"{out}: holds another preparation, with {flag(name)} {before}, not "
+                        f"{value}; "
                         "give --out a new name"
                     )
             if old["sources"] != new["sources"]:
@@ -309,7 +364,8 @@ class _Job:
                     s for s in old["sources"] if s not in new["sources"]
                 ]
                 raise UserError(
-                    f"{out}: was prepared from other files ({changed[0][0]} differs); give --out a new name"
+                    f"{out}: was prepared from other files ({changed[0][0]} differs); give --out "
+                    "a new name"
                 )
             for row in old["shards"] + old.get("parts", []):
                 open_shard(out / row["file"])
@@ -333,13 +389,26 @@ class _Job:
 _SPLITS = ("train", "val")
 # They decide what is written.
 _SETTINGS = (
-    "tokenizer", "val_fraction", "format", "prefix", "shard_tokens", "seed", "text_column", "separator",
-)  # fmt: skip
+    "tokenizer",
+    "val_fraction",
+    "format",
+    "prefix",
+    "shard_tokens",
+    "seed",
+    "text_column",
+    "separator",
+)
 
 
 def _row(name: str, split: str, tokens: int, documents: int, sha256: str) -> dict[str, Any]:
     """A shard in the manifest."""
-    return {"file": name, "split": split, "tokens": tokens, "documents": documents, "sha256": sha256}
+    return {
+        "file": name,
+        "split": split,
+        "tokens": tokens,
+        "documents": documents,
+        "sha256": sha256,
+    }
 
 
 class _Turn(NamedTuple):
@@ -350,11 +419,16 @@ class _Turn(NamedTuple):
 
 
 def _blocks(
-    sources: Sequence[Source], order: np.ndarray, state: dict[str, Any], limit: int, pool: ThreadPoolExecutor
+    sources: Sequence[Source],
+    order: np.ndarray,
+    state: dict[str, Any],
+    limit: int,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[_Turn]:
     """Blocks from OPEN_FILES files in turns, each read ahead by one, with the state before it.
 
-    A state says which files are open, in the order of their turns, where each goes on, and which file is opened next.
+    A state says which files are open, in the order of their turns, where each goes on, and which
+    file is opened next.
     """
 
     @dataclasses.dataclass
@@ -402,7 +476,9 @@ def _check(command: PrepareCommand) -> int:
     if not command.separator:
         raise UserError("--separator must not be empty")
     if not re.fullmatch(r"[\w.-]+", command.prefix) or re.search("train|val", command.prefix):
-        raise UserError(f"--prefix {command.prefix!r} must be plain letters, without 'train' or 'val' in them")
+        raise UserError(
+            f"--prefix {command.prefix!r} must be plain letters, without 'train' or 'val' in them"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return command.workers or cores or 1
 

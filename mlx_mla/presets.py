@@ -27,7 +27,13 @@ _MLA_124M: dict[str, Any] = {
     "eval_batches": 40,
     "final_eval_batches": 640,
     "save_every": 250,
-    "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": TOKENIZER_IDS["gpt2"]},
+    "model": {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "n_positions": 1024,
+        "vocab_size": TOKENIZER_IDS["gpt2"],
+    },
 }
 
 
@@ -36,8 +42,9 @@ def _with_model(preset: dict[str, Any], **model: Any) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Small enough for two CPU cores. Decoupled RoPE halves the steps to a given loss at this size, and
-    # the widths are ones that Metal's attention kernels fuse: 64 + 32 for queries and keys, 64 for values.
+    # Small enough for two CPU cores. Decoupled RoPE halves the steps to a given loss at this size,
+    # and the widths are ones that Metal's attention kernels fuse: 64 + 32 for queries and keys, 64
+    # for values.
     "nano": {
         "tokenizer": "bytes",
         "steps": 600,
@@ -45,15 +52,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 4e-3,
         "warmup_steps": 50,
         "initializer_range": 0.08,
-        "model": {"n_layer": 3, "n_head": 2, "n_embd": 128, "n_positions": 256, "qk_rope_head_dim": 32},
+        "model": {
+            "n_layer": 3,
+            "n_head": 2,
+            "n_embd": 128,
+            "n_positions": 256,
+            "qk_rope_head_dim": 32,
+        },
     },
     "mla-124m": _with_model(_MLA_124M, kv_lora_rank=384),
     "mla-124m-r256": _with_model(_MLA_124M, kv_lora_rank=256),
     "mla-124m-r128": _with_model(_MLA_124M, kv_lora_rank=128),
     "gpt2-124m": _with_model(_MLA_124M, attention="mha"),
 }
-"""Named starting points: `nano` for seconds on a Mac, the original's 124M shape at three latent widths
-(384 is the original's), and GPT-2 itself."""
+"""Named starting points: `nano` for seconds on a Mac, the original's 124M shape at three latent
+widths (384 is the original's), and GPT-2 itself."""
 
 
 def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
@@ -71,7 +84,9 @@ def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     model_values = values.pop("model", {})
     if not isinstance(model_values, Mapping):
         raise UserError(f"{where}: 'model' must be a table, [model]")
-    model = dataclasses.replace(config.model, **_checked(ModelConfig, model_values, f"{where} [model]"))
+    model = dataclasses.replace(
+        config.model, **_checked(ModelConfig, model_values, f"{where} [model]")
+    )
     return dataclasses.replace(config, model=model, **_checked(TrainConfig, values, where))
 
 
@@ -79,10 +94,14 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "model"}
     for name, value in values.items():
         if name not in fields:
-            home = "model" if cls is TrainConfig and name in ModelConfig.__dataclass_fields__ else None
+            home = (
+                "model" if cls is TrainConfig and name in ModelConfig.__dataclass_fields__ else None
+            )
             advice = f"it belongs under [{home}]" if home else nearest(name, fields)
             raise UserError(f"{where}: unknown key {name!r}; {advice}")
-        expected = str(fields[name].type) if isinstance(fields[name].type, str) else fields[name].type
+        expected = (
+            str(fields[name].type) if isinstance(fields[name].type, str) else fields[name].type
+        )
         if not _is_instance(value, expected):
             raise UserError(f"{where}: {name} = {value!r} is not {_describe(expected)}")
     return {k: float(v) if fields[k].type is float else v for k, v in values.items()}
@@ -95,7 +114,8 @@ def _is_instance(value: Any, expected: Any) -> bool:
         return value in get_args(expected)
     if isinstance(value, list):
         return any(
-            get_origin(t) is list and all(_is_instance(v, get_args(t)[0]) for v in value) for t in get_args(expected)
+            get_origin(t) is list and all(_is_instance(v, get_args(t)[0]) for v in value)
+            for t in get_args(expected)
         )
     options = tuple(t for t in get_args(expected) or (expected,) if get_origin(t) is not list)
     if bool not in options and isinstance(value, bool):
@@ -111,11 +131,14 @@ def _describe(expected: Any) -> str:
     if get_origin(expected) is Literal:
         return "one of " + ", ".join(map(repr, get_args(expected)))
     options = [t for t in (get_args(expected) or (expected,)) if t is not type(None)]
-    return "a value of type " + " or ".join(str(t) if get_origin(t) else t.__name__ for t in options)
+    return "a value of type " + " or ".join(
+        str(t) if get_origin(t) else t.__name__ for t in options
+    )
 
 
 def preset(name: str) -> TrainConfig:
-    """The training configuration of a preset; UserError with the nearest name for an unknown one."""
+    """The training configuration of a preset; UserError with the nearest name for an unknown
+    one."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
     return overlay(TrainConfig(preset=name), PRESETS[name], f"preset {name}")
@@ -145,6 +168,8 @@ def to_toml(config: TrainConfig) -> str:
     """All settings as TOML; settings that are None are left out, as TOML has no such value."""
 
     def without_none(d: dict[str, Any]) -> dict[str, Any]:
-        return {k: without_none(v) if isinstance(v, dict) else v for k, v in d.items() if v is not None}
+        return {
+            k: without_none(v) if isinstance(v, dict) else v for k, v in d.items() if v is not None
+        }
 
     return tomli_w.dumps(without_none(dataclasses.asdict(config)))

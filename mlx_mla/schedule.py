@@ -6,11 +6,13 @@ from mlx_mla.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of the step that follows `step` finished ones: linear warm-up, then --lr-schedule."""
+    """Learning rate of the step that follows `step` finished ones: linear warm-up, then
+    --lr-schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_schedule == "wsd":
-        # Warm-up, stable, decay (MiniCPM, arXiv:2404.06395), with the linear decay of arXiv:2405.18392.
+        # Warm-up, stable, decay (MiniCPM, arXiv:2404.06395), with the linear decay of
+        # arXiv:2405.18392.
         decay = max(1, round((config.decay_fraction or 0) * config.steps))
         left = min(1.0, max(0, config.steps - step) / decay)
     else:

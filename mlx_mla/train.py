@@ -27,8 +27,8 @@ PROG = "python -m mlx_mla.train"
 class TrainCommand(TrainConfig):
     """Train a GPT-2-scale model with Multi-head Latent Attention.
 
-    Settings come from the preset, then from --config, then from flags. Without arguments: trains the
-    nano preset on Python's own documentation, in minutes on a laptop.
+    Settings come from the preset, then from --config, then from flags. Without arguments: trains
+    the nano preset on Python's own documentation, in minutes on a laptop.
     """
 
     config: Optional[Path] = None
@@ -40,14 +40,14 @@ class TrainCommand(TrainConfig):
     from_step: Optional[int] = None
     """With --resume: go on from the checkpoint of this step instead."""
     auto_resume: bool = False
-    """For launchers: --resume if --out holds a run, from its newest whole checkpoint, else start; ends if it has
-    finished."""
+    """For launchers: --resume if --out holds a run, from its newest whole checkpoint, else start;
+    ends if it has finished."""
     distributed_backend: EngineName = "auto"
-    """Engine between the processes that mlx.launch (ring, jaccl, mpi, nccl) or torchrun (gloo, nccl) has started.
-    "auto" takes the one that the launcher has set up."""
+    """Engine between the processes that mlx.launch (ring, jaccl, mpi, nccl) or torchrun (gloo,
+    nccl) has started. "auto" takes the one that the launcher has set up."""
     lr_find: bool = False
-    """Raise the learning rate from 1e-6 to 1 within 100 steps, say which suits, and train nothing more. With --out,
-    that new folder gets a plot."""
+    """Raise the learning rate from 1e-6 to 1 within 100 steps, say which suits, and train nothing
+    more. With --out, that new folder gets a plot."""
     dry_run: bool = False
     """Print parameters, FLOPs, memory and cache bytes of these settings, and train nothing."""
 
@@ -77,20 +77,28 @@ def _follow(world: World) -> int:
 
 def _run(argv: Sequence[str], world: World) -> int:
     command = parse(argv)
-    config = TrainConfig(**{f.name: getattr(command, f.name) for f in dataclasses.fields(TrainConfig)})
+    config = TrainConfig(
+        **{f.name: getattr(command, f.name) for f in dataclasses.fields(TrainConfig)}
+    )
     if command.dry_run:
         world.first(None)
         print(estimate.report(config))
         return 0
     if world.engine is None and command.distributed_backend != "auto":
-        raise UserError("--distributed-backend goes with a launcher, mlx.launch or torchrun; see docs/distributed.md")
+        raise UserError(
+            "--distributed-backend goes with a launcher, mlx.launch or torchrun; see "
+            "docs/distributed.md"
+        )
     if world.engine is not None and config.backend != launched_by():
         raise UserError(
-            f"--backend {config.backend}: this launcher starts --backend {launched_by()}; mlx.launch goes with mlx "
+            f"--backend {config.backend}: this launcher starts --backend {launched_by()}; "
+            "mlx.launch goes with mlx "
             "(give its own options, then --), torchrun with torch"
         )
 
-    from mlx_mla.training.loop import train  # imports the framework, which --help and mistakes need not wait for
+    from mlx_mla.training.loop import (
+        train,
+    )  # imports the framework, which --help and mistakes need not wait for
 
     console = Console(stderr=False)
     if config.backend == "mlx":
@@ -115,7 +123,9 @@ def _run(argv: Sequence[str], world: World) -> int:
             print(f"{out}: has finished its {from_step} steps")
             return 0
     world.first("train")
-    result = train(config, out, resume=command.resume, from_step=from_step, console=console, world=world)
+    result = train(
+        config, out, resume=command.resume, from_step=from_step, console=console, world=world
+    )
     if result.signal is not None:
         print(f"stopped after step {result.step} and saved {result.checkpoint}; go on with:")
         print(f"  {PROG} --resume --out {out}")
@@ -123,7 +133,10 @@ def _run(argv: Sequence[str], world: World) -> int:
     if result.sample is not None:
         print(f"\n--- sample ---\n{result.sample}\n--------------")
     assert result.val_loss is not None
-    print(f"\nvalidation loss {result.val_loss:.4f} nats per token, perplexity {math.exp(result.val_loss):.2f}")
+    print(
+        f"\nvalidation loss {result.val_loss:.4f} nats per token, perplexity "
+        f"{math.exp(result.val_loss):.2f}"
+    )
     print(f"run folder      {out}  (loss.png, metrics.jsonl, config.toml, checkpoints/)")
     print("generate with:")
     print(f'  python -m mlx_mla.generate --model {out} --prompt "{config.sample_prompt}"')
@@ -138,7 +151,9 @@ def _find_rate(config: TrainConfig, out: Path | None) -> int:
         try:
             out.mkdir(parents=True)
         except OSError as e:
-            raise UserError(f"{out}: cannot be made: {e.strerror}; --lr-find needs a new folder as --out") from e
+            raise UserError(
+                f"{out}: cannot be made: {e.strerror}; --lr-find needs a new folder as --out"
+            ) from e
     points = find_learning_rate(config)
     print(lr_find.table(points))
     rate = lr_find.suggestion(points)
@@ -150,7 +165,8 @@ def _find_rate(config: TrainConfig, out: Path | None) -> int:
 
 
 def _exit_code(result: "RunResult") -> int:
-    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for SIGTERM."""
+    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for
+    SIGTERM."""
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -172,7 +188,9 @@ def parse(argv: Sequence[str]) -> TrainCommand:
         from mlx_mla.training.run_folder import CONFIG
 
         if known.out is None:
-            raise UserError("--auto-resume needs --out RUN, the folder to start a run in or to go on with")
+            raise UserError(
+                "--auto-resume needs --out RUN, the folder to start a run in or to go on with"
+            )
         if known.resume:
             raise UserError("--auto-resume decides on --resume by itself; leave that out")
         known.resume = (known.out / CONFIG).is_file()
@@ -188,26 +206,36 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     else:
         base = preset(asked_preset or "nano")
     base = overlay(base, file, str(known.config))
-    default = TrainCommand(**{f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)})
+    default = TrainCommand(
+        **{f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
+    )
     command = cli.parse(TrainCommand, argv, PROG, default)
     command.resume = known.resume
     if command.model.attention == "mha" and base.model.attention == "mla" and not command.resume:
-        # Every comparison is one flag apart: what the preset says of latents goes, what a flag says stays.
+        # Every comparison is one flag apart: what the preset says of latents goes, what a flag says
+        # stays.
         defaults = ModelConfig()
         same = [n for n in MLA_ONLY if getattr(command.model, n) == getattr(base.model, n)]
-        command.model = dataclasses.replace(command.model, **{n: getattr(defaults, n) for n in same})
+        command.model = dataclasses.replace(
+            command.model, **{n: getattr(defaults, n) for n in same}
+        )
     passes_given = command.grad_accum_steps != base.grad_accum_steps
     if command.tokens_per_step == base.tokens_per_step and (passes_given or command.resume):
-        command.tokens_per_step = None  # the number of passes decides, as it did in the run to resume
+        command.tokens_per_step = (
+            None  # the number of passes decides, as it did in the run to resume
+        )
     elif command.tokens_per_step is not None and not passes_given:
         command.grad_accum_steps = None  # the tokens decide, whatever --batch-size is
     if command.from_step is not None and (not command.resume or command.auto_resume):
         raise UserError("--from-step goes with --resume")
     if command.init is not None and not command.resume:
         for field in dataclasses.fields(ModelConfig):
-            if field.name != "dropout" and getattr(command.model, field.name) != getattr(base.model, field.name):
+            if field.name != "dropout" and getattr(command.model, field.name) != getattr(
+                base.model, field.name
+            ):
                 raise UserError(
-                    f"{flag(field.name)}: with --init the model's shape comes from its folder; leave it out"
+                    f"{flag(field.name)}: with --init the model's shape comes from its folder; "
+                    "leave it out"
                 )
     for name in ("data", "init", "teacher", "bpe_dir", "eval_data_dir"):
         value = getattr(command, name)

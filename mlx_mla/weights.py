@@ -58,7 +58,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_hidden_matrix(name: str, ndim: int) -> bool:
-    """Whether a parameter is a matrix of a block, which --optimizer muon orthogonalises: not an embedding."""
+    """Whether a parameter is a matrix of a block, which --optimizer muon orthogonalises: not an
+    embedding."""
     return ndim == 2 and ".h." in name
 
 

@@ -1,7 +1,8 @@
 """The processes ("ranks") that train one model together: who is there, and what they agree on.
 
 Gradients travel by the framework's engine (`ranks.py` of a backend). What the trainer needs beside
-them is one primitive, `World.gather`; errors ride on it, so that a mistake on any rank ends all of them alike.
+them is one primitive, `World.gather`; errors ride on it, so that a mistake on any rank ends all of
+them alike.
 """
 
 import argparse
@@ -85,7 +86,8 @@ class AgreedError(UserError):
 class World:
     """The ranks of a run, as a context: leaving it ends all of them alike.
 
-    A `UserError` raised on one rank between two `gather`s (but not while gradients travel) is raised on all.
+    A `UserError` raised on one rank between two `gather`s (but not while gradients travel) is
+    raised on all.
 
     Args:
         engine: None: a world of one, in which nothing waits for anybody.
@@ -106,7 +108,9 @@ class World:
         """
         if self.engine is None:
             return [fact]
-        messages = [json.loads(text) for text in _gather_texts(self.engine, json.dumps([error, fact]))]
+        messages = [
+            json.loads(text) for text in _gather_texts(self.engine, json.dumps([error, fact]))
+        ]
         errors = {rank: text for rank, (text, _) in enumerate(messages) if text is not None}
         if errors:
             rank, text = min(errors.items())
@@ -132,7 +136,8 @@ class World:
         return Alone() if self.engine is None else self.engine.gradient_average(parameters)
 
     def launcher_has_gone(self) -> bool:
-        """Whether the process that started this rank has ended, which no signal tells; then nobody reads its output."""
+        """Whether the process that started this rank has ended, which no signal tells; then nobody
+        reads its output."""
         if self.size == 1 or os.getppid() == self._parent:
             return False
         null = os.open(os.devnull, os.O_WRONLY)
@@ -144,23 +149,31 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.engine is None:
             return
         failure = error
         if error is None or (isinstance(error, UserError) and not isinstance(error, AgreedError)):
             try:
-                self.gather(error=None if error is None else str(error))  # nobody leaves before all have finished
+                self.gather(
+                    error=None if error is None else str(error)
+                )  # nobody leaves before all have finished
             except Exception as e:
                 failure = e if error is None or isinstance(e, AgreedError) else error
-        # A launcher ends the other ranks as soon as one has failed: each must still say what it knows.
+        # A launcher ends the other ranks as soon as one has failed: each must still say what it
+        # knows.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(Exception):
             self.engine.close()
         if failure is not None and self.engine.is_loss(failure):
             reason = " ".join(str(failure).split()).split(". ")[0]
             advice = self.advice() if self.advice else "start all ranks again, with --auto-resume"
-            print(f"error: rank {self.rank} has lost another rank ({reason}); {advice}", file=sys.stderr)
+            print(
+                f"error: rank {self.rank} has lost another rank ({reason}); {advice}",
+                file=sys.stderr,
+            )
             raise SystemExit(LOST) from None
         if isinstance(failure, AgreedError) and self.rank:
             raise SystemExit(EXIT_USER) from None
@@ -178,7 +191,9 @@ def _gather_texts(engine: Engine, text: str) -> list[str]:
     lengths = [int(row[:4].view("<u4")[0]) for row in np.ascontiguousarray(start)]
     whole = start[:, 4:]
     if (more := max(lengths) - (BLOCK - 4)) > 0:
-        whole = np.concatenate([whole, engine.all_gather(_padded(content[BLOCK - 4 :], more))], axis=1)
+        whole = np.concatenate(
+            [whole, engine.all_gather(_padded(content[BLOCK - 4 :], more))], axis=1
+        )
     return [row[:n].tobytes().decode() for row, n in zip(whole, lengths, strict=True)]
 
 
@@ -193,7 +208,11 @@ def launched_by() -> Literal["mlx", "torch"] | None:
         return "torch"
     for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):  # ring, jaccl: a list of hosts
         if "MLX_RANK" in env and name in env:
-            text = env[name] if env[name].lstrip().startswith("[") else Path(env[name]).read_text(encoding="utf-8")
+            text = (
+                env[name]
+                if env[name].lstrip().startswith("[")
+                else Path(env[name]).read_text(encoding="utf-8")
+            )
             if text.strip() and len(json.loads(text)) > 1:
                 return "mlx"
     sizes = (env.get("MLX_WORLD_SIZE"), env.get("OMPI_COMM_WORLD_SIZE"))  # NCCL, MPI
@@ -201,13 +220,15 @@ def launched_by() -> Literal["mlx", "torch"] | None:
 
 
 def join(argv: Sequence[str]) -> World:
-    """The world that a launcher has made this process part of; `SOLO` without one, which imports no framework.
+    """The world that a launcher has made this process part of; `SOLO` without one, which imports no
+    framework.
 
     Args:
         argv: The command line; --distributed-backend is read here, before all other settings.
 
     Raises:
-        UserError: If the engine asked for is not there, or ranks were started with different arguments.
+        UserError: If the engine asked for is not there, or ranks were started with different
+            arguments.
     """
     launcher = launched_by()
     if launcher is None or {"-h", "--help"} & set(argv):
@@ -232,7 +253,11 @@ def same_everywhere(world: World, fact: str, what: str) -> None:
     facts = world.gather(fact)
     differing = [str(rank) for rank, other in enumerate(facts) if other != facts[0]]
     if differing:
-        ranks = f"rank {differing[0]} has" if len(differing) == 1 else f"ranks {', '.join(differing)} have"
+        ranks = (
+            f"rank {differing[0]} has"
+            if len(differing) == 1
+            else f"ranks {', '.join(differing)} have"
+        )
         raise UserError(f"{ranks} {what} than rank 0; all ranks need the same")
 
 
@@ -247,17 +272,20 @@ class Share(NamedTuple):
 def share_of(world_size: int, batch_size: int, grad_accum_steps: int) -> Share:
     """How one rank works off its part of a step.
 
-    A step is batch_size x grad_accum_steps sequences in all. A rank's share is cut into the fewest equal passes of at
-    most batch_size sequences.
+    A step is batch_size x grad_accum_steps sequences in all. A rank's share is cut into the fewest
+    equal passes of at most batch_size sequences.
 
     Raises:
         UserError: If the ranks cannot share a step out evenly.
     """
     total = batch_size * grad_accum_steps
     if total % world_size:
-        fitting = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 4 * world_size)
+        fitting = ", ".join(
+            str(n) for n in range(1, total + 1) if total % n == 0 and n <= 4 * world_size
+        )
         raise UserError(
-            f"{world_size} ranks cannot share the {total} sequences of a step (--batch-size {batch_size} x "
+            f"{world_size} ranks cannot share the {total} sequences of a step (--batch-size "
+            f"{batch_size} x "
             f"--grad-accum-steps {grad_accum_steps}) evenly; start {fitting} ranks, or make it "
             f"a multiple of {world_size}"
         )

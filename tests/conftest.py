@@ -21,9 +21,20 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # A model small enough for a training step in milliseconds.
 TINY = [
-    *("--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--n-positions", "48", "--qk-rope-head-dim", "8"),
+    *(
+        "--n-layer",
+        "2",
+        "--n-head",
+        "2",
+        "--n-embd",
+        "32",
+        "--n-positions",
+        "48",
+        "--qk-rope-head-dim",
+        "8",
+    ),
     *("--batch-size", "4", "--eval-batches", "2", "--sample-tokens", "8", "--no-compile"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +59,17 @@ def text_file(tmp_path_factory) -> Path:
 def tiny_run(tmp_path_factory, text_file) -> Path:
     """A finished run of a tiny model, 40 steps, checkpoints every 20."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "40", "--save-every", "20"]
+    argv = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--steps",
+        "40",
+        "--save-every",
+        "20",
+    ]
     assert train.main(argv) == 0
     return out
 

@@ -11,9 +11,15 @@ from mlx_mla.weights import initial_weights
 def write(folder: Path, data: Path, seed: int = 0, **config) -> Path:
     """A model folder; `data` is the folder of real files."""
     values = {
-        "vocab_size": 50257, "n_layer": 2, "n_head": 2, "n_embd": 48, "n_positions": 1024, "attention": "mla",
-        "kv_lora_rank": None if config.get("attention") == "mha" else 16, **config,
-    }  # fmt: skip
+        "vocab_size": 50257,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 48,
+        "n_positions": 1024,
+        "attention": "mla",
+        "kv_lora_rank": None if config.get("attention") == "mha" else 16,
+        **config,
+    }
     model = ModelConfig(**values).resolved()
     folder.mkdir(parents=True)
     tokenizer = GPT2Encoder(data / "gpt2_bpe").fast_tokenizer()

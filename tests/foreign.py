@@ -1,4 +1,5 @@
-"""Small checkpoints of other projects, written as those projects write them, with the logits they give."""
+"""Small checkpoints of other projects, written as those projects write them, with the logits they
+give."""
 
 import sys
 from pathlib import Path
@@ -16,14 +17,31 @@ torch.set_num_threads(1)  # threads only wait for each other in models as small 
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 LLMC_ORDER = (
-    "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
-    "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias",
-)  # fmt: skip
+    "ln_1.weight",
+    "ln_1.bias",
+    "attn.c_attn.weight",
+    "attn.c_attn.bias",
+    "attn.c_proj.weight",
+    "attn.c_proj.bias",
+    "ln_2.weight",
+    "ln_2.bias",
+    "mlp.c_fc.weight",
+    "mlp.c_fc.bias",
+    "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+)
 
 
 def gpt2(seed: int = 0, spread: float = 0.2, **changes) -> GPT2LMHeadModel:
     """A random GPT-2 of transformers, every tensor random, biases and norms too."""
-    values = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 48, "vocab_size": 300, **changes}
+    values = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "n_positions": 48,
+        "vocab_size": 300,
+        **changes,
+    }
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=256, eos_token_id=256, **values)).eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -34,7 +52,8 @@ def gpt2(seed: int = 0, spread: float = 0.2, **changes) -> GPT2LMHeadModel:
 
 
 def linear_state(model: GPT2LMHeadModel, bias: bool = True) -> dict[str, torch.Tensor]:
-    """The state dict with matrices as nn.Linear stores them, tied head included, as Karpathy's models have it."""
+    """The state dict with matrices as nn.Linear stores them, tied head included, as Karpathy's
+    models have it."""
     state = {n: p.detach() for n, p in model.named_parameters()}
     state = {n: p.T.contiguous() if n.endswith(CONV1D) else p for n, p in state.items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
@@ -49,22 +68,32 @@ def settings_of(model: GPT2LMHeadModel) -> dict[str, int]:
     }  # fmt: skip
 
 
-def save_nanogpt(path: Path, model: GPT2LMHeadModel, bias: bool = True, prefix: str = "_orig_mod.") -> None:
+def save_nanogpt(
+    path: Path, model: GPT2LMHeadModel, bias: bool = True, prefix: str = "_orig_mod."
+) -> None:
     """As nanoGPT's train.py: exact GELU, so the model must have activation_function="gelu"."""
     state = {prefix + n: p for n, p in linear_state(model, bias).items()}
-    optimizer = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
+    optimizer = {
+        "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}},
+        "param_groups": [{"lr": 1e-3}],
+    }
     args = {**settings_of(model), "bias": bias, "dropout": 0.0}
     torch.save(
         {
-            "model": state, "optimizer": optimizer, "model_args": args, "iter_num": 7,
-            "best_val_loss": torch.tensor(3.0), "config": {"dataset": "openwebtext", "batch_size": 12},
+            "model": state,
+            "optimizer": optimizer,
+            "model_args": args,
+            "iter_num": 7,
+            "best_val_loss": torch.tensor(3.0),
+            "config": {"dataset": "openwebtext", "batch_size": 12},
         },
         path,
-    )  # fmt: skip
+    )
 
 
 def save_build_nanogpt(path: Path, model: GPT2LMHeadModel, module: str = "__main__") -> None:
-    """As build-nanogpt's train_gpt2.py: its config is an object of a class defined in the script."""
+    """As build-nanogpt's train_gpt2.py: its config is an object of a class defined in the
+    script."""
 
     class GPTConfig:
         pass
@@ -75,7 +104,9 @@ def save_build_nanogpt(path: Path, model: GPT2LMHeadModel, module: str = "__main
     script = sys.modules.setdefault(module, type(sys)(module))
     script.GPTConfig = GPTConfig
     try:
-        torch.save({"model": linear_state(model), "config": config, "step": 5, "val_loss": 3.25}, path)
+        torch.save(
+            {"model": linear_state(model), "config": config, "step": 5, "val_loss": 3.25}, path
+        )
     finally:
         del script.GPTConfig
 
@@ -84,7 +115,16 @@ def save_llmc(path: Path, model: GPT2LMHeadModel, version: int, vocab_size: int)
     """As llm.c's gpt2_write_to_checkpoint; bf16 (version 5) rounds as torch does."""
     c, state = model.config, linear_state(model)
     header = np.zeros(256, "<i4")
-    header[:8] = (20240326, version, c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd, c.vocab_size)
+    header[:8] = (
+        20240326,
+        version,
+        c.n_positions,
+        vocab_size,
+        c.n_layer,
+        c.n_head,
+        c.n_embd,
+        c.vocab_size,
+    )
     names = ["transformer.wte.weight", "transformer.wpe.weight"]
     names += [f"transformer.h.{i}.{part}" for part in LLMC_ORDER for i in range(c.n_layer)]
     names += ["transformer.ln_f.weight", "transformer.ln_f.bias"]
@@ -120,7 +160,9 @@ class OriginalBlock(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = OriginalAttention(width, rank, heads)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}
+        )
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
@@ -130,11 +172,17 @@ class OriginalBlock(nn.Module):
 class Original(nn.Module):
     """The model of MLA-Transformer, small; its state dict has that project's names."""
 
-    def __init__(self, width: int = 32, rank: int = 12, heads: int = 2, layers: int = 2, vocab: int = 300):
+    def __init__(
+        self, width: int = 32, rank: int = 12, heads: int = 2, layers: int = 2, vocab: int = 300
+    ):
         super().__init__()
         self.settings = {
-            "block_size": 48, "vocab_size": vocab, "n_layer": layers, "n_head": heads, "n_embd": width,
-        }  # fmt: skip
+            "block_size": 48,
+            "vocab_size": vocab,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_embd": width,
+        }
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(vocab, width),
@@ -148,7 +196,10 @@ class Original(nn.Module):
         with torch.no_grad():
             for name, p in self.named_parameters():
                 centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
-                p.copy_(centre + 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+                p.copy_(
+                    centre
+                    + 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
 
     def forward(self, ids):
         t = self.transformer
@@ -162,7 +213,12 @@ def save_original(path: Path, model: Original, bare: bool = False, prefix: str =
     """As MLA-Transformer's training script, or its state dict alone."""
     state = {prefix + n: p for n, p in model.state_dict().items()}
     if not bare:
-        state = {"step": 19535, "model": state, "optimizer": {"state": {}}, "config": model.settings}
+        state = {
+            "step": 19535,
+            "model": state,
+            "optimizer": {"state": {}},
+            "config": model.settings,
+        }
     torch.save(state, path)
 
 
@@ -179,4 +235,6 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def logits_of_folder(folder: Path, x: torch.Tensor) -> torch.Tensor:
     """Logits of one of this project's folders, in PyTorch."""
     config = checkpoint.read_config(folder)
-    return logits_of(build_model(config, checkpoint.read_weights(folder, config), torch.device("cpu")), x)
+    return logits_of(
+        build_model(config, checkpoint.read_weights(folder, config), torch.device("cpu")), x
+    )

@@ -40,10 +40,14 @@ def attention(x, weights, name, c: ModelConfig):
     width = c.n_embd // c.n_head
     if c.attention == "mha":
         q, k, v = np.split(linear(x, weights, f"{name}.c_attn"), 3, axis=-1)
-        heads = [head(*(a[:, h * width : (h + 1) * width] for a in (q, k, v))) for h in range(c.n_head)]
+        heads = [
+            head(*(a[:, h * width : (h + 1) * width] for a in (q, k, v))) for h in range(c.n_head)
+        ]
         return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj")
     P, R, V = c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim
-    q, latent, k_rope = np.split(linear(x, weights, f"{name}.c_attn"), [-(R + P), -P or None], axis=-1)
+    q, latent, k_rope = np.split(
+        linear(x, weights, f"{name}.c_attn"), [-(R + P), -P or None], axis=-1
+    )
     if P == 0:
         k_rope = np.zeros((len(x), 0))
     if c.latent_norm:
@@ -57,7 +61,9 @@ def attention(x, weights, name, c: ModelConfig):
     heads = []
     for h in range(c.n_head):
         q_h = q[:, h * (width + P) : (h + 1) * (width + P)]
-        q_h = np.concatenate([q_h[:, :width], rope(q_h[:, width:], c.rope_theta) if P else q_h[:, width:]], -1)
+        q_h = np.concatenate(
+            [q_h[:, :width], rope(q_h[:, width:], c.rope_theta) if P else q_h[:, width:]], -1
+        )
         k_h = np.concatenate([latent @ up[h, :width].T, k_rope], -1)
         heads.append(head(q_h, k_h, latent @ up[h, width:].T))
     return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj")
@@ -79,7 +85,14 @@ def logits(ids, weights, c: ModelConfig):
         x = x + weights["transformer.wpe.weight"][: len(ids)]
     for i in range(c.n_layer):
         h = f"transformer.h.{i}"
-        x = x + attention(layer_norm(x, weights, f"{h}.ln_1", c.layer_norm_epsilon), weights, f"{h}.attn", c)
-        y = linear(layer_norm(x, weights, f"{h}.ln_2", c.layer_norm_epsilon), weights, f"{h}.mlp.c_fc")
+        x = x + attention(
+            layer_norm(x, weights, f"{h}.ln_1", c.layer_norm_epsilon), weights, f"{h}.attn", c
+        )
+        y = linear(
+            layer_norm(x, weights, f"{h}.ln_2", c.layer_norm_epsilon), weights, f"{h}.mlp.c_fc"
+        )
         x = x + linear(gelu(y, c.activation_function), weights, f"{h}.mlp.c_proj")
-    return layer_norm(x, weights, "transformer.ln_f", c.layer_norm_epsilon) @ weights["transformer.wte.weight"].T
+    return (
+        layer_norm(x, weights, "transformer.ln_f", c.layer_norm_epsilon)
+        @ weights["transformer.wte.weight"].T
+    )

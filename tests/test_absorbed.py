@@ -1,4 +1,5 @@
-"""Several queries on latents as they are (absorbed), against the full forward: the choice, the masks, the caches."""
+"""Several queries on latents as they are (absorbed), against the full forward: the choice, the
+masks, the caches."""
 
 from unittest import mock
 
@@ -8,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import BatchKVCache, QuantizedKVCache, make_prompt_cache
-from test_model_mlx import TOLERANCE, difference, in_chunks, model_configs, random_weights, token_ids
+from test_model_mlx import (
+    TOLERANCE,
+    difference,
+    in_chunks,
+    model_configs,
+    random_weights,
+    token_ids,
+)
 
 from mlx_mla import model_mlx
 from mlx_mla.backends.mlx.load import build_model
@@ -43,7 +51,10 @@ def test_absorbed_chunks_give_the_logits_of_the_full_forward(config, batch, leng
 
 
 @pytest.mark.parametrize("rope", [0, 8])
-@given(padding=st.lists(st.integers(0, 20), min_size=2, max_size=3), chunks=st.lists(st.integers(2, 20), max_size=3))
+@given(
+    padding=st.lists(st.integers(0, 20), min_size=2, max_size=3),
+    chunks=st.lists(st.integers(2, 20), max_size=3),
+)
 @settings(max_examples=8)
 def test_absorbed_chunks_of_a_left_padded_batch(rope, padding, chunks):
     config, model = latent_model(qk_rope_head_dim=rope)
@@ -74,7 +85,9 @@ def test_quantised_weights_absorb_several_queries():
     import mlx.nn as nn
 
     config, model = latent_model(n_embd=128, kv_lora_rank=64)
-    nn.quantize(model, group_size=64, bits=4, class_predicate=lambda p, m: hasattr(m, "to_quantized"))
+    nn.quantize(
+        model, group_size=64, bits=4, class_predicate=lambda p, m: hasattr(m, "to_quantized")
+    )
     x = token_ids(config, 2, 40)
     with absorb(True):
         got = in_chunks(model, x, [20, 6], make_prompt_cache(model))
@@ -83,7 +96,9 @@ def test_quantised_weights_absorb_several_queries():
 
 def test_few_queries_on_a_long_cache_are_absorbed_and_prompts_are_not():
     for name in ("mla-124m", "mla-124m-r128"):
-        attention = model_mlx.LatentAttention(model_mlx.ModelArgs.from_dict(preset(name).resolved().model.to_dict()), 0)
+        attention = model_mlx.LatentAttention(
+            model_mlx.ModelArgs.from_dict(preset(name).resolved().model.to_dict()), 0
+        )
         for cached in (500, 1000, 16_000):
             assert all(attention._absorbing_is_cheaper(new, cached + new) for new in (1, 2, 8, 32))
         assert not any(attention._absorbing_is_cheaper(new, new) for new in (64, 512, 1024))
@@ -94,4 +109,6 @@ def test_few_queries_on_a_long_cache_are_absorbed_and_prompts_are_not():
     expanded = 200 * 16 * (16 + written) + new * 200 * 16
     scores = 0 if mx.default_device() == mx.cpu else new * 200 * written
     absorbed = new * 16 * (16 + 2 * written) + new * 200 * 32 + scores
-    assert [attention._absorbing_is_cheaper(int(n), 200) for n in new] == (absorbed <= expanded).tolist()
+    assert [attention._absorbing_is_cheaper(int(n), 200) for n in new] == (
+        absorbed <= expanded
+    ).tolist()

@@ -56,9 +56,14 @@ def test_step_is_torchs_adamw(clip):
     decayed = [p for p in params.values() if p.ndim >= 2]
     others = [p for p in params.values() if p.ndim < 2]
     theirs = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=1.0, betas=(config.beta1, config.beta2), eps=config.adam_epsilon,
-    )  # fmt: skip
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=1.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_epsilon,
+    )
     for step in range(5):
         lr = 1e-2 / (step + 1)
         x, y = batch(step)
@@ -74,7 +79,9 @@ def test_step_is_torchs_adamw(clip):
         result = s.step(step, lr, [(x, y)])
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
         for name, w in s.weights().items():
-            np.testing.assert_allclose(w, params[name].detach().numpy(), atol=2e-6, err_msg=f"{name}, step {step}")
+            np.testing.assert_allclose(
+                w, params[name].detach().numpy(), atol=2e-6, err_msg=f"{name}, step {step}"
+            )
 
 
 def test_accumulating_half_batches_is_one_whole_batch():
@@ -90,7 +97,10 @@ def test_accumulating_half_batches_is_one_whole_batch():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_compiled_step_is_the_eager_step(dropout):
-    eager, compiled = session(model={"dropout": dropout}), session(compile=True, model={"dropout": dropout})
+    eager, compiled = (
+        session(model={"dropout": dropout}),
+        session(compile=True, model={"dropout": dropout}),
+    )
     for step in range(3):
         # A new learning rate each step: a compiled constant would show.
         a, b = (s.step(step, 1e-2 / (step + 1), [batch(step)]) for s in (eager, compiled))

@@ -8,24 +8,24 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import numpy as np  # noqa: E402
-from conftest import TINY  # noqa: E402
-from test_backend_mlx import BASE, batch  # noqa: E402
-from test_generate import objects  # noqa: E402
-from test_train import refused  # noqa: E402
+import numpy as np
+from conftest import TINY
+from test_backend_mlx import BASE, batch
+from test_generate import objects
+from test_train import refused
 
-from mlx_mla import checkpoint, generate, train  # noqa: E402
-from mlx_mla.backends import get_backend  # noqa: E402
-from mlx_mla.backends.contract import Start  # noqa: E402
-from mlx_mla.data.corpus import read_documents, tokenize  # noqa: E402
-from mlx_mla.data.tokenizer import ByteEncoder  # noqa: E402
-from mlx_mla.data.windows import TokenWindows  # noqa: E402
-from mlx_mla.decoding.request import GenerationOptions  # noqa: E402
-from mlx_mla.errors import UserError  # noqa: E402
-from mlx_mla.metrics import read_metrics  # noqa: E402
-from mlx_mla.presets import preset  # noqa: E402
-from mlx_mla.schedule import learning_rate  # noqa: E402
-from mlx_mla.weights import initial_weights  # noqa: E402
+from mlx_mla import checkpoint, generate, train
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Start
+from mlx_mla.data.corpus import read_documents, tokenize
+from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.windows import TokenWindows
+from mlx_mla.decoding.request import GenerationOptions
+from mlx_mla.errors import UserError
+from mlx_mla.metrics import read_metrics
+from mlx_mla.presets import preset
+from mlx_mla.schedule import learning_rate
+from mlx_mla.weights import initial_weights
 
 
 def sessions(config):
@@ -45,7 +45,9 @@ def test_loss_curves_agree_over_50_steps_of_nano():
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"grad_clip": 0.0}, {"model": {"attention": "mha", "qk_rope_head_dim": 0}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"grad_clip": 0.0}, {"model": {"attention": "mha", "qk_rope_head_dim": 0}}]
+)
 def test_weights_and_moments_agree_after_some_steps(changes):
     changes = dict(changes)
     model = dataclasses.replace(BASE.model, **changes.pop("model", {}))
@@ -56,11 +58,15 @@ def test_weights_and_moments_agree_after_some_steps(changes):
         for s in (mlx, torch_):
             s.step(step, 1e-2, batches)
     assert mlx.loss_sum(batch(9)) == pytest.approx(torch_.loss_sum(batch(9)), rel=1e-4)
-    for a, b in ((mlx.weights(), torch_.weights()), (mlx.optimizer_state(), torch_.optimizer_state())):
+    for a, b in (
+        (mlx.weights(), torch_.weights()),
+        (mlx.optimizer_state(), torch_.optimizer_state()),
+    ):
         assert a.keys() == b.keys()
         for name in a:
             if name.endswith("c_attn.bias"):
-                # Softmax cancels the key bias: its gradient is noise, which Adam blows up to whole steps.
+                # Softmax cancels the key bias: its gradient is noise, which Adam blows up to whole
+                # steps.
                 keys = slice(model.n_embd, 2 * model.n_embd)
                 a[name][keys] = b[name][keys] = 0
             np.testing.assert_allclose(a[name], b[name], atol=2e-4, err_msg=name)
@@ -69,7 +75,12 @@ def test_weights_and_moments_agree_after_some_steps(changes):
 @pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
 def test_a_run_begun_in_one_backend_goes_on_in_the_other(tmp_path, text_file, first, second):
     def run(out, *flags):
-        assert train.main([*TINY, "--data", str(text_file), "--out", str(out), "--log-every", "1", *flags]) == 0
+        assert (
+            train.main(
+                [*TINY, "--data", str(text_file), "--out", str(out), "--log-every", "1", *flags]
+            )
+            == 0
+        )
         return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "train"]
 
     expected = run(tmp_path / "straight", "--steps", "16", "--backend", first)
@@ -80,20 +91,34 @@ def test_a_run_begun_in_one_backend_goes_on_in_the_other(tmp_path, text_file, fi
 
 
 def test_resuming_is_bit_identical(tmp_path, text_file):
-    flags = [*TINY, "--data", str(text_file), "--backend", "torch", "--dropout", "0.1", "--save-every", "4"]
+    flags = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--backend",
+        "torch",
+        "--dropout",
+        "0.1",
+        "--save-every",
+        "4",
+    ]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train.main([*flags, "--out", str(straight), "--steps", "8"]) == 0
     assert train.main([*flags, "--out", str(stopped), "--steps", "8"]) == 0
     shutil.rmtree(stopped / "checkpoints" / "step-000008")
     assert train.main(["--resume", "--out", str(stopped)]) == 0
     for name in ("model.safetensors", "train_state.safetensors", "train_state.json"):
-        a, b = ((run / "checkpoints" / "step-000008" / name).read_bytes() for run in (straight, stopped))
+        a, b = (
+            (run / "checkpoints" / "step-000008" / name).read_bytes() for run in (straight, stopped)
+        )
         assert a == b, name
 
 
 def test_bfloat16_learns_with_float32_weights():
     config = dataclasses.replace(BASE, dtype="bfloat16")
-    session = get_backend("torch").train_session(config, Start(initial_weights(config.model, 0, 0.1)))
+    session = get_backend("torch").train_session(
+        config, Start(initial_weights(config.model, 0, 0.1))
+    )
     losses = [session.step(step, 1e-2, [batch(0)]).loss for step in range(15)]
     assert losses[-1] < losses[0] - 0.5
     assert {w.dtype for w in session.weights().values()} == {np.dtype(np.float32)}
@@ -101,7 +126,18 @@ def test_bfloat16_learns_with_float32_weights():
 
 @pytest.mark.parametrize("cache", ["latent", "materialized", "none"])
 def test_greedy_text_is_mlxs_with_each_cache(tiny_run, capfd, cache):
-    argv = ("--model", tiny_run, "--prompt", "The st", "--temp", "0", "--max-tokens", "40", "--cache", cache)
+    argv = (
+        "--model",
+        tiny_run,
+        "--prompt",
+        "The st",
+        "--temp",
+        "0",
+        "--max-tokens",
+        "40",
+        "--cache",
+        cache,
+    )
     (mlx,), (torch_,) = (objects(capfd, *argv, "--backend", name) for name in ("mlx", "torch"))
     assert mlx["token_ids"] == torch_["token_ids"]
     assert mlx["finish_reason"] == torch_["finish_reason"]
@@ -111,7 +147,9 @@ def test_greedy_text_is_mlxs_with_each_cache(tiny_run, capfd, cache):
 @pytest.mark.parametrize("cache", ["latent", "materialized"])
 def test_a_cache_of_fixed_shape_gives_the_same_text(tiny_run, cache):
     """What MPS uses, on the CPU."""
-    decoders = [get_backend("torch", "cpu").decoder(checkpoint.latest(tiny_run), cache) for _ in range(2)]
+    decoders = [
+        get_backend("torch", "cpu").decoder(checkpoint.latest(tiny_run), cache) for _ in range(2)
+    ]
     decoders[1].fixed_shapes = True
     prompts = [list(b"The st"), list(b"x"), list(b"A longer prompt")]
     texts = []
@@ -119,15 +157,30 @@ def test_a_cache_of_fixed_shape_gives_the_same_text(tiny_run, cache):
         out = ["", "", ""]
         for i, piece in decoder.batch(prompts, GenerationOptions(temp=0, max_tokens=20)):
             out[i] += piece.text
-        alone = "".join(p.text for p in decoder.stream(prompts[0], GenerationOptions(temp=0, max_tokens=20)))
+        alone = "".join(
+            p.text for p in decoder.stream(prompts[0], GenerationOptions(temp=0, max_tokens=20))
+        )
         assert alone == out[0]
         texts.append(out)
     assert texts[0] == texts[1]
 
 
 def test_caches_have_the_promised_sizes(tiny_run, capfd):
-    argv = ("--model", tiny_run, "--prompt", "The st", "--max-tokens", "10", "--backend", "torch", "--cache")
-    sizes = {cache: objects(capfd, *argv, cache)[0]["kv_cache_bytes"] for cache in ("latent", "materialized", "none")}
+    argv = (
+        "--model",
+        tiny_run,
+        "--prompt",
+        "The st",
+        "--max-tokens",
+        "10",
+        "--backend",
+        "torch",
+        "--cache",
+    )
+    sizes = {
+        cache: objects(capfd, *argv, cache)[0]["kv_cache_bytes"]
+        for cache in ("latent", "materialized", "none")
+    }
     tokens, layers = 6 + 9, 2  # the last token is never read
     assert sizes["latent"] == tokens * layers * (16 + 8) * 4
     assert sizes["materialized"] == tokens * layers * (2 * (16 + 8) + 2 * 16) * 4
@@ -153,7 +206,9 @@ def test_sampling_is_narrowed_and_seeded(tiny_run, capfd):
     greedy = objects(capfd, *argv, "--temp", "0")[0]["text"]
     for narrow in (("--top-k", "1"), ("--top-p", "0.000001"), ("--min-p", "1")):
         assert objects(capfd, *argv, "--temp", "1", *narrow)[0]["text"] == greedy
-    a, b, c = (objects(capfd, *argv, "--temp", "1", "--seed", seed)[0]["text"] for seed in (1, 1, 2))
+    a, b, c = (
+        objects(capfd, *argv, "--temp", "1", "--seed", seed)[0]["text"] for seed in (1, 1, 2)
+    )
     assert a == b != c
 
 
@@ -171,19 +226,25 @@ def test_a_batch_gives_each_prompt_its_own_text(tiny_run, tmp_path, capfd):
 
 def test_bad_input_gets_one_line(tiny_run, tmp_path, capsys):
     argv = ("--model", tiny_run, "--prompt", "x", "--backend", "torch")
-    assert "--kv-bits is mlx-lm's; use --backend mlx" in refused(capsys, *argv, "--kv-bits", "8", command=generate.main)
+    assert "--kv-bits is mlx-lm's; use --backend mlx" in refused(
+        capsys, *argv, "--kv-bits", "8", command=generate.main
+    )
     if not torch.cuda.is_available():
         said = refused(capsys, *argv, "--device", "cuda", command=generate.main)
         assert "--device cuda: PyTorch has" in said
         assert "cpu here" in said
-    said = refused(capsys, "--model", tiny_run, "--prompt", "x", "--device", "mps", command=generate.main)
+    said = refused(
+        capsys, "--model", tiny_run, "--prompt", "x", "--device", "mps", command=generate.main
+    )
     assert "goes with --backend torch" in said
 
     folder = tmp_path / "quantised"
     shutil.copytree(checkpoint.latest(tiny_run), folder)
     (folder / "SHA256SUMS").unlink()
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}})
+    )
     argv = ("--model", folder, "--prompt", "x", "--backend", "torch")
     assert "which only MLX reads" in refused(capsys, *argv, command=generate.main)
 
@@ -192,9 +253,15 @@ def test_a_missing_framework_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    for name in [n for n in sys.modules if n.startswith("mlx_mla.backends.torch") or n == "mlx_mla.model_torch"]:
+    for name in [
+        n
+        for n in sys.modules
+        if n.startswith("mlx_mla.backends.torch") or n == "mlx_mla.model_torch"
+    ]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match="--backend torch: torch is not installed; pip install torch"):
+    with pytest.raises(
+        UserError, match="--backend torch: torch is not installed; pip install torch"
+    ):
         get_backend("torch")
 
 

@@ -1,4 +1,5 @@
-"""The benchmarks run, keep what they have, and refuse what they cannot do. Speeds are never asserted."""
+"""The benchmarks run, keep what they have, and refuse what they cannot do. Speeds are never
+asserted."""
 
 import json
 import shutil
@@ -50,7 +51,11 @@ def test_every_measure_has_rows_for_both_backends_and_the_outside_references(rep
         assert len(t["values"]) == 1
         assert r["roofline"] > 0
     latent, whole = (
-        next(r for r in rows(report) if (r["measure"], r["backend"], r["model"]) == ("decoding", "torch", m))
+        next(
+            r
+            for r in rows(report)
+            if (r["measure"], r["backend"], r["model"]) == ("decoding", "torch", m)
+        )
         for m in ("mla-124m", "gpt2-124m")
     )
     assert whole["cache_bytes_per_token"] == 4 * latent["cache_bytes_per_token"]
@@ -60,7 +65,14 @@ def test_every_measure_has_rows_for_both_backends_and_the_outside_references(rep
 @pytest.mark.slow
 def test_the_report_shows_the_tables_and_plots(report):
     text = (report / "report.md").read_text()
-    for part in ("## Forward", "## First token", "## Decoding", "## Training", "| 1.00x |", "GFLOP/s"):
+    for part in (
+        "## Forward",
+        "## First token",
+        "## Decoding",
+        "## Training",
+        "| 1.00x |",
+        "GFLOP/s",
+    ):
         assert part in text
     for name in ("forward", "decoding", "training", "cache"):
         assert f"]({name}.png)" in text
@@ -94,7 +106,10 @@ def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, 
 
     monkeypatch.setattr(subjects, "load", wrong)
     out = tmp_path / "out"
-    assert compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]) == 0
+    assert (
+        compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)])
+        == 0
+    )
     (verdict, *others) = rows(out)
     assert (verdict["measure"], verdict["backend"]) == ("parity", "torch")
     assert "not timed" in verdict["status"]
@@ -110,7 +125,10 @@ def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monk
 
     monkeypatch.setattr(subject_torch.TorchSubject, "forward", full)
     out = tmp_path / "out"
-    assert compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]) == 0
+    assert (
+        compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)])
+        == 0
+    )
     status = {r["backend"]: r["status"] for r in rows(out)}
     assert status == {"mlx": "ok", "torch": "out of memory"}
     assert "out of memory" in (out / "report.md").read_text()
@@ -131,7 +149,9 @@ def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
     assert "not results of this benchmark" in no("--out", tmp_path, "--resume")
     folder = shutil.copytree(tiny_run / "checkpoints/step-000040", tmp_path / "quantised")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}})
+    )
     assert "which only MLX reads; compare the folder it was made from" in no("--models", folder)
 
 
@@ -154,7 +174,16 @@ def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
     from bench import evaluation
 
     folder = write(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
-    argv = ["--data-dir", str(shared_data), "--model", str(folder), "--limit", "12", "--out", str(tmp_path / "out")]
+    argv = [
+        "--data-dir",
+        str(shared_data),
+        "--model",
+        str(folder),
+        "--limit",
+        "12",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert evaluation.main([*argv, "--batch-size", "4"]) == 0
     (path,) = (tmp_path / "out").glob("*_evaluation.json")
     found = json.loads(path.read_text())["rows"]
@@ -187,11 +216,43 @@ def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capf
     from mlx_mla import train
 
     run = tmp_path / "run"
-    argv = ["--attention", "mha", "--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--n-positions", "32"]
-    argv += ["--data", str(text_file), "--out", str(run), "--steps", "40", "--batch-size", "4", "--eval-every", "0"]
+    argv = [
+        "--attention",
+        "mha",
+        "--n-layer",
+        "2",
+        "--n-head",
+        "2",
+        "--n-embd",
+        "16",
+        "--n-positions",
+        "32",
+    ]
+    argv += [
+        "--data",
+        str(text_file),
+        "--out",
+        str(run),
+        "--steps",
+        "40",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "0",
+    ]
     assert train.main([*argv, "--backend", "torch", "--device", "cpu", "--sample-tokens", "0"]) == 0
     flags = ["--model", str(run), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    flags += ["--fractions", "1", "0.25", "--heal", "0.2", "--heal-fractions", "0.25", "--calibration-tokens", "2000"]
+    flags += [
+        "--fractions",
+        "1",
+        "0.25",
+        "--heal",
+        "0.2",
+        "--heal-fractions",
+        "0.25",
+        "--calibration-tokens",
+        "2000",
+    ]
     assert convert_mla.main(flags) == 0
     (path,) = (tmp_path / "out").glob("*_convert.json")
     cells = json.loads(path.read_text())["cells"]
@@ -200,13 +261,18 @@ def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capf
     for method in ("svd", "whitened", "balanced"):
         assert abs(named[16, method, False, 0.0, False]["change"]) < 0.01  # full rank is exact
         assert named[4, method, False, 0.0, False]["stderr"] > 0
-    assert named[4, "balanced", True, 0.2, False]["change"] < named[4, "balanced", True, 0.0, False]["change"]
+    assert (
+        named[4, "balanced", True, 0.2, False]["change"]
+        < named[4, "balanced", True, 0.0, False]["change"]
+    )
     assert named[16, "the MHA model", False, 0.2, False]["change"] < 0
     (tmp_path / "work" / "r16-svd.json").unlink()
     capfd.readouterr()
     assert convert_mla.main(flags) == 0
     assert json.loads(path.read_text())["cells"] == cells
-    assert convert_mla.main(["--model", str(tmp_path / "nowhere"), "--work", str(tmp_path / "w")]) == 2
+    assert (
+        convert_mla.main(["--model", str(tmp_path / "nowhere"), "--work", str(tmp_path / "w")]) == 2
+    )
 
 
 @pytest.mark.slow
@@ -214,13 +280,33 @@ def test_prepare_is_timed_against_tiktoken_and_weighed(shared_data, tmp_path, ca
     from bench import prepare as bench
 
     src = shared_data / "corpus/debian_sqlite_doc"
-    argv = [str(src), "--bpe-dir", str(shared_data / "gpt2_bpe"), "--megabytes", "0.2", "--repetitions", "1"]
-    assert bench.main([*argv, "--web-page", "900", "--memory-shard-tokens", "20000", "--out", str(tmp_path)]) == 0
+    argv = [
+        str(src),
+        "--bpe-dir",
+        str(shared_data / "gpt2_bpe"),
+        "--megabytes",
+        "0.2",
+        "--repetitions",
+        "1",
+    ]
+    assert (
+        bench.main(
+            [*argv, "--web-page", "900", "--memory-shard-tokens", "20000", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
-    assert {r["subject"] for r in found["speed"]} == {bench.ALONE, bench.PLAIN, bench.XZ, bench.UNPACK}
-    assert all(r["bytes"] >= 200_000 and min(r["seconds"] + r["cpu_seconds"]) > 0 for r in found["speed"])
+    assert {r["subject"] for r in found["speed"]} == {
+        bench.ALONE,
+        bench.PLAIN,
+        bench.XZ,
+        bench.UNPACK,
+    }
+    assert all(
+        r["bytes"] >= 200_000 and min(r["seconds"] + r["cpu_seconds"]) > 0 for r in found["speed"]
+    )
     assert found["memory"][1]["bytes"] > 3 * found["memory"][0]["bytes"]
     assert all(m["peak_bytes"] > 10**7 for m in found["memory"])
     assert said.count("1.00x") >= 2
@@ -237,7 +323,11 @@ def test_training_measures_memory_speed_and_plans(tmp_path, capsys):
     for r in held:
         parts = ("state_bytes", "gradient_bytes", "activation_bytes")
         assert sum(r["measured"][part] for part in parts) == r["measured"]["total_bytes"]
-    assert {r["case"] for r in rows if r["what"] == "speed"} == {"plain PyTorch loop", "torch", "mlx"}
+    assert {r["case"] for r in rows if r["what"] == "speed"} == {
+        "plain PyTorch loop",
+        "torch",
+        "mlx",
+    }
     assert "| nano | bfloat16 |" in capsys.readouterr().out
 
 
@@ -247,7 +337,10 @@ def test_a_plan_puts_in_what_fits():
 
     config = training.settings("mla-124m", dtype="float32", seq_len=1024)
     batch = training.largest_batch(config, 32e9)
-    totals = [estimate(training.settings("mla-124m", dtype="float32", batch_size=b), True) for b in (batch, 2 * batch)]
+    totals = [
+        estimate(training.settings("mla-124m", dtype="float32", batch_size=b), True)
+        for b in (batch, 2 * batch)
+    ]
     assert totals[0].total_bytes <= 32e9 < totals[1].total_bytes
 
 
@@ -259,15 +352,30 @@ def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
     monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
-    argv = ["--quick", "--backends", "mlx", "--models", "gpt2-124m", "mla-124m", "--out", str(tmp_path)]
+    argv = [
+        "--quick",
+        "--backends",
+        "mlx",
+        "--models",
+        "gpt2-124m",
+        "mla-124m",
+        "--out",
+        str(tmp_path),
+    ]
     assert decode.main(argv) == 0
     (path,) = tmp_path.glob("*_decode.json")
     found = json.loads(path.read_text())["rows"]
-    cells = {(r["batch"], r["context"], r["model"], r["cache"]) for r in found if r["measure"] == "decoding"}
+    cells = {
+        (r["batch"], r["context"], r["model"], r["cache"])
+        for r in found
+        if r["measure"] == "decoding"
+    }
     kinds = (("gpt2-124m", "materialized"), ("mla-124m", "latent"), ("mla-124m", "materialized"))
     assert cells == {(b, c, *kind) for b in (1, 3) for c in (16, 48) for kind in kinds}
     paths = {(r["context"], r["new"], r["path"]) for r in found if r["measure"] == "chunk"}
-    assert paths == {(c, n, p) for c in (16, 48) for n in (2, 8, 32) for p in ("absorbed", "expanded", "chosen")}
+    assert paths == {
+        (c, n, p) for c in (16, 48) for n in (2, 8, 32) for p in ("absorbed", "expanded", "chosen")
+    }
     assert {r["cache"] for r in found if r["measure"] == "overhead"} == {"eager", "compiled"}
     report = path.with_suffix(".md").read_text()
     assert "within 5 % of the better cache" in report
@@ -282,7 +390,18 @@ def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, cap
 def test_serve_bench_finds_no_errors(tmp_path, capfd):
     from bench import serve
 
-    argv = ["--presets", "mla-124m-r128", "--layers", "1", "--clients", "3", "--seconds", "1.5", "--max-tokens", "4"]
+    argv = [
+        "--presets",
+        "mla-124m-r128",
+        "--layers",
+        "1",
+        "--clients",
+        "3",
+        "--seconds",
+        "1.5",
+        "--max-tokens",
+        "4",
+    ]
     assert serve.main([*argv, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*_serve.json")
     (row,) = json.loads(path.read_text())["rows"]
@@ -294,7 +413,16 @@ def test_serve_bench_finds_no_errors(tmp_path, capfd):
 def test_trained_bench_measures_quantisation_and_drafts(tiny_run, text_file, tmp_path, capfd):
     from bench import decode_trained
 
-    argv = ["--models", str(tiny_run), "--text", str(text_file), "--windows", "4", "--draft", str(tiny_run)]
+    argv = [
+        "--models",
+        str(tiny_run),
+        "--text",
+        str(text_file),
+        "--windows",
+        "4",
+        "--draft",
+        str(tiny_run),
+    ]
     assert decode_trained.main([*argv, "--tokens", "8", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*_decode-trained.json")
     document = json.loads(path.read_text())

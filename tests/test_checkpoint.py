@@ -40,7 +40,9 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum on this system")
 def test_sums_are_what_sha256sum_reads(tiny_run):
     folder = checkpoint.latest(tiny_run)
-    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": OK") == len(contents(folder)) - 2  # all but itself and the README
 
@@ -52,7 +54,11 @@ def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint.latest(tiny_run), folder)
     assert checkpoint.damage(folder) is None
-    name = data.draw(st.sampled_from(["model.safetensors", "train_state.safetensors", "config.json", "tokenizer.json"]))
+    name = data.draw(
+        st.sampled_from(
+            ["model.safetensors", "train_state.safetensors", "config.json", "tokenizer.json"]
+        )
+    )
     content = bytearray((folder / name).read_bytes())
     if data.draw(st.booleans()):
         at = data.draw(st.integers(0, len(content) * 8 - 1))
@@ -103,11 +109,23 @@ def test_tensors_that_do_not_fit_are_named(tiny_run, tmp_path):
 
 def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):
     folder = tmp_path / "checkpoints"
-    for name in ("step-000005", "step-000010", "step-1000000", ".step-000015.tmp-1", ".step-000005.old-1"):
+    for name in (
+        "step-000005",
+        "step-000010",
+        "step-1000000",
+        ".step-000015.tmp-1",
+        ".step-000005.old-1",
+    ):
         (folder / name).mkdir(parents=True)
     checkpoint.prune(tmp_path, 0, newest=10)
-    assert sorted(p.name for p in folder.iterdir()) == ["step-000005", "step-000010", "step-1000000"]
-    checkpoint.prune(tmp_path, 1, newest=10)  # resumed from an earlier step: what comes later does not count
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "step-000005",
+        "step-000010",
+        "step-1000000",
+    ]
+    checkpoint.prune(
+        tmp_path, 1, newest=10
+    )  # resumed from an earlier step: what comes later does not count
     assert sorted(p.name for p in folder.iterdir()) == ["step-000010", "step-1000000"]
     (folder / "step-000005").mkdir()
     checkpoint.prune(tmp_path, 2, newest=1000000)

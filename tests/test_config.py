@@ -26,12 +26,20 @@ def test_presets_survive_a_round_trip_through_toml(name, tmp_path):
 )
 def test_any_value_survives_a_round_trip_through_toml(steps, learning_rate, data):
     config = c.TrainConfig(steps=steps, learning_rate=learning_rate, data=data)
-    assert presets.overlay(c.TrainConfig(), presets.tomllib.loads(presets.to_toml(config)), "x") == config
+    assert (
+        presets.overlay(c.TrainConfig(), presets.tomllib.loads(presets.to_toml(config)), "x")
+        == config
+    )
 
 
 def test_none_is_resolved_from_the_other_fields():
     model = c.ModelConfig(n_embd=96, n_head=4).resolved(257)
-    assert (model.kv_lora_rank, model.v_head_dim, model.n_inner, model.vocab_size) == (48, 24, 384, 257)
+    assert (model.kv_lora_rank, model.v_head_dim, model.n_inner, model.vocab_size) == (
+        48,
+        24,
+        384,
+        257,
+    )
     assert model.attention_bias is False
     assert c.ModelConfig(attention="mha").resolved(257).attention_bias is True
     assert model.resolved(257) == model
@@ -41,15 +49,18 @@ def test_every_comparison_is_one_flag_apart():
     nano = presets.preset("mla-124m").model
     mha = dataclasses.replace(c.ModelConfig(), attention="mha").resolved(50257)
     assert mha == presets.preset("gpt2-124m").resolved().model
-    assert dataclasses.replace(mha, attention="mla", attention_bias=False, kv_lora_rank=384, v_head_dim=64) == (
-        nano.resolved(50257)
-    )
+    assert dataclasses.replace(
+        mha, attention="mla", attention_bias=False, kv_lora_rank=384, v_head_dim=64
+    ) == (nano.resolved(50257))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"n_embd": 100, "n_head": 12}, "--n-embd 100 is not divisible by --n-head 12; try --n-embd 96"),
+        (
+            {"n_embd": 100, "n_head": 12},
+            "--n-embd 100 is not divisible by --n-head 12; try --n-embd 96",
+        ),
         ({"n_layer": 0}, "--n-layer must be at least 1"),
         ({"kv_lora_rank": 0}, "--kv-lora-rank must be at least 1, not 0"),
         (
@@ -57,7 +68,10 @@ def test_every_comparison_is_one_flag_apart():
             "--kv-lora-ranks needs 2 widths of at least 1, one for each layer, not 8",
         ),
         ({"n_layer": 2, "kv_lora_ranks": [8, 0]}, "--kv-lora-ranks needs 2 widths"),
-        ({"n_layer": 1, "kv_lora_ranks": [8], "kv_lora_rank": 4}, "--kv-lora-rank 4 is not the largest"),
+        (
+            {"n_layer": 1, "kv_lora_ranks": [8], "kv_lora_rank": 4},
+            "--kv-lora-rank 4 is not the largest",
+        ),
         ({"attention": "mha", "kv_lora_ranks": [8] * 12}, "no meaning with --attention mha"),
         ({"kv_lora_rank": -3}, "--kv-lora-rank must be at least 1, not -3"),
         ({"qk_rope_head_dim": 3}, "--qk-rope-head-dim must be even"),

@@ -13,15 +13,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import foreign  # noqa: E402
-import numpy as np  # noqa: E402
-from conftest import python  # noqa: E402
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from test_train import refused as _refused  # noqa: E402
+import foreign
+import numpy as np
+from conftest import python
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from test_train import refused as _refused
 
-from convert import __main__ as convert  # noqa: E402
+from convert import __main__ as convert
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def refused(capsys, tmp_path):
 
     def run(src, *flags, tokenizer="bytes"):
         out = tmp_path / "out"
-        line = _refused(capsys, src, "--out", out, "--tokenizer", tokenizer, *flags, command=convert.main)
+        line = _refused(
+            capsys, src, "--out", out, "--tokenizer", tokenizer, *flags, command=convert.main
+        )
         assert not out.exists()
         assert not list(tmp_path.glob(".out*")), "a half-written folder is left"
         return line
@@ -60,9 +62,18 @@ def edit_weights(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM .* is not supported; supp"),
-        ({"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification .* is not supported"),
-        ({"activation_function": "relu"}, "activation_function 'relu' is not supported; supported are gelu_new"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "LlamaForCausalLM .* is not supported; supp",
+        ),
+        (
+            {"architectures": ["GPT2ForSequenceClassification"]},
+            "GPT2ForSequenceClassification .* is not supported",
+        ),
+        (
+            {"activation_function": "relu"},
+            "activation_function 'relu' is not supported; supported are gelu_new",
+        ),
         ({"add_cross_attention": True}, "add_cross_attention is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings false is not supported"),
@@ -72,8 +83,14 @@ def edit_weights(folder, change):
         ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'"),
         ({"n_layer": 3}, r"missing tensors transformer\.h\.2\..* and 9 more"),
         ({"n_layer": 1}, r"unexpected tensors transformer\.h\.1\..*"),
-        ({"n_inner": 64}, r"mlp\.c_fc\.weight has shape \(32, 128\), its configuration asks for \(32, 64\)"),
-        ({"vocab_size": 301}, r"wte\.weight has shape \(300, 32\), its configuration asks for \(301, 32\)"),
+        (
+            {"n_inner": 64},
+            r"mlp\.c_fc\.weight has shape \(32, 128\), its configuration asks for \(32, 64\)",
+        ),
+        (
+            {"vocab_size": 301},
+            r"wte\.weight has shape \(300, 32\), its configuration asks for \(301, 32\)",
+        ),
     ],
 )
 def test_configurations_of_hugging_face(changes, message, folder, refused):
@@ -87,7 +104,9 @@ def test_tensors_that_are_missing_unexpected_or_misshaped_are_named(folder, refu
     edit_weights(folder, lambda t: t.pop(name))
     assert f"missing tensor {name}" in refused(folder)
     edit_weights(folder, lambda t: t.update({name: whole.T}))
-    assert f"tensor {name} has shape (96, 32), its configuration asks for (32, 96)" in refused(folder)
+    assert f"tensor {name} has shape (96, 32), its configuration asks for (32, 96)" in refused(
+        folder
+    )
     edit_weights(folder, lambda t: t.update({name: whole, "transformer.h.0.attn.rotary": whole}))
     assert "unexpected tensor transformer.h.0.attn.rotary" in refused(folder)
 
@@ -160,14 +179,17 @@ def test_truncated_or_changed_pickles(data, refused, tmp_path, capsys):
     content = path.read_bytes()
     path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     assert str(path) in refused(path)
-    # Changed bytes of the pickle itself: refused, or (where only a number changed) converted; never a traceback.
+    # Changed bytes of the pickle itself: refused, or (where only a number changed) converted; never
+    # a traceback.
     with zipfile.ZipFile(tmp_path / "changed.pt", "w") as new:
         path.write_bytes(content)
         with zipfile.ZipFile(path) as old:
             for entry in old.infolist():
                 inner = bytearray(old.read(entry))
                 if entry.filename.endswith("data.pkl"):
-                    inner[data.draw(st.integers(0, len(inner) - 1))] = data.draw(st.integers(0, 255))
+                    inner[data.draw(st.integers(0, len(inner) - 1))] = data.draw(
+                        st.integers(0, 255)
+                    )
                 new.writestr(entry.filename, bytes(inner))
     out = tmp_path / "changed"
     code = convert.main([str(tmp_path / "changed.pt"), "--out", str(out), "--tokenizer", "bytes"])
@@ -182,10 +204,19 @@ def test_truncated_or_changed_pickles(data, refused, tmp_path, capsys):
         (lambda b: b[:500], "shorter than llm.c's header"),
         (lambda b: b[:-1], "its header asks for"),
         (lambda b: b + b"x", "its header asks for"),
-        (lambda b: b[:4] + np.int32(1).tobytes() + b[8:], "version 1 is not supported; supported are 3"),
-        (lambda b: b[:16] + np.int32(2**30).tobytes() + b[20:], "n_layer is 1,073,741,824, which is beyond"),
+        (
+            lambda b: b[:4] + np.int32(1).tobytes() + b[8:],
+            "version 1 is not supported; supported are 3",
+        ),
+        (
+            lambda b: b[:16] + np.int32(2**30).tobytes() + b[20:],
+            "n_layer is 1,073,741,824, which is beyond",
+        ),
         (lambda b: b[:16] + np.int32(-1).tobytes() + b[20:], "--n-layer must be at least 1"),
-        (lambda b: b[:28] + np.int32(7).tobytes() + b[32:], "7 padded rows for a vocabulary of 280"),
+        (
+            lambda b: b[:28] + np.int32(7).tobytes() + b[32:],
+            "7 padded rows for a vocabulary of 280",
+        ),
         (lambda b: np.int32(20240520).tobytes() + b[4:], "token ids of llm.c, not a model"),
         (lambda b: b"GGUF" + b[4:], "not a checkpoint that is known here"),
     ],
@@ -205,8 +236,14 @@ def test_llmc_files(change, message, refused, tmp_path):
         ({"model": {"a": 1}}, "'a' is no tensor"),
         ({"model": {"a": torch.zeros(2)}}, "no transformer.wte.weight"),
         ({"model": foreign.linear_state(foreign.gpt2())}, "does not say its heads and activation"),
-        ({"model": foreign.linear_state(foreign.gpt2()), "config": {"n_layer": 2}}, "lacks n_head, n_embd, block_size"),
-        ({"model": foreign.linear_state(foreign.gpt2()), "config": 3}, "its configuration is a value of type int"),
+        (
+            {"model": foreign.linear_state(foreign.gpt2()), "config": {"n_layer": 2}},
+            "lacks n_head, n_embd, block_size",
+        ),
+        (
+            {"model": foreign.linear_state(foreign.gpt2()), "config": 3},
+            "its configuration is a value of type int",
+        ),
         (foreign.Original().state_dict(), "and 32 is no multiple of 64; give --n-head"),
     ],
 )
@@ -219,15 +256,18 @@ def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
     ("flags", "message"),
     [
         (("--to", "mla"), "needs --rank R or --rank-budget R, from 1 to 32"),
-        (("--to", "mla", "--rank-budget", "33"), "--rank-budget must be from 1 to the model's n_embd, 32"),
+        (("--to", "mla", "--rank-budget", "33"), "--rank-budget must be from 1 to the model's "
+                                                 "n_embd, 32"),
         (("--to", "mla", "--rank", "4", "--rank-budget", "4"), "exclude each other"),
         (("--rank-budget", "4"), "--rank-budget goes with --to mla"),
         (("--to", "mla", "--rank", "33"), "--rank must be from 1 to the model's n_embd, 32"),
         (("--to", "mla", "--rank", "0"), "--rank must be from 1"),
         (("--to", "mla", "--rank", "-4"), "--rank must be from 1"),
         (("--rank", "4"), "--rank goes with --to mla"),
-        (("--to", "mla", "--rank", "4", "--method", "whitened"), "--method whitened needs --calibration"),
-        (("--to", "mla", "--rank", "4", "--calibration", "nowhere.txt"), "nowhere.txt: cannot be read: No such file"),
+        (("--to", "mla", "--rank", "4", "--method", "whitened"), "--method whitened needs "
+                                                                 "--calibration"),
+        (("--to", "mla", "--rank", "4", "--calibration", "nowhere.txt"), "nowhere.txt: cannot be "
+                                                                         "read: No such file"),
         (("--to", "gguf",), "gguf"),
         (("--revision", "main"), "--revision goes with a hub id"),
         (("--n-head", "2"), "says its heads itself"),
@@ -271,11 +311,15 @@ def test_out_that_is_taken(folder, capsys, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "notes").write_text("mine")
-    assert "exists and is not empty" in _refused(capsys, folder, "--out", taken, command=convert.main)
+    assert "exists and is not empty" in _refused(
+        capsys, folder, "--out", taken, command=convert.main
+    )
     assert (taken / "notes").read_text() == "mine"
     assert "is a file" in _refused(capsys, folder, "--out", taken / "notes", command=convert.main)
     (taken / "notes").unlink()
-    assert convert.main([str(folder), "--out", str(taken), "--tokenizer", "bytes"]) == 0  # an empty folder is fine
+    assert (
+        convert.main([str(folder), "--out", str(taken), "--tokenizer", "bytes"]) == 0
+    )  # an empty folder is fine
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -284,7 +328,8 @@ def test_an_interrupted_conversion_leaves_no_folder(how, folder, tmp_path, monke
     script = (
         "import sys, time; from convert import __main__ as c; from mlx_mla import checkpoint as k\n"
         "def slow(folder, *a):\n"
-        " (folder / 'model.safetensors').write_bytes(b'x' * 1000); print('writing', flush=True); time.sleep(60)\n"
+        " (folder / 'model.safetensors').write_bytes(b'x' * 1000); print('writing', flush=True); "
+        "time.sleep(60)\n"
         "k.write_model = slow\n"
         "sys.exit(c.main(sys.argv[1:]))"
     )

@@ -1,4 +1,5 @@
-"""Multi-head attention made latent: exact at full rank, optimal below, reported, whatever the text's length."""
+"""Multi-head attention made latent: exact at full rank, optimal below, reported, whatever the
+text's length."""
 
 import itertools
 import json
@@ -8,25 +9,36 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import foreign  # noqa: E402
-import numpy as np  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from rich.console import Console  # noqa: E402
+import foreign
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
-from convert import __main__ as convert  # noqa: E402
-from convert import latent  # noqa: E402
-from convert.calibration import Text, collect_moments, perplexity  # noqa: E402
-from mlx_mla import checkpoint, generate  # noqa: E402
-from mlx_mla.backends.torch.load import build_model  # noqa: E402
-from mlx_mla.data.tokenizer import ByteEncoder  # noqa: E402
+from convert import __main__ as convert
+from convert import latent
+from convert.calibration import Text, collect_moments, perplexity
+from mlx_mla import checkpoint, generate
+from mlx_mla.backends.torch.load import build_model
+from mlx_mla.data.tokenizer import ByteEncoder
 
 METHODS = ("balanced", "whitened", "svd")
 CPU = torch.device("cpu")
 
 
 def converted(src, out, *flags):
-    argv = [str(src), "--out", str(out), "--to", "mla", "--tokenizer", "bytes", "--device", "cpu", *map(str, flags)]
+    argv = [
+        str(src),
+        "--out",
+        str(out),
+        "--to",
+        "mla",
+        "--tokenizer",
+        "bytes",
+        "--device",
+        "cpu",
+        *map(str, flags),
+    ]
     assert convert.main(argv) == 0
     return out
 
@@ -48,7 +60,9 @@ def test_full_rank_is_exact_with_half_the_cache(method, model, hf_folder, text_f
     flags = [] if method == "svd" else ["--calibration", text_file, "--calibration-tokens", 1000]
     out = converted(hf_folder, tmp_path / "out", "--rank", 32, "--method", method, *flags)
     x = foreign.ids(length=48)
-    torch.testing.assert_close(foreign.logits_of_folder(out, x), foreign.logits_of(model, x), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        foreign.logits_of_folder(out, x), foreign.logits_of(model, x), atol=1e-4, rtol=0
+    )
     report = json.loads((out / "conversion.json").read_text())
     assert report["cache_bytes_per_token"]["before"] == 2 * report["cache_bytes_per_token"]["after"]
     assert report["method"] == method
@@ -68,7 +82,8 @@ def test_full_rank_is_exact_for_any_shape(data):
         rng.normal(size=(D, D)).astype(np.float32),
         rng.normal(size=D).astype(np.float32),
     )
-    # Fewer samples than directions: the moments are singular, and the model must be exact all the same.
+    # Fewer samples than directions: the moments are singular, and the model must be exact all the
+    # same.
     x, g = rng.normal(1, 1, (4, D)), rng.normal(size=(4, 2 * D))
     moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True), g.T @ g / 4)
     factors = latent.decompose(layer.c_attn[D:], method, moments)
@@ -94,7 +109,9 @@ def test_whitening_is_the_best_latent_for_the_text():
     for rank in range(1, 12):
         assert error(white, rank) <= error(plain, rank) * (1 + 1e-6)
         lost = np.sum(white.singular_values[rank:] ** 2)
-        assert error(white, rank) == pytest.approx(lost, rel=0.05, abs=1e-3)  # the ridge is all that parts them
+        assert error(white, rank) == pytest.approx(
+            lost, rel=0.05, abs=1e-3
+        )  # the ridge is all that parts them
     assert error(white, 4) < 0.5 * error(plain, 4)
 
 
@@ -130,7 +147,10 @@ def test_a_budget_is_shared_out_as_well_as_can_be(data):
     layers = [latent.Decomposition(np.eye(6), np.eye(6), s) for s in spectra]
 
     def lost(ranks):
-        tails = [s[r:] @ s[r:] / (1 if method == "balanced" else s @ s) for s, r in zip(spectra, ranks, strict=True)]
+        tails = [
+            s[r:] @ s[r:] / (1 if method == "balanced" else s @ s)
+            for s, r in zip(spectra, ranks, strict=True)
+        ]
         return sum(tails)
 
     ranks = latent.share_ranks(layers, average, method)
@@ -145,14 +165,21 @@ def test_keys_constants_and_values_means_cost_nothing(model, text_file):
     """Directions that the text holds constant leave the outputs as they were at any rank."""
     D = 8
     rng = np.random.default_rng(0)
-    layer = latent.MhaLayer(*(rng.normal(size=s).astype(np.float32) for s in ((3 * D, D), (3 * D,), (D, D), (D,))))
+    layer = latent.MhaLayer(
+        *(rng.normal(size=s).astype(np.float32) for s in ((3 * D, D), (3 * D,), (D, D), (D,)))
+    )
     x = np.concatenate([rng.normal(size=(50, 3)), np.full((50, 5), 2.0)], axis=1)
     moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True))
-    new = latent.to_latent(layer, latent.decompose(layer.c_attn[D:], "whitened", moments), 3, 1, moments.mean)
+    new = latent.to_latent(
+        layer, latent.decompose(layer.c_attn[D:], "whitened", moments), 3, 1, moments.mean
+    )
     v = x @ layer.c_attn[2 * D :].T + layer.c_attn_bias[2 * D :]
     v_new = x @ (new.kv_b_proj[D:] @ new.c_attn[D:]).T
     p = rng.dirichlet(np.ones(50))
-    old_out, new_out = (p @ v) @ layer.c_proj.T + layer.c_proj_bias, (p @ v_new) @ new.c_proj.T + new.c_proj_bias
+    old_out, new_out = (
+        (p @ v) @ layer.c_proj.T + layer.c_proj_bias,
+        (p @ v_new) @ new.c_proj.T + new.c_proj_bias,
+    )
     np.testing.assert_allclose(new_out, old_out, atol=1e-3)
     k, k_new = x @ layer.c_attn[D : 2 * D].T, x @ (new.kv_b_proj[:D] @ new.c_attn[D:]).T
     np.testing.assert_allclose(k_new - k_new.mean(0), k - k.mean(0), atol=1e-3)
@@ -164,8 +191,30 @@ def trained(tmp_path_factory, text_file):
     from mlx_mla import train
 
     out = tmp_path_factory.mktemp("runs") / "mha"
-    argv = ["--attention", "mha", "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--n-positions", "48"]
-    argv += ["--data", str(text_file), "--out", str(out), "--steps", "120", "--batch-size", "8", "--sample-tokens", "0"]
+    argv = [
+        "--attention",
+        "mha",
+        "--n-layer",
+        "2",
+        "--n-head",
+        "2",
+        "--n-embd",
+        "32",
+        "--n-positions",
+        "48",
+    ]
+    argv += [
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--steps",
+        "120",
+        "--batch-size",
+        "8",
+        "--sample-tokens",
+        "0",
+    ]
     argv += ["--eval-every", "0"]
     assert train.main([*argv, "--backend", "torch", "--device", "cpu", "--vocab-size", "272"]) == 0
     return out
@@ -196,7 +245,17 @@ def test_a_converted_model_decodes_as_in_full(trained, text_file, tmp_path, capf
     answers = []
     for backend, cache in (("mlx", "latent"), ("mlx", "none"), ("torch", "latent")):
         capfd.readouterr()
-        argv = ["--model", str(out), "--prompt", "The ", "--temp", "0", "--max-tokens", "30", "--json"]
+        argv = [
+            "--model",
+            str(out),
+            "--prompt",
+            "The ",
+            "--temp",
+            "0",
+            "--max-tokens",
+            "30",
+            "--json",
+        ]
         assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
         answers.append(json.loads(capfd.readouterr().out)["text"])
     assert len(set(answers)) == 1
@@ -209,19 +268,45 @@ def test_a_rank_budget_gives_layers_widths_of_their_own(trained, text_file, tmp_
     ranks = json.loads((out / "conversion.json").read_text())["kv_lora_ranks"]
     assert sum(ranks) == 14 and ranks[0] != ranks[1]
     assert (config.kv_lora_ranks, config.kv_lora_rank) == (ranks, max(ranks))
-    assert json.loads((out / "conversion.json").read_text())["cache_bytes_per_token"]["after"] == 2 * sum(ranks)
+    assert json.loads((out / "conversion.json").read_text())["cache_bytes_per_token"][
+        "after"
+    ] == 2 * sum(ranks)
     assert f"{min(ranks)} to {max(ranks)}, 7 on average" in (out / "README.md").read_text()
     answers = []
-    for backend, cache in (("mlx", "latent"), ("mlx", "none"), ("torch", "latent"), ("torch", "none")):
+    for backend, cache in (
+        ("mlx", "latent"),
+        ("mlx", "none"),
+        ("torch", "latent"),
+        ("torch", "none"),
+    ):
         capfd.readouterr()
-        argv = ["--model", str(out), "--prompt", "The ", "--temp", "0", "--max-tokens", "20", "--json"]
+        argv = [
+            "--model",
+            str(out),
+            "--prompt",
+            "The ",
+            "--temp",
+            "0",
+            "--max-tokens",
+            "20",
+            "--json",
+        ]
         assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
         answers.append(json.loads(capfd.readouterr().out)["text"])
     assert len(set(answers)) == 1
     # Healing goes on from such a model too.
     from mlx_mla import train
 
-    argv = ["--init", str(out), "--data", str(text_file), "--steps", "2", "--out", str(tmp_path / "healed")]
+    argv = [
+        "--init",
+        str(out),
+        "--data",
+        str(text_file),
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "healed"),
+    ]
     assert train.main([*argv, "--sample-tokens", "0", "--batch-size", "2"]) == 0
 
 
@@ -230,7 +315,9 @@ def text_of(path, context=16) -> Text:
 
 
 def test_moments_are_those_of_all_tokens_at_once(hf_folder, tmp_path):
-    assert convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
+    assert (
+        convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
+    )
     config = checkpoint.read_config(tmp_path / "mha")
     model = build_model(config, checkpoint.read_weights(tmp_path / "mha", config), CPU)
     file = tmp_path / "text.txt"
@@ -238,7 +325,9 @@ def test_moments_are_those_of_all_tokens_at_once(hf_folder, tmp_path):
     text = text_of(file)
     moments, tokens = collect_moments(model, text, 0, True, Console())
     seen = []
-    handle = model.transformer.h[1].attn.c_attn.register_forward_pre_hook(lambda m, x: seen.append(x[0].flatten(0, 1)))
+    handle = model.transformer.h[1].attn.c_attn.register_forward_pre_hook(
+        lambda m, x: seen.append(x[0].flatten(0, 1))
+    )
     with torch.no_grad():
         for batch in text.calibration(0):
             model(torch.tensor(batch[:, :-1]))
@@ -269,7 +358,9 @@ def test_text_streams_without_gap_or_overlap(tmp_path, monkeypatch):
 
 
 def test_perplexity_is_of_the_tokens_alone(hf_folder, tmp_path):
-    assert convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
+    assert (
+        convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
+    )
     config = checkpoint.read_config(tmp_path / "mha")
     model = build_model(config, checkpoint.read_weights(tmp_path / "mha", config), CPU)
     file = tmp_path / "text.txt"
@@ -278,6 +369,8 @@ def test_perplexity_is_of_the_tokens_alone(hf_folder, tmp_path):
     batch = np.concatenate(list(text_of(file).held_out(0)))
     with torch.no_grad():
         logits = model(torch.tensor(batch[:, :-1])).logits[..., :257]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(batch[:, 1:]).flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(batch[:, 1:]).flatten()
+    )
     assert value == pytest.approx(float(loss.exp()), rel=1e-5)
     assert tokens == batch[:, 1:].size

@@ -12,12 +12,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import foreign  # noqa: E402
-from conftest import python  # noqa: E402
+import foreign
+from conftest import python
 
-from convert import __main__ as convert  # noqa: E402
-from mlx_mla.backends import get_backend  # noqa: E402
-from mlx_mla.decoding.request import GenerationOptions  # noqa: E402
+from convert import __main__ as convert
+from mlx_mla.backends import get_backend
+from mlx_mla.decoding.request import GenerationOptions
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,17 @@ def folder(tmp_path_factory):
         for ids in (slice(0, 33), slice(127, None)):
             model.transformer.wte.weight[ids] = 0
     model.save_pretrained(str(tmp / "hf"))
-    argv = [str(tmp / "hf"), "--out", str(tmp / "mla"), "--tokenizer", "bytes", "--to", "mla", "--rank", "64"]
+    argv = [
+        str(tmp / "hf"),
+        "--out",
+        str(tmp / "mla"),
+        "--tokenizer",
+        "bytes",
+        "--to",
+        "mla",
+        "--rank",
+        "64",
+    ]
     assert convert.main(argv) == 0
     return tmp / "mla"
 
@@ -48,7 +58,11 @@ def expected(folder):
 
 def mlx_lm(tool: str, *args: object) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        python("-m", "mlx_lm", tool, *map(str, args)), capture_output=True, text=True, check=False, timeout=300
+        python("-m", "mlx_lm", tool, *map(str, args)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
@@ -67,9 +81,21 @@ def test_generate(folder, expected):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
     out = tmp_path / f"q{bits}"
-    mlx_lm("convert", "--hf-path", folder, "--mlx-path", out, "-q", "--q-bits", bits, "--trust-remote-code")
+    mlx_lm(
+        "convert",
+        "--hf-path",
+        folder,
+        "--mlx-path",
+        out,
+        "-q",
+        "--q-bits",
+        bits,
+        "--trust-remote-code",
+    )
     assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == bits
-    smaller = (out / "model.safetensors").stat().st_size / (folder / "model.safetensors").stat().st_size
+    smaller = (out / "model.safetensors").stat().st_size / (
+        folder / "model.safetensors"
+    ).stat().st_size
     assert smaller < (0.25 if bits == 4 else 0.4)
     text = generated(out)
     assert text
@@ -101,7 +127,9 @@ def loss(folder, text: str, **adapter) -> float:
     import mlx.nn as nn
     from mlx_lm import load
 
-    model, tokenizer = load(str(folder), {"trust_remote_code": True}, trust_remote_code=True, **adapter)[:2]
+    model, tokenizer = load(
+        str(folder), {"trust_remote_code": True}, trust_remote_code=True, **adapter
+    )[:2]
     ids = mx.array([tokenizer.encode(text)])
     return float(nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean"))
 
@@ -113,10 +141,28 @@ def test_lora_trains_some_steps_and_its_adapter_loads(folder, tmp_path):
         lines = [json.dumps({"text": f"The story of number {i} is short."}) for i in range(8)]
         (data / f"{split}.jsonl").write_text("\n".join(lines))
     mlx_lm(
-        "lora", "--model", folder, "--train", "--data", data, "--iters", 20, "--batch-size", 4, "--num-layers", 2,
-        "--learning-rate", 1e-3, "--adapter-path", adapter, "--steps-per-eval", 20, "--val-batches", 1,
+        "lora",
+        "--model",
+        folder,
+        "--train",
+        "--data",
+        data,
+        "--iters",
+        20,
+        "--batch-size",
+        4,
+        "--num-layers",
+        2,
+        "--learning-rate",
+        1e-3,
+        "--adapter-path",
+        adapter,
+        "--steps-per-eval",
+        20,
+        "--val-batches",
+        1,
         "--trust-remote-code",
-    )  # fmt: skip
+    )
     text = "The story of number 3 is short."
     assert loss(folder, text, adapter_path=str(adapter)) < 0.9 * loss(folder, text)
     assert generated(folder, "--adapter-path", adapter)
@@ -135,9 +181,19 @@ def test_server_answers_three_at_once_as_it_answers_each(folder):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     process = subprocess.Popen(
-        python("-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port), "--trust-remote-code"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        python(
+            "-m",
+            "mlx_lm",
+            "server",
+            "--model",
+            str(folder),
+            "--port",
+            str(port),
+            "--trust-remote-code",
+        ),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(240):
             assert process.poll() is None, "the server ended"

@@ -1,4 +1,5 @@
-"""Checkpoints of other projects: the converted folder gives the logits of the model it came from."""
+"""Checkpoints of other projects: the converted folder gives the logits of the model it came
+from."""
 
 import json
 
@@ -6,15 +7,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import foreign  # noqa: E402
-import huggingface_hub.constants  # noqa: E402
-import numpy as np  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from transformers import GPT2LMHeadModel  # noqa: E402
+import foreign
+import huggingface_hub.constants
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2LMHeadModel
 
-from convert import __main__ as convert  # noqa: E402
-from mlx_mla import checkpoint, generate  # noqa: E402
+from convert import __main__ as convert
+from mlx_mla import checkpoint, generate
 
 BYTES = ("--tokenizer", "bytes")
 
@@ -27,7 +28,9 @@ def converted(src, out, *flags):
 
 def same_logits(model, folder, atol=1e-5, vocab=300):
     x = foreign.ids(vocab)
-    torch.testing.assert_close(foreign.logits_of_folder(folder, x), foreign.logits_of(model, x), atol=atol, rtol=1e-4)
+    torch.testing.assert_close(
+        foreign.logits_of_folder(folder, x), foreign.logits_of(model, x), atol=atol, rtol=1e-4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +52,15 @@ def test_hugging_face_folder(model, hf_folder, tmp_path):
 def test_the_folder_is_one_of_ours(hf_folder, tmp_path, capfd):
     out = converted(hf_folder, tmp_path / "out")
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "model.safetensors", "model_mlx.py", "model_torch.py", "tokenizer.json", "tokenizer_config.json",
-        "README.md", "SHA256SUMS",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "model_mlx.py",
+        "model_torch.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "SHA256SUMS",
+    }
     assert checkpoint.damage(out) is None
     assert "43 pad the 257 tokens" in (out / "README.md").read_text()
     texts = []
@@ -86,7 +95,9 @@ def test_any_shape_and_option_of_gpt2(data, tmp_path_factory):
         "n_embd": heads * data.draw(st.sampled_from([4, 8, 10])),
         "n_inner": data.draw(st.sampled_from([None, 24])),
         "vocab_size": data.draw(st.integers(257, 310)),
-        "activation_function": data.draw(st.sampled_from(["gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast"])),
+        "activation_function": data.draw(
+            st.sampled_from(["gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast"])
+        ),
         "layer_norm_epsilon": data.draw(st.sampled_from([1e-5, 1e-2])),
         "scale_attn_weights": data.draw(st.booleans()),
         "scale_attn_by_inverse_layer_idx": data.draw(st.booleans()),
@@ -94,10 +105,14 @@ def test_any_shape_and_option_of_gpt2(data, tmp_path_factory):
     model = foreign.gpt2(data.draw(st.integers(0, 9)), **changes)
     tmp_path = tmp_path_factory.mktemp("any")
     model.save_pretrained(str(tmp_path / "hf"))
-    same_logits(model, converted(tmp_path / "hf", tmp_path / "out"), atol=1e-4, vocab=changes["vocab_size"])
+    same_logits(
+        model, converted(tmp_path / "hf", tmp_path / "out"), atol=1e-4, vocab=changes["vocab_size"]
+    )
 
 
-@pytest.mark.parametrize("form", ["sharded", "bin", "sharded bin", "no prefix", "old masks", "half"])
+@pytest.mark.parametrize(
+    "form", ["sharded", "bin", "sharded bin", "no prefix", "old masks", "half"]
+)
 def test_every_form_of_the_hugging_face_folder(form, model, hf_folder, tmp_path):
     src = tmp_path / "src"
     state = {n: p.detach() for n, p in model.named_parameters()}
@@ -111,14 +126,19 @@ def test_every_form_of_the_hugging_face_folder(form, model, hf_folder, tmp_path)
         state = {n.removeprefix("transformer."): p for n, p in state.items()}
     if form == "old masks":
         for i in range(2):
-            state[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 48, 48, dtype=torch.bool).tril()
+            state[f"transformer.h.{i}.attn.bias"] = torch.ones(
+                1, 1, 48, 48, dtype=torch.bool
+            ).tril()
             state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
         state["lm_head.weight"] = state["transformer.wte.weight"]
     if form == "half":
         state = {n: p.half() for n, p in state.items()}
     if form == "sharded bin":
         names = list(state)
-        parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+        parts = {
+            "pytorch_model-00001-of-00002.bin": names[:9],
+            "pytorch_model-00002-of-00002.bin": names[9:],
+        }
         for file, own in parts.items():
             torch.save({n: state[n] for n in own}, src / file)
         index = {"weight_map": {n: file for file, own in parts.items() for n in own}}
@@ -128,7 +148,9 @@ def test_every_form_of_the_hugging_face_folder(form, model, hf_folder, tmp_path)
     same_logits(model, converted(src, tmp_path / "out"), atol=0.05 if form == "half" else 1e-5)
 
 
-def test_hub_id_comes_from_the_hubs_cache_at_the_asked_revision(model, hf_folder, tmp_path, monkeypatch):
+def test_hub_id_comes_from_the_hubs_cache_at_the_asked_revision(
+    model, hf_folder, tmp_path, monkeypatch
+):
     repo = tmp_path / "cache" / "models--someone--small-gpt2"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "v1").write_text("a" * 40)
@@ -136,7 +158,9 @@ def test_hub_id_comes_from_the_hubs_cache_at_the_asked_revision(model, hf_folder
     hf_folder.rename(hf_folder.with_name("moved"))
     (repo / "snapshots" / ("a" * 40)).symlink_to(hf_folder.with_name("moved"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(repo.parent))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(repo.parent))
+    monkeypatch.setattr(
+        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(repo.parent)
+    )
     try:
         out = converted("someone/small-gpt2", tmp_path / "out", "--revision", "v1", *BYTES)
         same_logits(model, out)
@@ -152,7 +176,15 @@ def test_back_to_hugging_face_bit_for_bit(model, hf_folder, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items()):
         assert torch.equal(a.view(torch.int32), b.view(torch.int32)), name
-    for field in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "activation_function", "eos_token_id"):
+    for field in (
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "n_positions",
+        "vocab_size",
+        "activation_function",
+        "eos_token_id",
+    ):
         assert getattr(again.config, field) == getattr(model.config, field)
     (a, b) = ((f / "model.safetensors").read_bytes() for f in (hf_folder, back))
     assert len(a) == len(b)
@@ -227,7 +259,9 @@ def test_gpt2s_vocabulary_and_padding(shared_data, tmp_path, capfd):
     tokenizer = checkpoint.read_tokenizer(out)
     assert (len(tokenizer), tokenizer.eos_token_id) == (50257, 50256)
     weights = checkpoint.read_weights(out, checkpoint.read_config(out))
-    np.testing.assert_array_equal(weights["transformer.wte.weight"], model.transformer.wte.weight.detach().numpy())
+    np.testing.assert_array_equal(
+        weights["transformer.wte.weight"], model.transformer.wte.weight.detach().numpy()
+    )
 
 
 def test_the_sources_own_tokenizer_is_taken(shared_data, tmp_path):
@@ -243,7 +277,9 @@ def test_the_sources_own_tokenizer_is_taken(shared_data, tmp_path):
         if form == "tokenizer.json":
             encoder.fast_tokenizer().save_pretrained(str(src))
         else:  # as OpenAI published it
-            (src / "vocab.json").write_bytes((shared_data / "gpt2_bpe" / "encoder.json").read_bytes())
+            (src / "vocab.json").write_bytes(
+                (shared_data / "gpt2_bpe" / "encoder.json").read_bytes()
+            )
             (src / "merges.txt").write_bytes((shared_data / "gpt2_bpe" / "vocab.bpe").read_bytes())
         out = tmp_path / f"out-{form}"
         assert convert.main([str(src), "--out", str(out)]) == 0

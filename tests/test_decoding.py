@@ -1,4 +1,5 @@
-"""What decoding keeps and how: cache sizes, prompt-cache files, draft models, `--cache auto`, what is not computed."""
+"""What decoding keeps and how: cache sizes, prompt-cache files, draft models, `--cache auto`, what
+is not computed."""
 
 import json
 import shutil
@@ -8,7 +9,12 @@ import numpy as np
 import pytest
 from conftest import TINY
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    QuantizedKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 from test_generate import objects
 from test_train import refused
 
@@ -65,7 +71,9 @@ def test_bytes_per_token_of_context_in_bfloat16(name, bits, expected):
 
 def test_prompts_have_no_logits_but_the_last_ones():
     """Logits of this prompt would take 1,000 times the memory that the model works with."""
-    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=1024, vocab_size=50_000).resolved()
+    config = ModelConfig(
+        n_layer=1, n_head=1, n_embd=8, n_positions=1024, vocab_size=50_000
+    ).resolved()
     model = build_model(config, initial_weights(config, 0))
     prompt = [1] * 1000
     whole = len(prompt) * 50_000 * 4
@@ -89,11 +97,17 @@ def test_prompts_have_no_logits_but_the_last_ones():
 
 
 def test_a_step_does_not_copy_the_cache():
-    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, kv_lora_rank=256, n_positions=16_384, vocab_size=8).resolved()
+    config = ModelConfig(
+        n_layer=1, n_head=1, n_embd=8, kv_lora_rank=256, n_positions=16_384, vocab_size=8
+    ).resolved()
     model = build_model(config, initial_weights(config, 0))
     cache = make_prompt_cache(model)
     steps = generate_step(
-        mx.zeros((16_000,), mx.int32), model, max_tokens=20, prompt_cache=cache, prefill_step_size=256
+        mx.zeros((16_000,), mx.int32),
+        model,
+        max_tokens=20,
+        prompt_cache=cache,
+        prefill_step_size=256,
     )
     for _ in range(3):
         next(steps)
@@ -111,7 +125,9 @@ def test_a_step_does_not_copy_the_cache():
 def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path, capfd, bits):
     argv = ("--model", quantisable, "--temp", "0", *(("--kv-bits", bits) if bits else ()))
     file = tmp_path / "context.safetensors"
-    (first,) = objects(capfd, *argv, "--prompt", "The st", "--max-tokens", "9", "--save-prompt-cache", file)
+    (first,) = objects(
+        capfd, *argv, "--prompt", "The st", "--max-tokens", "9", "--save-prompt-cache", file
+    )
     context = list(b"The st") + first["token_ids"]
     cache = load_prompt_cache(str(file))
     assert cache[0].offset == len(context)
@@ -123,7 +139,9 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
     # Text after it, and saved once more.
     more = tmp_path / "more.safetensors"
     argv = (*argv, "--max-tokens", "5")
-    (after,) = objects(capfd, *argv, "--prompt", " and", "--prompt-cache", file, "--save-prompt-cache", more)
+    (after,) = objects(
+        capfd, *argv, "--prompt", " and", "--prompt-cache", file, "--save-prompt-cache", more
+    )
     decoder = get_backend("mlx").decoder(quantisable)
     options = GenerationOptions(temp=0, max_tokens=5, kv_bits=bits)
     expected = [t for p in decoder.stream(context + list(b" and"), options) for t in p.token_ids]
@@ -142,13 +160,23 @@ def test_a_text_that_stops_early_is_saved_up_to_there(folder, tmp_path, capfd):
 
 def test_prompt_caches_are_as_much_smaller_on_disk_as_in_memory(tmp_path):
     sizes = {}
-    for name, shape in {"mha": {"attention": "mha"}, "r96": {"kv_lora_rank": 96}, "r32": {"kv_lora_rank": 32}}.items():
-        config = ModelConfig(n_layer=2, n_head=2, n_embd=192, n_positions=512, vocab_size=257, **shape).resolved()
+    for name, shape in {
+        "mha": {"attention": "mha"},
+        "r96": {"kv_lora_rank": 96},
+        "r32": {"kv_lora_rank": 32},
+    }.items():
+        config = ModelConfig(
+            n_layer=2, n_head=2, n_embd=192, n_positions=512, vocab_size=257, **shape
+        ).resolved()
         decoder = decoder_of(tmp_path / name, config)
-        options = GenerationOptions(temp=0, max_tokens=1, save_prompt_cache=tmp_path / f"{name}.safetensors")
+        options = GenerationOptions(
+            temp=0, max_tokens=1, save_prompt_cache=tmp_path / f"{name}.safetensors"
+        )
         list(decoder.stream([1] * 300, options))
         sizes[name] = options.save_prompt_cache.stat().st_size
-    assert 301 * 2 * 384 * 4 < sizes["mha"] < 301 * 2 * 384 * 4 + 10_000  # 301 tokens, not the 512 there is room for
+    assert (
+        301 * 2 * 384 * 4 < sizes["mha"] < 301 * 2 * 384 * 4 + 10_000
+    )  # 301 tokens, not the 512 there is room for
     assert sizes["mha"] / sizes["r96"] == pytest.approx(4, rel=0.02)
     assert sizes["mha"] / sizes["r32"] == pytest.approx(12, rel=0.05)
 
@@ -157,7 +185,9 @@ def decoder_of(folder, config):
     from mlx_mla.data.tokenizer import ByteEncoder
 
     folder.mkdir()
-    checkpoint.write_model(folder, config, initial_weights(config, 0, 0.2), ByteEncoder().fast_tokenizer(), "")
+    checkpoint.write_model(
+        folder, config, initial_weights(config, 0, 0.2), ByteEncoder().fast_tokenizer(), ""
+    )
     return get_backend("mlx").decoder(folder)
 
 
@@ -168,12 +198,19 @@ def test_a_loaded_cache_can_be_trimmed(folder, tmp_path, capfd):
     cache = load_prompt_cache(str(file))
     trim_prompt_cache(cache, 12)
     decoder = get_backend("mlx").decoder(folder)
-    steps = generate_step(mx.array(first["token_ids"][:1]), decoder.model, max_tokens=5, prompt_cache=cache)
+    steps = generate_step(
+        mx.array(first["token_ids"][:1]), decoder.model, max_tokens=5, prompt_cache=cache
+    )
     assert [int(token) for token, _ in steps] == first["token_ids"][1:6]
 
 
-def test_prompt_caches_of_other_models_and_broken_ones_are_refused(folder, quantisable, tmp_path, capsys):
-    file, base = tmp_path / "context.safetensors", ("--prompt", "x", "--max-tokens", "2", "--temp", "0")
+def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
+    folder, quantisable, tmp_path, capsys
+):
+    file, base = (
+        tmp_path / "context.safetensors",
+        ("--prompt", "x", "--max-tokens", "2", "--temp", "0"),
+    )
     assert generate.main(["--model", str(folder), *base, "--save-prompt-cache", str(file)]) == 0
 
     def no(*argv, model=folder):
@@ -194,7 +231,9 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(folder, quant
         short = tmp_path / "short.safetensors"
         short.write_bytes(file.read_bytes()[:size])
         assert "it may be truncated" in no("--prompt-cache", short)
-    assert "no such file; --save-prompt-cache writes one" in no("--prompt-cache", tmp_path / "none.safetensors")
+    assert "no such file; --save-prompt-cache writes one" in no(
+        "--prompt-cache", tmp_path / "none.safetensors"
+    )
     assert "does not say what model" in no("--prompt-cache", folder / "model.safetensors")
     assert "must end in .safetensors" in no("--save-prompt-cache", tmp_path / "x.bin")
     assert "is not a folder" in no("--save-prompt-cache", tmp_path / "none" / "x.safetensors")
@@ -202,13 +241,25 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(folder, quant
     assert "need a cache, not --cache none" in no("--save-prompt-cache", file, "--cache", "none")
     # A context past n_positions, counting what the file holds.
     full = tmp_path / "full.safetensors"
-    assert generate.main(["--model", str(folder), "--prompt", "x" * 40, "--save-prompt-cache", str(full)]) == 0
+    assert (
+        generate.main(
+            ["--model", str(folder), "--prompt", "x" * 40, "--save-prompt-cache", str(full)]
+        )
+        == 0
+    )
     assert "n_positions=48" in no("--prompt-cache", full)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
     said = refused(
-        capsys, "--model", folder, "--prompts-file", prompts, "--prompt-cache", file, command=generate.main
-    )  # fmt: skip
+        capsys,
+        "--model",
+        folder,
+        "--prompts-file",
+        prompts,
+        "--prompt-cache",
+        file,
+        command=generate.main,
+    )
     assert "take one --prompt" in said
 
 
@@ -251,8 +302,21 @@ def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_pa
     assert helped["accepted_draft_tokens"] >= 30
     if cache == "latent":
         file = tmp_path / "context.safetensors"
-        (first,) = objects(capfd, *argv, "--draft-model", draft, "--max-tokens", "11", "--save-prompt-cache", file)
-        argv = ("--model", folder, "--prompt", "", "--temp", "0", "--prompt-cache", file, "--draft-model", draft)
+        (first,) = objects(
+            capfd, *argv, "--draft-model", draft, "--max-tokens", "11", "--save-prompt-cache", file
+        )
+        argv = (
+            "--model",
+            folder,
+            "--prompt",
+            "",
+            "--temp",
+            "0",
+            "--prompt-cache",
+            file,
+            "--draft-model",
+            draft,
+        )
         (rest,) = objects(capfd, *argv)
         assert first["token_ids"] + rest["token_ids"] == alone["token_ids"]
 
@@ -272,15 +336,23 @@ def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, cap
     GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(other))
     assert "has another vocabulary (50257 tokens, the model 257)" in no("--draft-model", other)
     assert "no such folder" in no("--draft-model", tmp_path / "none")
-    assert "--num-draft-tokens must be at least 1" in no("--draft-model", draft, "--num-draft-tokens", "0")
+    assert "--num-draft-tokens must be at least 1" in no(
+        "--draft-model", draft, "--num-draft-tokens", "0"
+    )
     assert "need a cache" in no("--draft-model", draft, "--cache", "none")
 
 
 def test_pytorch_says_what_only_mlx_lm_has(folder, draft, tmp_path, capsys):
     pytest.importorskip("torch")
     base = ("--model", folder, "--prompt", "x", "--backend", "torch")
-    for name, value in (("draft-model", draft), ("prompt-cache", "x.safetensors"), ("save-prompt-cache", "x")):
-        assert f"--{name} is mlx-lm's" in refused(capsys, *base, f"--{name}", value, command=generate.main)
+    for name, value in (
+        ("draft-model", draft),
+        ("prompt-cache", "x.safetensors"),
+        ("save-prompt-cache", "x"),
+    ):
+        assert f"--{name} is mlx-lm's" in refused(
+            capsys, *base, f"--{name}", value, command=generate.main
+        )
 
 
 # --- --cache auto ---
@@ -294,14 +366,19 @@ def test_the_cost_model_follows_rank_context_batch_and_device():
     for batch in (1, 16):
         costs = [choose_cache(narrow, "torch", "cpu", batch, n) for n in (128, 1000, 16_000)]
         assert costs[-1] == "latent"
-    # Nobody has measured these, so they get the small cache; multi-head attention has nothing to choose.
+    # Nobody has measured these, so they get the small cache; multi-head attention has nothing to
+    # choose.
     for backend, device in (("mlx", "gpu"), ("torch", "cuda"), ("torch", "mps")):
         assert choose_cache(wide, backend, device, 1, 1000) == "latent"
-    assert choose_cache(preset("gpt2-124m").resolved().model, "mlx", "cpu", 1, 1000) == "materialized"
+    assert (
+        choose_cache(preset("gpt2-124m").resolved().model, "mlx", "cpu", 1, 1000) == "materialized"
+    )
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_auto_takes_what_costs_less_and_gives_the_same_text(folder, backend, tmp_path, monkeypatch, capfd):
+def test_auto_takes_what_costs_less_and_gives_the_same_text(
+    folder, backend, tmp_path, monkeypatch, capfd
+):
     if backend == "torch":
         pytest.importorskip("torch")
     prompts = tmp_path / "prompts.txt"
@@ -311,7 +388,9 @@ def test_auto_takes_what_costs_less_and_gives_the_same_text(folder, backend, tmp
     for cheap in ("latent", "materialized"):
         rates = cache_choice.Rates(*((0, 1, 1, 0) if cheap == "latent" else (1, 0, 0, 1)))
         monkeypatch.setitem(cache_choice.RATES, (backend, "cpu"), rates)
-        answers = objects(capfd, *argv, "--prompts-file", prompts, "--cache", "auto", "--device", "cpu")
+        answers = objects(
+            capfd, *argv, "--prompts-file", prompts, "--cache", "auto", "--device", "cpu"
+        )
         answers += objects(capfd, *argv, "--prompt", "The st", "--cache", "auto", "--device", "cpu")
         assert {a["cache"] for a in answers} == {cheap}
         assert [a["text"] for a in answers] == [a["text"] for a in [*expected, expected[0]]]
@@ -319,7 +398,21 @@ def test_auto_takes_what_costs_less_and_gives_the_same_text(folder, backend, tmp
 
 def test_auto_keeps_latents_for_files_and_drafts(folder, draft, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(cache_choice.RATES, ("mlx", "cpu"), cache_choice.Rates(1, 0, 0, 1))
-    argv = ("--model", folder, "--prompt", "x", "--max-tokens", "2", "--device", "cpu", "--cache", "auto")
+    argv = (
+        "--model",
+        folder,
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--cache",
+        "auto",
+    )
     assert objects(capfd, *argv)[0]["cache"] == "materialized"
-    assert objects(capfd, *argv, "--save-prompt-cache", tmp_path / "x.safetensors")[0]["cache"] == "latent"
+    assert (
+        objects(capfd, *argv, "--save-prompt-cache", tmp_path / "x.safetensors")[0]["cache"]
+        == "latent"
+    )
     assert objects(capfd, *argv, "--draft-model", draft)[0]["cache"] == "latent"

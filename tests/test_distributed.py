@@ -1,4 +1,5 @@
-"""Several processes that train one model are one process that trains it; what happens when one of them fails."""
+"""Several processes that train one model are one process that trains it; what happens when one of
+them fails."""
 
 import contextlib
 import json
@@ -35,7 +36,19 @@ SCRIPTS = Path(sys.executable).parent
 # One thread a process: two of them on two cores with two threads each would wait for one another.
 ENV = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # 12 sequences a step: one process takes them in 3 passes of 4, each of two in 2 passes of 3.
-COMMON = [*TINY, "--grad-accum-steps", "3", "--log-every", "1", "--eval-every", "7", "--save-every", "4", "--keep", "0"]
+COMMON = [
+    *TINY,
+    "--grad-accum-steps",
+    "3",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "7",
+    "--save-every",
+    "4",
+    "--keep",
+    "0",
+]
 COMMON += ["--warmup-steps", "4"]
 
 
@@ -79,7 +92,10 @@ def ring(tmp_path, *argv, size=2, preexec=None):
 def outcomes(ranks, timeout=120) -> tuple[list[int], list[str]]:
     """Exit codes, and stderr without what the engine itself says there."""
     said = [process.communicate(timeout=timeout)[1] for process in ranks]
-    kept = ["".join(line + "\n" for line in text.splitlines() if not line.startswith("[ring]")) for text in said]
+    kept = [
+        "".join(line + "\n" for line in text.splitlines() if not line.startswith("[ring]"))
+        for text in said
+    ]
     return [process.returncode for process in ranks], kept
 
 
@@ -96,7 +112,8 @@ def wait_for_step(run, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, text_file) -> Path:
-    """The run of one process that the others are held against, checkpoints every 4 of its 16 steps."""
+    """The run of one process that the others are held against, checkpoints every 4 of its 16
+    steps."""
     out = tmp_path_factory.mktemp("alone") / "run"
     assert train.main([*COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16"]) == 0
     return out
@@ -105,11 +122,31 @@ def alone(tmp_path_factory, text_file) -> Path:
 @pytest.mark.slow
 def test_two_processes_by_mlx_launch_have_the_loss_curve_of_one(alone, tmp_path, text_file):
     out = tmp_path / "run"
-    argv = [*COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16", "--save-every", "0"]
+    argv = [
+        *COMMON,
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--steps",
+        "16",
+        "--save-every",
+        "0",
+    ]
     port = next(p for p in free_ports(20) if p < 65535)  # the launcher takes this one and the next
-    command = [str(SCRIPTS / "mlx.launch"), "-n", "2", "-p", str(port), "--", *python("-m", "mlx_mla.train", *argv)]
+    command = [
+        str(SCRIPTS / "mlx.launch"),
+        "-n",
+        "2",
+        "-p",
+        str(port),
+        "--",
+        *python("-m", "mlx_mla.train", *argv),
+    ]
     stdin, open_end = os.pipe()  # mlx.launch spins on an input that has ended
-    done = subprocess.run(command, env=ENV, stdin=stdin, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=ENV, stdin=stdin, capture_output=True, text=True, timeout=120, check=False
+    )
     os.close(stdin)
     os.close(open_end)
     assert curve(out) == pytest.approx(curve(alone), abs=1e-5), done.stderr
@@ -124,17 +161,37 @@ def test_torchrun_goes_on_with_a_run_of_one_process(alone, tmp_path, text_file):
     shutil.copytree(alone, out)
     for step in (12, 16):
         shutil.rmtree(checkpoint.checkpoint_path(out, step))
-    torchrun = [str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
-    argv = ["-m", "mlx_mla.train", *COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16"]
+    torchrun = [
+        str(SCRIPTS / "torchrun"),
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_ports(1)[0]),
+    ]
+    argv = [
+        "-m",
+        "mlx_mla.train",
+        *COMMON,
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--steps",
+        "16",
+    ]
     command = [*torchrun, *argv, "--auto-resume", "--backend", "torch", "--save-every", "0"]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=ENV, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "after step 8" in done.stdout
     assert curve(out) == pytest.approx(curve(alone), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_other_and_the_run_goes_on_with_one_process(alone, tmp_path, text_file, capfd):
+def test_a_killed_rank_ends_the_other_and_the_run_goes_on_with_one_process(
+    alone, tmp_path, text_file, capfd
+):
     out = tmp_path / "run"
     argv = [*COMMON, "--data", text_file, "--out", out]
     with ring(tmp_path, *argv, "--steps", "16") as ranks:
@@ -226,7 +283,9 @@ def on_each(size: int, function) -> list:
 
 @given(st.lists(st.text(max_size=1000), min_size=2, max_size=4))
 def test_gather_gives_all_facts_to_all(texts):
-    assert on_each(len(texts), lambda world: world.gather(texts[world.rank])) == [texts] * len(texts)
+    assert on_each(len(texts), lambda world: world.gather(texts[world.rank])) == [texts] * len(
+        texts
+    )
 
 
 def test_broadcast_gives_the_tensors_of_rank_0(rng):
@@ -253,8 +312,13 @@ def test_a_launcher_that_has_gone_is_noticed_and_its_pipes_are_let_go(monkeypatc
 
 
 def test_ranks_with_other_facts_are_named():
-    raised = on_each(4, lambda world: same_everywhere(world, "x" if world.rank in (0, 2) else "y", "other tokens"))
-    assert {str(e) for e in raised} == {"ranks 1, 3 have other tokens than rank 0; all ranks need the same"}
+    raised = on_each(
+        4,
+        lambda world: same_everywhere(world, "x" if world.rank in (0, 2) else "y", "other tokens"),
+    )
+    assert {str(e) for e in raised} == {
+        "ranks 1, 3 have other tokens than rank 0; all ranks need the same"
+    }
 
 
 def in_threads(config: TrainConfig, out: Path, monkeypatch, texts: list[str]) -> list:
@@ -270,7 +334,9 @@ def in_threads(config: TrainConfig, out: Path, monkeypatch, texts: list[str]) ->
 
 
 def test_shards_that_differ_between_ranks_are_refused(tmp_path, monkeypatch):
-    raised = in_threads(preset("nano"), tmp_path / "run", monkeypatch, ["one text " * 500, "another text " * 500])
+    raised = in_threads(
+        preset("nano"), tmp_path / "run", monkeypatch, ["one text " * 500, "another text " * 500]
+    )
     expected = "rank 1 has other tokens in --data builtin than rank 0; all ranks need the same"
     assert [str(e) for e in raised] == [expected] * 2
     assert not (tmp_path / "run").exists()
@@ -295,7 +361,10 @@ def test_passes_cover_a_step_in_as_few_equal_parts_as_fit(world_size, batch_size
     count, size = share_of(world_size, batch_size, accumulation)
     assert count * size * world_size == total
     assert size <= batch_size
-    assert not any(total // world_size % n == 0 and total // world_size // n <= batch_size for n in range(1, count))
+    assert not any(
+        total // world_size % n == 0 and total // world_size // n <= batch_size
+        for n in range(1, count)
+    )
     assert world_size > 1 or (count, size) == (accumulation, batch_size)
 
 
@@ -304,19 +373,26 @@ def test_dropout_differs_between_ranks_and_rank_0_keeps_its_own():
     assert len({dropout_seed(7, 3, rank) for rank in range(4)}) == 4
 
 
-def test_data_that_vanishes_ends_the_run_with_the_newest_checkpoint(tmp_path, text_file, monkeypatch, capsys):
+def test_data_that_vanishes_ends_the_run_with_the_newest_checkpoint(
+    tmp_path, text_file, monkeypatch, capsys
+):
     whole = TokenWindows.rows
 
     def rows(self, first: int, count: int):
         if first >= 6 * 12:
-            raise FileNotFoundError(2, "No such file or directory", "/Volumes/Shards/train_000001.npy")
+            raise FileNotFoundError(
+                2, "No such file or directory", "/Volumes/Shards/train_000001.npy"
+            )
         return whole(self, first, count)
 
     monkeypatch.setattr(TokenWindows, "rows", rows)
     out = tmp_path / "run"
     assert train.main([*COMMON, "--data", str(text_file), "--out", str(out), "--steps", "16"]) == 2
     said = capsys.readouterr().err
-    assert "the batches of step 7 cannot be read: [Errno 2] No such file or directory: '/Volumes/Shards" in said
+    assert (
+        "the batches of step 7 cannot be read: [Errno 2] No such file or directory: "
+        "'/Volumes/Shards" in said
+    )
     assert f"the newest good checkpoint is {checkpoint.checkpoint_path(out, 4)}" in said
 
 

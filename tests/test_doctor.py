@@ -13,7 +13,9 @@ from mlx_mla import doctor
 
 def run(code: str, **env: str) -> str:
     inherited = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
-    done = subprocess.run(python("-c", code), capture_output=True, text=True, check=False, env={**inherited, **env})
+    done = subprocess.run(
+        python("-c", code), capture_output=True, text=True, check=False, env={**inherited, **env}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -75,8 +77,13 @@ def test_openblas_comes_too_late_after_mlx():
 
 @linux
 def test_openblas_can_be_switched_off_and_its_environment_is_left_alone():
-    assert run("import mlx_mla.blas as b; print(b.load_openblas(), b.hint())", MLX_MLA_BLAS="off") == "None None"
-    assert run("import mlx_mla.backends.mlx, os; print(os.environ.get('OPENBLAS_CORETYPE'))") == "None"
+    assert (
+        run("import mlx_mla.blas as b; print(b.load_openblas(), b.hint())", MLX_MLA_BLAS="off")
+        == "None None"
+    )
+    assert (
+        run("import mlx_mla.backends.mlx, os; print(os.environ.get('OPENBLAS_CORETYPE'))") == "None"
+    )
     assert (
         run(
             "import mlx_mla.backends.mlx, os; print(os.environ['OPENBLAS_CORETYPE'])",
@@ -91,7 +98,8 @@ def test_openblas_can_be_switched_off_and_its_environment_is_left_alone():
 def test_mlx_really_multiplies_with_openblas():
     """OpenBLAS and the reference BLAS round differently, so a product tells which one ran."""
     code = (
-        "import mlx_mla.backends.mlx, mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); "
+        "import mlx_mla.backends.mlx, mlx.core as mx; mx.random.seed(0); a = "
+        "mx.random.normal((300, 300)); "
         "print((a @ a)[:5, :5].tolist())"
     )
     assert run(code) != run(code, MLX_MLA_BLAS="off")
@@ -102,5 +110,8 @@ def test_mlx_really_multiplies_with_openblas():
 def test_pytorch_keeps_its_own_blas():
     """PyTorch's product has the same bits whether MLX's OpenBLAS was loaded or not."""
     pytest.importorskip("torch")
-    code = "import torch; torch.manual_seed(0); a = torch.randn(300, 300); print((a @ a)[:5, :5].tolist())"
+    code = (
+        "import torch; torch.manual_seed(0); a = torch.randn(300, 300); "
+        "print((a @ a)[:5, :5].tolist())"
+    )
     assert run(f"import mlx_mla.backends.mlx; {code}") == run(code)

@@ -18,9 +18,13 @@ from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
 
 
-@pytest.mark.parametrize("kind", [{"attention": "mha"}, {"kv_lora_rank": 24}, {"qk_rope_head_dim": 8}])
+@pytest.mark.parametrize(
+    "kind", [{"attention": "mha"}, {"kv_lora_rank": 24}, {"qk_rope_head_dim": 8}]
+)
 def test_cache_bytes_are_those_of_a_real_cache(kind):
-    config = ModelConfig(n_layer=3, n_embd=64, n_head=4, n_positions=512, vocab_size=30, **kind).resolved()
+    config = ModelConfig(
+        n_layer=3, n_embd=64, n_head=4, n_positions=512, vocab_size=30, **kind
+    ).resolved()
     model = build_model(config, initial_weights(config, 0))
     cache = make_prompt_cache(model)
     # 256 tokens fill the cache's first block exactly, so that nothing of it is spare room.
@@ -30,7 +34,9 @@ def test_cache_bytes_are_those_of_a_real_cache(kind):
 
 def test_cache_bytes_of_the_presets():
     per_layer = {
-        name: cache_bytes_per_token(c.model, 2) // c.model.n_layer for name in PRESETS if (c := preset(name).resolved())
+        name: cache_bytes_per_token(c.model, 2) // c.model.n_layer
+        for name in PRESETS
+        if (c := preset(name).resolved())
     }
     assert per_layer["gpt2-124m"] == 3072
     assert per_layer["mla-124m"] == 768
@@ -39,7 +45,9 @@ def test_cache_bytes_of_the_presets():
 
 
 def test_flops_are_those_of_the_matrix_products():
-    c = ModelConfig(n_layer=2, n_embd=64, n_head=4, kv_lora_rank=24, n_positions=32, vocab_size=50).resolved()
+    c = ModelConfig(
+        n_layer=2, n_embd=64, n_head=4, kv_lora_rank=24, n_positions=32, vocab_size=50
+    ).resolved()
     D, R, T = 64, 24, 32
     per_layer = 2 * (D * (D + R) + R * 2 * D + D * D + 2 * D * 4 * D)
     scores = np.mean([2 * 2 * D * keys for keys in range(1, T + 1)])
@@ -49,7 +57,8 @@ def test_flops_are_those_of_the_matrix_products():
 def test_published_ratios_of_forward_flops():
     """The saved FLOPs allow 1.03x at r = 384 and 1.09x at r = 128, head included (T = 512)."""
     mha, r384, r128 = (
-        forward_flops_per_token(preset(p).resolved().model, 512) for p in ("gpt2-124m", "mla-124m", "mla-124m-r128")
+        forward_flops_per_token(preset(p).resolved().model, 512)
+        for p in ("gpt2-124m", "mla-124m", "mla-124m-r128")
     )
     assert mha / r384 == pytest.approx(1.03, abs=0.005)
     assert mha / r128 == pytest.approx(1.09, abs=0.005)
@@ -62,7 +71,9 @@ def test_memory_estimate_adds_up():
     assert (e.weights_bytes, e.optimizer_bytes) == (4 * n, 8 * n)
     assert e.gradient_bytes == 8 * n  # of the pass in hand, and the sum of those before
     assert estimate(dataclasses.replace(config, grad_accum_steps=1), True).gradient_bytes == 4 * n
-    assert e.total_bytes == e.weights_bytes + e.optimizer_bytes + e.gradient_bytes + e.activation_bytes
+    assert (
+        e.total_bytes == e.weights_bytes + e.optimizer_bytes + e.gradient_bytes + e.activation_bytes
+    )
     matrices = 12 * (768 * (768 + 384) + 384 * 2 * 768 + 768 * 768 + 2 * 768 * 3072)
     muon = estimate(dataclasses.replace(config, optimizer="muon"), True)
     assert e.optimizer_bytes - muon.optimizer_bytes == 4 * matrices
@@ -70,7 +81,10 @@ def test_memory_estimate_adds_up():
     assert unfused.activation_bytes > e.activation_bytes
     for saving in ({"checkpoint_every": 1}, {"dtype": "bfloat16"}, {"batch_size": 2}):
         dear = dataclasses.replace(config, dtype="float32")
-        assert estimate(dataclasses.replace(dear, **saving), True).total_bytes < estimate(dear, True).total_bytes
+        assert (
+            estimate(dataclasses.replace(dear, **saving), True).total_bytes
+            < estimate(dear, True).total_bytes
+        )
 
 
 def test_what_is_advised_fits():
@@ -78,17 +92,28 @@ def test_what_is_advised_fits():
     assert memory_advice(config, True, 10**13) is None
     for limit in (40, 20, 10, 4):
         advice = memory_advice(config, True, limit * 10**9)
-        command = train.parse(["--preset", "mla-124m", "--dtype", "float32", "--batch-size", "64", *advice.split()])
+        command = train.parse(
+            ["--preset", "mla-124m", "--dtype", "float32", "--batch-size", "64", *advice.split()]
+        )
         assert estimate(command.resolved(), True).total_bytes <= limit * 10**9
         assert command.resolved().step_tokens == config.step_tokens
     assert memory_advice(config, True, 10**6) == "a smaller model or --seq-len"
 
 
 CHANGES = [
-    {}, {"n_layer": 6}, {"n_inner": 1024}, {"vocab_size": 4000}, {"n_head": 4}, {"kv_lora_rank": 16},
-    {"checkpoint_every": 1}, {"checkpoint_every": 2, "n_layer": 6}, {"loss_chunk": 256, "vocab_size": 8000},
-    {"attention": "mha", "qk_rope_head_dim": 0}, {"dtype": "bfloat16"}, {"optimizer": "muon"},
-]  # fmt: skip
+    {},
+    {"n_layer": 6},
+    {"n_inner": 1024},
+    {"vocab_size": 4000},
+    {"n_head": 4},
+    {"kv_lora_rank": 16},
+    {"checkpoint_every": 1},
+    {"checkpoint_every": 2, "n_layer": 6},
+    {"loss_chunk": 256, "vocab_size": 8000},
+    {"attention": "mha", "qk_rope_head_dim": 0},
+    {"dtype": "bfloat16"},
+    {"optimizer": "muon"},
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
@@ -99,11 +124,15 @@ def test_memory_estimate_is_near_the_measured_peak(change):
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     base = preset("nano")
     model = dataclasses.replace(base.model, **{k: v for k, v in change.items() if k in fields})
-    config = dataclasses.replace(base, model=model, **{k: v for k, v in change.items() if k not in fields})
+    config = dataclasses.replace(
+        base, model=model, **{k: v for k, v in change.items() if k not in fields}
+    )
     config = config.resolved()
     gc.collect()
     before = mx.get_active_memory()  # what other tests left
-    limit = mx.set_memory_limit(1)  # else memory is taken ahead of the execution, by as much as the limit allows
+    limit = mx.set_memory_limit(
+        1
+    )  # else memory is taken ahead of the execution, by as much as the limit allows
     try:
         session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
         x = np.zeros((config.batch_size, config.context), np.int32)

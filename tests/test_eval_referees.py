@@ -25,17 +25,22 @@ def folder(shared_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sample(shared_data, tmp_path_factory):
-    """A data folder with N random rows of each jsonl file and the first pages of WikiText, as it is published."""
+    """A data folder with N random rows of each jsonl file and the first pages of WikiText, as it is
+    published."""
     folder = tmp_path_factory.mktemp("sample")
     for name in ("lambada", "hellaswag"):
         path = TASKS[name].files["standard"]
         lines = (shared_data / path).read_text(encoding="utf-8").splitlines()
         chosen = np.random.default_rng(0).choice(len(lines), N, replace=False)
         (folder / path).parent.mkdir()
-        (folder / path).write_text("\n".join(lines[i] for i in sorted(chosen)) + "\n", encoding="utf-8")
+        (folder / path).write_text(
+            "\n".join(lines[i] for i in sorted(chosen)) + "\n", encoding="utf-8"
+        )
     (folder / "wikitext2").mkdir()
     text = (shared_data / "wikitext2/wiki.test.raw").read_text(encoding="utf-8")
-    (folder / "wikitext2/wiki.test.raw").write_text(text[:60_000].rpartition("\n")[0] + "\n", encoding="utf-8")
+    (folder / "wikitext2/wiki.test.raw").write_text(
+        text[:60_000].rpartition("\n")[0] + "\n", encoding="utf-8"
+    )
     return folder
 
 
@@ -45,7 +50,16 @@ def ours(folder, sample, tmp_path_factory):
     results = {}
     for backend in ("mlx", "torch"):
         out = tmp_path_factory.mktemp("ours") / "results.json"
-        argv = ["--model", str(folder), "--data-dir", str(sample), "--out", str(out), "--backend", backend]
+        argv = [
+            "--model",
+            str(folder),
+            "--data-dir",
+            str(sample),
+            "--out",
+            str(out),
+            "--backend",
+            backend,
+        ]
         assert evaluate.main([*argv, "--tasks", "wikitext2,lambada,hellaswag"]) == 0
         results[backend] = json.loads(out.read_text())["models"][0]["tasks"]
     return results
@@ -59,22 +73,31 @@ def theirs(folder, sample, tmp_path_factory):
     from bench import referee
 
     pages = tmp_path_factory.mktemp("pages") / "pages.jsonl"
-    documents = TASKS["wikitext2"].documents_from_file(sample / "wikitext2/wiki.test.raw", "standard")
-    pages.write_text("\n".join(json.dumps({"page": p}) for kind, p in documents if kind == "page"), encoding="utf-8")
+    documents = TASKS["wikitext2"].documents_from_file(
+        sample / "wikitext2/wiki.test.raw", "standard"
+    )
+    pages.write_text(
+        "\n".join(json.dumps({"page": p}) for kind, p in documents if kind == "page"),
+        encoding="utf-8",
+    )
     files = {
         "wikitext2": pages,
         "lambada": sample / "lambada/lambada_test.jsonl",
         "hellaswag": sample / "hellaswag/hellaswag_val.jsonl",
     }
     tasks = referee.local_tasks(files, tmp_path_factory.mktemp("tasks"))
-    model = HFLM(pretrained=str(folder), trust_remote_code=True, dtype="float32", device="cpu", batch_size=8)
+    model = HFLM(
+        pretrained=str(folder), trust_remote_code=True, dtype="float32", device="cpu", batch_size=8
+    )
     return {name: referee.evaluate(model, tasks, name, 8) for name in files}
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_hellaswag_is_lm_evals(ours, theirs, backend):
     for metric in ("acc", "acc_norm"):
-        assert ours[backend]["hellaswag"][metric] == pytest.approx(theirs["hellaswag"][metric], abs=1e-9)
+        assert ours[backend]["hellaswag"][metric] == pytest.approx(
+            theirs["hellaswag"][metric], abs=1e-9
+        )
         assert ours[backend]["hellaswag"]["n"] == N
 
 
@@ -98,7 +121,9 @@ def test_wikitext_pages_are_lm_evals(ours, theirs, backend):
 @pytest.mark.parametrize("stride", [1024, 512])
 def test_windows_are_those_of_transformers_documentation(ours, folder, sample, backend, stride):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    documents = TASKS["wikitext2"].documents_from_file(sample / "wikitext2/wiki.test.raw", "standard")
+    documents = TASKS["wikitext2"].documents_from_file(
+        sample / "wikitext2/wiki.test.raw", "standard"
+    )
     scorer = get_backend(backend).scorer(folder)
     ids = torch.tensor([scorer.tokenizer.encode(documents[0][1], add_special_tokens=False)])
     total, count, before = 0.0, 0, 0

@@ -44,7 +44,21 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
     for backend in ("mlx", "torch"):
         out = tmp_path / backend / "r.json"
         tasks = "wikitext2,lambada,hellaswag"
-        assert run("--model", models[0], "--data-dir", data, "--tasks", tasks, "--out", out, "--backend", backend) == 0
+        assert (
+            run(
+                "--model",
+                models[0],
+                "--data-dir",
+                data,
+                "--tasks",
+                tasks,
+                "--out",
+                out,
+                "--backend",
+                backend,
+            )
+            == 0
+        )
         items = {}
         for path in sorted((tmp_path / backend / "r.json.items").iterdir()):
             rows = [json.loads(line) for line in path.read_text().splitlines() if line]
@@ -60,7 +74,21 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
 @pytest.mark.parametrize("protocol", ["standard", "original"])
 def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol):
     out = tmp_path / "r.json"
-    assert run("--model", *models, "--data-dir", data, "--protocol", protocol, "--out", out, "--backend", "torch") == 0
+    assert (
+        run(
+            "--model",
+            *models,
+            "--data-dir",
+            data,
+            "--protocol",
+            protocol,
+            "--out",
+            out,
+            "--backend",
+            "torch",
+        )
+        == 0
+    )
     document = results(out)
     assert [m["model"] for m in document["models"]] == models
     for model in document["models"]:
@@ -80,7 +108,16 @@ def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol)
 
 def test_an_interrupted_run_goes_on_where_it_stopped(models, data, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.json", tmp_path / "r.json"
-    argv = ["--model", models[0], "--data-dir", data, "--tasks", "lambada,hellaswag", "--batch-size", "4"]
+    argv = [
+        "--model",
+        models[0],
+        "--data-dir",
+        data,
+        "--tasks",
+        "lambada,hellaswag",
+        "--batch-size",
+        "4",
+    ]
     assert run(*argv, "--out", whole) == 0
     from mlx_mla.backends.mlx import score
 
@@ -126,7 +163,18 @@ def test_bfloat16_is_used(models, data, tmp_path):
     scores = []
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / f"{dtype}.json"
-        argv = ["--model", models[0], "--data-dir", data, "--tasks", "lambada", "--dtype", dtype, "--out", out]
+        argv = [
+            "--model",
+            models[0],
+            "--data-dir",
+            data,
+            "--tasks",
+            "lambada",
+            "--dtype",
+            dtype,
+            "--out",
+            out,
+        ]
         assert run(*argv, "--backend", "torch") == 0
         scores.append(np.log(results(out)["models"][0]["tasks"]["lambada"]["ppl"]))
     assert scores[0] != scores[1]
@@ -140,7 +188,9 @@ def test_users_mistakes_are_one_line(models, data, tmp_path, capsys, shared_data
         assert error.startswith("error: ")
         return error
 
-    assert "--tasks names no task; known are wikitext2, lambada, hellaswag, speed" in no("--tasks", ",")
+    assert "--tasks names no task; known are wikitext2, lambada, hellaswag, speed" in no(
+        "--tasks", ","
+    )
     assert "unknown task 'helaswag'; did you mean hellaswag?" in no("--tasks", "helaswag")
     assert "--limit must be at least 1" in no("--limit", "0")
     assert "no such folder" in no("--data-dir", tmp_path / "missing")

@@ -1,4 +1,5 @@
-"""`python -m mlx_mla.generate`: options, caches, batches, refusals, and stock mlx-lm on the same folder."""
+"""`python -m mlx_mla.generate`: options, caches, batches, refusals, and stock mlx-lm on the same
+folder."""
 
 import io
 import json
@@ -23,7 +24,17 @@ def folder(tiny_run):
 def learned_run(tmp_path_factory, text_file):
     """Learned positions, and a vocabulary with rows that stand for no token."""
     out = tmp_path_factory.mktemp("runs") / "learned"
-    argv = [*TINY, "--qk-rope-head-dim", "0", "--vocab-size", "320", "--data", str(text_file), "--out", str(out)]
+    argv = [
+        *TINY,
+        "--qk-rope-head-dim",
+        "0",
+        "--vocab-size",
+        "320",
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+    ]
     assert train.main([*argv, "--steps", "15"]) == 0
     return out
 
@@ -38,7 +49,9 @@ def objects(capfd, *argv: str) -> list[dict]:
 def test_three_caches_give_the_same_greedy_text(run, request, capfd):
     model = request.getfixturevalue(run)
     answers = {
-        cache: objects(capfd, "--model", model, "--prompt", "The st", "--temp", "0", "--cache", cache)[0]
+        cache: objects(
+            capfd, "--model", model, "--prompt", "The st", "--temp", "0", "--cache", cache
+        )[0]
         for cache in ("latent", "materialized", "none")
     }
     assert len({a["text"] for a in answers.values()}) == 1
@@ -50,16 +63,31 @@ def test_three_caches_give_the_same_greedy_text(run, request, capfd):
 def test_json_has_the_documented_keys(folder, capfd):
     (answer,) = objects(capfd, "--model", folder, "--prompt", "The", "--max-tokens", "5")
     assert {
-        "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tps", "ttft_ms", "kv_cache_bytes",
-        "peak_memory_bytes", "backend", "cache",
-    } <= answer.keys()  # fmt: skip
+        "text",
+        "tokens",
+        "prompt_tokens",
+        "prompt_tps",
+        "generation_tps",
+        "ttft_ms",
+        "kv_cache_bytes",
+        "peak_memory_bytes",
+        "backend",
+        "cache",
+    } <= answer.keys()
     assert (answer["tokens"], answer["prompt_tokens"], answer["cache"]) == (5, 3, "latent")
 
 
 def test_text_streams_to_stdout_and_figures_to_stderr(folder, capfd):
-    assert generate.main(["--model", str(folder), "--prompt", "The", "--max-tokens", "7", "--temp", "0"]) == 0
+    assert (
+        generate.main(
+            ["--model", str(folder), "--prompt", "The", "--max-tokens", "7", "--temp", "0"]
+        )
+        == 0
+    )
     out, err = capfd.readouterr()
-    (answer,) = objects(capfd, "--model", folder, "--prompt", "The", "--max-tokens", "7", "--temp", "0")
+    (answer,) = objects(
+        capfd, "--model", folder, "--prompt", "The", "--max-tokens", "7", "--temp", "0"
+    )
     assert out == answer["text"] + "\n"
     assert err.count("\n") == 1
     assert "3 prompt tokens" in err
@@ -69,7 +97,9 @@ def test_text_streams_to_stdout_and_figures_to_stderr(folder, capfd):
 def test_streamed_text_is_the_decoded_tokens(folder):
     decoder = get_backend("mlx").decoder(folder)
     for seed in range(5):
-        options = GenerationOptions(temp=3.0, seed=seed, max_tokens=40)  # hot: bytes that are not UTF-8
+        options = GenerationOptions(
+            temp=3.0, seed=seed, max_tokens=40
+        )  # hot: bytes that are not UTF-8
         pieces = list(decoder.stream([84, 104], options))
         tokens = [t for p in pieces for t in p.token_ids if t != 256]
         assert "".join(p.text for p in pieces) == decoder.tokenizer.decode(tokens)
@@ -133,7 +163,9 @@ def test_max_kv_size_goes_on_past_the_context(folder, capfd, cache):
     plain = objects(capfd, *argv)[0]["token_ids"]
     assert answer["token_ids"][: len(plain)] == plain
     half = bytes((list(b"The st") + plain)[-24:]).decode()
-    (rest,) = objects(capfd, "--model", folder, "--prompt", half, "--temp", "0", "--max-tokens", "20")
+    (rest,) = objects(
+        capfd, "--model", folder, "--prompt", half, "--temp", "0", "--max-tokens", "20"
+    )
     assert answer["token_ids"][len(plain) :][:20] == rest["token_ids"]
 
 
@@ -156,7 +188,9 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(learned_run, capfd):
 
 
 def test_stock_mlx_lm_generates_the_same_from_the_folder(folder, capfd):
-    (answer,) = objects(capfd, "--model", folder, "--prompt", "The st", "--temp", "0", "--max-tokens", "20")
+    (answer,) = objects(
+        capfd, "--model", folder, "--prompt", "The st", "--temp", "0", "--max-tokens", "20"
+    )
     done = subprocess.run(
         [
             *python("-m", "mlx_lm", "generate", "--model", str(folder), "--trust-remote-code"),
@@ -194,7 +228,9 @@ def test_bad_input_gets_one_line(folder, tiny_run, tmp_path, capsys):
     assert "--top-p must be between 0 and 1" in no(*prompt, "--top-p", "2")
     assert "--top-k must be from 0 (off) to 256" in no(*prompt, "--top-k", "257")
     assert "--repetition-penalty must be positive" in no(*prompt, "--repetition-penalty", "0")
-    assert "takes multiples of 32; a width of 32 would fit, in groups of 32" in no(*prompt, "--kv-bits", "4")
+    assert "takes multiples of 32; a width of 32 would fit, in groups of 32" in no(
+        *prompt, "--kv-bits", "4"
+    )
     assert "--kv-bits needs a cache" in no(*prompt, "--kv-bits", "4", "--cache", "none")
     assert "invalid choice" in no(*prompt, "--cache", "big")
     assert "either --prompt TEXT or --prompts-file" in no(*model)

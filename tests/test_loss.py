@@ -1,4 +1,5 @@
-"""What saves memory changes no gradient: the loss in chunks, and gradient checkpointing, in both backends."""
+"""What saves memory changes no gradient: the loss in chunks, and gradient checkpointing, in both
+backends."""
 
 import dataclasses
 
@@ -6,18 +7,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from test_backend_mlx import BASE, batch, largest_difference  # noqa: E402
+import mlx.core as mx
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from test_backend_mlx import BASE, batch, largest_difference
 
-from mlx_mla.backends import get_backend  # noqa: E402
-from mlx_mla.backends.contract import Start  # noqa: E402
-from mlx_mla.backends.mlx import loss as loss_mlx  # noqa: E402
-from mlx_mla.backends.torch import loss as loss_torch  # noqa: E402
-from mlx_mla.presets import preset  # noqa: E402
-from mlx_mla.weights import initial_weights  # noqa: E402
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx import loss as loss_mlx
+from mlx_mla.backends.torch import loss as loss_torch
+from mlx_mla.presets import preset
+from mlx_mla.weights import initial_weights
 
 
 def float64_gradients(h, w, y):
@@ -34,7 +35,9 @@ def float64_gradients(h, w, y):
     tokens=st.integers(1, 30), width=st.integers(1, 9), ids=st.integers(2, 40),
     chunk=st.integers(0, 35), scale=st.floats(-2, 2), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_the_loss_in_chunks_has_the_gradients_of_the_formula(tokens, width, ids, chunk, scale, seed):
+def test_the_loss_in_chunks_has_the_gradients_of_the_formula(
+    tokens, width, ids, chunk, scale, seed
+):
     rng = np.random.default_rng(seed)
     h, w = (rng.standard_normal((n, width)).astype(np.float32) for n in (tokens, ids))
     y = rng.integers(0, ids, tokens)
@@ -62,7 +65,9 @@ def session(backend: str, **changes):
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 @pytest.mark.parametrize("every", [1, 2, 3])
-@pytest.mark.parametrize("model", [{"n_layer": 3}, {"n_layer": 3, "attention": "mha", "qk_rope_head_dim": 0}])
+@pytest.mark.parametrize(
+    "model", [{"n_layer": 3}, {"n_layer": 3, "attention": "mha", "qk_rope_head_dim": 0}]
+)
 def test_checkpointing_and_chunks_change_no_step(backend, every, model):
     plain = session(backend, model=model)
     saving = session(backend, model=model, checkpoint_every=every, loss_chunk=7, compile=True)
@@ -73,13 +78,16 @@ def test_checkpointing_and_chunks_change_no_step(backend, every, model):
     weights = (plain.weights(), saving.weights())
     for name, w in weights[0].items():
         # The key bias has no gradient but rounding, which Adam blows up.
-        assert np.abs(w - weights[1][name]).max() < (0.05 if name.endswith("c_attn.bias") else 1e-3), name
+        assert np.abs(w - weights[1][name]).max() < (
+            0.05 if name.endswith("c_attn.bias") else 1e-3
+        ), name
     assert plain.loss_sum(batch(5)) == pytest.approx(saving.loss_sum(batch(5)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("backend", "compiled"), [("mlx", False), ("mlx", True), ("torch", False)])
 def test_what_is_computed_again_drops_the_same_values(backend, compiled):
-    """Dropout without a change of the weights: the loss along the gradient changes as the gradient says."""
+    """Dropout without a change of the weights: the loss along the gradient changes as the gradient
+    says."""
     model = dataclasses.replace(BASE.model, dropout=0.4)
     config = dataclasses.replace(
         BASE, model=model, checkpoint_every=1, weight_decay=0.0, grad_clip=0.0, compile=compiled
@@ -113,10 +121,13 @@ def test_large_logits_are_taken_in_chunks_by_themselves():
 
 
 def test_chunks_and_checkpoints_need_less_memory():
-    """At a vocabulary of GPT-2's proportions: MLX's own peak, its execution kept from running ahead."""
+    """At a vocabulary of GPT-2's proportions: MLX's own peak, its execution kept from running
+    ahead."""
     if mx.is_available(mx.gpu):
         pytest.skip("made for CPUs, whose memory limit keeps execution in order")
-    config = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, n_layer=6, vocab_size=8000))
+    config = dataclasses.replace(
+        BASE, model=dataclasses.replace(BASE.model, n_layer=6, vocab_size=8000)
+    )
     rows = np.random.default_rng(0).integers(0, 8000, (32, 25)).astype(np.int32)
     peaks = []
     before = mx.set_memory_limit(1)

@@ -17,7 +17,8 @@ from mlx_mla.training import lr_find
 
 
 class Bowl:
-    """Gradient descent on w^2 / 2 from w = 2 with a floor of 1: falls where the rate is below 2, rises above."""
+    """Gradient descent on w^2 / 2 from w = 2 with a floor of 1: falls where the rate is below 2,
+    rises above."""
 
     def __init__(self, w: float = 2.0):
         self.w = w
@@ -33,7 +34,8 @@ def test_the_suggestion_lies_below_the_rate_that_diverges():
     rates = [p.rate for p in points]
     assert rates[0] == pytest.approx(1e-6)
     assert all(b / a == pytest.approx(rates[1] / rates[0]) for a, b in itertools.pairwise(rates))
-    # 20 x rate > 2 diverges; the smoothed loss has risen by half soon after, and the test ends there.
+    # 20 x rate > 2 diverges; the smoothed loss has risen by half soon after, and the test ends
+    # there.
     assert 0.1 < rates[-1] < 1
     assert 1e-3 < lr_find.suggestion(points) < 0.1
 
@@ -56,7 +58,17 @@ def test_the_command_suggests_a_rate_that_learns(tmp_path, text_file, capsys):
     assert [p.name for p in (tmp_path / "lr").iterdir()] == ["lr-find.png"]
     assert "needs a new folder" in refused(capsys, *argv)
     out = tmp_path / "run"
-    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "30", "--learning-rate", str(rate)]
+    argv = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--steps",
+        "30",
+        "--learning-rate",
+        str(rate),
+    ]
     assert train.main([*argv, "--warmup-steps", "3"]) == 0
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -64,7 +76,17 @@ def test_the_command_suggests_a_rate_that_learns(tmp_path, text_file, capsys):
 
 def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, monkeypatch):
     monkeypatch.setattr(MLXBackend, "memory_bytes", lambda self: 4_000_000)
-    argv = [*TINY, "--data", str(text_file), "--out", str(tmp_path / "run"), "--steps", "1", "--batch-size", "8"]
+    argv = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+        "--batch-size",
+        "8",
+    ]
     assert train.main(argv) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "warning: a step takes about" in said
@@ -74,7 +96,17 @@ def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, mo
 def test_the_last_validation_is_bounded(tmp_path, text_file):
     def last(*flags):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "2", "--eval-every", "2"]
+        argv = [
+            *TINY,
+            "--data",
+            str(text_file),
+            "--out",
+            str(out),
+            "--steps",
+            "2",
+            "--eval-every",
+            "2",
+        ]
         assert train.main([*argv, *flags]) == 0
         return read_metrics(out / "metrics.jsonl")[-1]["loss"]
 

@@ -8,7 +8,13 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
@@ -100,7 +106,9 @@ def test_logits_are_those_of_the_formulas_in_float64(config, length, seed):
     x = token_ids(config, 2, length, seed)
     got = np.array(build_model(config, weights)(x))
     for row, ids in zip(got, np.array(x)):
-        np.testing.assert_allclose(row, reference.logits(ids, weights, config), atol=TOLERANCE, rtol=1e-4)
+        np.testing.assert_allclose(
+            row, reference.logits(ids, weights, config), atol=TOLERANCE, rtol=1e-4
+        )
 
 
 @given(
@@ -111,7 +119,9 @@ def test_logits_are_those_of_the_formulas_in_float64(config, length, seed):
     materialize=st.booleans(),
 )
 @settings(max_examples=40)
-def test_cached_decoding_gives_the_logits_of_the_full_forward(config, batch, length, chunks, materialize):
+def test_cached_decoding_gives_the_logits_of_the_full_forward(
+    config, batch, length, chunks, materialize
+):
     model = build_model(config, random_weights(config, length))
     x = token_ids(config, batch, length)
     expected = model(x)
@@ -129,12 +139,19 @@ def test_absorbed_decoding_of_every_preset(name, batch, length):
     x = token_ids(config, batch, length)
     expected = model(x)
     # Most goes in as two chunks, so that only the last tokens take the slow way one by one.
-    got = in_chunks(model, x, [length // 2, length - length // 2 - 4] if length > 8 else [], make_prompt_cache(model))
+    got = in_chunks(
+        model,
+        x,
+        [length // 2, length - length // 2 - 4] if length > 8 else [],
+        make_prompt_cache(model),
+    )
     assert difference(got, expected) <= TOLERANCE
 
 
 def test_latent_cache_is_as_small_as_promised():
-    config = ModelConfig(n_layer=1, n_embd=96, n_head=3, kv_lora_rank=24, n_positions=16, vocab_size=11).resolved()
+    config = ModelConfig(
+        n_layer=1, n_embd=96, n_head=3, kv_lora_rank=24, n_positions=16, vocab_size=11
+    ).resolved()
     model = build_model(config, initial_weights(config, 0))
     cache = make_prompt_cache(model)
     model(token_ids(config, 1, 5), cache=cache)
@@ -149,8 +166,12 @@ def test_mha_is_transformers_gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=80, vocab_size=99)).eval()
-    config = ModelConfig(attention="mha", n_layer=3, n_head=4, n_embd=64, n_positions=80, vocab_size=99).resolved()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=80, vocab_size=99)
+    ).eval()
+    config = ModelConfig(
+        attention="mha", n_layer=3, n_head=4, n_embd=64, n_positions=80, vocab_size=99
+    ).resolved()
     state = {k: v.numpy() for k, v in theirs.state_dict().items() if k in parameter_shapes(config)}
     # GPT-2's Conv1D stores matrices (in, out).
     conv = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -165,10 +186,18 @@ def test_mha_is_transformers_gpt2():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
     config = ModelConfig(
-        n_layer=2, n_embd=128, n_head=2, kv_lora_rank=64, qk_rope_head_dim=rope, n_positions=64, vocab_size=50
+        n_layer=2,
+        n_embd=128,
+        n_head=2,
+        kv_lora_rank=64,
+        qk_rope_head_dim=rope,
+        n_positions=64,
+        vocab_size=50,
     ).resolved()
     model = build_model(config, initial_weights(config, 0, 0.1))
-    nn.quantize(model, group_size=64, bits=bits, class_predicate=lambda p, m: hasattr(m, "to_quantized"))
+    nn.quantize(
+        model, group_size=64, bits=bits, class_predicate=lambda p, m: hasattr(m, "to_quantized")
+    )
     x = token_ids(config, 2, 40)
     absorbed = in_chunks(model, x, [20], make_prompt_cache(model))
     assert difference(absorbed, model(x)) <= TOLERANCE
@@ -177,13 +206,22 @@ def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
 @pytest.mark.parametrize("rope", [0, 32])
 def test_quantised_cache_is_close_at_8_bits(rope):
     config = ModelConfig(
-        n_layer=2, n_embd=128, n_head=2, kv_lora_rank=96 - rope, qk_rope_head_dim=rope, n_positions=64, vocab_size=50
+        n_layer=2,
+        n_embd=128,
+        n_head=2,
+        kv_lora_rank=96 - rope,
+        qk_rope_head_dim=rope,
+        n_positions=64,
+        vocab_size=50,
     ).resolved()
     model = build_model(config, initial_weights(config, 0, 0.1))
     x = token_ids(config, 1, 40)
     cache = [QuantizedKVCache(group_size=32, bits=8) for _ in model.layers]
     expected = model(x)
-    assert difference(in_chunks(model, x, [20], cache), expected) <= 0.05 * mx.abs(expected).max().item()
+    assert (
+        difference(in_chunks(model, x, [20], cache), expected)
+        <= 0.05 * mx.abs(expected).max().item()
+    )
 
 
 def test_lora_on_the_up_projection_is_not_bypassed():

@@ -6,17 +6,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from test_model_mlx import TOLERANCE, model_configs, random_weights, token_ids  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
+import mlx.core as mx
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model_mlx import TOLERANCE, model_configs, random_weights, token_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from mlx_mla import checkpoint, model_torch  # noqa: E402
-from mlx_mla.backends.mlx.load import build_model  # noqa: E402
-from mlx_mla.config import ModelConfig  # noqa: E402
-from mlx_mla.weights import parameter_shapes  # noqa: E402
+from mlx_mla import checkpoint, model_torch
+from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.config import ModelConfig
+from mlx_mla.weights import parameter_shapes
 
 
 def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
@@ -29,7 +29,8 @@ def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
 
 
 def logits(model, x: mx.array, chunks=()) -> np.ndarray:
-    """Logits of ids; with chunks, through a cache in chunks of these sizes and then token by token."""
+    """Logits of ids; with chunks, through a cache in chunks of these sizes and then token by
+    token."""
     ids = torch.tensor(np.array(x), dtype=torch.long)
     with torch.no_grad():
         if not chunks:
@@ -58,7 +59,10 @@ def test_logits_are_mlxs(config, length, seed):
     weights = random_weights(config, seed)
     x = token_ids(config, 2, length, seed)
     np.testing.assert_allclose(
-        logits(torch_model(config, weights), x), np.array(build_model(config, weights)(x)), atol=TOLERANCE, rtol=1e-4
+        logits(torch_model(config, weights), x),
+        np.array(build_model(config, weights)(x)),
+        atol=TOLERANCE,
+        rtol=1e-4,
     )
 
 
@@ -72,7 +76,9 @@ def test_logits_are_mlxs(config, length, seed):
 def test_cached_decoding_gives_the_logits_of_the_full_forward(config, batch, length, chunks):
     model = torch_model(config, random_weights(config, length))
     x = token_ids(config, batch, length)
-    np.testing.assert_allclose(logits(model, x, chunks), logits(model, x), atol=TOLERANCE, rtol=1e-4)
+    np.testing.assert_allclose(
+        logits(model, x, chunks), logits(model, x), atol=TOLERANCE, rtol=1e-4
+    )
 
 
 @given(
@@ -119,18 +125,26 @@ def test_greedy_text_is_mlxs(loaded, folder):
     prompt = list(b"The st")
     pieces = decoder.stream(prompt, GenerationOptions(temp=0, max_tokens=30))
     expected = [t for p in pieces for t in p.token_ids]
-    got = loaded.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :].tolist()
+    got = loaded.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
     assert got == expected
 
 
 def test_left_padded_batches_generate_what_single_prompts_do(loaded, folder):
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", pad_token="<|endoftext|>")
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), padding_side="left", pad_token="<|endoftext|>"
+    )
     prompts = ["The", "A longer prompt", "x"]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    together = loaded.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch.input_ids.shape[1] :]
+    together = loaded.generate(**batch, max_new_tokens=12, do_sample=False)[
+        :, batch.input_ids.shape[1] :
+    ]
     for prompt, row in zip(prompts, together):
         alone = tokenizer(prompt, return_tensors="pt")
-        expected = loaded.generate(**alone, max_new_tokens=12, do_sample=False)[0, alone.input_ids.shape[1] :]
+        expected = loaded.generate(**alone, max_new_tokens=12, do_sample=False)[
+            0, alone.input_ids.shape[1] :
+        ]
         assert row.tolist() == expected.tolist()
 
 
@@ -151,7 +165,9 @@ def test_loss_is_that_of_the_shifted_tokens(loaded):
     ids = torch.randint(0, 257, (2, 20))
     with torch.no_grad():
         out = loaded(ids, labels=ids)
-    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -163,7 +179,9 @@ def test_saved_by_transformers_it_loads_again(loaded, tmp_path):
 
 
 def test_positions_past_the_table_are_refused(loaded):
-    with pytest.raises(ValueError, match="49 tokens of context do not fit this model's n_positions=48"):
+    with pytest.raises(
+        ValueError, match="49 tokens of context do not fit this model's n_positions=48"
+    ):
         loaded(torch.zeros((1, 49), dtype=torch.long))
 
 
@@ -171,4 +189,6 @@ def test_the_copied_file_is_the_packages(folder):
     from pathlib import Path
 
     for name in ("model_mlx.py", "model_torch.py"):
-        assert (folder / name).read_bytes() == Path(checkpoint.__file__).with_name(name).read_bytes()
+        assert (folder / name).read_bytes() == Path(checkpoint.__file__).with_name(
+            name
+        ).read_bytes()

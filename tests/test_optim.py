@@ -6,24 +6,24 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-from conftest import TINY  # noqa: E402
-from mlx.optimizers import AdamW  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
-from test_backend_mlx import BASE, batch  # noqa: E402
-from test_train import refused  # noqa: E402
+import mlx.core as mx
+import numpy as np
+from conftest import TINY
+from mlx.optimizers import AdamW
+from mlx.utils import tree_flatten
+from test_backend_mlx import BASE, batch
+from test_train import refused
 
-from mlx_mla import train  # noqa: E402
-from mlx_mla.backends import get_backend  # noqa: E402
-from mlx_mla.backends.contract import Start  # noqa: E402
-from mlx_mla.backends.mlx.optim import Muon  # noqa: E402
-from mlx_mla.config import TrainConfig  # noqa: E402
-from mlx_mla.errors import UserError  # noqa: E402
-from mlx_mla.metrics import read_metrics  # noqa: E402
-from mlx_mla.presets import preset  # noqa: E402
-from mlx_mla.schedule import learning_rate  # noqa: E402
-from mlx_mla.weights import initial_weights  # noqa: E402
+from mlx_mla import train
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx.optim import Muon
+from mlx_mla.config import TrainConfig
+from mlx_mla.errors import UserError
+from mlx_mla.metrics import read_metrics
+from mlx_mla.presets import preset
+from mlx_mla.schedule import learning_rate
+from mlx_mla.weights import initial_weights
 
 MUON = dataclasses.replace(BASE, optimizer="muon", muon_learning_rate=0.02, grad_clip=0.0)
 MATRIX = "transformer.h.1.mlp.c_fc.weight"
@@ -55,7 +55,10 @@ def test_muon_is_its_formula_with_decoupled_decay():
     for step in range(3):
         x, y = batch(step)
         gradients.append(
-            np.array(dict(tree_flatten(s._loss_and_grad(mx.array(x), mx.array(y))[1]))[MATRIX], np.float64)
+            np.array(
+                dict(tree_flatten(s._loss_and_grad(mx.array(x), mx.array(y))[1]))[MATRIX],
+                np.float64,
+            )
         )
         s.step(step, BASE.learning_rate, [(x, y)])
     expected = muon(before, gradients, 0.02, BASE.weight_decay)
@@ -67,7 +70,11 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert [type(part) for part in s.optimizer.optimizers] == [Muon, AdamW, AdamW]
     s.step(0, 1e-3, [batch(0)])
     names = set(s.weights())
-    of_muon = {k.removeprefix("momentum_buffer.") for k in s.optimizer_state() if k.startswith("momentum_buffer.")}
+    of_muon = {
+        k.removeprefix("momentum_buffer.")
+        for k in s.optimizer_state()
+        if k.startswith("momentum_buffer.")
+    }
     of_adamw = {k.removeprefix("exp_avg.") for k in s.optimizer_state() if k.startswith("exp_avg.")}
     assert of_muon == {n for n, w in s.weights().items() if w.ndim == 2 and "wte" not in n}
     assert of_adamw == names - of_muon
@@ -91,7 +98,17 @@ def test_muon_agrees_between_the_backends_and_follows_the_schedule():
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_muon_resumes_bit_identically(tmp_path, text_file, backend):
     def run(out, *flags):
-        argv = [*TINY, "--data", str(text_file), "--out", str(out), "--backend", backend, "--optimizer", "muon"]
+        argv = [
+            *TINY,
+            "--data",
+            str(text_file),
+            "--out",
+            str(out),
+            "--backend",
+            backend,
+            "--optimizer",
+            "muon",
+        ]
         assert train.main([*argv, "--log-every", "1", *flags]) == 0
         return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "train"]
 
@@ -110,7 +127,16 @@ def test_the_optimiser_of_a_run_cannot_change(tiny_run, capsys):
 
 
 def test_warm_up_stable_decay():
-    flags = ["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--lr-schedule", "wsd"]
+    flags = [
+        "--steps",
+        "100",
+        "--warmup-steps",
+        "10",
+        "--learning-rate",
+        "1",
+        "--lr-schedule",
+        "wsd",
+    ]
     config = train.parse([*flags, "--min-lr-ratio", "0"]).resolved()
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])

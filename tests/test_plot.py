@@ -23,13 +23,16 @@ def figure(monkeypatch):
 
 @pytest.fixture
 def copies(tiny_run, tmp_path):
-    """Copies of a run: two that differ in the seed, and one of another kind, two of them with the same name."""
+    """Copies of a run: two that differ in the seed, and one of another kind, two of them with the
+    same name."""
 
     def copy(name: str, setting: str, value: str):
         run = tmp_path / name
         shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints"))
         lines = (run / "config.toml").read_text().splitlines()
-        changed = [f"{setting} = {value}" if line.startswith(f"{setting} =") else line for line in lines]
+        changed = [
+            f"{setting} = {value}" if line.startswith(f"{setting} =") else line for line in lines
+        ]
         assert changed != lines
         (run / "config.toml").write_text("\n".join(changed))
         return run
@@ -45,10 +48,19 @@ def test_the_table_says_what_metrics_jsonl_says(tiny_run, tmp_path, capsys):
     speeds = [r["tokens_per_sec"] for r in rows if r["split"] == "train"][1:]
     last = rows[-1]
     assert line.split() == [
-        "tiny", "40", "7,680", f"{last['loss']:.4f}", f"{last['loss']:.4f}", "(40)", f"{np.median(speeds):,.0f}",
-        f"{np.median([r['mfu'] for r in rows if 'mfu' in r]):.1%}", f"{last['peak_memory_bytes'] / 2**20:,.0f}", "MiB",
-        f"{last['seconds']:,.0f}", "s",
-    ]  # fmt: skip
+        "tiny",
+        "40",
+        "7,680",
+        f"{last['loss']:.4f}",
+        f"{last['loss']:.4f}",
+        "(40)",
+        f"{np.median(speeds):,.0f}",
+        f"{np.median([r['mfu'] for r in rows if 'mfu' in r]):.1%}",
+        f"{last['peak_memory_bytes'] / 2**20:,.0f}",
+        "MiB",
+        f"{last['seconds']:,.0f}",
+        "s",
+    ]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -64,7 +76,9 @@ def test_the_picture_shows_every_run_in_every_panel(copies, tmp_path, figure):
             np.testing.assert_allclose(line.get_xdata(), [r[key] for r in want])
             np.testing.assert_allclose(line.get_ydata(), [r["loss"] for r in want])
     np.testing.assert_allclose(speed.lines[0].get_ydata(), [r["tokens_per_sec"] for r in train[1:]])
-    assert [bar.get_width() for bar in memory.patches] == [max(r["peak_memory_bytes"] for r in rows) / 2**20] * 3
+    assert [bar.get_width() for bar in memory.patches] == [
+        max(r["peak_memory_bytes"] for r in rows) / 2**20
+    ] * 3
     # Names are unique; seeds of one kind share a colour and differ in dashes.
     (legend,) = figure[0].legends
     assert [text.get_text() for text in legend.get_texts()][:3] == ["a/mla", "b/mla", "mha"]

@@ -1,4 +1,5 @@
-"""`python -m mlx_mla.prepare`: every document once, the same bytes whatever happens on the way, and clear refusals."""
+"""`python -m mlx_mla.prepare`: every document once, the same bytes whatever happens on the way, and
+clear refusals."""
 
 import gzip
 import itertools
@@ -47,7 +48,11 @@ def refused(capsys, src, out, *flags) -> str:
 def write_lines(path: Path, texts, key: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
-    packed = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda d: pa.compress(d, "zstd", asbytes=True)}
+    packed = {
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".zst": lambda d: pa.compress(d, "zstd", asbytes=True),
+    }
     path.write_bytes(packed.get(path.suffix, bytes)(data))
     return path
 
@@ -69,7 +74,9 @@ def read_documents(out: Path, split: str, eot: int = 256, decode=None) -> list[s
         assert tokens.dtype == np.uint16
         assert tokens[0] == eot
         for part in np.split(tokens, np.flatnonzero(tokens == eot))[1:]:
-            found.append(decode(part[1:].tolist()) if decode else bytes(part[1:].astype(np.uint8)).decode())
+            found.append(
+                decode(part[1:].tolist()) if decode else bytes(part[1:].astype(np.uint8)).decode()
+            )
     return found
 
 
@@ -81,17 +88,35 @@ def content(out: Path) -> dict[str, bytes]:
 def many(tmp_path_factory) -> Path:
     """12 files of all kinds with 1,300 documents, some of them empty."""
     folder, chance = tmp_path_factory.mktemp("many"), random.Random(5)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "Ænima", "été", "日本", "wrote", "123", "words"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "Ænima",
+        "été",
+        "日本",
+        "wrote",
+        "123",
+        "words",
+    ]
 
     def text() -> str:
         return " ".join(chance.choices(words, k=chance.choice([0, 3, 20, 200])))
 
     endings = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
     for i in range(8):
-        write_lines(folder / f"sub{i % 3}" / f"lines{i}{endings[i % 4]}", [text() for _ in range(100)])
+        write_lines(
+            folder / f"sub{i % 3}" / f"lines{i}{endings[i % 4]}", [text() for _ in range(100)]
+        )
     for i in range(2):
         rows = [text() if j % 10 else None for j in range(200)]
-        pq.write_table(pa.table({"text": rows, "n": range(200)}), folder / f"p{i}.parquet", row_group_size=37)
+        pq.write_table(
+            pa.table({"text": rows, "n": range(200)}), folder / f"p{i}.parquet", row_group_size=37
+        )
     (folder / "stories.txt").write_text(
         "<|endoftext|>".join([*(text() for _ in range(99)), "the end"]), encoding="utf-8"
     )
@@ -187,7 +212,17 @@ def test_no_document_is_lost_whatever_they_are(tmp_path_factory, texts, shard_to
     folder = tmp_path_factory.mktemp("some")
     texts = [*texts, "a train document", "a val document 3"]
     write_lines(folder / f"in{ending}", texts)
-    assert run(folder / f"in{ending}", folder / "out", "--shard-tokens", shard_tokens, "--val-fraction", "0.5") == 0
+    assert (
+        run(
+            folder / f"in{ending}",
+            folder / "out",
+            "--shard-tokens",
+            shard_tokens,
+            "--val-fraction",
+            "0.5",
+        )
+        == 0
+    )
     found = [d for split in SPLITS for d in read_documents(folder / "out", split)]
     # A half of a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD.
     expected = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
@@ -201,7 +236,10 @@ def test_blocks_are_the_same_wherever_reading_starts(many, limit):
         for i, block in enumerate(blocks[:-1]):
             if i % 7 == 0:
                 again = next(iter(source.blocks(block.end, limit)))
-                assert (again.end, again.documents()) == (blocks[i + 1].end, blocks[i + 1].documents())
+                assert (again.end, again.documents()) == (
+                    blocks[i + 1].end,
+                    blocks[i + 1].documents(),
+                )
 
 
 def test_parquet_goes_on_within_row_groups_of_any_size(tmp_path):
@@ -239,7 +277,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
-def test_stopped_between_any_two_writes_it_goes_on_to_the_same_bytes(many, prepared, tmp_path, monkeypatch, at):
+def test_stopped_between_any_two_writes_it_goes_on_to_the_same_bytes(
+    many, prepared, tmp_path, monkeypatch, at
+):
     """Stops at the n-th write of a shard or of the manifest, each time a little further on."""
     writes = {"left": 0}
 
@@ -272,7 +312,9 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(many, prepared, t
     assert run(many, tmp_path / "straight", *few_shards) == 0
     flags = ["--out", str(out), "--tokenizer", "bytes", "--val-fraction", "0.3", *few_shards]
     while True:
-        process = subprocess.Popen(python("-m", "mlx_mla.prepare", str(many), *flags), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            python("-m", "mlx_mla.prepare", str(many), *flags), stdout=subprocess.DEVNULL
+        )
         seen, more = names(out), chance.randint(1, 2)
         while process.poll() is None and len(names(out) - seen) < more:
             time.sleep(0.001)
@@ -287,14 +329,24 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(many, prepared, t
 
 
 def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, tmp_path):
-    flags = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--val-fraction", "0.3", *SHARDS]
+    flags = [
+        "--out",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        "bytes",
+        "--val-fraction",
+        "0.3",
+        *SHARDS,
+    ]
     command = python("-m", "mlx_mla.prepare", str(many), *flags)
     largest = max(p.stat().st_size for p in prepared.glob("*train*"))
 
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
 
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=small_disk, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "could not be written: File too large; make room and run it again" in done.stderr
     assert run(many, tmp_path / "out", *SHARDS) == 0
@@ -312,7 +364,13 @@ def hub(many, monkeypatch):
     files = [str(p) for p in sorted(many.glob("*.parquet"))]
 
     def load(name, config, split, streaming, revision):
-        assert (name, config, split, streaming, revision) == ("owner/name", "sample-10BT", "train", True, "c0ffee")
+        assert (name, config, split, streaming, revision) == (
+            "owner/name",
+            "sample-10BT",
+            "train",
+            True,
+            "c0ffee",
+        )
         return real("parquet", data_files=files, split=split, streaming=streaming)
 
     class Api:
@@ -323,12 +381,22 @@ def hub(many, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
 
 
-def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with(many, hub, tmp_path, monkeypatch, capsys):
+def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with(
+    many, hub, tmp_path, monkeypatch, capsys
+):
     src = "owner/name:sample-10BT"
     assert run(src, tmp_path / "a", "--shard-tokens", "5000") == 0
-    texts = [t for p in many.glob("*.parquet") for t in pq.read_table(p)["text"].to_pylist() if t and t.strip()]
+    texts = [
+        t
+        for p in many.glob("*.parquet")
+        for t in pq.read_table(p)["text"].to_pylist()
+        if t and t.strip()
+    ]
     assert Counter(d for s in SPLITS for d in read_documents(tmp_path / "a", s)) == Counter(texts)
-    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["sources"][1][0] == f"{src}@c0ffee#00001"
+    assert (
+        json.loads((tmp_path / "a" / "manifest.json").read_text())["sources"][1][0]
+        == f"{src}@c0ffee#00001"
+    )
 
     real, left = prepare.write_shard, {"n": 0}
 
@@ -358,7 +426,10 @@ def test_a_dataset_that_cannot_be_opened(tmp_path, capsys):
 
 
 def test_real_files_with_gpt2s_tokenizer(shared_data, tmp_path):
-    names = ("debian_policy_devref/debian_policy_devref-000.jsonl.xz", "fineweb_edu_sample/fineweb_sample.txt")
+    names = (
+        "debian_policy_devref/debian_policy_devref-000.jsonl.xz",
+        "fineweb_edu_sample/fineweb_sample.txt",
+    )
     (tmp_path / "in").mkdir()
     for name in names:
         shutil.copy(shared_data / "corpus" / name, tmp_path / "in")
@@ -388,22 +459,54 @@ def test_sources_that_are_not_there(tmp_path, capsys):
     ("name", "data", "message"),
     [
         ("a.txt", b"good\nna\xefve", "a.txt: not UTF-8 text (byte 0xef at offset 7); convert it"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', "a.jsonl, line 3: not UTF-8 text (byte 0xff at offset 10"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"text": "\xff"}\n',
+            "a.jsonl, line 3: not UTF-8 text (byte 0xff at offset 10",
+        ),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
-        ("a.json", b'["a", "b"]', "a.json, line 1: not a JSON object; this needs one object a line"),
-        ("a.jsonl", b'{"id": 1, "body": "x"}\n', "line 1: has no 'text', but 'id', 'body'; choose one with --text-col"),
+        (
+            "a.json",
+            b'["a", "b"]',
+            "a.json, line 1: not a JSON object; this needs one object a line",
+        ),
+        (
+            "a.jsonl",
+            b'{"id": 1, "body": "x"}\n',
+            "line 1: has no 'text', but 'id', 'body'; choose one with --text-col",
+        ),
         ("a.jsonl", b'{"text": 5}\n', "line 1: 'text' is not a string"),
-        ("a.jsonl", b'{"text": ""}\n{"text": " \\n"}\n{"text": null}\n', "all its 3 documents are empty"),
+        (
+            "a.jsonl",
+            b'{"text": ""}\n{"text": " \\n"}\n{"text": null}\n',
+            "all its 3 documents are empty",
+        ),
         ("a.txt", b"", "all its 0 documents are empty; give other text"),
-        ("a.txt", b"only one", "none of its 1 documents fell to validation; give a larger --val-fraction, or cut"),
+        (
+            "a.txt",
+            b"only one",
+            "none of its 1 documents fell to validation; give a larger --val-fraction, or cut",
+        ),
         ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz: cannot be read: damaged"),
-        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-20], "a.jsonl.xz: cannot be read: damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.gz: cannot be read: damaged or truncated"),
-        ("a.jsonl.zst", pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9], "a.jsonl.zst: cannot be read"),
+        (
+            "a.jsonl.xz",
+            lzma.compress(b'{"text": "a"}\n' * 99)[:-20],
+            "a.jsonl.xz: cannot be read: damaged",
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+            "a.jsonl.gz: cannot be read: damaged or truncated",
+        ),
+        (
+            "a.jsonl.zst",
+            pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9],
+            "a.jsonl.zst: cannot be read",
+        ),
         ("a.parquet", b"PAR1 not really", "a.parquet: cannot be read as parquet"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value,
-)  # fmt: skip
+)
 def test_files_that_cannot_be_read(name, data, message, tmp_path, capsys):
     (tmp_path / name).write_bytes(data)
     assert message in refused(capsys, tmp_path / name, tmp_path / "out", "--val-fraction", "0.0001")
@@ -414,7 +517,9 @@ def test_a_parquet_file_without_text_lists_its_columns(tmp_path, capsys):
     bodies = pa.array([f"text {i % 20}" for i in range(60)]).dictionary_encode()
     pq.write_table(pa.table({"id": range(60), "body": bodies}), path)
     said = refused(capsys, path, tmp_path / "out")
-    assert "a.parquet: has no column 'text', but 'id', 'body'; choose one with --text-column" in said
+    assert (
+        "a.parquet: has no column 'text', but 'id', 'body'; choose one with --text-column" in said
+    )
     said = refused(capsys, path, tmp_path / "out", "--text-column", "id")
     assert "column 'id' is int64, not string" in said
     assert run(path, tmp_path / "out", "--text-column", "body") == 0
@@ -423,8 +528,13 @@ def test_a_parquet_file_without_text_lists_its_columns(tmp_path, capsys):
 
 def test_separators_make_documents_of_a_text(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree\n\n")
-    assert run(tmp_path / "a.txt", tmp_path / "out", "--separator", "\n\n", "--val-fraction", "0.5") == 0
-    assert Counter(d for s in SPLITS for d in read_documents(tmp_path / "out", s)) == Counter(["one", "two", "three"])
+    assert (
+        run(tmp_path / "a.txt", tmp_path / "out", "--separator", "\n\n", "--val-fraction", "0.5")
+        == 0
+    )
+    assert Counter(d for s in SPLITS for d in read_documents(tmp_path / "out", s)) == Counter(
+        ["one", "two", "three"]
+    )
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["empty_documents"] == 1
 
 
@@ -451,7 +561,9 @@ def test_another_preparation_is_never_overwritten(many, prepared, tmp_path, caps
 
 def test_impossible_settings(many, tmp_path, capsys):
     out = tmp_path / "out"
-    assert "--val-fraction must be between 0 and 1" in refused(capsys, many, out, "--val-fraction", "0")
+    assert "--val-fraction must be between 0 and 1" in refused(
+        capsys, many, out, "--val-fraction", "0"
+    )
     assert "--workers must be at least 1" in refused(capsys, many, out, "--workers", "0")
     assert "--prefix 'my_train' must be" in refused(capsys, many, out, "--prefix", "my_train")
     assert "--bpe-dir goes with" in refused(capsys, many, out, "--bpe-dir", "x")

@@ -17,20 +17,39 @@ MEASURED = ("tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
 
 def launch(out, text_file, extra, resume: bool) -> subprocess.Popen:
     flags = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", str(STEPS), *extra]
-    flags += ["--save-every", "4", "--eval-every", "7", "--log-every", "3", "--keep", "0", "--sample-every", "5"]
+    flags += [
+        "--save-every",
+        "4",
+        "--eval-every",
+        "7",
+        "--log-every",
+        "3",
+        "--keep",
+        "0",
+        "--sample-every",
+        "5",
+    ]
     if COMPILED in flags:
         flags = [flag for flag in flags if flag not in (COMPILED, "--no-compile")]
     flags += ["--resume"] if resume else []
-    return subprocess.Popen(python("-m", "mlx_mla.train", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        python("-m", "mlx_mla.train", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def outcome(out) -> tuple[dict, list]:
-    """Every byte of every checkpoint and of the samples, and the metrics without what a clock or a meter measured."""
+    """Every byte of every checkpoint and of the samples, and the metrics without what a clock or a
+    meter measured."""
     files = {
-        f"{folder.name}/{p.name}": p.read_bytes() for folder in checkpoint.checkpoints(out) for p in folder.iterdir()
+        f"{folder.name}/{p.name}": p.read_bytes()
+        for folder in checkpoint.checkpoints(out)
+        for p in folder.iterdir()
     }
     files["samples"] = (out / "samples.jsonl").read_bytes()
-    rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if k not in MEASURED}
+        for row in read_metrics(out / "metrics.jsonl")
+    ]
     return files, rows
 
 
@@ -40,7 +59,10 @@ def outcome(out) -> tuple[dict, list]:
     [
         pytest.param((), id="eager"),
         pytest.param((COMPILED,), id="compiled"),
-        pytest.param(("--dropout", "0.1", "--dtype", "bfloat16", "--grad-accum-steps", "2"), id="bfloat16-dropout"),
+        pytest.param(
+            ("--dropout", "0.1", "--dtype", "bfloat16", "--grad-accum-steps", "2"),
+            id="bfloat16-dropout",
+        ),
     ],
 )
 def test_killed_and_resumed_is_bit_identical(tmp_path, text_file, extra):

@@ -29,7 +29,9 @@ def scorers():
     tokenizer = ByteEncoder().fast_tokenizer()
     made = {}
     for name, values in CONFIGS.items():
-        config = ModelConfig(vocab_size=272, n_layer=2, n_head=2, n_embd=24, n_positions=40, **values).resolved()
+        config = ModelConfig(
+            vocab_size=272, n_layer=2, n_head=2, n_embd=24, n_positions=40, **values
+        ).resolved()
         weights = initial_weights(config, 1, 0.4)
         model = build_torch(config, weights, torch.device("cpu"))
         made[name] = (
@@ -41,7 +43,8 @@ def scorers():
 
 
 def alone(model, context, target, n_positions=40):
-    """Log-probabilities of a continuation, by PyTorch in float64, and whether all are the likeliest."""
+    """Log-probabilities of a continuation, by PyTorch in float64, and whether all are the
+    likeliest."""
     row = (list(context) + list(target))[-n_positions - 1 :]
     with torch.no_grad():
         logits = model(torch.tensor([row[:-1]])).logits[0, -len(target) :, :257].double()
@@ -51,7 +54,9 @@ def alone(model, context, target, n_positions=40):
 
 tokens = st.lists(st.integers(0, 256), min_size=1, max_size=36).map(tuple)
 short = st.lists(st.integers(0, 256), min_size=1, max_size=12).map(tuple)
-request = st.tuples(tokens, st.lists(short, min_size=1, max_size=4).map(tuple)).map(lambda p: Request(*p))
+request = st.tuples(tokens, st.lists(short, min_size=1, max_size=4).map(tuple)).map(
+    lambda p: Request(*p)
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

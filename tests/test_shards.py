@@ -94,7 +94,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("shards")
 
 
-several = st.lists(st.integers(1, 300), min_size=1, max_size=5).filter(lambda sizes: max(sizes) > 30)
+several = st.lists(st.integers(1, 300), min_size=1, max_size=5).filter(
+    lambda sizes: max(sizes) > 30
+)
 
 
 @given(sizes=several, seq_len=st.integers(1, 30), seed=st.integers(0, 3), epoch=st.integers(0, 2))
@@ -106,7 +108,9 @@ def test_an_epoch_visits_every_window_of_every_shard_once(folder, sizes, seq_len
     np.testing.assert_array_equal(y, x + 1)
     # No window reaches over the end of its shard.
     ends = np.cumsum(sizes)
-    np.testing.assert_array_equal(np.searchsorted(ends, x[:, 0], "right"), np.searchsorted(ends, y[:, -1], "right"))
+    np.testing.assert_array_equal(
+        np.searchsorted(ends, x[:, 0], "right"), np.searchsorted(ends, y[:, -1], "right")
+    )
     assert sum(size for size in sizes if size > seq_len) - x.size <= 2 * seq_len * len(sizes)
 
 
@@ -116,7 +120,9 @@ def test_rows_are_slices_of_one_order(folder, sizes, first, count, cut):
     data = TokenWindows(shards_of(sizes, folder), 20, 0, 65536)
     whole = data.rows(first, count)[0]
     other = TokenWindows(shards_of(sizes, folder), 20, 0, 65536)
-    tail = other.rows(first + cut, count - cut)[0]  # before the head, by a reader that has read nothing else
+    tail = other.rows(first + cut, count - cut)[
+        0
+    ]  # before the head, by a reader that has read nothing else
     head = other.rows(first, cut)[0] if cut else whole[:0]
     np.testing.assert_array_equal(whole, np.concatenate([head, tail]))
 

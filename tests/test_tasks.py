@@ -30,14 +30,20 @@ def read(shared_data, name, protocol="standard"):
 
 def test_wikitext_windows_score_every_token_but_the_first(shared_data, context):
     documents = read(shared_data, "wikitext2")
-    assert [kind for kind, _ in documents] == ["text"] + ["page"] * 62  # the harness counts 62 pages
+    assert [kind for kind, _ in documents] == ["text"] + [
+        "page"
+    ] * 62  # the harness counts 62 pages
     ids = context.encode(documents[0][1])
     assert len(ids) == 287_644
     windows = TASKS["wikitext2"].requests(documents[:1], "standard", context)[0]
     plain = math.ceil(len(ids) / 1024)
     assert sum(len(r.targets[0]) for r in windows[:plain]) == len(ids) - plain
     assert [t for r in windows[plain:] for t in r.targets[0]] == ids[1:]
-    assert {len(r.context) + len(r.targets[0]) for r in windows[:-1]} <= {1024, len(ids) % 1024, len(ids) % 512 + 512}
+    assert {len(r.context) + len(r.targets[0]) for r in windows[:-1]} <= {
+        1024,
+        len(ids) % 1024,
+        len(ids) % 512 + 512,
+    }
 
 
 def test_a_sample_of_windows_is_spread_over_the_text(shared_data, context):
@@ -64,20 +70,30 @@ def test_documents_are_all_read(shared_data, context):
 def test_hub_and_folder_give_the_same_documents(shared_data, monkeypatch):
     lines = (shared_data / "wikitext2/wiki.test.raw").read_text(encoding="utf-8").split("\n")[:-1]
     published = {
-        "wikitext": Dataset.from_dict({"text": [line + "\n" if line.strip() else "" for line in lines]}),
-        "EleutherAI/lambada_openai": Dataset.from_json(str(shared_data / "lambada/lambada_test.jsonl")),
+        "wikitext": Dataset.from_dict(
+            {"text": [line + "\n" if line.strip() else "" for line in lines]}
+        ),
+        "EleutherAI/lambada_openai": Dataset.from_json(
+            str(shared_data / "lambada/lambada_test.jsonl")
+        ),
         "Rowan/hellaswag": Dataset.from_json(str(shared_data / "hellaswag/hellaswag_val.jsonl")),
     }
-    published["Rowan/hellaswag"] = published["Rowan/hellaswag"].map(lambda r: {"label": str(r["label"])})
+    published["Rowan/hellaswag"] = published["Rowan/hellaswag"].map(
+        lambda r: {"label": str(r["label"])}
+    )
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: asked.append(split) or published[name])
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, config, split: asked.append(split) or published[name]
+    )
     for name, task in TASKS.items():
         assert task.documents_from_hub("standard") == read(shared_data, name)
     assert asked == ["test", "test", "validation"]
 
 
 def test_without_network_the_message_says_what_to_put_where():
-    with pytest.raises(UserError, match=r"put lambada/lambada_test.jsonl into a folder and give it as --data-dir"):
+    with pytest.raises(
+        UserError, match=r"put lambada/lambada_test.jsonl into a folder and give it as --data-dir"
+    ):
         TASKS["lambada"].documents_from_hub("standard")
 
 

@@ -1,4 +1,5 @@
-"""Token shards: what is accepted, what is refused before training, and that all formats train alike."""
+"""Token shards: what is accepted, what is refused before training, and that all formats train
+alike."""
 
 import io
 import json
@@ -18,12 +19,25 @@ from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
 from mlx_mla.metrics import read_metrics
 
-STEPS = ("--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "3", "--keep", "0")
+STEPS = (
+    "--steps",
+    "6",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "3",
+    "--save-every",
+    "3",
+    "--keep",
+    "0",
+)
 
 
 def llmc(tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
     """llm.c's layout, written by hand."""
-    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    header = struct.pack(
+        "<256i", magic, version, len(tokens) if count is None else count, *[0] * 253
+    )
     return header + np.asarray(tokens, "<u2").tobytes()
 
 
@@ -35,7 +49,15 @@ def folders(text_file, tmp_path_factory):
     for i, part in enumerate(text_file.read_text(encoding="utf-8").split("\n\n")):
         (root / "text" / f"{i:04d}.txt").write_text(part, encoding="utf-8")
     for layout in ("npy", "llmc"):
-        argv = [str(root / "text"), "--out", str(root / layout), "--tokenizer", "bytes", "--format", layout]
+        argv = [
+            str(root / "text"),
+            "--out",
+            str(root / layout),
+            "--tokenizer",
+            "bytes",
+            "--format",
+            layout,
+        ]
         assert prepare.main([*argv, "--val-fraction", "0.2"]) == 0
     (root / "nanogpt").mkdir()
     for split, number in (("train", 1), ("val", 0)):
@@ -45,7 +67,10 @@ def folders(text_file, tmp_path_factory):
 
 
 def metrics(out):
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in MEASURED}
+        for row in read_metrics(out / "metrics.jsonl")
+    ]
 
 
 def test_all_formats_train_and_resume_alike(folders, tmp_path):
@@ -100,7 +125,12 @@ def test_without_validation_shards_the_end_is_held_out(tmp_path):
 
 
 def test_words_in_names_decide_the_part(tmp_path):
-    for name in ("edufineweb_train_000001", "evaluation_train_1", "fineweb-val-0", "TinyStories_val"):
+    for name in (
+        "edufineweb_train_000001",
+        "evaluation_train_1",
+        "fineweb-val-0",
+        "TinyStories_val",
+    ):
         np.save(tmp_path / f"{name}.npy", np.zeros(9, np.uint16))
     folder = open_folder(tmp_path)
     assert [s.path.stem for s in folder.val] == ["TinyStories_val", "fineweb-val-0"]
@@ -121,20 +151,40 @@ def npy(array) -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a_train_1.npy", npy(TOKENS)[:-3], r"truncated: 1,000 tokens need 2,128 bytes, it has 2,125"),
+        (
+            "a_train_1.npy",
+            npy(TOKENS)[:-3],
+            r"truncated: 1,000 tokens need 2,128 bytes, it has 2,125",
+        ),
         ("a_train_1.npy", npy(TOKENS) + b"\0\0", "longer than its header says"),
-        ("a_train_1.npy", npy(TOKENS.astype(np.int32)), "holds int32, token shards hold uint16; convert it"),
+        (
+            "a_train_1.npy",
+            npy(TOKENS.astype(np.int32)),
+            "holds int32, token shards hold uint16; convert it",
+        ),
         ("a_train_1.npy", npy(TOKENS.astype(">u2")), "holds >u2, token shards hold uint16"),
         ("a_train_1.npy", npy(TOKENS.reshape(10, 100)), "has 2 dimensions, token shards have one"),
         ("a_train_1.npy", npy(np.array([{}], object)), "holds object, token shards"),
         ("a_train_1.npy", b"\x93NUMPY\x01\x00\x10", "not a NumPy array file"),
         ("a_train_1.npy", b"", "not a NumPy array file"),
         ("a_train_1.npy", npy(TOKENS[:0]), "holds no tokens"),
-        ("a_train_000001.bin", llmc(TOKENS)[:-2], r"truncated: 1,000 tokens need 3,024 bytes, it has 3,022"),
+        (
+            "a_train_000001.bin",
+            llmc(TOKENS)[:-2],
+            r"truncated: 1,000 tokens need 3,024 bytes, it has 3,022",
+        ),
         ("a_train_000001.bin", llmc(TOKENS, count=999), "longer than its header says"),
-        ("a_train_000001.bin", llmc(TOKENS, magic=1), "does not begin with llm.c's 20240520, and only nanoGPT's"),
+        (
+            "a_train_000001.bin",
+            llmc(TOKENS, magic=1),
+            "does not begin with llm.c's 20240520, and only nanoGPT's",
+        ),
         ("a_train_000001.bin", llmc(TOKENS, version=2), "llm.c's version 2 with 1000 tokens"),
-        ("train.bin", TOKENS.tobytes()[:-1], "truncated: 1,999 bytes are no whole number of uint16 tokens"),
+        (
+            "train.bin",
+            TOKENS.tobytes()[:-1],
+            "truncated: 1,999 bytes are no whole number of uint16 tokens",
+        ),
     ],
 )
 def test_shards_that_are_not_what_they_should_be_are_named(name, data, message, tmp_path, capsys):
@@ -158,7 +208,10 @@ def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_dat
     )
     gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
     said = refused(capsys, *TINY, *out, "--data", folders / "npy", *gpt2)
-    assert "was prepared with --tokenizer bytes, and training has --tokenizer gpt2; give --tokenizer bytes" in said
+    assert (
+        "was prepared with --tokenizer bytes, and training has --tokenizer gpt2; give --tokenizer "
+        "bytes" in said
+    )
     shutil.copytree(folders / "npy", tmp_path / "broken")
     manifest = tmp_path / "broken" / "manifest.json"
     values = json.loads(manifest.read_text())
@@ -170,7 +223,9 @@ def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_dat
     manifest.write_text(json.dumps(values))
     assert "manifest.json says" in refused(capsys, *TINY, *out, "--data", tmp_path / "broken")
     manifest.write_text("{")
-    assert "not a manifest of mlx_mla.prepare" in refused(capsys, *TINY, *out, "--data", tmp_path / "broken")
+    assert "not a manifest of mlx_mla.prepare" in refused(
+        capsys, *TINY, *out, "--data", tmp_path / "broken"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -179,7 +234,9 @@ def test_ids_over_the_vocabulary_are_found_before_training_or_as_they_are_read(t
     tokens[-1] = 300
     np.save(tmp_path / "a_train_1.npy", tokens)
     shard = open_shard(tmp_path / "a_train_1.npy")
-    with pytest.raises(UserError, match=r"a_train_1.npy has token id 300 at token 999,999, outside"):
+    with pytest.raises(
+        UserError, match=r"a_train_1.npy has token id 300 at token 999,999, outside"
+    ):
         TokenWindows([shard], 16, 0, 257)
     tokens[-1], tokens[3000] = 0, 300  # between the samples
     np.save(tmp_path / "a_train_1.npy", tokens)
@@ -189,7 +246,9 @@ def test_ids_over_the_vocabulary_are_found_before_training_or_as_they_are_read(t
 
 
 @pytest.mark.parametrize("how", ["removed", "truncated"])
-def test_data_that_vanish_while_training_end_it_in_one_line(folders, tmp_path, capsys, monkeypatch, how):
+def test_data_that_vanish_while_training_end_it_in_one_line(
+    folders, tmp_path, capsys, monkeypatch, how
+):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folders / "nanogpt", data)
     real = TokenWindows.rows
@@ -201,7 +260,10 @@ def test_data_that_vanish_while_training_end_it_in_one_line(folders, tmp_path, c
 
     monkeypatch.setattr(TokenWindows, "rows", rows)
     said = refused(capsys, *TINY, "--data", data, "--out", out, *STEPS)
-    assert "train.bin: the data " + ("can no longer be read" if how == "removed" else "changed while") in said
+    assert (
+        "train.bin: the data " + ("can no longer be read" if how == "removed" else "changed while")
+        in said
+    )
     assert f"the newest good checkpoint is {out / 'checkpoints' / 'step-000003'}" in said
 
 

@@ -14,7 +14,18 @@ from mlx_mla import train
 from mlx_mla.metrics import read_metrics
 from mlx_mla.training.tracking import scalars
 
-STEPS = ("--steps", "12", "--save-every", "4", "--log-every", "2", "--eval-every", "3", "--keep", "0")
+STEPS = (
+    "--steps",
+    "12",
+    "--save-every",
+    "4",
+    "--log-every",
+    "2",
+    "--eval-every",
+    "3",
+    "--keep",
+    "0",
+)
 
 
 def expected(run) -> dict[str, list[tuple[int, float]]]:
@@ -36,7 +47,9 @@ def test_tensorboard_reads_what_metrics_jsonl_holds_also_after_a_step_back(tmp_p
             assert train.main(["--resume", "--out", str(run), *resume]) == 0
         events = EventAccumulator(str(run / "tensorboard"), {"tensors": 0})
         events.Reload()
-        assert {events.SummaryMetadata(tag).plugin_data.plugin_name for tag in events.Tags()["tensors"]} == {"scalars"}
+        assert {
+            events.SummaryMetadata(tag).plugin_data.plugin_name for tag in events.Tags()["tensors"]
+        } == {"scalars"}
         read = {
             tag: [(e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors(tag)]
             for tag in events.Tags()["tensors"]
@@ -45,14 +58,22 @@ def test_tensorboard_reads_what_metrics_jsonl_holds_also_after_a_step_back(tmp_p
         assert read.keys() == want.keys()
         for tag, points in want.items():
             assert [step for step, _ in read[tag]] == [step for step, _ in points]
-            assert [value for _, value in read[tag]] == pytest.approx([value for _, value in points], rel=1e-6)
+            assert [value for _, value in read[tag]] == pytest.approx(
+                [value for _, value in points], rel=1e-6
+            )
         # Wall times are apart by the training time, whatever process wrote them.
-        times = [(e.wall_time, seconds) for e, (_, seconds) in zip(events.Tensors("val/loss"), want["val/seconds"])]
-        assert [t - times[0][0] for t, _ in times] == pytest.approx([s - times[0][1] for _, s in times], abs=0.01)
+        times = [
+            (e.wall_time, seconds)
+            for e, (_, seconds) in zip(events.Tensors("val/loss"), want["val/seconds"])
+        ]
+        assert [t - times[0][0] for t, _ in times] == pytest.approx(
+            [s - times[0][1] for _, s in times], abs=0.01
+        )
 
 
 class FakeWandbRun:
-    """wandb's Run.log by its documentation: a step below the highest is dropped; steps are merged by number."""
+    """wandb's Run.log by its documentation: a step below the highest is dropped; steps are merged
+    by number."""
 
     def __init__(self, history: dict[int, dict]):
         self.history, self.ended, self.dropped = history, None, []
@@ -78,7 +99,9 @@ def wandb(monkeypatch):
         assert resume == "allow"
         assert allow_val_change
         json.dumps(config)
-        module.calls.append({"project": project, "id": id, "name": name, "dir": dir, "steps": config["steps"]})
+        module.calls.append(
+            {"project": project, "id": id, "name": name, "dir": dir, "steps": config["steps"]}
+        )
         module.runs.append(FakeWandbRun(module.histories.setdefault(id, {})))
         return module.runs[-1]
 
@@ -89,7 +112,8 @@ def wandb(monkeypatch):
 
 @pytest.fixture
 def trackio(monkeypatch):
-    """A module with the part of Trackio's API that is used: runs are resumed by name, and keep every row."""
+    """A module with the part of Trackio's API that is used: runs are resumed by name, and keep
+    every row."""
     module = types.ModuleType("trackio")
     module.rows = {}
 
@@ -103,12 +127,16 @@ def trackio(monkeypatch):
         def finish(self):
             pass
 
-    module.init = lambda project, name, config, resume: Run(module.rows.setdefault((project, name, resume), []))
+    module.init = lambda project, name, config, resume: Run(
+        module.rows.setdefault((project, name, resume), [])
+    )
     monkeypatch.setitem(sys.modules, "trackio", module)
     return module
 
 
-def test_wandb_and_trackio_go_on_with_the_same_run_and_get_no_step_twice(tmp_path, text_file, wandb, trackio):
+def test_wandb_and_trackio_go_on_with_the_same_run_and_get_no_step_twice(
+    tmp_path, text_file, wandb, trackio
+):
     run = tmp_path / "my-run"
     flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb,trackio"]
     assert train.main(flags) == 0
@@ -151,18 +179,28 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, text_file, wandb, m
         raise ConnectionError("the server has gone")
 
     monkeypatch.setattr(FakeWandbRun, "log", fail)
-    assert train.main([*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb"]) == 0
+    assert (
+        train.main([*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb"])
+        == 0
+    )
     said = capfd.readouterr().out
-    assert said.count("warning: --track wandb failed and is left out from here: the server has gone") == 1
+    assert (
+        said.count("warning: --track wandb failed and is left out from here: the server has gone")
+        == 1
+    )
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 12
 
 
 def test_what_cannot_track_is_said_before_training(tmp_path, text_file, wandb, monkeypatch, capsys):
     run = tmp_path / "run"
     flags = (*TINY, *STEPS, "--data", text_file, "--out", run, "--track")
-    assert "unknown tracker 'tensorbord'; did you mean 'tensorboard'?" in refused(capsys, *flags, "tensorbord")
+    assert "unknown tracker 'tensorbord'; did you mean 'tensorboard'?" in refused(
+        capsys, *flags, "tensorbord"
+    )
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
-    assert "--track trackio: trackio is not installed; pip install trackio" in refused(capsys, *flags, "trackio")
+    assert "--track trackio: trackio is not installed; pip install trackio" in refused(
+        capsys, *flags, "trackio"
+    )
     assert not run.exists()
 
     def no_login(**_):

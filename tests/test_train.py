@@ -36,9 +36,17 @@ def test_a_run_leaves_the_documented_files(tiny_run):
     folder = tiny_run / "checkpoints" / (tiny_run / "latest").read_text().strip()
     assert folder.name == "step-000040"
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "model.safetensors", "model_mlx.py", "model_torch.py", "tokenizer.json", "tokenizer_config.json",
-        "README.md", "train_state.safetensors", "train_state.json", "SHA256SUMS",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "model_mlx.py",
+        "model_torch.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "train_state.safetensors",
+        "train_state.json",
+        "SHA256SUMS",
+    }
     assert (tiny_run / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
     assert "40 of 40" in card
@@ -57,7 +65,17 @@ def test_a_run_leaves_the_documented_files(tiny_run):
 
 def test_the_end_of_a_run_says_where_it_is_and_how_to_go_on(tmp_path, text_file, capfd):
     out = tmp_path / "run"
-    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "3", "--sample-prompt", "Ab"]
+    argv = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--steps",
+        "3",
+        "--sample-prompt",
+        "Ab",
+    ]
     assert train.main(argv) == 0
     said = capfd.readouterr().out
     assert "--- sample ---\nAb" in said
@@ -69,14 +87,23 @@ def test_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--preset", "mla-124m"]) == 0
     said = capsys.readouterr().out
-    for text in ("120,873,216", "FLOPs per token", "memory", "9,216 bytes", "4x smaller", "nothing was trained"):
+    for text in (
+        "120,873,216",
+        "FLOPs per token",
+        "memory",
+        "9,216 bytes",
+        "4x smaller",
+        "nothing was trained",
+    ):
         assert text in said
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_that_goes_away_is_no_error():
     command = " ".join(python("-m", "mlx_mla.train", "--dry-run"))
-    done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        f"{command} | true", shell=True, capture_output=True, text=True, check=False
+    )
     assert done.stderr == ""
 
 
@@ -84,7 +111,12 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('preset = "mla-124m-r128"\nsteps = 7\nseed = 5\n[model]\nn_layer = 3\n')
     command = train.parse(["--config", str(path), "--seed", "6", "--n-layer", "4"])
-    assert (command.steps, command.seed, command.model.n_layer, command.model.kv_lora_rank) == (7, 6, 4, 128)
+    assert (command.steps, command.seed, command.model.n_layer, command.model.kv_lora_rank) == (
+        7,
+        6,
+        4,
+        128,
+    )
 
 
 def test_multi_head_attention_is_one_flag_apart(capsys):
@@ -93,7 +125,9 @@ def test_multi_head_attention_is_one_flag_apart(capsys):
         mha = train.parse(["--preset", name, "--attention", "mha"])
         assert mha.resolved().model.attention == "mha"
         assert (mha.steps, mha.seed, mha.model.n_embd) == (mla.steps, mla.seed, mla.model.n_embd)
-    assert "no meaning with --attention mha" in refused(capsys, "--attention", "mha", "--kv-lora-rank", "8")
+    assert "no meaning with --attention mha" in refused(
+        capsys, "--attention", "mha", "--kv-lora-rank", "8"
+    )
 
 
 def test_the_default_run_folder_is_never_taken_twice(tmp_path, text_file, monkeypatch):
@@ -104,7 +138,9 @@ def test_the_default_run_folder_is_never_taken_twice(tmp_path, text_file, monkey
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():
-    config = train.parse(["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--min-lr-ratio", "0.1"])
+    config = train.parse(
+        ["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--min-lr-ratio", "0.1"]
+    )
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1)
@@ -115,7 +151,17 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
 
 def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
     out = tmp_path / "healed"
-    argv = ["--data", str(text_file), "--out", str(out), "--init", str(tiny_run), "--steps", "1", "--no-compile"]
+    argv = [
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--init",
+        str(tiny_run),
+        "--steps",
+        "1",
+        "--no-compile",
+    ]
     assert train.main(argv) == 0
     old, new = (read_metrics(run / "metrics.jsonl") for run in (tiny_run, out))
     assert new[0]["loss"] == pytest.approx(old[-2]["loss"], abs=0.3)
@@ -124,7 +170,9 @@ def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
 
 def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, capsys, shared_data):
     argv = ("--data", text_file, "--out", tmp_path / "run", "--init", tiny_run)
-    assert "--n-layer: with --init the model's shape comes from its folder" in refused(capsys, *argv, "--n-layer", "5")
+    assert "--n-layer: with --init the model's shape comes from its folder" in refused(
+        capsys, *argv, "--n-layer", "5"
+    )
     gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
     assert "its tokenizer has 257 ids" in refused(capsys, *argv, *gpt2)
     assert not (tmp_path / "run").exists()
@@ -135,15 +183,33 @@ def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, cap
 def test_tiny_shakespeare_trains_with_either_tokenizer(shared_data, tmp_path, tokenizer):
     out = tmp_path / "run"
     argv = [
-        *("--data", str(shared_data / "corpus/tinyshakespeare/input.txt"), "--tokenizer", tokenizer),
-        *("--out", str(out), "--steps", "30", "--batch-size", "2", "--n-layer", "1", "--n-embd", "64"),
+        *(
+            "--data",
+            str(shared_data / "corpus/tinyshakespeare/input.txt"),
+            "--tokenizer",
+            tokenizer,
+        ),
+        *(
+            "--out",
+            str(out),
+            "--steps",
+            "30",
+            "--batch-size",
+            "2",
+            "--n-layer",
+            "1",
+            "--n-embd",
+            "64",
+        ),
         *("--eval-batches", "2", "--val-fraction", "0.01", "--sample-tokens", "10"),
         *(("--bpe-dir", str(shared_data / "gpt2_bpe")) if tokenizer == "gpt2" else ()),
     ]
     assert train.main(argv) == 0
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    assert checkpoint.read_config(checkpoint.latest(out)).vocab_size == (257 if tokenizer == "bytes" else 50257)
+    assert checkpoint.read_config(checkpoint.latest(out)).vocab_size == (
+        257 if tokenizer == "bytes" else 50257
+    )
     assert generate.main(["--model", str(out), "--prompt", "ROMEO:", "--max-tokens", "5"]) == 0
 
 
@@ -152,10 +218,32 @@ def test_samples_on_the_way_change_nothing_of_the_training(tmp_path, text_file, 
     outcomes = []
     for every in ("0", "2"):
         out = tmp_path / every
-        flags = [*TINY, "--data", str(text_file), "--out", str(out), "--backend", backend, "--dropout", "0.2"]
-        flags += ["--steps", "7", "--log-every", "1", "--learning-rate", "0.01", "--warmup-steps", "0"]
+        flags = [
+            *TINY,
+            "--data",
+            str(text_file),
+            "--out",
+            str(out),
+            "--backend",
+            backend,
+            "--dropout",
+            "0.2",
+        ]
+        flags += [
+            "--steps",
+            "7",
+            "--log-every",
+            "1",
+            "--learning-rate",
+            "0.01",
+            "--warmup-steps",
+            "0",
+        ]
         assert train.main([*flags, "--sample-every", every]) == 0
-        rows = [{k: v for k, v in r.items() if k not in MEASURED} for r in read_metrics(out / "metrics.jsonl")]
+        rows = [
+            {k: v for k, v in r.items() if k not in MEASURED}
+            for r in read_metrics(out / "metrics.jsonl")
+        ]
         weights = (checkpoint.latest(out) / "model.safetensors").read_bytes()
         state = (checkpoint.latest(out) / "train_state.safetensors").read_bytes()
         outcomes.append((rows, weights, state))
@@ -196,13 +284,17 @@ def test_resume_refuses_what_would_be_another_run(run_copy, tmp_path, text_file,
     resume = ("--resume", "--out", run_copy, "--steps", "50")
     assert "--n-embd is 32" in refused(capsys, *resume, "--n-embd", "64")
     assert "--kv-lora-rank is 16" in refused(capsys, *resume, "--kv-lora-rank", "8")
-    assert "--attention is mla" in refused(capsys, *resume, "--preset", "gpt2-124m", "--tokenizer", "bytes")
+    assert "--attention is mla" in refused(
+        capsys, *resume, "--preset", "gpt2-124m", "--tokenizer", "bytes"
+    )
     assert "--seed is 1337" in refused(capsys, *resume, "--seed", "1")
     assert "--batch-size is 4" in refused(capsys, *resume, "--batch-size", "8")
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[::-1])
     assert "is not the text that" in refused(capsys, *resume, "--data", other)
-    assert "has finished its 40 steps; give a larger --steps" in refused(capsys, "--resume", "--out", run_copy)
+    assert "has finished its 40 steps; give a larger --steps" in refused(
+        capsys, "--resume", "--out", run_copy
+    )
     assert "needs --out" in refused(capsys, "--resume")
     assert "holds no run to resume" in refused(capsys, "--resume", "--out", tmp_path / "none")
     assert "--from-step goes with --resume" in refused(capsys, "--from-step", "3")
@@ -227,9 +319,22 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(run_copy, ca
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text_file):
     out = tmp_path / "run"
-    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "100000", "--save-every", "0"]
+    argv = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--steps",
+        "100000",
+        "--save-every",
+        "0",
+    ]
     process = subprocess.Popen(
-        python("-m", "mlx_mla.train", *argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        python("-m", "mlx_mla.train", *argv),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not read_metrics(out / "metrics.jsonl") and time.monotonic() < deadline:
@@ -248,7 +353,9 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text_fil
 
 def test_mistakes_on_the_command_line(capsys):
     assert "did you mean 'nano'" in refused(capsys, "--preset", "nan")
-    assert "unknown argument '--lerning-rate'; did you mean --learning-rate?" in refused(capsys, "--lerning-rate", "1")
+    assert "unknown argument '--lerning-rate'; did you mean --learning-rate?" in refused(
+        capsys, "--lerning-rate", "1"
+    )
     assert "Error parsing --steps" in refused(capsys, "--steps", "many")
     assert "invalid choice 'fp8'" in refused(capsys, "--dtype", "fp8")
     assert "--steps" in refused(capsys, "--steps")
@@ -261,7 +368,9 @@ def test_impossible_settings(tmp_path, text_file, capsys):
     assert "not divisible" in refused(capsys, *out, "--n-embd", "100", "--n-head", "12")
     assert "--kv-lora-rank must be at least 1" in refused(capsys, *out, "--kv-lora-rank", "-1")
     assert "fewer than one context of 9000" in refused(capsys, *out, "--n-positions", "9000")
-    assert "no such file" in refused(capsys, "--out", tmp_path / "run", "--data", tmp_path / "nothing")
+    assert "no such file" in refused(
+        capsys, "--out", tmp_path / "run", "--data", tmp_path / "nothing"
+    )
     assert "no such model folder" in refused(capsys, *out, "--init", tmp_path / "nothing")
     assert "goes with --backend torch" in refused(capsys, *out, "--device", "mps")
     assert not (tmp_path / "run").exists()
@@ -274,7 +383,9 @@ def test_an_existing_run_is_never_overwritten(run_copy, tmp_path, text_file, cap
     assert {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()} == before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.tex").write_text("x")
-    assert "not an empty folder" in refused(capsys, "--data", text_file, "--out", tmp_path / "notes")
+    assert "not an empty folder" in refused(
+        capsys, "--data", text_file, "--out", tmp_path / "notes"
+    )
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(run_copy, capsys):
@@ -300,9 +411,22 @@ def test_a_full_disk_leaves_the_old_checkpoint(run_copy):
 
     assert len(old["model.safetensors"]) > limit
     done = subprocess.run(
-        python("-m", "mlx_mla.train", "--resume", "--out", str(run_copy), "--steps", "42", "--save-every", "1"),
-        capture_output=True, text=True, preexec_fn=small_disk, check=False,
-    )  # fmt: skip
+        python(
+            "-m",
+            "mlx_mla.train",
+            "--resume",
+            "--out",
+            str(run_copy),
+            "--steps",
+            "42",
+            "--save-every",
+            "1",
+        ),
+        capture_output=True,
+        text=True,
+        preexec_fn=small_disk,
+        check=False,
+    )
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
@@ -314,7 +438,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(run_copy):
 
 def test_a_run_folder_that_cannot_be_made(tmp_path, text_file, capsys):
     (tmp_path / "file").write_text("x")
-    assert "cannot be made" in refused(capsys, "--data", text_file, "--out", tmp_path / "file" / "run")
+    assert "cannot be made" in refused(
+        capsys, "--data", text_file, "--out", tmp_path / "file" / "run"
+    )
 
 
 def test_lines_of_a_killed_run_are_read_up_to_the_last_whole_one(tmp_path):

@@ -20,24 +20,63 @@ def data(shared_data, tmp_path_factory):
         (folder / path).write_text("\n".join(text) + "\n", encoding="utf-8")
     path = TASKS["wikitext2"].files["standard"]
     (folder / path).parent.mkdir()
-    (folder / path).write_text((shared_data / path).read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    (folder / path).write_text(
+        (shared_data / path).read_text(encoding="utf-8")[:4000], encoding="utf-8"
+    )
     return folder
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_metrics_are_those_of_evaluate_and_training_is_the_same(backend, text_file, data, tmp_path):
-    argv = [*TINY, "--data", str(text_file), "--steps", "4", "--eval-every", "2", "--log-every", "1"]
+    argv = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--steps",
+        "4",
+        "--eval-every",
+        "2",
+        "--log-every",
+        "1",
+    ]
     argv += ["--backend", backend]
-    wanted = ["--eval-tasks", "lambada,wikitext2", "--eval-limit", "6", "--eval-data-dir", str(data)]
+    wanted = [
+        "--eval-tasks",
+        "lambada,wikitext2",
+        "--eval-limit",
+        "6",
+        "--eval-data-dir",
+        str(data),
+    ]
     assert train.main([*argv, "--out", str(tmp_path / "plain")]) == 0
     assert train.main([*argv, "--out", str(tmp_path / "run"), *wanted]) == 0
     plain, rows = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "run"))
     found = [row for row in rows if row["split"] in TASKS]
-    assert [(r["step"], r["split"]) for r in found] == [(s, t) for s in (2, 4) for t in ("lambada", "wikitext2")]
+    assert [(r["step"], r["split"]) for r in found] == [
+        (s, t) for s in (2, 4) for t in ("lambada", "wikitext2")
+    ]
     assert [r["loss"] for r in rows if r["split"] not in TASKS] == [r["loss"] for r in plain]
-    argv = ["--model", str(tmp_path / "run"), "--data-dir", str(data), "--tasks", "lambada,wikitext2"]
+    argv = [
+        "--model",
+        str(tmp_path / "run"),
+        "--data-dir",
+        str(data),
+        "--tasks",
+        "lambada,wikitext2",
+    ]
     out = tmp_path / "r.json"
-    argv += ["--limit", "6", "--seed", "1337", "--window", "48", "--backend", backend, "--out", str(out)]
+    argv += [
+        "--limit",
+        "6",
+        "--seed",
+        "1337",
+        "--window",
+        "48",
+        "--backend",
+        backend,
+        "--out",
+        str(out),
+    ]
     assert evaluate.main(argv) == 0
     tasks = json.loads(out.read_text())["models"][0]["tasks"]
     for row in found[2:]:
@@ -51,17 +90,24 @@ def test_mistakes_are_told_before_the_run_folder_is_made(text_file, data, tmp_pa
     def no(*argv: str) -> str:
         out = tmp_path / "run"
         capsys.readouterr()
-        assert train.main([*TINY, "--data", str(text_file), "--steps", "2", "--out", str(out), *argv]) == 2
+        assert (
+            train.main([*TINY, "--data", str(text_file), "--steps", "2", "--out", str(out), *argv])
+            == 2
+        )
         assert not out.exists()
         error = capsys.readouterr().err.strip()
         assert error.splitlines()[-1].startswith("error: ")
         return error
 
     there = ["--eval-data-dir", str(data)]
-    assert "--eval-tasks: unknown task 'lamb'; did you mean lambada?" in no("--eval-tasks", "lamb", *there)
+    assert "--eval-tasks: unknown task 'lamb'; did you mean lambada?" in no(
+        "--eval-tasks", "lamb", *there
+    )
     assert "--eval-tasks names no task" in no("--eval-tasks", ",", *there)
     assert "cannot be read" in no("--eval-tasks", "lambada", "--eval-data-dir", str(tmp_path))
     assert "--eval-data-dir in training" in no("--eval-tasks", "lambada")
     assert "does not fit this model's n_positions=48" in no("--eval-tasks", "hellaswag", *there)
     assert "--eval-data-dir goes with --eval-tasks" in no(*there)
-    assert "--eval-limit must be at least 1" in no("--eval-tasks", "lambada", "--eval-limit", "0", *there)
+    assert "--eval-limit must be at least 1" in no(
+        "--eval-tasks", "lambada", "--eval-limit", "0", *there
+    )

@@ -22,4 +22,6 @@ def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] not in ("torch", "mlx", "mlx_lm"):
             raise
-        raise UserError(f"--backend {name}: {e.name} is not installed; pip install {e.name}") from None
+        raise UserError(
+            f"--backend {name}: {e.name} is not installed; pip install {e.name}"
+        ) from None

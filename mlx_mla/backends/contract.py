@@ -21,8 +21,8 @@ class StepResult:
     """Outcome of one optimiser step."""
 
     loss: float
-    """Mean loss of this rank's batches before the step, in nats per token: cross-entropy, with a teacher mixed with
-    the divergence."""
+    """Mean loss of this rank's batches before the step, in nats per token: cross-entropy, with a
+    teacher mixed with the divergence."""
     grad_norm: float
     """Global norm of the gradient, averaged over the ranks, before clipping."""
 
@@ -31,15 +31,16 @@ class StepResult:
 class Teacher:
     """A frozen model to distil from; `TrainConfig` has the weight and the temperature.
 
-    The loss is (1 - w) CE + w T^2 KL(teacher || student), both softmaxes at temperature T (Hinton et al.,
-    arXiv:1503.02531, whose T^2 keeps the gradient's size as T changes).
+    The loss is (1 - w) CE + w T^2 KL(teacher || student), both softmaxes at temperature T (Hinton
+    et al., arXiv:1503.02531, whose T^2 keeps the gradient's size as T changes).
     """
 
     config: ModelConfig
     weights: Mapping[str, np.ndarray]
     """float32 tensors by name."""
     vocabulary: int
-    """Token ids of the tokenizer; rows of padding past them are in neither softmax of the divergence."""
+    """Token ids of the tokenizer; rows of padding past them are in neither softmax of the
+    divergence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ class TrainSession(Protocol):
     """A model and its optimiser on a device."""
 
     def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
-        """Take one optimiser step on the mean gradient of `batches`, which have one shape, of all ranks.
+        """Take one optimiser step on the mean gradient of `batches`, which have one shape, of all
+        ranks.
 
         Args:
             step: Number of steps taken before; with the seed and the rank it decides the dropout.
@@ -76,7 +78,8 @@ class TrainSession(Protocol):
         ...
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        """AdamW's moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, Muon's as `momentum_buffer.NAME`, float32."""
+        """AdamW's moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, Muon's as
+        `momentum_buffer.NAME`, float32."""
         ...
 
     def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
@@ -100,8 +103,8 @@ class Piece:
     token_ids: list[int]
     """The tokens since the last piece."""
     figures: dict[str, Any]
-    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes, peak_memory_bytes; with a draft model
-    also accepted_draft_tokens."""
+    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes, peak_memory_bytes; with a
+    draft model also accepted_draft_tokens."""
     finish_reason: Optional[str] = None
     """"stop" or "length" on the last piece, else None."""
 
@@ -114,13 +117,16 @@ class Decoder(Protocol):
     vocab_size: int
     n_positions: int
     cache: CacheKind
-    """What is kept between tokens; where "auto" was asked for, what it chose for the last request."""
+    """What is kept between tokens; where "auto" was asked for, what it chose for the last
+    request."""
 
     def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
         """Continue one prompt (token ids), piece by piece."""
         ...
 
-    def batch(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+    def batch(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    ) -> Iterator[tuple[int, Piece]]:
         """Continue several prompts together; yields (index of the prompt, piece)."""
         ...
 
@@ -131,7 +137,8 @@ class Backend(Protocol):
     name: str
 
     def facts(self) -> dict[str, str]:
-        """What the framework found on this machine, by labels for people: device, BLAS, memory limit."""
+        """What the framework found on this machine, by labels for people: device, BLAS, memory
+        limit."""
         ...
 
     def memory_bytes(self) -> int:
@@ -148,7 +155,8 @@ class Backend(Protocol):
         ...
 
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
-        """FLOP/s of large matrix products in a dtype, measured now; see `mlx_mla.backends.peak.measure_peak`.
+        """FLOP/s of large matrix products in a dtype, measured now; see
+        `mlx_mla.backends.peak.measure_peak`.
 
         Leaves the random state as it is. Comes before `train_session`, which sets peak memory back.
         """
@@ -175,12 +183,16 @@ class Backend(Protocol):
 
 
 def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of a rank's dropout masks of a step: a function of these alone, so resuming needs no RNG state on disk."""
+    """Seed of a rank's dropout masks of a step: a function of these alone, so resuming needs no RNG
+    state on disk."""
     return int(np.random.SeedSequence([seed, step] + ([rank] if rank else [])).generate_state(1)[0])
 
 
-def stored_moment(tensors: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a checkpoint's optimiser state; UserError if it is missing or of another shape."""
+def stored_moment(
+    tensors: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """One tensor of a checkpoint's optimiser state; UserError if it is missing or of another
+    shape."""
     stored = tensors.get(key)
     if stored is None or stored.shape != shape:
         name = key.partition(".")[2]

@@ -1,7 +1,9 @@
-"""Documents from text, JSON lines, parquet and the Hugging Face hub, read in blocks of about a megabyte.
+"""Documents from text, JSON lines, parquet and the Hugging Face hub, read in blocks of about a
+megabyte.
 
-Where a block ends depends on where it begins and on the file alone, so that reading can stop after any block and
-go on there in another process. A block is parsed later, by whichever thread tokenises it.
+Where a block ends depends on where it begins and on the file alone, so that reading can stop after
+any block and go on there in another process. A block is parsed later, by whichever thread tokenises
+it.
 """
 
 import dataclasses
@@ -71,7 +73,8 @@ class Reading:
 
 
 def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
-    """The readable files that SRC means, in the order of their names, and the names of other files there.
+    """The readable files that SRC means, in the order of their names, and the names of other files
+    there.
 
     Raises:
         UserError: If there are none.
@@ -81,7 +84,9 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
         return [_file(path, path.name, reading, TEXT[0])], []
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", src):
-            raise UserError(f"{src}: no such file or folder, and not a dataset's name (OWNER/NAME:CONFIG)")
+            raise UserError(
+                f"{src}: no such file or folder, and not a dataset's name (OWNER/NAME:CONFIG)"
+            )
         return _hub(src, reading), []
     found: list[Source] = []
     others: list[str] = []
@@ -101,7 +106,10 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
                 found.append(_file(full, full.relative_to(path).as_posix(), reading))
     if not found:
         kinds = " ".join(TEXT + JSON_LINES + PARQUET)
-        raise UserError(f"{path}: holds no files to read ({kinds}, the first two kinds also {' '.join(COMPRESSED)})")
+        raise UserError(
+            f"{path}: holds no files to read ({kinds}, the first two kinds also "
+            f"{' '.join(COMPRESSED)})"
+        )
     return sorted(found, key=lambda source: source.name), others
 
 
@@ -116,7 +124,9 @@ def _kind(name: str) -> str | None:
 def _file(path: Path, name: str, reading: Reading, otherwise: str | None = None) -> Source:
     kind = _kind(name) or otherwise
     assert kind is not None
-    maker = ParquetSource if kind in PARQUET else JsonLinesSource if kind in JSON_LINES else TextSource
+    maker = (
+        ParquetSource if kind in PARQUET else JsonLinesSource if kind in JSON_LINES else TextSource
+    )
     return maker(path, name, reading)
 
 
@@ -130,7 +140,8 @@ class _FileSource:
 
 
 class _StreamSource(_FileSource):
-    """A file that is cut at a delimiter; a position is [bytes, delimiters] before it, uncompressed."""
+    """A file that is cut at a delimiter; a position is [bytes, delimiters] before it,
+    uncompressed."""
 
     delimiter: bytes
     longest: int | None = None
@@ -146,7 +157,11 @@ class _StreamSource(_FileSource):
                     yield Block(self._parser(data, offset, count), end, raw.tell())
                     offset, count = end
         except _DAMAGE as e:
-            reason = e.strerror if isinstance(e, OSError) and e.strerror else f"damaged or truncated ({e})"
+            reason = (
+                e.strerror
+                if isinstance(e, OSError) and e.strerror
+                else f"damaged or truncated ({e})"
+            )
             raise UserError(f"{self.path}: cannot be read: {reason}") from None
 
     def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
@@ -168,7 +183,8 @@ class TextSource(_StreamSource):
                 text = data.decode("utf-8")
             except UnicodeDecodeError as e:
                 raise UserError(
-                    f"{self.path}: not UTF-8 text (byte {data[e.start]:#04x} at offset {offset + e.start:,}); "
+                    f"{self.path}: not UTF-8 text (byte {data[e.start]:#04x} at offset "
+                    f"{offset + e.start:,}); "
                     "convert it, for example with iconv -f latin1 -t utf-8"
                 ) from None
             documents = text.split(self.reading.separator)
@@ -196,16 +212,21 @@ class JsonLinesSource(_StreamSource):
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as e:
             raise UserError(
-                f"{where}: not UTF-8 text (byte {line[e.start]:#04x} at offset {e.start} of the line)"
+                f"{where}: not UTF-8 text (byte {line[e.start]:#04x} at offset {e.start} of the "
+                "line)"
             ) from None
         except ValueError as e:
             raise UserError(f"{where}: not JSON ({e}); this needs one JSON object a line") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object; this needs one object a line")
         if column not in row:
-            raise UserError(f"{where}: has no {column!r}, but {_names(row)}; choose one with --text-column")
+            raise UserError(
+                f"{where}: has no {column!r}, but {_names(row)}; choose one with --text-column"
+            )
         if not isinstance(row[column], str | None):
-            raise UserError(f"{where}: {column!r} is not a string; choose another with --text-column")
+            raise UserError(
+                f"{where}: {column!r} is not a string; choose another with --text-column"
+            )
         return row[column]
 
 
@@ -225,13 +246,17 @@ class ParquetSource(_FileSource):
                         groups.append(group)
                     else:
                         first += rows
-                batches = file.iter_batches(256, row_groups=groups, columns=[column]) if groups else []
+                batches = (
+                    file.iter_batches(256, row_groups=groups, columns=[column]) if groups else []
+                )
                 rows_of = (text for batch in batches for text in batch.column(0).to_pylist())
                 total = max(1, file.metadata.num_rows)
                 for texts, position in _grouped(rows_of, first, skip, limit):
                     yield Block(_constant(texts), position, self.size * position / total)
         except UnicodeDecodeError as e:
-            raise UserError(f"{self.path}: column {column!r} is not UTF-8 after row {position:,} ({e})") from None
+            raise UserError(
+                f"{self.path}: column {column!r} is not UTF-8 after row {position:,} ({e})"
+            ) from None
         except (pa.ArrowException, OSError) as e:
             reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
             raise UserError(f"{self.path}: cannot be read as parquet: {reason}") from None
@@ -240,16 +265,21 @@ class ParquetSource(_FileSource):
         column = self.reading.column
         if column not in schema.names:
             raise UserError(
-                f"{self.path}: has no column {column!r}, but {_names(schema.names)}; choose one with --text-column"
+                f"{self.path}: has no column {column!r}, but {_names(schema.names)}; choose one "
+                "with --text-column"
             )
         kind = schema.field(column).type
         plain = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not any(is_string(plain) for is_string in _STRINGS):
-            raise UserError(f"{self.path}: column {column!r} is {kind}, not string; choose another with --text-column")
+            raise UserError(
+                f"{self.path}: column {column!r} is {kind}, not string; choose another with "
+                "--text-column"
+            )
 
 
 class HubSource:
-    """One of the files of a dataset that `datasets` streams; a position is its state and a number of rows."""
+    """One of the files of a dataset that `datasets` streams; a position is its state and a number
+    of rows."""
 
     def __init__(self, dataset: Any, name: str, size: float, column: str):
         self.dataset, self.name, self.size, self.column = dataset, name, size, column
@@ -261,18 +291,22 @@ class HubSource:
             done = start["rows"]
         try:
             for texts, end in _grouped(map(self._text, self.dataset), done, done, limit):
-                yield Block(_constant(texts), {"rows": end, "state": self.dataset.state_dict()}, end)
+                yield Block(
+                    _constant(texts), {"rows": end, "state": self.dataset.state_dict()}, end
+                )
         except UserError:
             raise
         except Exception as e:  # datasets, fsspec and the network raise many kinds
             raise UserError(
-                f"{self.name}: could not be read on ({type(e).__name__}: {_first_line(e)}); run it again to go on"
+                f"{self.name}: could not be read on ({type(e).__name__}: {_first_line(e)}); run "
+                "it again to go on"
             ) from e
 
     def _text(self, row: dict[str, Any]) -> str | None:
         if self.column not in row or not isinstance(row[self.column], str | None):
             raise UserError(
-                f"{self.name}: has no text column {self.column!r}, but {_names(row)}; choose one with --text-column"
+                f"{self.name}: has no text column {self.column!r}, but {_names(row)}; choose one "
+                "with --text-column"
             )
         return row[self.column]
 
@@ -283,24 +317,33 @@ def _hub(src: str, reading: Reading) -> list[Source]:
 
     name, _, config = src.partition(":")
     try:
-        # The commit becomes part of the files' names, so that a preparation never goes on with other data.
+        # The commit becomes part of the files' names, so that a preparation never goes on with
+        # other data.
         commit = HfApi().dataset_info(name, revision=reading.revision).sha or ""
-        data = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
+        data = datasets.load_dataset(
+            name, config or None, split="train", streaming=True, revision=commit or None
+        )
         files = data.num_shards
         splits = data.info.splits or {}
         rows = splits["train"].num_examples if "train" in splits else 0
     except Exception as e:  # datasets, fsspec and the network raise many kinds
         raise UserError(
-            f"{src}: no such file or folder, and the dataset could not be opened ({type(e).__name__}: {_first_line(e)})"
+            f"{src}: no such file or folder, and the dataset could not be opened "
+            f"({type(e).__name__}: {_first_line(e)})"
         ) from None
     return [
-        HubSource(data.shard(files, i), f"{src}@{commit}#{i:05d}", (rows or 0) / files, reading.column)
+        HubSource(
+            data.shard(files, i), f"{src}@{commit}#{i:05d}", (rows or 0) / files, reading.column
+        )
         for i in range(files)
     ]
 
 
-def _grouped(texts: Iterator[str | None], first: int, skip: int, limit: int) -> Iterator[tuple[list[str | None], int]]:
-    """Rows from `skip` on, gathered until they have `limit` characters, with the number of rows before their end."""
+def _grouped(
+    texts: Iterator[str | None], first: int, skip: int, limit: int
+) -> Iterator[tuple[list[str | None], int]]:
+    """Rows from `skip` on, gathered until they have `limit` characters, with the number of rows
+    before their end."""
     group: list[str | None] = []
     size, end = 0, first
     for text in texts:
@@ -320,7 +363,8 @@ def _pieces(stream: Any, delimiter: bytes, limit: int, longest: int | None) -> I
     """Cut a stream after delimiters: the last one within `limit` bytes, or else the first.
 
     Args:
-        longest: Where there is none in so many bytes, cut after the last line break, or the last whole character.
+        longest: Where there is none in so many bytes, cut after the last line break, or the last
+            whole character.
     """
     buffer, ended = bytearray(), False
 
@@ -336,7 +380,11 @@ def _pieces(stream: Any, delimiter: bytes, limit: int, longest: int | None) -> I
         cut = buffer.rfind(delimiter, 0, limit) + len(delimiter)
         if cut < len(delimiter):
             at, searched = -1, 0
-            while at < 0 and not (ended and searched >= len(buffer)) and not (longest and searched >= longest):
+            while (
+                at < 0
+                and not (ended and searched >= len(buffer))
+                and not (longest and searched >= longest)
+            ):
                 fill(max(2 * searched, limit, 1 << 20))
                 at = buffer.find(delimiter, max(0, searched - len(delimiter)))
                 searched = len(buffer)

@@ -1,7 +1,9 @@
-"""Token shards on disk: build-nanogpt's `.npy`, llm.c's `.bin` and nanoGPT's headerless `.bin`, all of uint16.
+"""Token shards on disk: build-nanogpt's `.npy`, llm.c's `.bin` and nanoGPT's headerless `.bin`, all
+of uint16.
 
-A folder of shards is read by their names, as build-nanogpt does: `val` or `train` in a name says which part it
-is. A folder that `mlx_mla.prepare` wrote also has a manifest, which is then the authority.
+A folder of shards is read by their names, as build-nanogpt does: `val` or `train` in a name says
+which part it is. A folder that `mlx_mla.prepare` wrote also has a manifest, which is then the
+authority.
 """
 
 import dataclasses
@@ -26,10 +28,12 @@ MANIFEST = "manifest.json"
 SUFFIXES = {"npy": ".npy", "llmc": ".bin"}
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
-"""Of llm.c's token files: 256 int32, of which the third is the number of tokens (llm.c, dev/data/data_common.py)."""
+"""Of llm.c's token files: 256 int32, of which the third is the number of tokens (llm.c,
+dev/data/data_common.py)."""
 
 _SAMPLES, _SAMPLE = 16, 2048
-"""Places in a shard, and tokens at each, that stand for the whole where reading all would take minutes."""
+"""Places in a shard, and tokens at each, that stand for the whole where reading all would take
+minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +53,17 @@ class Shard:
     size: int
 
     def check(self) -> None:
-        """UserError if the file is no longer what was mapped: reading on would kill the process with SIGBUS."""
+        """UserError if the file is no longer what was mapped: reading on would kill the process
+        with SIGBUS."""
         try:
             now = self.path.stat().st_size
         except OSError as e:
             raise UserError(f"{self.path}: the data can no longer be read ({e.strerror})") from None
         if now != self.size:
-            raise UserError(f"{self.path}: the data changed while it was read ({self.size:,} bytes became {now:,})")
+            raise UserError(
+                f"{self.path}: the data changed while it was read ({self.size:,} bytes became "
+                f"{now:,})"
+            )
 
     def cut(self, start: int, stop: int) -> "Shard":
         """The part from token `start` to before `stop`."""
@@ -86,7 +94,8 @@ class ShardFolder:
     """Name of the tokenizer that made them, where a manifest says so."""
 
     def held_out(self, fraction: float) -> tuple[list[Shard], list[Shard]]:
-        """Training and validation shards; without the latter, the last `fraction` of all tokens is split off."""
+        """Training and validation shards; without the latter, the last `fraction` of all tokens is
+        split off."""
         if self.val:
             return self.train, self.val
         train, val = list(self.train), list[Shard]()
@@ -105,7 +114,8 @@ class ShardFolder:
         """UserError if a manifest says that another tokenizer made the shards."""
         if self.tokenizer not in (None, name):
             raise UserError(
-                f"{self.path}: was prepared with --tokenizer {self.tokenizer}, and training has --tokenizer {name}; "
+                f"{self.path}: was prepared with --tokenizer {self.tokenizer}, and training has "
+                f"--tokenizer {name}; "
                 f"give --tokenizer {self.tokenizer}, or prepare the data again"
             )
 
@@ -114,7 +124,8 @@ def open_shard(path: Path) -> Shard:
     """Map a shard of any of the three formats.
 
     Raises:
-        UserError: If it is truncated or longer than it says, has a foreign header, or does not hold uint16.
+        UserError: If it is truncated or longer than it says, has a foreign header, or does not hold
+            uint16.
     """
     try:
         size = path.stat().st_size
@@ -128,7 +139,8 @@ def open_shard(path: Path) -> Shard:
     if size != offset + 2 * count:
         state = "truncated" if size < offset + 2 * count else "longer than its header says"
         raise UserError(
-            f"{path}: {state}: {count:,} tokens need {offset + 2 * count:,} bytes, it has {size:,}; write it again"
+            f"{path}: {state}: {count:,} tokens need {offset + 2 * count:,} bytes, it has "
+            f"{size:,}; write it again"
         )
     if not count:
         raise UserError(f"{path}: holds no tokens; remove it")
@@ -155,7 +167,9 @@ def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count:
     try:
         with temporary.open("wb") as file:
             for block in (_header(layout, count), *pieces):
-                data = block if isinstance(block, bytes) else np.ascontiguousarray(block, "<u2").data
+                data = (
+                    block if isinstance(block, bytes) else np.ascontiguousarray(block, "<u2").data
+                )
                 digest.update(data)
                 file.write(data)
             file.flush()
@@ -163,7 +177,9 @@ def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count:
         assert temporary.stat().st_size == len(_header(layout, count)) + 2 * count
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"{path}: could not be written: {e.strerror or e}; make room and run it again") from e
+        raise UserError(
+            f"{path}: could not be written: {e.strerror or e}; make room and run it again"
+        ) from e
     finally:
         temporary.unlink(missing_ok=True)
     return digest.hexdigest()
@@ -178,11 +194,18 @@ def open_folder(folder: Path) -> ShardFolder:
     if (folder / MANIFEST).is_file():
         return _prepared(folder, read_manifest(folder))
     try:
-        paths = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES.values() and not p.name.startswith("."))
+        paths = sorted(
+            p
+            for p in folder.iterdir()
+            if p.suffix in SUFFIXES.values() and not p.name.startswith(".")
+        )
     except OSError as e:
         raise UserError(f"{folder}: cannot be read: {e.strerror}") from None
     if not paths:
-        raise UserError(f"{folder}: holds no token shards (.npy, .bin); make some with python -m mlx_mla.prepare")
+        raise UserError(
+            f"{folder}: holds no token shards (.npy, .bin); make some with python -m "
+            "mlx_mla.prepare"
+        )
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
     digest = hashlib.sha256()
     for path in paths:
@@ -202,30 +225,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != 1:
-            raise UserError(f"{path}: format {values['format']}, and this version reads 1; prepare the data again")
+            raise UserError(
+                f"{path}: format {values['format']}, and this version reads 1; prepare the data "
+                "again"
+            )
         if missing := {"complete", "settings", "tokenizer", "sources", "shards"} - values.keys():
             raise KeyError(missing)
         return values
     except (OSError, ValueError, KeyError, TypeError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"{path}: not a manifest of mlx_mla.prepare ({type(e).__name__}); remove it") from None
+        raise UserError(
+            f"{path}: not a manifest of mlx_mla.prepare ({type(e).__name__}); remove it"
+        ) from None
 
 
 def _prepared(folder: Path, manifest: dict[str, Any]) -> ShardFolder:
     if not manifest["complete"]:
-        raise UserError(f"{folder}: its preparation was not finished; run mlx_mla.prepare again to go on with it")
+        raise UserError(
+            f"{folder}: its preparation was not finished; run mlx_mla.prepare again to go on with "
+            "it"
+        )
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
     digest = hashlib.sha256()
     for row in manifest["shards"]:
         shard = open_shard(folder / row["file"])
         if len(shard.tokens) != row["tokens"]:
             raise UserError(
-                f"{shard.path}: has {len(shard.tokens):,} tokens, {MANIFEST} says {row['tokens']:,}; prepare it again"
+                f"{shard.path}: has {len(shard.tokens):,} tokens, {MANIFEST} says "
+                f"{row['tokens']:,}; prepare it again"
             )
         parts[row["split"]].append(shard)
         digest.update(f"{row['split']} {row['sha256']}\n".encode())
-    return ShardFolder(folder, parts["train"], parts["val"], digest.hexdigest(), manifest["tokenizer"]["name"])
+    return ShardFolder(
+        folder, parts["train"], parts["val"], digest.hexdigest(), manifest["tokenizer"]["name"]
+    )
 
 
 def _split(path: Path) -> Split:
@@ -234,26 +268,38 @@ def _split(path: Path) -> Split:
     for found in ([s for s in splits if s in words], [s for s in splits if s in path.name.lower()]):
         if len(found) == 1:
             return found[0]
-    raise UserError(f"{path}: its name must say 'train' or 'val'; rename it, or move it out of the folder")
+    raise UserError(
+        f"{path}: its name must say 'train' or 'val'; rename it, or move it out of the folder"
+    )
 
 
 def _header(layout: Format, count: int) -> bytes:
     if layout == "llmc":
         return struct.pack("<256i", LLMC_MAGIC, LLMC_VERSION, count, *[0] * 253)
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)})
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)}
+    )
     return buffer.getvalue()
 
 
 def _npy_header(path: Path, file: Any) -> tuple[int, int]:
     try:
         version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         shape, _, dtype = read(file)
     except (ValueError, KeyError, EOFError):
-        raise UserError(f"{path}: not a NumPy array file (its header is damaged); write it again") from None
+        raise UserError(
+            f"{path}: not a NumPy array file (its header is damaged); write it again"
+        ) from None
     if dtype != np.dtype("<u2"):
-        raise UserError(f"{path}: holds {dtype}, token shards hold uint16; convert it with .astype(numpy.uint16)")
+        raise UserError(
+            f"{path}: holds {dtype}, token shards hold uint16; convert it with "
+            ".astype(numpy.uint16)"
+        )
     if len(shape) != 1:
         raise UserError(f"{path}: has {len(shape)} dimensions, token shards have one; flatten it")
     return file.tell(), shape[0]
@@ -264,13 +310,20 @@ def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int]:
     magic, version, count = struct.unpack("<3i", head[:12]) if len(head) >= 12 else (0, 0, 0)
     if magic == LLMC_MAGIC:
         if version != LLMC_VERSION or count < 0:
-            raise UserError(f"{path}: llm.c's version {version} with {count} tokens, and this reads version 1 (uint16)")
+            raise UserError(
+                f"{path}: llm.c's version {version} with {count} tokens, and this reads version 1 "
+                "(uint16)"
+            )
         return LLMC_HEADER, count
     if re.split(r"[^a-z]+", path.stem.lower())[-1] not in ("train", "val"):
         raise UserError(
-            f"{path}: does not begin with llm.c's {LLMC_MAGIC}, and only nanoGPT's train.bin and val.bin "
+            f"{path}: does not begin with llm.c's {LLMC_MAGIC}, and only nanoGPT's train.bin and "
+            "val.bin "
             "have no header; write it again"
         )
     if size % 2:
-        raise UserError(f"{path}: truncated: {size:,} bytes are no whole number of uint16 tokens; write it again")
+        raise UserError(
+            f"{path}: truncated: {size:,} bytes are no whole number of uint16 tokens; write it "
+            "again"
+        )
     return 0, size // 2

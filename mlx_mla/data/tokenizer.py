@@ -29,9 +29,12 @@ GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+_GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
 
-# White space as tiktoken's regular expressions have it, which do not count four control characters that Python's do.
+# White space as tiktoken's regular expressions have it, which do not count four control characters
+# that Python's do.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")
 
 
@@ -86,11 +89,18 @@ class GPT2Encoder:
     def encode(self, text: str) -> np.ndarray:
         # Surrogates cannot be encoded; tiktoken replaces them as UTF-16 decoding does.
         try:
-            return np.asarray(self._encoding.encode_to_numpy(text, disallowed_special=()), np.uint16)
+            return np.asarray(
+                self._encoding.encode_to_numpy(text, disallowed_special=()), np.uint16
+            )
         except ValueError:
-            # tiktoken's pattern backtracks over white space, and gives up after some 100,000 characters of it. It
-            # leaves the last one to what follows, so a cut before that one changes nothing.
-            cuts = [0, *(m.end() - 1 for m in _LONG_SPACE.finditer(text) if m.end() < len(text)), len(text)]
+            # tiktoken's pattern backtracks over white space, and gives up after some 100,000
+            # characters of it. It leaves the last one to what follows, so a cut before that one
+            # changes nothing.
+            cuts = [
+                0,
+                *(m.end() - 1 for m in _LONG_SPACE.finditer(text) if m.end() < len(text)),
+                len(text),
+            ]
             if len(cuts) == 2:
                 raise
             return np.concatenate([self.encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
@@ -120,11 +130,14 @@ def _gpt2_encoding(bpe_dir: str | None) -> tiktoken.Encoding:
     for file, sha256 in GPT2_SHA256.items():
         path = Path(bpe_dir) / file
         if not path.is_file():
-            raise UserError(f"{path}: no such file; --bpe-dir needs encoder.json and vocab.bpe of GPT-2")
+            raise UserError(
+                f"{path}: no such file; --bpe-dir needs encoder.json and vocab.bpe of GPT-2"
+            )
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise UserError(f"{path}: not GPT-2's file (its sha256 differs); download it again")
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(Path(bpe_dir) / "vocab.bpe"), encoder_json_file=str(Path(bpe_dir) / "encoder.json")
+        vocab_bpe_file=str(Path(bpe_dir) / "vocab.bpe"),
+        encoder_json_file=str(Path(bpe_dir) / "encoder.json"),
     )
     return tiktoken.Encoding(
         "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: GPT2_EOT}
@@ -148,7 +161,9 @@ def _byte_alphabet() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
 
-def _fast_tokenizer(tokens: list[bytes], merges: list[tuple[bytes, bytes]], use_regex: bool) -> PreTrainedTokenizerFast:
+def _fast_tokenizer(
+    tokens: list[bytes], merges: list[tuple[bytes, bytes]], use_regex: bool
+) -> PreTrainedTokenizerFast:
     alphabet = _byte_alphabet()
 
     def spell(token: bytes) -> str:

@@ -1,4 +1,5 @@
-"""Batches of token ids; a batch is a pure function of (seed, step), so a loader has no state to save."""
+"""Batches of token ids; a batch is a pure function of (seed, step), so a loader has no state to
+save."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,19 +18,21 @@ Batch = tuple[np.ndarray, np.ndarray]
 class TokenWindows:
     """Windows of `seq_len` tokens over arrays of token ids, reshuffled every epoch.
 
-    An epoch takes the shards in random order; each is cut at a random phase into windows that do not overlap
-    and are visited once, in random order. All this depends on (seed, epoch, shard) alone, so that an epoch is
-    an order of all windows, and a training run one endless sequence of them: `rows`.
+    An epoch takes the shards in random order; each is cut at a random phase into windows that do
+    not overlap and are visited once, in random order. All this depends on (seed, epoch, shard)
+    alone, so that an epoch is an order of all windows, and a training run one endless sequence of
+    them: `rows`.
 
     Args:
-        tokens: Token ids, shape (n,), or shards of them; shards shorter than a window and its next token are unused.
+        tokens: Token ids, shape (n,), or shards of them; shards shorter than a window and its next
+            token are unused.
         seq_len: Tokens in a window, beside the one more that the last target needs.
         seed: Decides phases and orders.
         vocab_size: Rows of the model's embedding; MLX reads past them unchecked.
 
     Raises:
-        UserError: If there are too few tokens for one window, or an id outside the vocabulary. Of shards only
-            samples are looked at beforehand, the rest as it is read.
+        UserError: If there are too few tokens for one window, or an id outside the vocabulary. Of
+            shards only samples are looked at beforehand, the rest as it is read.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class TokenWindows:
         longest = max((len(t) for t in (self._tokens or [s.tokens for s in tokens])), default=0)
         if longest < seq_len + 1:
             raise UserError(
-                f"{name} has {longest:,} tokens{' in a shard' if self._shards is not None else ''}, "
-                f"fewer than one context of {seq_len} and its next token; give more text or a smaller --seq-len"
+                f"{name} has {longest:,} "
+                f"tokens{' in a shard' if self._shards is not None else ''}, "
+                f"fewer than one context of {seq_len} and its next token; give more text or a "
+                "smaller --seq-len"
             )
         self._look_at_ids()
         # The phase takes up to seq_len - 1 tokens from the front of a shard.
@@ -87,7 +92,9 @@ class TokenWindows:
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the shards, and where in the epoch each one ends."""
-        order = np.random.default_rng([self.seed, epoch, len(self._tokens)]).permutation(len(self._tokens))
+        order = np.random.default_rng([self.seed, epoch, len(self._tokens)]).permutation(
+            len(self._tokens)
+        )
         return order, np.cumsum([self._windows[s] for s in order])
 
     def _make_order(self, epoch: int, shard: int) -> tuple[int, np.ndarray]:
@@ -109,7 +116,9 @@ class TokenWindows:
         if self._shards is not None:
             for shard in sorted({shard for shard, _ in places}):
                 self._shards[shard].check()
-        rows = np.stack([self._tokens[shard][s : s + self.seq_len + 1] for shard, s in places]).astype(np.int32)
+        rows = np.stack(
+            [self._tokens[shard][s : s + self.seq_len + 1] for shard, s in places]
+        ).astype(np.int32)
         if int(rows.max()) >= self.vocab_size:
             for (shard, start), row in zip(places, rows):
                 self._check_ids(shard, start, row)
@@ -126,8 +135,12 @@ class TokenWindows:
         at = int(np.argmax(ids >= self.vocab_size))
         where, name = "", self.name
         if self._shards is not None:
-            name, where = str(self._shards[shard].path), f" at token {self._shards[shard].first + start + at:,}"
+            name, where = (
+                str(self._shards[shard].path),
+                f" at token {self._shards[shard].first + start + at:,}",
+            )
         raise UserError(
-            f"{name} has token id {int(ids[at])}{where}, outside the vocabulary of {self.vocab_size}; "
+            f"{name} has token id {int(ids[at])}{where}, outside the vocabulary of "
+            f"{self.vocab_size}; "
             "check --tokenizer and --vocab-size"
         )

@@ -1,12 +1,13 @@
 """`--cache auto`: latents, or keys and values expanded once, by what a decoding step costs.
 
-A step's costs that differ between the two, for a layer with H heads and B sequences of T tokens in the cache:
+A step's costs that differ between the two, for a layer with H heads and B sequences of T tokens in
+the cache:
 
     latent        B T H 2 (R + P) multiply + step
     materialized  B (T H (N + P + V) read + H (N + V) store)
 
-The rates were fitted to steps of the 124M shapes (docs/decoding.md says how well they choose); they hold for a kind
-of device, not for one machine, since only their ratios matter.
+The rates were fitted to steps of the 124M shapes (docs/decoding.md says how well they choose); they
+hold for a kind of device, not for one machine, since only their ratios matter.
 """
 
 import dataclasses
@@ -24,9 +25,11 @@ class Rates:
     read: float
     """Reading a cached key or value and using it."""
     store: float
-    """Putting a new key or value into its head's cache, beyond what absorbing the new query costs."""
+    """Putting a new key or value into its head's cache, beyond what absorbing the new query
+    costs."""
     step: float
-    """What a layer with latents takes beyond one without, whatever the batch is; negative where it takes less."""
+    """What a layer with latents takes beyond one without, whatever the batch is; negative where it
+    takes less."""
 
 
 RATES = {
@@ -38,7 +41,8 @@ RATES = {
 def choose_cache(
     config: ModelConfig, backend: str, device: str, batch: int, context: int
 ) -> Literal["latent", "materialized"]:
-    """The cache whose decoding step is cheaper; where nobody has measured the device, the smaller one, latents.
+    """The cache whose decoding step is cheaper; where nobody has measured the device, the smaller
+    one, latents.
 
     Args:
         config: A resolved configuration. Multi-head attention has no choice.
@@ -53,7 +57,12 @@ def choose_cache(
     if rates is None:
         return "latent"
     assert config.v_head_dim
-    H, P, V, N = config.n_head, config.qk_rope_head_dim, config.v_head_dim, config.n_embd // config.n_head
+    H, P, V, N = (
+        config.n_head,
+        config.qk_rope_head_dim,
+        config.v_head_dim,
+        config.n_embd // config.n_head,
+    )
     latent = materialized = 0.0
     for R in config.latent_ranks:
         latent += batch * context * H * 2 * (R + P) * rates.multiply + rates.step

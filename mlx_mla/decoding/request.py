@@ -35,25 +35,28 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     """Texts at which to stop; they are not printed."""
     cache: CacheKind = "latent"
-    """What is kept between tokens: the latents, expanded keys and values, the faster of these two by the cost
-    model in docs/decoding.md (auto), or nothing (all is recomputed)."""
+    """What is kept between tokens: the latents, expanded keys and values, the faster of these two
+    by the cost model in docs/decoding.md (auto), or nothing (all is recomputed)."""
     kv_bits: Optional[Literal[4, 8]] = None
     """Quantise the cache to so many bits. None: off."""
     prompt_cache: Optional[Path] = None
-    """Go on from the context in this .safetensors file of --save-prompt-cache; the prompt is what follows it."""
+    """Go on from the context in this .safetensors file of --save-prompt-cache; the prompt is what
+    follows it."""
     save_prompt_cache: Optional[Path] = None
     """Write the context, with what was generated, to this .safetensors file."""
     draft_model: Optional[str] = None
-    """A small model with the same tokenizer that guesses tokens for the model to check, several at a time: run
-    folder, model folder or hub id. The greedy text stays the same."""
+    """A small model with the same tokenizer that guesses tokens for the model to check, several at
+    a time: run folder, model folder or hub id. The greedy text stays the same."""
     num_draft_tokens: int = 3
     """Tokens that --draft-model guesses at a time."""
     max_kv_size: Optional[int] = None
-    """Go on past this many tokens of context (at most n_positions) by dropping all but the newest half
-    and reading it again. None: a context past n_positions is an error."""
+    """Go on past this many tokens of context (at most n_positions) by dropping all but the newest
+    half and reading it again. None: a context past n_positions is an error."""
 
 
-def check_request(prompt: Sequence[int], options: GenerationOptions, vocab_size: int, n_positions: int) -> int:
+def check_request(
+    prompt: Sequence[int], options: GenerationOptions, vocab_size: int, n_positions: int
+) -> int:
     """Refuse what a model cannot do; returns how many tokens to generate.
 
     Raises:
@@ -72,7 +75,10 @@ def check_request(prompt: Sequence[int], options: GenerationOptions, vocab_size:
         raise UserError(f"--num-draft-tokens must be at least 1, not {options.num_draft_tokens}")
     if options.max_kv_size is not None:
         if not 2 <= options.max_kv_size <= n_positions:
-            raise UserError(f"--max-kv-size must be from 2 to n_positions ({n_positions}), not {options.max_kv_size}")
+            raise UserError(
+                f"--max-kv-size must be from 2 to n_positions ({n_positions}), not "
+                f"{options.max_kv_size}"
+            )
         return DEFAULT_MAX_TOKENS if options.max_tokens is None else options.max_tokens
     room = n_positions - len(prompt)
     if room < 1:
@@ -85,7 +91,8 @@ def check_request(prompt: Sequence[int], options: GenerationOptions, vocab_size:
     if options.max_tokens > room:
         raise UserError(
             f"{len(prompt)} prompt tokens and --max-tokens {options.max_tokens} exceed the model's "
-            f"n_positions={n_positions}; use --max-tokens {room}, or give --max-kv-size {n_positions}"
+            f"n_positions={n_positions}; use --max-tokens {room}, or give --max-kv-size "
+            f"{n_positions}"
         )
     return options.max_tokens
 
@@ -94,7 +101,8 @@ def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
     """Refuse a draft model whose token ids mean something else; raises UserError."""
     if tokenizer.get_vocab() != draft_tokenizer.get_vocab():
         raise UserError(
-            f"--draft-model {name}: has another vocabulary ({len(draft_tokenizer)} tokens, the model "
+            f"--draft-model {name}: has another vocabulary ({len(draft_tokenizer)} tokens, the "
+            "model "
             f"{len(tokenizer)}); a draft model must have the model's own tokenizer"
         )
 
@@ -118,8 +126,12 @@ def _check_sampling(options: GenerationOptions, vocab_size: int) -> None:
         if not 0 <= value <= 1:
             raise UserError(f"{name} must be between 0 and 1, not {value}")
     if options.repetition_penalty <= 0:
-        raise UserError(f"--repetition-penalty must be positive, not {options.repetition_penalty}; 1 is off")
+        raise UserError(
+            f"--repetition-penalty must be positive, not {options.repetition_penalty}; 1 is off"
+        )
     if options.repetition_context_size < 1:
-        raise UserError(f"--repetition-context-size must be at least 1, not {options.repetition_context_size}")
+        raise UserError(
+            f"--repetition-context-size must be at least 1, not {options.repetition_context_size}"
+        )
     if "" in options.stop:
         raise UserError("--stop takes strings that are not empty")

@@ -6,7 +6,8 @@ from typing import Any
 
 
 class TextWriter:
-    """Turns token ids into text, holding back what may become a stop string or an incomplete character.
+    """Turns token ids into text, holding back what may become a stop string or an incomplete
+    character.
 
     Args:
         tokenizer: A byte-level transformers tokenizer.
@@ -39,7 +40,10 @@ class TextWriter:
         else:
             ends = (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n]))
             keep = max(ends, default=0)
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        text, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return text
 
     def _decode(self, final: bool) -> None:

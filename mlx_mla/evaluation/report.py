@@ -14,16 +14,20 @@ from mlx_mla.files import write_text
 def compare_models(
     first: str, second: str, task: str, of_first: Sequence[Measured], of_second: Sequence[Measured]
 ) -> list[dict[str, Any]]:
-    """Paired comparisons, one a metric; without figures where the two do not count the same units."""
+    """Paired comparisons, one a metric; without figures where the two do not count the same
+    units."""
     rows = []
     for a, b in zip(of_first, of_second):
         row: dict[str, Any] = {"first": first, "second": second, "task": task, "metric": a.name}
         result = compare(a, b)
         if result is not None:
             row |= {
-                "relative": a.perplexity, "difference": result.difference, "low": result.low, "high": result.high,
+                "relative": a.perplexity,
+                "difference": result.difference,
+                "low": result.low,
+                "high": result.high,
                 "shown": result.shown,
-            }  # fmt: skip
+            }
         rows.append(row)
     return rows
 
@@ -37,10 +41,20 @@ def tables(document: dict[str, Any]) -> str:
         rows.append([task, metric, *(_cell(m["tasks"].get(task, {}), metric) for m in models)])
     lines = _table(header, rows)
     if document["comparisons"]:
-        lines += ["", f"Against {models[0]['model']}, on the same items (95 % confidence interval):", ""]
-        body = [[c["task"], c["metric"], c["second"], _difference(c)] for c in document["comparisons"]]
+        lines += [
+            "",
+            f"Against {models[0]['model']}, on the same items (95 % confidence interval):",
+            "",
+        ]
+        body = [
+            [c["task"], c["metric"], c["second"], _difference(c)] for c in document["comparisons"]
+        ]
         lines += _table(["task", "metric", "model", "difference"], body)
-    lines += ["", f"Protocol: {document['protocol']}. ± is one standard error; for speeds, the range of 5 runs."]
+    lines += [
+        "",
+        f"Protocol: {document['protocol']}. ± is one standard error; for speeds, the range of 5 "
+        "runs.",
+    ]
     lines += [f"- {note}." for note in document["notes"]]
     return "\n".join(lines)
 
@@ -73,7 +87,11 @@ def _cell(values: dict[str, Any], metric: str) -> str:
         return f"{value['median']:,.1f} ({value['min']:,.1f} - {value['max']:,.1f})"
     scale, unit = (100, " %") if "acc" in metric else (1, "")
     error = values.get(f"{metric}_stderr")
-    spread = "" if error is None or math.isnan(error) else f" ± {scale * error:.{_digits(scale * error)}f}"
+    spread = (
+        ""
+        if error is None or math.isnan(error)
+        else f" ± {scale * error:.{_digits(scale * error)}f}"
+    )
     return f"{scale * value:.{_digits(scale * (error or value))}f}{spread}{unit}"
 
 
@@ -102,7 +120,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"
 
-    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+    return [
+        line(header),
+        "|" + "|".join("-" * (width + 2) for width in widths) + "|",
+        *map(line, rows),
+    ]
 
 
 def _finite(value: Any) -> Any:
@@ -124,17 +146,24 @@ def _plot(document: dict[str, Any], path: Path) -> None:
     names = [n for n in _names(models) if n[0] != "speed"] or _names(models)
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False
+    )
     for axis in axes.flat[len(names) :]:
         axis.remove()
     for axis, (task, metric) in zip(axes.flat, names):
         own = [m["tasks"].get(task, {}) for m in models]
         values = [v.get(metric) for v in own]
-        heights = [v["median"] if isinstance(v, dict) else v if v and math.isfinite(v) else 0 for v in values]
+        heights = [
+            v["median"] if isinstance(v, dict) else v if v and math.isfinite(v) else 0
+            for v in values
+        ]
         errors = [v.get(f"{metric}_stderr") or 0 for v in own]
         errors = [e if math.isfinite(e) else 0 for e in errors]
         labels = [f"{i}" for i in range(1, len(models) + 1)]
-        axis.bar(labels, heights, yerr=errors, color=[f"C{i}" for i in range(len(models))], capsize=3)
+        axis.bar(
+            labels, heights, yerr=errors, color=[f"C{i}" for i in range(len(models))], capsize=3
+        )
         axis.set_title(f"{task} {metric}", fontsize=9)
     legend = "   ".join(f"{i}: {m['model']}" for i, m in enumerate(models, 1))
     figure.suptitle(legend, fontsize=8)

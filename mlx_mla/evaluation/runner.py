@@ -1,4 +1,5 @@
-"""Running tasks on a model: what `python -m mlx_mla.evaluate` and training with --eval-tasks share."""
+"""Running tasks on a model: what `python -m mlx_mla.evaluate` and training with --eval-tasks
+share."""
 
 import difflib
 import statistics
@@ -39,7 +40,9 @@ def task_names(tasks: str, option: str = "--tasks", also: Sequence[str] = ()) ->
     return list(dict.fromkeys(names))
 
 
-def load(task: Task, protocol: Definition, data_dir: Path | None, limit: int | None, seed: int) -> list[Any]:
+def load(
+    task: Task, protocol: Definition, data_dir: Path | None, limit: int | None, seed: int
+) -> list[Any]:
     """The documents of a task, or a seeded sample of `limit` of them.
 
     Args:
@@ -64,12 +67,15 @@ def check_tokenizer(scorer: Scorer, folder: Path) -> None:
     """UserError if the tokenizer has ids that the model lacks."""
     if len(scorer.tokenizer) > scorer.vocab_size:
         raise UserError(
-            f"{folder}: its tokenizer has {len(scorer.tokenizer)} tokens and the model {scorer.vocab_size}; "
+            f"{folder}: its tokenizer has {len(scorer.tokenizer)} tokens and the model "
+            f"{scorer.vocab_size}; "
             "copy the tokenizer files of the model it was made from"
         )
 
 
-def context_of(tokenizer: Any, n_positions: int, window: int, limit: int | None, seed: int) -> Context:
+def context_of(
+    tokenizer: Any, n_positions: int, window: int, limit: int | None, seed: int
+) -> Context:
     """How a model's tokenizer (transformers) turns documents into requests."""
 
     def encode(text: str) -> list[int]:
@@ -86,8 +92,15 @@ class PreparedTask:
         UserError: If a request does not fit the model.
     """
 
-    def __init__(self, task: Task, documents: Sequence[Any], protocol: Definition, context: Context):
-        self.task, self._documents, self._protocol, self._context = task, documents, protocol, context
+    def __init__(
+        self, task: Task, documents: Sequence[Any], protocol: Definition, context: Context
+    ):
+        self.task, self._documents, self._protocol, self._context = (
+            task,
+            documents,
+            protocol,
+            context,
+        )
         self._requests = task.requests(documents, protocol, context)
         self._flat = [request for own in self._requests for request in own]
         check_lengths(self._flat, context.n_positions)
@@ -118,7 +131,9 @@ class PreparedTask:
         found |= score(scorer, self._flat, batch_size, done, missing)
         ordered = iter(range(len(self._flat)))
         scores = [[found[next(ordered)] for _ in own] for own in self._requests]
-        return self.task.measure(self._documents, self._protocol, self._context, self._requests, scores)
+        return self.task.measure(
+            self._documents, self._protocol, self._context, self._requests, scores
+        )
 
 
 def metrics(measured: Sequence[Measured]) -> dict[str, Any]:
@@ -136,7 +151,8 @@ def metrics(measured: Sequence[Measured]) -> dict[str, Any]:
 def speed(backend: Backend, folder: Path, scorer: Scorer) -> dict[str, dict[str, float]]:
     """Tokens per second: median, smallest and largest of 5 runs after a warm-up, in this process.
 
-    `forward_tps`: one row of 512 tokens (or n_positions), logits of all. `generation_tps` and `ttft_ms`: greedy,
+    `forward_tps`: one row of 512 tokens (or n_positions), logits of all. `generation_tps` and
+        `ttft_ms`: greedy,
     64 tokens after a prompt of 64, with the latent cache; the first token is apart from the rate.
     """
     length = min(512, scorer.n_positions)

@@ -1,9 +1,9 @@
 """Log-probabilities of given continuations, batched: what every evaluation task comes down to.
 
-The plan that keeps it fast: items are sorted by length; continuations of one context share its first
-tokens, which are computed once and repeated in the cache; lengths are padded on the right, where causal
-attention does not look, to multiples of `BUCKET`, so that few shapes occur; and the vocabulary's logits
-are computed only where a token is scored.
+The plan that keeps it fast: items are sorted by length; continuations of one context share its
+first tokens, which are computed once and repeated in the cache; lengths are padded on the right,
+where causal attention does not look, to multiples of `BUCKET`, so that few shapes occur; and the
+vocabulary's logits are computed only where a token is scored.
 """
 
 import dataclasses
@@ -41,7 +41,8 @@ class Scorer(Protocol):
             targets: Those tokens (K,).
 
         Returns:
-            Their log-probabilities in nats, float32 (K,), and whether each was the likeliest, bool (K,).
+            Their log-probabilities in nats, float32 (K,), and whether each was the likeliest, bool
+            (K,).
         """
         ...
 
@@ -126,14 +127,19 @@ def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
     """UserError if a continuation alone does not fit in the position table."""
     longest = max((len(target) for request in requests for target in request.targets), default=0)
     if longest > n_positions:
-        raise UserError(f"a continuation of {longest} tokens does not fit this model's n_positions={n_positions}")
+        raise UserError(
+            f"a continuation of {longest} tokens does not fit this model's "
+            f"n_positions={n_positions}"
+        )
 
 
-def encode_pair(encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, ending: str) -> Request:
+def encode_pair(
+    encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, ending: str
+) -> Request:
     """Tokens of a context and one ending, split as lm-evaluation-harness does.
 
-    Both are encoded together, since a tokenizer may join characters across the seam; blanks at the end
-    of the context belong to the ending. An empty context becomes the end-of-text token.
+    Both are encoded together, since a tokenizer may join characters across the seam; blanks at the
+    end of the context belong to the ending. An empty context becomes the end-of-text token.
     """
     return encode_choices(encode, end_of_text, context, [ending])
 
@@ -167,7 +173,9 @@ def _batches(units: Sequence[_Unit], batch_size: int) -> Iterator[list[_Unit]]:
     batch: list[_Unit] = []
     for unit in units:
         prefix, rows, length = unit.shape
-        full = (len(batch) + 1) * rows > batch_size or (len(batch) + 1) * rows * (prefix + length) > PASS_TOKENS
+        full = (len(batch) + 1) * rows > batch_size or (len(batch) + 1) * rows * (
+            prefix + length
+        ) > PASS_TOKENS
         if batch and (full or unit.shape != batch[0].shape):
             yield batch
             batch = []
@@ -192,9 +200,14 @@ def _run(scorer: Scorer, batch: Sequence[_Unit]) -> Iterator[list[tuple[float, b
             targets += target
             counts.append(len(target))
     prefix = np.array([u.prefix for u in batch], np.int32) if prefix_length else None
-    logprobs, greedy = scorer.run(prefix, ids, np.array(where, np.int32), np.array(targets, np.int32))
+    logprobs, greedy = scorer.run(
+        prefix, ids, np.array(where, np.int32), np.array(targets, np.int32)
+    )
     ends = np.cumsum([0, *counts])
-    values = [(float(logprobs[a:b].sum(dtype=np.float64)), bool(greedy[a:b].all())) for a, b in pairwise(ends)]
+    values = [
+        (float(logprobs[a:b].sum(dtype=np.float64)), bool(greedy[a:b].all()))
+        for a, b in pairwise(ends)
+    ]
     for i in range(len(batch)):
         yield values[i * n : (i + 1) * n]
 

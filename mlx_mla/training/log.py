@@ -44,7 +44,9 @@ class MetricsLog:
             with (self._out / name).open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as e:
-            raise UserError(f"{self._out / name}: could not be written: {e.strerror}; {self._advice()}") from e
+            raise UserError(
+                f"{self._out / name}: could not be written: {e.strerror}; {self._advice()}"
+            ) from e
 
 
 class Pace:
@@ -65,7 +67,9 @@ class Pace:
         """Count a step."""
         self._seconds += seconds
         self._tokens += self._config.step_tokens
-        if self._timed_steps >= 0:  # the first step compiles, which says nothing about those to come
+        if (
+            self._timed_steps >= 0
+        ):  # the first step compiles, which says nothing about those to come
             self._timed_seconds += seconds
         self._timed_steps += 1
 

@@ -53,7 +53,8 @@ class RunResult:
     """The newest checkpoint."""
     step: int
     val_loss: float | None
-    """The last validation loss, over what --final-eval-batches says; None if the run was interrupted."""
+    """The last validation loss, over what --final-eval-batches says; None if the run was
+    interrupted."""
     sample: str | None
     """Text generated at the end."""
     signal: int | None
@@ -73,7 +74,8 @@ def train(
 
     Args:
         config: Settings; defaults in it are filled in here. Those of rank 0 hold for all.
-        out: The run folder: a new one, or with `resume` one that holds a run. Only rank 0 reads and writes it.
+        out: The run folder: a new one, or with `resume` one that holds a run. Only rank 0 reads and
+            writes it.
         resume: Go on from the newest checkpoint of `out`.
         from_step: With `resume`, go on from the checkpoint of this step instead.
         console: Where progress is shown.
@@ -86,7 +88,9 @@ def train(
     if lead:
         encoder, config = _resolved(config, resume)
     if world.size > 1:
-        config = overlay(TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0")
+        config = overlay(
+            TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0"
+        )
     if not lead:
         encoder = get_encoder(config.tokenizer, config.bpe_dir)
     share = share_of(world.size, config.batch_size, config.passes_per_step)
@@ -103,7 +107,11 @@ def train(
         run_folder.go_on(out, config, start.step)
     elif lead:
         run_folder.claim(out, config)
-    began = f"resuming {out} after step {start.step}" if resume else f"training {config.preset} into {out}"
+    began = (
+        f"resuming {out} after step {start.step}"
+        if resume
+        else f"training {config.preset} into {out}"
+    )
     ranks = "" if world.size == 1 else f" with {world.size} ranks"
     console.print(began + ranks, highlight=False, soft_wrap=True)
     expected = _expected_memory(config, backend, console)
@@ -121,13 +129,16 @@ def train(
 
 
 def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
-    """The learning-rate range test on a run's model and data; writes nothing. UserError as `train` raises it."""
+    """The learning-rate range test on a run's model and data; writes nothing. UserError as `train`
+    raises it."""
     encoder, config = _resolved(config, resume=False)
     data = TrainingData(config, encoder)
     backend = get_backend(config.backend, config.device)
     session = backend.train_session(config, Start(first_weights(config)), teacher(config, encoder))
     count, size = config.passes_per_step, config.batch_size
-    return lr_find.sweep(session, lambda step: [data.train.batch(step * count + i, size) for i in range(count)])
+    return lr_find.sweep(
+        session, lambda step: [data.train.batch(step * count + i, size) for i in range(count)]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +156,8 @@ class _Run:
         newest = checkpoint.latest(self.out)
         if newest is None:
             return "no checkpoint was saved before"
-        return f"the newest good checkpoint is {newest}; set things right and add --resume --out {self.out}"
+        remedy = f"set things right and add --resume --out {self.out}"
+        return f"the newest good checkpoint is {newest}; {remedy}"
 
 
 class _Loop:
@@ -198,7 +210,8 @@ class _Loop:
         return RunResult(newest, self.done, self.val_loss, sample, None)
 
     def _next(self, caught: Sequence[int]) -> tuple[list[Batch], int | None]:
-        """This rank's batches of the next step, and the signal that stops the run before it, if any rank got one."""
+        """This rank's batches of the next step, and the signal that stops the run before it, if any
+        rank got one."""
         count, size = self.parts.share
         first = (self.done * self.world.size + self.world.rank) * count * size
         with self._reading(f"the batches of step {self.done + 1}"):
@@ -211,7 +224,9 @@ class _Loop:
         config, began = self.config, time.perf_counter()
         lr = learning_rate(config, self.done)
         result = self.session.step(self.done, lr, batches)
-        result = dataclasses.replace(result, loss=sum(self.world.gather(result.loss)) / self.world.size)
+        result = dataclasses.replace(
+            result, loss=sum(self.world.gather(result.loss)) / self.world.size
+        )
         self.done += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise UserError(self._diverged(result.loss, result.grad_norm))
@@ -247,9 +262,17 @@ class _Loop:
             self._log(prepared.task.name, row)
             self.display.task(self.done, prepared.task.name, row)
 
-    def _log_loss(self, split: str, loss: float, lr: float, tokens_per_sec: float, **more: float) -> None:
-        rest = {"tokens_per_sec": round(tokens_per_sec, 1), "peak_memory_bytes": self.session.peak_memory_bytes()}
-        self._log(split, {"loss": loss, "lr": lr, "tokens": self.done * self.config.step_tokens, **rest, **more})
+    def _log_loss(
+        self, split: str, loss: float, lr: float, tokens_per_sec: float, **more: float
+    ) -> None:
+        rest = {
+            "tokens_per_sec": round(tokens_per_sec, 1),
+            "peak_memory_bytes": self.session.peak_memory_bytes(),
+        }
+        self._log(
+            split,
+            {"loss": loss, "lr": lr, "tokens": self.done * self.config.step_tokens, **rest, **more},
+        )
 
     def _log(self, split: str, values: dict[str, Any]) -> None:
         if self.log is not None:
@@ -271,7 +294,9 @@ class _Loop:
         try:
             with atomic_folder(target) as folder:
                 card = model_card(config, self.done, self.val_loss)
-                checkpoint.write_model(folder, config.model, self.session.weights(), self.data.tokenizer, card)
+                checkpoint.write_model(
+                    folder, config.model, self.session.weights(), self.data.tokenizer, card
+                )
                 checkpoint.write_train_state(folder, self.session.optimizer_state(), info)
             write_text(self.out / LATEST, target.name + "\n")
         except UserError as e:
@@ -282,19 +307,25 @@ class _Loop:
             plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
         except OSError as e:
             raise UserError(
-                f"{self.out / PLOT}: could not be written: {e.strerror or e}; {self.parts.how_to_go_on()}"
+                f"{self.out / PLOT}: could not be written: {e.strerror or e}; "
+                f"{self.parts.how_to_go_on()}"
             ) from e
 
     def _sample(self) -> str | None:
-        """A text from the weights as they are, a function of the seed and the step; also written to samples.jsonl."""
+        """A text from the weights as they are, a function of the seed and the step; also written to
+        samples.jsonl."""
         config = self.config
-        prompt = self.data.encoder.encode(config.sample_prompt).tolist() or [self.data.encoder.end_of_text]
+        prompt = self.data.encoder.encode(config.sample_prompt).tolist() or [
+            self.data.encoder.end_of_text
+        ]
         prompt = prompt[: config.model.n_positions - 1]
         length = min(config.sample_tokens, config.model.n_positions - len(prompt))
         if length < 1:
             return None
         tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
-        text = self.data.tokenizer.decode(prompt + [t for t in tokens if t < self.data.encoder.end_of_text])
+        text = self.data.tokenizer.decode(
+            prompt + [t for t in tokens if t < self.data.encoder.end_of_text]
+        )
         if self.log is not None:
             self.log.sample(self.done, text)
         return text
@@ -305,12 +336,15 @@ class _Loop:
         try:
             yield
         except (OSError, UserError) as e:
-            advice = f"; {self.parts.how_to_go_on()}" if self.lead else ""  # rank 0 adds its own to another's error
+            advice = (
+                f"; {self.parts.how_to_go_on()}" if self.lead else ""
+            )  # rank 0 adds its own to another's error
             raise UserError(f"{what} cannot be read: {e}{advice}") from e
 
     def _diverged(self, loss: float, norm: float) -> str:
         return (
-            f"training diverged at step {self.done} (loss {loss}, gradient norm {norm}) and was stopped; "
+            f"training diverged at step {self.done} (loss {loss}, gradient norm {norm}) and was "
+            "stopped; "
             f"use a lower --learning-rate; {self.parts.how_to_go_on()}"
         )
 
@@ -320,7 +354,8 @@ def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
     if not config.eval_tasks:
         return []
     n_positions = config.model.n_positions
-    # Windows as long as the model allows: its progress is wanted here, not a figure to set beside others.
+    # Windows as long as the model allows: its progress is wanted here, not a figure to set beside
+    # others.
     window = min(WINDOW, n_positions)
     context = context_of(data.tokenizer, n_positions, window, config.eval_limit, config.seed)
     folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
@@ -339,7 +374,9 @@ def _resolved(config: TrainConfig, resume: bool) -> tuple[TextEncoder, TrainConf
     return encoder, config.resolved()
 
 
-def _start(config: TrainConfig, out: Path, data: TrainingData, resume: bool, from_step: int | None) -> Start:
+def _start(
+    config: TrainConfig, out: Path, data: TrainingData, resume: bool, from_step: int | None
+) -> Start:
     """The checkpoint to go on from, or the first weights."""
     point = run_folder.resume_point(config, out, from_step, data.fingerprint) if resume else None
     return Start(first_weights(config)) if point is None else point
@@ -347,7 +384,9 @@ def _start(config: TrainConfig, out: Path, data: TrainingData, resume: bool, fro
 
 def _shared(world: World, start: Start | None) -> Start:
     """Rank 0's start on every rank."""
-    point = world.first(None if start is None else [start.step, start.val_loss, start.optimizer_state is not None])
+    point = world.first(
+        None if start is None else [start.step, start.val_loss, start.optimizer_state is not None]
+    )
     step, val_loss, has_state = point
     weights = world.broadcast(None if start is None else start.weights)
     state = None if start is None else start.optimizer_state
@@ -355,7 +394,8 @@ def _shared(world: World, start: Start | None) -> Start:
 
 
 def _expected_memory(config: TrainConfig, backend: Backend, console: Console) -> Estimate:
-    """What a step takes by estimate; warns if the device has less, since swapping makes it many times slower."""
+    """What a step takes by estimate; warns if the device has less, since swapping makes it many
+    times slower."""
     expected = estimate(config, backend.fused_attention)
     limit = backend.memory_bytes()
     if (advice := memory_advice(config, backend.fused_attention, limit)) is not None:

@@ -22,8 +22,11 @@ class Point(NamedTuple):
     """Smoothed loss, nats per token."""
 
 
-def sweep(session: TrainSession, batches: Callable[[int], Sequence[Batch]], steps: int = STEPS) -> list[Point]:
-    """Train at rates that rise from 1e-6 to 1 by equal factors, until the loss has risen by half or is no number.
+def sweep(
+    session: TrainSession, batches: Callable[[int], Sequence[Batch]], steps: int = STEPS
+) -> list[Point]:
+    """Train at rates that rise from 1e-6 to 1 by equal factors, until the loss has risen by half or
+    is no number.
 
     Args:
         session: A fresh model; it is spoilt by this.
@@ -53,7 +56,9 @@ def suggestion(points: Sequence[Point]) -> float:
     """
     best = min(points, key=lambda p: p.loss, default=None)
     if best is None or best.loss >= points[0].loss:
-        raise UserError("--lr-find: the loss fell at no learning rate; check the data and the model's settings")
+        raise UserError(
+            "--lr-find: the loss fell at no learning rate; check the data and the model's settings"
+        )
     return best.rate / 10
 
 
@@ -75,7 +80,11 @@ def plot(points: Sequence[Point], suggested: float, path: Path) -> None:
     ax.axvline(suggested, color="tab:red", ls="--", label=f"suggested: {suggested:.1e}")
     low, first = min(p.loss for p in points), points[0].loss
     ax.set(xscale="log", ylim=(low - 0.1 * (first - low), first + 0.3 * (first - low)))
-    ax.set(xlabel="learning rate", ylabel="smoothed loss (nats per token)", title="learning-rate range test")
+    ax.set(
+        xlabel="learning rate",
+        ylabel="smoothed loss (nats per token)",
+        title="learning-rate range test",
+    )
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(path, dpi=120)

@@ -36,14 +36,19 @@ def find_restart(run: Path) -> Restart:
         notes.append(f"{folder}: damaged, {problem}; going on from an older one")
     if notes:
         raise UserError(
-            f"{run}: none of its {len(notes)} checkpoints is whole (newest: {notes[0].partition(';')[0]}); "
+            f"{run}: none of its {len(notes)} checkpoints is whole (newest: "
+            f"{notes[0].partition(';')[0]}); "
             "restore one, or start a new run with another --out"
         )
     return Restart(None, ())
 
 
 def _problem(folder: Path) -> str | None:
-    for name in (SUMS, checkpoint.STATE, checkpoint.STATE_INFO):  # always there: folders appear whole
+    for name in (
+        SUMS,
+        checkpoint.STATE,
+        checkpoint.STATE_INFO,
+    ):  # always there: folders appear whole
         if not (folder / name).is_file():
             return f"{name} is missing"
     return checkpoint.damage(folder)
@@ -54,8 +59,8 @@ def catch_signals(second_acts: bool) -> Iterator[list[int]]:
     """Note Ctrl-C and SIGTERM in a list, so that the step in hand finishes.
 
     Args:
-        second_acts: A second Ctrl-C ends the program at once. Not under a launcher, which passes on to its
-            processes what the terminal has sent them already.
+        second_acts: A second Ctrl-C ends the program at once. Not under a launcher, which passes on
+            to its processes what the terminal has sent them already.
     """
     caught: list[int] = []
 

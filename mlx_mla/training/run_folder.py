@@ -14,17 +14,30 @@ from mlx_mla.presets import overlay, read_toml, to_toml
 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
 
-# Beside the shape of the model, these decide which batch a step sees, where the run began or what it minimises.
+# Beside the shape of the model, these decide which batch a step sees, where the run began or what
+# it minimises.
 FIXED_ON_RESUME = (
-    "tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len", "seed", "init", "initializer_range",
-    "optimizer", "teacher", "teacher_weight", "teacher_temperature",
-)  # fmt: skip
+    "tokenizer",
+    "val_fraction",
+    "batch_size",
+    "grad_accum_steps",
+    "seq_len",
+    "seed",
+    "init",
+    "initializer_range",
+    "optimizer",
+    "teacher",
+    "teacher_weight",
+    "teacher_temperature",
+)
 
 
 def claim(out: Path, config: TrainConfig) -> None:
     """Make the run folder, unless something is there that must not be overwritten."""
     if (out / CONFIG).exists():
-        raise UserError(f"{out}: holds another run; add --resume to go on with it, or give --out a new name")
+        raise UserError(
+            f"{out}: holds another run; add --resume to go on with it, or give --out a new name"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not an empty folder; give --out a new name")
     try:
@@ -37,11 +50,15 @@ def claim(out: Path, config: TrainConfig) -> None:
 def run_config(out: Path) -> TrainConfig:
     """The settings that a run folder was made with."""
     if not (out / CONFIG).is_file():
-        raise UserError(f"{out}: holds no run to resume (no {CONFIG}); leave out --resume to start one")
+        raise UserError(
+            f"{out}: holds no run to resume (no {CONFIG}); leave out --resume to start one"
+        )
     return overlay(TrainConfig(), read_toml(out / CONFIG), str(out / CONFIG))
 
 
-def resume_point(config: TrainConfig, out: Path, from_step: int | None, data_sha256: str) -> Start | None:
+def resume_point(
+    config: TrainConfig, out: Path, from_step: int | None, data_sha256: str
+) -> Start | None:
     """The checkpoint that a run goes on from; None: it was stopped before its first.
 
     Raises:
@@ -58,20 +75,31 @@ def resume_point(config: TrainConfig, out: Path, from_step: int | None, data_sha
                     f"--resume: {flag(name)} is {getattr(old, name)} in {out} and cannot become "
                     f"{getattr(new, name)}; leave it out, or start a new {where} with another --out"
                 )
-    folder = checkpoint.latest(out) if from_step is None else checkpoint.checkpoint_path(out, from_step)
+    folder = (
+        checkpoint.latest(out) if from_step is None else checkpoint.checkpoint_path(out, from_step)
+    )
     if folder is None:
         return None  # stopped before its first checkpoint: start over, in the same folder
     if not folder.is_dir():
         steps = ", ".join(str(checkpoint.step_of(p)) for p in checkpoint.checkpoints(out))
         raise UserError(f"--from-step {from_step}: {out} has checkpoints of steps {steps}")
     if problem := checkpoint.damage(folder):
-        older = [s for p in checkpoint.checkpoints(out) if (s := checkpoint.step_of(p)) < checkpoint.step_of(folder)]
-        advice = f"go on from the one before with --from-step {older[-1]}" if older else "there is no older one"
+        older = [
+            s
+            for p in checkpoint.checkpoints(out)
+            if (s := checkpoint.step_of(p)) < checkpoint.step_of(folder)
+        ]
+        advice = (
+            f"go on from the one before with --from-step {older[-1]}"
+            if older
+            else "there is no older one"
+        )
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     optimizer_state, info = checkpoint.read_train_state(folder)
     if info.get("data_sha256") != data_sha256:
         raise UserError(
-            f"--resume: {config.data} is not the text that {out} was trained on (its sha256 differs); "
+            f"--resume: {config.data} is not the text that {out} was trained on (its sha256 "
+            "differs); "
             "restore it, or start a new run with --init"
         )
     if info["step"] >= config.steps:

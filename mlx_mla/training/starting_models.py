@@ -29,13 +29,15 @@ def teacher(config: TrainConfig, encoder: TextEncoder) -> Teacher | None:
     _check_tokenizer("--teacher", folder, encoder)
     if shape.n_positions < config.context:
         raise UserError(
-            f"--teacher {folder}: has {shape.n_positions} positions, a sequence {config.context} tokens; "
+            f"--teacher {folder}: has {shape.n_positions} positions, a sequence {config.context} "
+            "tokens; "
             f"use --seq-len {shape.n_positions}, or another teacher"
         )
     assert shape.vocab_size
     if shape.vocab_size < encoder.size:
         raise UserError(
-            f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {encoder.size} ids; "
+            f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {encoder.size} "
+            "ids; "
             "the folder is damaged"
         )
     return Teacher(shape, _whole_weights("--teacher", folder, shape), encoder.size)
@@ -51,14 +53,19 @@ def with_model_of(config: TrainConfig, folder: Path, encoder: TextEncoder) -> Tr
     """Take the model's shape from a folder; dropout is not part of it and stays."""
     shape = checkpoint.read_config(folder)
     _check_tokenizer("--init", folder, encoder)
-    return dataclasses.replace(config, model=dataclasses.replace(shape, dropout=config.model.dropout))
+    return dataclasses.replace(
+        config, model=dataclasses.replace(shape, dropout=config.model.dropout)
+    )
 
 
 def _check_tokenizer(option: str, folder: Path, encoder: TextEncoder) -> None:
     ids = len(checkpoint.read_tokenizer(folder))
     if ids != encoder.size:
         fitting = next((name for name, n in TOKENIZER_IDS.items() if n == ids), None)
-        advice = f"use --tokenizer {fitting}" if fitting else "no --tokenizer of this project fits it"
+        advice = (
+            f"use --tokenizer {fitting}" if fitting else "no --tokenizer of this project fits it"
+        )
         raise UserError(
-            f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has {encoder.size}; {advice}"
+            f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has "
+            f"{encoder.size}; {advice}"
         )

@@ -1,7 +1,8 @@
 """Copies of a run's metrics in TensorBoard, Weights & Biases or Trackio, as --track asks.
 
-Each gets the rows of metrics.jsonl as scalars named SPLIT/KEY (`train/loss`, `val/loss`) at their step. That file
-stays the record: a tracker that fails while training is left out with a warning, and the run goes on.
+Each gets the rows of metrics.jsonl as scalars named SPLIT/KEY (`train/loss`, `val/loss`) at their
+step. That file stays the record: a tracker that fails while training is left out with a warning,
+and the run goes on.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ class Tracker(Protocol):
     """One run in one tool."""
 
     def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
-        """Take scalars by name; `seconds` is the training time at that step, where the row has it."""
+        """Take scalars by name; `seconds` is the training time at that step, where the row has
+        it."""
         ...
 
     def close(self, failed: bool) -> None:
@@ -40,8 +42,9 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in OUT/tensorboard.
 
-    They are written anew by every process, from the rows kept so far: TensorBoard has no other way to drop steps
-    that a killed run logged after its last checkpoint. Wall times are such that "relative" is the training time.
+    They are written anew by every process, from the rows kept so far: TensorBoard has no other way
+    to drop steps that a killed run logged after its last checkpoint. Wall times are such that
+    "relative" is the training time.
     """
 
     def __init__(self, out: Path, rows: Sequence[Mapping[str, Any]]):
@@ -64,7 +67,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, its files in OUT/wandb; WANDB_PROJECT, WANDB_MODE and the like are obeyed."""
+    """A run of Weights & Biases, its files in OUT/wandb; WANDB_PROJECT, WANDB_MODE and the like are
+    obeyed."""
 
     def __init__(self, out: Path, identity: str, settings: dict[str, Any]):
         import wandb
@@ -119,15 +123,18 @@ def tracker_names(text: str) -> list[str]:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as e:
-            raise UserError(f"--track {name}: {e.name} is not installed; pip install {name}") from None
+            raise UserError(
+                f"--track {name}: {e.name} is not installed; pip install {name}"
+            ) from None
     return names
 
 
 class Tracking:
     """Every tracker of a run, fed row by row.
 
-    OUT/tracking.json holds the run's id and, for trackers that cannot take a step back, the last step of each
-    split they were given: a resumed run goes on with the same id and gives no step twice.
+    OUT/tracking.json holds the run's id and, for trackers that cannot take a step back, the last
+    step of each split they were given: a resumed run goes on with the same id and gives no step
+    twice.
     """
 
     def __init__(self, out: Path, console: Console):
@@ -147,7 +154,8 @@ class Tracking:
                 tracker = (WandB if name == "wandb" else Trackio)(out, self.identity, settings)
         except Exception as e:  # theirs: no login, no network, no room
             raise UserError(
-                f"--track {name}: could not start: {e}; set it right, or leave it out with --track '', "
+                f"--track {name}: could not start: {e}; set it right, or leave it out with "
+                "--track '', "
                 f"and add --resume --out {out}"
             ) from e
         self._trackers[name] = tracker
@@ -184,7 +192,8 @@ class Tracking:
             self._sent[name][split] = step
 
     def _warn(self, name: str, error: Exception) -> None:
-        text = f"warning: --track {name} failed and is left out from here: {' '.join(str(error).split())}"
+        reason = " ".join(str(error).split())
+        text = f"warning: --track {name} failed and is left out from here: {reason}"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _remember(self) -> None:
@@ -193,7 +202,9 @@ class Tracking:
 
 
 @contextlib.contextmanager
-def tracking(config: TrainConfig, out: Path, rows: Sequence[Mapping[str, Any]], console: Console) -> Iterator[Tracking]:
+def tracking(
+    config: TrainConfig, out: Path, rows: Sequence[Mapping[str, Any]], console: Console
+) -> Iterator[Tracking]:
     """The trackers of --track for the length of a run.
 
     Args:

@@ -57,11 +57,16 @@ class MLXBackend:
     @contextlib.contextmanager
     def limited_memory(self, expected: int) -> Iterator[None]:
         if mx.metal.is_available():
-            # Wired memory is not paged out; freed buffers may be kept in what the estimate leaves of it.
+            # Wired memory is not paged out; freed buffers may be kept in what the estimate leaves
+            # of it.
             whole = self.memory_bytes()
-            limits = {mx.set_wired_limit: whole, mx.set_cache_limit: max(whole - expected, GIB // 2)}
+            limits = {
+                mx.set_wired_limit: whole,
+                mx.set_cache_limit: max(whole - expected, GIB // 2),
+            }
         else:
-            # A CPU's graph is enqueued, and its memory taken, far ahead of its execution; at the limit that waits.
+            # A CPU's graph is enqueued, and its memory taken, far ahead of its execution; at the
+            # limit that waits.
             limits = {mx.set_memory_limit: expected}
         before = {set_limit: set_limit(value) for set_limit, value in limits.items()}
         try:
@@ -73,7 +78,9 @@ class MLXBackend:
     @on_device
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
         def product(n: int) -> Callable[[], None]:
-            a, b = (mx.random.normal((n, n), key=mx.random.key(i)).astype(DTYPES[dtype]) for i in (0, 1))
+            a, b = (
+                mx.random.normal((n, n), key=mx.random.key(i)).astype(DTYPES[dtype]) for i in (0, 1)
+            )
             mx.eval(a, b)
             return lambda: mx.eval(a @ b)
 

@@ -24,7 +24,13 @@ from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.device import on_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.cache_choice import choose_cache
-from mlx_mla.decoding.request import CacheKind, GenerationOptions, check_draft, check_request, fit_context
+from mlx_mla.decoding.request import (
+    CacheKind,
+    GenerationOptions,
+    check_draft,
+    check_request,
+    fit_context,
+)
 from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
@@ -48,13 +54,16 @@ class WithoutCache(nn.Module):
         L = inputs.shape[1]
         ids = inputs[:, None, :, None]
         ids, _ = cache[0].update_and_fetch(ids, mx.zeros((*ids.shape[:3], 0), ids.dtype))
-        hidden = self.model.transformer(ids[:, 0, :, 0])[:, -L:]  # the head is for the new tokens alone
+        hidden = self.model.transformer(ids[:, 0, :, 0])[
+            :, -L:
+        ]  # the head is for the new tokens alone
         return self.model.transformer.wte.as_linear(hidden)
 
 
 @dataclasses.dataclass
 class Context:
-    """Tokens that were read or generated, and the cache with those of them that the model has seen."""
+    """Tokens that were read or generated, and the cache with those of them that the model has
+    seen."""
 
     tokens: list[int]
     cache: list[Any]
@@ -118,7 +127,9 @@ class MLXDecoder:
                 self._save(context, options.save_prompt_cache)
 
     @on_device
-    def batch(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+    def batch(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    ) -> Iterator[tuple[int, Piece]]:
         limits = [self.check(prompt, options) for prompt in prompts]
         alone = (options.kv_bits, options.max_kv_size, options.draft_model, options.prompt_cache)
         if self.cache == "none" or any(alone):
@@ -165,8 +176,13 @@ class MLXDecoder:
         """Refuse what the model cannot do; returns how many tokens to generate."""
         if options.kv_bits is not None:
             self._group_size()
-        if self.cache == "none" and (options.prompt_cache or options.save_prompt_cache or options.draft_model):
-            raise UserError("--prompt-cache, --save-prompt-cache and --draft-model need a cache, not --cache none")
+        if self.cache == "none" and (
+            options.prompt_cache or options.save_prompt_cache or options.draft_model
+        ):
+            raise UserError(
+                "--prompt-cache, --save-prompt-cache and --draft-model need a cache, not --cache "
+                "none"
+            )
         return check_request(prompt, options, self.vocab_size, self.n_positions)
 
     def _use(self, cache: CacheKind) -> None:
@@ -175,11 +191,19 @@ class MLXDecoder:
             self.model.materialize_cache(cache == "materialized")
 
     def _choose(self, batch: int, context: int, options: GenerationOptions) -> None:
-        """Where the choice is ours, take the cache that is faster; files and quantisation are for latents."""
+        """Where the choice is ours, take the cache that is faster; files and quantisation are for
+        latents."""
         if self.requested_cache == "auto":
-            latent = options.kv_bits or options.prompt_cache or options.save_prompt_cache or options.draft_model
+            latent = (
+                options.kv_bits
+                or options.prompt_cache
+                or options.save_prompt_cache
+                or options.draft_model
+            )
             device = "cpu" if self.device == mx.cpu else "gpu"
-            self._use("latent" if latent else choose_cache(self.config, "mlx", device, batch, context))
+            self._use(
+                "latent" if latent else choose_cache(self.config, "mlx", device, batch, context)
+            )
 
     def _new_context(self, prompt: Sequence[int], options: GenerationOptions) -> Context:
         if options.save_prompt_cache:
@@ -191,7 +215,10 @@ class MLXDecoder:
         cache, tokens = prompt_cache.load(options.prompt_cache, self.folder)
         bits = getattr(cache[0], "bits", None)
         if bits is not None and options.kv_bits not in (None, bits):
-            raise UserError(f"{options.prompt_cache}: has {bits} bits a value; leave out --kv-bits {options.kv_bits}")
+            raise UserError(
+                f"{options.prompt_cache}: has {bits} bits a value; leave out --kv-bits "
+                f"{options.kv_bits}"
+            )
         return Context([*tokens, *prompt], cache)
 
     def _save(self, context: Context, path: Path) -> None:
@@ -204,7 +231,8 @@ class MLXDecoder:
     def _tokens(
         self, context: Context, max_tokens: int, options: GenerationOptions
     ) -> Generator[tuple[int, bool], None, None]:
-        """Generated token ids, each with whether the draft model had guessed it; adds them to the context."""
+        """Generated token ids, each with whether the draft model had guessed it; adds them to the
+        context."""
         limit = options.max_kv_size or self.n_positions
         draft = self._draft_model(options, min(limit, len(context.tokens) + max_tokens))
         left = max_tokens
@@ -213,7 +241,9 @@ class MLXDecoder:
             if fitted is not context.tokens:
                 context.tokens, context.cache = fitted, make_prompt_cache(self.model)
             if not context.unseen:
-                trim_prompt_cache(context.cache, 1)  # the next token's logits come from reading the last again
+                trim_prompt_cache(
+                    context.cache, 1
+                )  # the next token's logits come from reading the last again
             n = min(left, limit - len(context.tokens))
             common = {
                 "max_tokens": n,
@@ -225,7 +255,9 @@ class MLXDecoder:
             }
             prompt = mx.array(context.unseen)
             if draft is None:
-                for token, _ in generate_step(prompt, self.model, prompt_cache=context.cache, **common):
+                for token, _ in generate_step(
+                    prompt, self.model, prompt_cache=context.cache, **common
+                ):
                     context.tokens.append(int(token))
                     yield int(token), False
             else:
@@ -256,13 +288,17 @@ class MLXDecoder:
         draft = self._draft[1]
         if draft.args.n_positions < context:
             raise UserError(
-                f"--draft-model {options.draft_model}: has n_positions={draft.args.n_positions}, and prompt and text "
-                f"together take {context}; use fewer --max-tokens, or a draft model with a longer context"
+                f"--draft-model {options.draft_model}: has n_positions={draft.args.n_positions}, "
+                "and prompt and text "
+                f"together take {context}; use fewer --max-tokens, or a draft model with a longer "
+                "context"
             )
         return draft
 
     def _sampler(self, options: GenerationOptions) -> Callable[[mx.array], mx.array]:
-        return make_sampler(temp=options.temp, top_p=options.top_p, min_p=options.min_p, top_k=options.top_k)
+        return make_sampler(
+            temp=options.temp, top_p=options.top_p, min_p=options.min_p, top_k=options.top_k
+        )
 
     def _logits_processors(self, options: GenerationOptions) -> list[Any]:
         processors = []
@@ -271,20 +307,31 @@ class MLXDecoder:
                 repetition_penalty=options.repetition_penalty,
                 repetition_context_size=options.repetition_context_size,
             )
-        # Rows that pad the vocabulary stand for no token (a draft model may have fewer or more of them).
+        # Rows that pad the vocabulary stand for no token (a draft model may have fewer or more of
+        # them).
         n = len(self.tokenizer)
         if self.vocab_size > n or options.draft_model:
-            processors.append(lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < n, logits, -mx.inf))
+            processors.append(
+                lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < n, logits, -mx.inf)
+            )
         return processors
 
     def _group_size(self) -> int:
-        """The quantiser's group of values that share a scale, which must divide the width of every layer's cache."""
+        """The quantiser's group of values that share a scale, which must divide the width of every
+        layer's cache."""
         if self.cache == "none":
             raise UserError("--kv-bits needs a cache; leave out --cache none")
         c, m = self.config, self.model
-        widths = [a.kv_lora_rank + a.qk_rope_head_dim for b in m.layers if isinstance(a := b.attn, LatentAttention)]
+        widths = [
+            a.kv_lora_rank + a.qk_rope_head_dim
+            for b in m.layers
+            if isinstance(a := b.attn, LatentAttention)
+        ]
         if not widths or self.requested_cache == "materialized":
-            widths = [c.n_embd // c.n_head + c.qk_rope_head_dim, c.v_head_dim or c.n_embd // c.n_head]
+            widths = [
+                c.n_embd // c.n_head + c.qk_rope_head_dim,
+                c.v_head_dim or c.n_embd // c.n_head,
+            ]
         for group_size in GROUP_SIZES:
             if all(width % group_size == 0 for width in widths):
                 return group_size

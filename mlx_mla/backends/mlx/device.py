@@ -25,7 +25,9 @@ S = TypeVar("S", bound=HasDevice)
 def find_device(name: str) -> mx.Device:
     """The device of a --device value; UserError if it is not there."""
     if name in ("mps", "cuda"):
-        raise UserError(f"--device {name} goes with --backend torch; for MLX's GPU use --device gpu")
+        raise UserError(
+            f"--device {name} goes with --backend torch; for MLX's GPU use --device gpu"
+        )
     has_gpu = mx.is_available(mx.gpu)
     if name == "gpu" and not has_gpu:
         raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
@@ -33,7 +35,8 @@ def find_device(name: str) -> mx.Device:
 
 
 def on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Runs a method, or every step of a generator, on `self.device`; MLX's default is then as it was."""
+    """Runs a method, or every step of a generator, on `self.device`; MLX's default is then as it
+    was."""
     if inspect.isgeneratorfunction(method):
 
         @functools.wraps(method)

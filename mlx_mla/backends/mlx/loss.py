@@ -1,4 +1,5 @@
-"""The forward pass of training in MLX: gradient checkpointing, and a loss that never holds all logits."""
+"""The forward pass of training in MLX: gradient checkpointing, and a loss that never holds all
+logits."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,12 +9,14 @@ import mlx.core as mx
 from mlx_mla.model_mlx import Block, Transformer
 
 
-def hidden_states(transformer: Transformer, ids_BL: mx.array, checkpoint_every: int = 0) -> mx.array:
+def hidden_states(
+    transformer: Transformer, ids_BL: mx.array, checkpoint_every: int = 0
+) -> mx.array:
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
-        checkpoint_every: Keep activations only between groups of so many blocks, and compute the others
-            again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
+        checkpoint_every: Keep activations only between groups of so many blocks, and compute the
+            others again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
     if not checkpoint_every:
         return transformer(ids_BL)
@@ -46,7 +49,9 @@ def _random_state() -> mx.array:
     return cast(mx.array, mx.random.state[0])  # type: ignore[index]
 
 
-def head_loss(h_NLD: mx.array, w_VD: mx.array, y_NL: mx.array, chunk: int = 0, gradient: bool = False) -> mx.array:
+def head_loss(
+    h_NLD: mx.array, w_VD: mx.array, y_NL: mx.array, chunk: int = 0, gradient: bool = False
+) -> mx.array:
     """Summed cross-entropy of the tied head, in nats, float32.
 
     Args:
@@ -54,9 +59,9 @@ def head_loss(h_NLD: mx.array, w_VD: mx.array, y_NL: mx.array, chunk: int = 0, g
         w_VD: The embedding, in the same type.
         y_NL: Targets.
         chunk: Tokens whose logits are held at a time. 0: all.
-        gradient: Whether a gradient will be asked for. It is then taken along with the loss, chunk by chunk, so
-            that no logits are kept or computed twice (as Liger Kernel's fused linear cross-entropy does,
-            arXiv:2410.10989).
+        gradient: Whether a gradient will be asked for. It is then taken along with the loss, chunk
+            by chunk, so that no logits are kept or computed twice (as Liger Kernel's fused linear
+            cross-entropy does, arXiv:2410.10989).
     """
     if not chunk or y_NL.size <= chunk:
         return _cross_entropy(h_NLD, w_VD, y_NL)
@@ -81,11 +86,14 @@ def _with_gradient(pieces: Sequence[slice]) -> Any:
     """A function of (h_ND, w_VD, y_N) that gives the summed loss and its gradients for h and w."""
 
     @mx.custom_function
-    def loss_and_gradients(h_ND: mx.array, w_VD: mx.array, y_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def loss_and_gradients(
+        h_ND: mx.array, w_VD: mx.array, y_N: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
         total, dw_VD = mx.zeros(()), mx.zeros(w_VD.shape)
         dh: list[mx.array] = []
         for piece in pieces:
-            # Without these dependencies all chunks would be begun at once, and all their logits held.
+            # Without these dependencies all chunks would be begun at once, and all their logits
+            # held.
             h = mx.depends(h_ND[piece], [total, dw_VD, *dh[-1:]])
             loss, (own, weight) = _loss_and_gradients(h, w_VD, y_N[piece])
             total, dw_VD = total + loss, dw_VD + weight

@@ -17,9 +17,9 @@ from mlx_mla.weights import is_hidden_matrix
 class Muon(optim.Muon):
     """MLX's Muon (https://kellerjordan.github.io/posts/muon) with decoupled weight decay.
 
-    MLX adds the decay to the gradient, whose size the orthogonalisation then takes away; here it shrinks the
-    weights by `learning_rate * weight_decay`, as AdamW's does (Moonlight, arXiv:2502.16982, equation 3). The
-    Newton-Schulz iteration runs in the gradient's float32.
+    MLX adds the decay to the gradient, whose size the orthogonalisation then takes away; here it
+    shrinks the weights by `learning_rate * weight_decay`, as AdamW's does (Moonlight,
+    arXiv:2502.16982, equation 3). The Newton-Schulz iteration runs in the gradient's float32.
     """
 
     def __init__(self, learning_rate: float, weight_decay: float):
@@ -32,8 +32,8 @@ class Muon(optim.Muon):
 
 
 def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
-    """AdamW with bias correction, decay on matrices only, as in GPT-2 and GPT-3 training; with --optimizer muon
-    the blocks' matrices go to Muon."""
+    """AdamW with bias correction, decay on matrices only, as in GPT-2 and GPT-3 training; with
+    --optimizer muon the blocks' matrices go to Muon."""
     adamw = partial(
         optim.AdamW,
         learning_rate=config.learning_rate,
@@ -61,8 +61,11 @@ def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, np.ndarray]:
     return {key: np.array(value) for key, _, _, value in _moments(optimizer)}
 
 
-def load_state(optimizer: optim.MultiOptimizer, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
-    """Put back what `state_tensors` gave, into an optimiser that `init` has seen; UserError if it does not fit."""
+def load_state(
+    optimizer: optim.MultiOptimizer, tensors: Mapping[str, np.ndarray], steps_done: int
+) -> None:
+    """Put back what `state_tensors` gave, into an optimiser that `init` has seen; UserError if it
+    does not fit."""
     # Written into the dictionaries that init made, so that each optimiser keeps its own tensors.
     for part in optimizer.state["states"]:
         part["step"] = mx.array(steps_done, mx.uint64)
@@ -73,7 +76,11 @@ def load_state(optimizer: optim.MultiOptimizer, tensors: Mapping[str, np.ndarray
 def _moments(optimizer: optim.MultiOptimizer) -> Iterator[tuple[str, dict, str, mx.array]]:
     """Every moment: its name on disk, its optimiser's state, the path in that, and the tensor."""
     for part in optimizer.optimizers:
-        names = {"v": "momentum_buffer"} if isinstance(part, Muon) else {"m": "exp_avg", "v": "exp_avg_sq"}
+        names = (
+            {"v": "momentum_buffer"}
+            if isinstance(part, Muon)
+            else {"m": "exp_avg", "v": "exp_avg_sq"}
+        )
         for path, value in tree_flatten(part.state):
             name, _, moment = path.rpartition(".")
             if moment in names:

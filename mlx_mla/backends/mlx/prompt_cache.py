@@ -1,4 +1,5 @@
-"""Prompt-cache files: a context that was read once, as mlx-lm keeps it on disk, and the model that it belongs to."""
+"""Prompt-cache files: a context that was read once, as mlx-lm keeps it on disk, and the model that
+it belongs to."""
 
 import copy
 import hashlib
@@ -33,9 +34,12 @@ def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) 
     for c in used:  # caches grow in steps; what is not used yet is not for the disk
         c.keys, c.values = tree_map(lambda a, end=c.offset: a[..., :end, :], (c.keys, c.values))
     about = {
-        "model": str(folder), "tokenizer_config": "{}",  # for mlx_lm.generate --prompt-cache-file
-        "fingerprint": fingerprint(folder), "shape": _shape(folder), "tokens": json.dumps(list(tokens)),
-    }  # fmt: skip
+        "model": str(folder),
+        "tokenizer_config": "{}",  # for mlx_lm.generate --prompt-cache-file
+        "fingerprint": fingerprint(folder),
+        "shape": _shape(folder),
+        "tokens": json.dumps(list(tokens)),
+    }
     unfinished = path.with_name(f".{path.stem}.tmp-{os.getpid()}.safetensors")
     try:
         save_prompt_cache(str(unfinished), used, about)
@@ -67,22 +71,28 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
     about = {key.removeprefix("0."): value for key, value in about.items() if key.startswith("0.")}
     if "fingerprint" not in about or "tokens" not in about:
-        raise UserError(f"{path}: does not say what model it is of; --save-prompt-cache writes files that do")
+        raise UserError(
+            f"{path}: does not say what model it is of; --save-prompt-cache writes files that do"
+        )
     if about["fingerprint"] != fingerprint(folder):
         raise UserError(
-            f"{path}: is of another model ({about.get('model')}: {about.get('shape')}) than {folder} "
+            f"{path}: is of another model ({about.get('model')}: {about.get('shape')}) than "
+            f"{folder} "
             f"({_shape(folder)}); read the prompt again with --save-prompt-cache"
         )
     return load_prompt_cache(str(path)), json.loads(about["tokens"])
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of a model: its settings, the headers of its weight files and 64 samples spread over each.
+    """sha256 of a model: its settings, the headers of its weight files and 64 samples spread over
+    each.
 
-    Reads a quarter of a megabyte of a file, however large it is. Other weights, another rank or another
-    quantisation give another fingerprint.
+    Reads a quarter of a megabyte of a file, however large it is. Other weights, another rank or
+    another quantisation give another fingerprint.
     """
-    digest = hashlib.sha256(json.dumps(checkpoint.read_config(folder).to_dict(), sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps(checkpoint.read_config(folder).to_dict(), sort_keys=True).encode()
+    )
     for path in sorted(folder.glob("model*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -104,7 +114,8 @@ def _shape(folder: Path) -> str:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a name that mlx-lm would change, or a folder that is not there, before anything is computed."""
+    """Refuse a name that mlx-lm would change, or a folder that is not there, before anything is
+    computed."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the name of a prompt cache must end in .safetensors")
     if not path.parent.is_dir():

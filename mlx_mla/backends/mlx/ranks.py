@@ -1,4 +1,5 @@
-"""Ranks that talk by MLX: a ring over TCP, RDMA over Thunderbolt (jaccl), MPI or NCCL; `mlx.launch` starts them."""
+"""Ranks that talk by MLX: a ring over TCP, RDMA over Thunderbolt (jaccl), MPI or NCCL; `mlx.launch`
+starts them."""
 
 import contextlib
 from collections.abc import Iterable
@@ -30,7 +31,9 @@ class MLXEngine:
         self.rank, self.size = self.group.rank(), self.group.size()
 
     def all_gather(self, block: np.ndarray) -> np.ndarray:
-        return _numpy(mx.distributed.all_gather(mx.array(block), group=self.group)).reshape(self.size, -1)
+        return _numpy(mx.distributed.all_gather(mx.array(block), group=self.group)).reshape(
+            self.size, -1
+        )
 
     def broadcast(self, tensor: np.ndarray) -> np.ndarray:
         # MLX has no broadcast; a sum with zeros is one.
@@ -41,17 +44,20 @@ class MLXEngine:
         return GradientAverage(self.group)
 
     def is_loss(self, error: BaseException) -> bool:
-        return isinstance(error, RuntimeError) and str(error).startswith(("[ring]", "[jaccl]", "[mpi]", "[nccl]"))
+        return isinstance(error, RuntimeError) and str(error).startswith(
+            ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
+        )
 
     def close(self) -> None:
         """MLX ends its engine with the process."""
 
 
 class GradientAverage:
-    """See `mlx_mla.world.GradientAverage`; lazily, in reductions of at least 32 MiB, if there is so much.
+    """See `mlx_mla.world.GradientAverage`; lazily, in reductions of at least 32 MiB, if there is so
+    much.
 
-    Nothing waits here, so MLX starts each reduction, on its communication stream, as soon as the backward pass
-    has made the gradients in it.
+    Nothing waits here, so MLX starts each reduction, on its communication stream, as soon as the
+    backward pass has made the gradients in it.
     """
 
     def __init__(self, group: mx.distributed.Group):
@@ -65,6 +71,7 @@ class GradientAverage:
 
 
 def _numpy(array: mx.array) -> np.ndarray:
-    # eval raises when a rank has been lost; np.array alone would give what happened to be in memory (mlx 0.32.4).
+    # eval raises when a rank has been lost; np.array alone would give what happened to be in memory
+    # (mlx 0.32.4).
     mx.eval(array)
     return np.array(array)

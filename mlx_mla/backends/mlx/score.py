@@ -37,7 +37,8 @@ class MLXScorer:
             self.model.transformer(mx.array(prefix), shared)
             for one, many in zip(shared, cache):
                 repeated = (
-                    mx.repeat(a[..., : one.offset, :], len(ids) // len(prefix), 0) for a in (one.keys, one.values)
+                    mx.repeat(a[..., : one.offset, :], len(ids) // len(prefix), 0)
+                    for a in (one.keys, one.values)
                 )
                 many.update_and_fetch(*repeated)
         hidden = self.model.transformer(mx.array(ids), cache)
@@ -46,9 +47,13 @@ class MLXScorer:
         logprobs, greedy = [], []
         for i in range(0, len(where), HEAD_POSITIONS):
             own = slice(i, i + HEAD_POSITIONS)
-            logits = self.model.transformer.wte.as_linear(hidden[own])[:, : len(self.tokenizer)].astype(mx.float32)
+            logits = self.model.transformer.wte.as_linear(hidden[own])[
+                :, : len(self.tokenizer)
+            ].astype(mx.float32)
             target = mx.array(targets[own])
-            chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+            chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - mx.logsumexp(
+                logits, axis=-1
+            )
             best = mx.argmax(logits, axis=-1) == target
             mx.eval(chosen, best)
             logprobs.append(np.array(chosen))

@@ -53,13 +53,18 @@ class MLXTrainSession:
         self._dtype = DTYPES[config.dtype]
         self._teacher: Model | None = None
         if teacher is not None:
-            self._teacher, self._vocabulary = build_model(teacher.config, teacher.weights), teacher.vocabulary
+            self._teacher, self._vocabulary = (
+                build_model(teacher.config, teacher.weights),
+                teacher.vocabulary,
+            )
             self._teacher.set_dtype(self._dtype)
         # Everything the compiled functions read or change beside their arguments.
         state = [self.model.state, self.optimizer.state, mx.random.state]
         jit = partial(mx.compile, inputs=state, outputs=state) if config.compile else lambda f: f
         frozen = [] if self._teacher is None else [self._teacher.state]
-        grad_jit = partial(mx.compile, inputs=state + frozen, outputs=state) if config.compile else jit
+        grad_jit = (
+            partial(mx.compile, inputs=state + frozen, outputs=state) if config.compile else jit
+        )
         self._grad_step = grad_jit(self._loss_and_grad)
         self._apply_step = jit(self._clip_and_update)
         self._add = mx.compile(_tree_add) if config.compile else _tree_add
@@ -78,8 +83,8 @@ class MLXTrainSession:
             total, grads = total + loss, self._add(grads, new)
         grads = self._average.mean(grads)  # lazy: part of the last pass's graph
         optim.set_learning_rate(self.optimizer, self.config, learning_rate)
-        # Evaluated from the updated weights, the graph would be walked in another order than the backward pass's,
-        # and hold a quarter more with gradient checkpointing.
+        # Evaluated from the updated weights, the graph would be walked in another order than the
+        # backward pass's, and hold a quarter more with gradient checkpointing.
         mx.eval(total, grads)
         norm = self._apply_step(grads, mx.array(1.0 / len(batches)))
         del grads  # so that each can go once it is used
@@ -104,7 +109,10 @@ class MLXTrainSession:
         self.model.eval()
         mx.random.seed(seed)
         steps = generate_step(
-            mx.array(list(prompt)), self.model, max_tokens=max_tokens, sampler=make_sampler(temp=temp)
+            mx.array(list(prompt)),
+            self.model,
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp=temp),
         )
         return [int(token) for token, _ in steps]
 
@@ -130,7 +138,9 @@ class MLXTrainSession:
         assert weight is not None and temperature is not None
         logits = self.model.transformer.wte.as_linear(self._hidden(x)).astype(mx.float32)
         ids = slice(self._vocabulary)
-        divergence = distillation_divergence(logits[..., ids], taught[..., ids].astype(mx.float32), temperature)
+        divergence = distillation_divergence(
+            logits[..., ids], taught[..., ids].astype(mx.float32), temperature
+        )
         return (1 - weight) * mx.fast.cross_entropy(logits, y).mean() + weight * divergence
 
     def _loss_and_grad(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict]:
@@ -171,7 +181,10 @@ def distillation_divergence(student: mx.array, teacher: mx.array, temperature: f
         student: Logits, (..., V) float32.
         teacher: The same.
     """
-    log_q, log_p = (z - mx.logsumexp(z, -1, keepdims=True) for z in (student / temperature, teacher / temperature))
+    log_q, log_p = (
+        z - mx.logsumexp(z, -1, keepdims=True)
+        for z in (student / temperature, teacher / temperature)
+    )
     return temperature**2 * (mx.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
 

@@ -39,7 +39,9 @@ class TorchBackend:
     def memory_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[1]
-        return torch.mps.recommended_max_memory() if self.device.type == "mps" else physical_memory()
+        return (
+            torch.mps.recommended_max_memory() if self.device.type == "mps" else physical_memory()
+        )
 
     @property
     def fused_attention(self) -> bool:
@@ -51,7 +53,11 @@ class TorchBackend:
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
         def product(n: int) -> Callable[[], None]:
             random = torch.Generator(self.device).manual_seed(0)
-            like: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, dtype), "generator": random}
+            like: dict[str, Any] = {
+                "device": self.device,
+                "dtype": getattr(torch, dtype),
+                "generator": random,
+            }
             a, b = (torch.randn(n, n, **like) for _ in range(2))
 
             def multiply() -> None:

@@ -20,7 +20,8 @@ from mlx_mla.errors import UserError
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's cache that grows by 256 tokens at a time, as mlx-lm's; transformers' own is copied at every step."""
+    """A layer's cache that grows by 256 tokens at a time, as mlx-lm's; transformers' own is copied
+    at every step."""
 
     step = 256
 
@@ -55,8 +56,8 @@ class TorchDecoder:
     """See `mlx_mla.backends.contract.Decoder`.
 
     Args:
-        folder: A model folder of this project. The model file in it is not executed: the package's own
-            is the same model.
+        folder: A model folder of this project. The model file in it is not executed: the package's
+            own is the same model.
         cache: What to keep between tokens.
         device: Where to run.
 
@@ -69,7 +70,8 @@ class TorchDecoder:
         self.model = load(folder, device)
         self.device, self.config, self.requested_cache = device, config, cache
         self._use("latent" if cache == "auto" else cache)
-        # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never grows.
+        # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never
+        # grows.
         self.fixed_shapes = device.type == "mps"
         self.tokenizer = checkpoint.read_tokenizer(folder)
         assert config.vocab_size
@@ -79,7 +81,9 @@ class TorchDecoder:
         for _, piece in self._decode([prompt], options):
             yield piece
 
-    def batch(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+    def batch(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    ) -> Iterator[tuple[int, Piece]]:
         if options.max_kv_size or self.cache == "none":
             # Rows would reach the limit at different times, so the prompts take turns.
             for i, prompt in enumerate(prompts):
@@ -92,10 +96,14 @@ class TorchDecoder:
         self.cache = cache
         self.model.materialize_cache(cache == "materialized")
 
-    def _decode(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Iterator[tuple[int, Piece]]:
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    ) -> Iterator[tuple[int, Piece]]:
         for name in ("kv_bits", "prompt_cache", "save_prompt_cache", "draft_model"):
             if getattr(options, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} is mlx-lm's; use --backend mlx, or leave it out")
+                raise UserError(
+                    f"--{name.replace('_', '-')} is mlx-lm's; use --backend mlx, or leave it out"
+                )
         limits = [check_request(p, options, self.vocab_size, self.n_positions) for p in prompts]
         if self.requested_cache == "auto":
             context = max(len(p) + n for p, n in zip(prompts, limits))
@@ -111,7 +119,15 @@ class TorchDecoder:
                     reason = "length"
                 if reason:
                     unfinished.discard(i)
-                yield i, Piece(writers[i].take(final=reason == "length"), [tokens[i]], meters[i].figures(), reason)
+                yield (
+                    i,
+                    Piece(
+                        writers[i].take(final=reason == "length"),
+                        [tokens[i]],
+                        meters[i].figures(),
+                        reason,
+                    ),
+                )
             if not unfinished:
                 return
 
@@ -134,12 +150,17 @@ class TorchDecoder:
             cache = self._new_cache()
             for _ in range(min(max_tokens - done, room)):
                 with torch.inference_mode():
-                    # Rows that are finished may run past the position table; their tokens are not used.
+                    # Rows that are finished may run past the position table; their tokens are not
+                    # used.
                     positions = (columns[None] - padding[:, None]).clamp(0, self.n_positions - 1)
-                    keys = torch.arange(self.n_positions if self.fixed_shapes else end, device=self.device)
+                    keys = torch.arange(
+                        self.n_positions if self.fixed_shapes else end, device=self.device
+                    )
                     logits = self.model(
                         ids,
-                        attention_mask=(keys[None] >= padding[:, None]).long() if len(prompts) > 1 else None,
+                        attention_mask=(keys[None] >= padding[:, None]).long()
+                        if len(prompts) > 1
+                        else None,
                         position_ids=positions,
                         past_key_values=cache,
                         use_cache=cache is not None,
@@ -172,10 +193,15 @@ class TorchDecoder:
         options: GenerationOptions,
         random: torch.Generator,
     ) -> torch.Tensor:
-        logits[:, len(self.tokenizer) :] = -torch.inf  # rows that pad the vocabulary stand for no token
+        logits[
+            :, len(self.tokenizer) :
+        ] = -torch.inf  # rows that pad the vocabulary stand for no token
         if options.repetition_penalty != 1.0:
             penalty = logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
-            recent = [torch.tensor([c[-options.repetition_context_size :]], device=self.device) for c in contexts]
+            recent = [
+                torch.tensor([c[-options.repetition_context_size :]], device=self.device)
+                for c in contexts
+            ]
             logits = torch.cat([penalty(r, row[None]) for r, row in zip(recent, logits)])
         if options.temp == 0:
             return logits.argmax(-1)
@@ -183,7 +209,8 @@ class TorchDecoder:
         return torch.multinomial(scores.softmax(-1), 1, generator=random)[:, 0]
 
     def _processors(self, options: GenerationOptions) -> LogitsProcessorList:
-        """The sampling options in mlx-lm's order: filters on the model's own distribution, temperature last."""
+        """The sampling options in mlx-lm's order: filters on the model's own distribution,
+        temperature last."""
         chain = LogitsProcessorList()
         if 0 < options.top_p < 1:
             chain.append(logits_process.TopPLogitsWarper(options.top_p))
@@ -199,4 +226,6 @@ class TorchDecoder:
 def _cache_bytes(cache: Any) -> int:
     if cache is None:
         return 0
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )

@@ -10,19 +10,26 @@ from mlx_mla.errors import UserError
 
 def find_device(name: str) -> torch.device:
     """The device of a --device value; UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     found = [device for device, is_there in there.items() if is_there]
     if name == "auto":
         return torch.device(found[0])
     if name == "gpu" and len(found) > 1:
         return torch.device(found[0])
     if name not in found:
-        raise UserError(f"--device {name}: PyTorch has {', '.join(found)} here; use one of these, or auto")
+        raise UserError(
+            f"--device {name}: PyTorch has {', '.join(found)} here; use one of these, or auto"
+        )
     return torch.device(name)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes held: by PyTorch's allocator on CUDA; on MPS what its driver holds now; else the process's peak."""
+    """Most bytes held: by PyTorch's allocator on CUDA; on MPS what its driver holds now; else the
+    process's peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

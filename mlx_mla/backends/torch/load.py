@@ -12,17 +12,25 @@ from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
 
-def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray], device: torch.device) -> MLAGPT2LMHeadModel:
+def build_model(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], device: torch.device
+) -> MLAGPT2LMHeadModel:
     """A model with the given float32 weights, in evaluation mode."""
     model = MLAGPT2LMHeadModel(MLAGPT2Config(**config.to_dict()))
-    missing, unexpected = model.load_state_dict({k: torch.tensor(w) for k, w in weights.items()}, strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)  # the head is tied
+    missing, unexpected = model.load_state_dict(
+        {k: torch.tensor(w) for k, w in weights.items()}, strict=False
+    )
+    assert missing == ["lm_head.weight"] and not unexpected, (
+        missing,
+        unexpected,
+    )  # the head is tied
     model.tie_weights()
     return model.to(device).eval()
 
 
 def load(folder: Path, device: torch.device) -> MLAGPT2LMHeadModel:
-    """The package's own model with a folder's weights, float32; UserError if PyTorch cannot read it."""
+    """The package's own model with a folder's weights, float32; UserError if PyTorch cannot read
+    it."""
     config = checkpoint.read_config(folder)
     if checkpoint.is_quantized(folder):
         raise UserError(f"{folder}: quantised by mlx-lm, which only MLX reads; use --backend mlx")

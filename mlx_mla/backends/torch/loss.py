@@ -1,4 +1,5 @@
-"""The forward pass of training in PyTorch: gradient checkpointing, and a loss that never holds all logits."""
+"""The forward pass of training in PyTorch: gradient checkpointing, and a loss that never holds all
+logits."""
 
 from typing import Any
 
@@ -9,12 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from mlx_mla.model_torch import MLAGPT2Model, rotation_of
 
 
-def hidden_states(transformer: MLAGPT2Model, ids_BL: torch.Tensor, checkpoint_every: int = 0) -> torch.Tensor:
+def hidden_states(
+    transformer: MLAGPT2Model, ids_BL: torch.Tensor, checkpoint_every: int = 0
+) -> torch.Tensor:
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
-        checkpoint_every: Keep activations only between groups of so many blocks, and compute the others
-            again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
+        checkpoint_every: Keep activations only between groups of so many blocks, and compute the
+            others again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
     if not checkpoint_every:
         h: torch.Tensor = transformer(ids_BL)[0]
@@ -39,37 +42,44 @@ def hidden_states(transformer: MLAGPT2Model, ids_BL: torch.Tensor, checkpoint_ev
     return last
 
 
-def head_loss(h_BLD: torch.Tensor, w_VD: torch.Tensor, y_N: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+def head_loss(
+    h_BLD: torch.Tensor, w_VD: torch.Tensor, y_N: torch.Tensor, chunk: int = 0
+) -> torch.Tensor:
     """Summed cross-entropy of the tied head, in nats, float32.
 
     Args:
         h_BLD: Hidden states.
         w_VD: The embedding.
         y_N: Targets, N = B L.
-        chunk: Tokens whose logits are held at a time. The gradient is taken along with the loss, chunk by chunk, so
-            that no logits are kept or computed twice (as Liger Kernel's fused linear cross-entropy does,
-            arXiv:2410.10989). 0: all.
+        chunk: Tokens whose logits are held at a time. The gradient is taken along with the loss,
+            chunk by chunk, so that no logits are kept or computed twice (as Liger Kernel's fused
+            linear cross-entropy does, arXiv:2410.10989). 0: all.
     """
     h_ND = h_BLD.flatten(0, 1)
     if not chunk or len(y_N) <= chunk:
         return F.cross_entropy(F.linear(h_ND, w_VD).float(), y_N, reduction="sum")
     if not torch.is_grad_enabled():
         pieces = zip(h_ND.split(chunk), y_N.split(chunk))
-        return torch.stack([F.cross_entropy(F.linear(h, w_VD).float(), y, reduction="sum") for h, y in pieces]).sum()
+        return torch.stack(
+            [F.cross_entropy(F.linear(h, w_VD).float(), y, reduction="sum") for h, y in pieces]
+        ).sum()
     total: torch.Tensor = _ChunkedLoss.apply(h_ND, w_VD, y_N, chunk)
     return total
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: torch.Tensor, w_VD: torch.Tensor, y_N: torch.Tensor, chunk: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, h_ND: torch.Tensor, w_VD: torch.Tensor, y_N: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
         total = torch.zeros((), device=h_ND.device)
         dh_ND, dw_VD = torch.empty_like(h_ND), torch.zeros_like(w_VD, dtype=torch.float32)
         for h, y, dh in zip(h_ND.split(chunk), y_N.split(chunk), dh_ND.split(chunk)):
             logits = F.linear(h, w_VD)
             log_p = torch.log_softmax(logits.float(), -1)
             total += F.nll_loss(log_p, y, reduction="sum")
-            # d loss / d logits = softmax - one-hot, in the type of the product that it goes back through.
+            # d loss / d logits = softmax - one-hot, in the type of the product that it goes back
+            # through.
             d = log_p.exp_()
             d[torch.arange(len(y), device=y.device), y] -= 1
             d = d.to(logits.dtype)

@@ -17,9 +17,11 @@ if hasattr(torch.optim, "Muon"):  # PyTorch 2.9
 
 
 class Optimizers:
-    """AdamW with decay on matrices only; with --optimizer muon the blocks' matrices go to PyTorch's Muon.
+    """AdamW with decay on matrices only; with --optimizer muon the blocks' matrices go to PyTorch's
+    Muon.
 
-    PyTorch's Muon decays weights decoupled and iterates in bfloat16, for which its polynomial was made.
+    PyTorch's Muon decays weights decoupled and iterates in bfloat16, for which its polynomial was
+    made.
 
     Args:
         parameters: By name.
@@ -35,7 +37,10 @@ class Optimizers:
         matrices = [p for p in parameters.values() if p.ndim >= 2 and p not in taken]
         others = [p for p in parameters.values() if p.ndim < 2]
         self._adamw = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.adam_epsilon,
@@ -44,7 +49,9 @@ class Optimizers:
         self._all: list[Any] = [self._adamw]
         if hidden:
             assert config.muon_learning_rate
-            self._all.append(torch.optim.Muon(hidden, config.muon_learning_rate, config.weight_decay))
+            self._all.append(
+                torch.optim.Muon(hidden, config.muon_learning_rate, config.weight_decay)
+            )
 
     def step(self, rate: float) -> None:
         """Take a step at AdamW's rate; Muon's follows the same schedule. Gradients are cleared."""
@@ -72,7 +79,9 @@ class Optimizers:
                 state[moment] = torch.tensor(stored, device=p.device)
             if optimizer is self._adamw:
                 # Fused AdamW keeps its count on the device.
-                state["step"] = torch.tensor(float(steps_done), device=p.device if p.device.type == "cuda" else None)
+                state["step"] = torch.tensor(
+                    float(steps_done), device=p.device if p.device.type == "cuda" else None
+                )
             optimizer.state[p] = state
 
     def _owned(self) -> list[tuple[Any, torch.nn.Parameter]]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from mlx_mla.errors import UserError
 
 ENGINES = ("gloo", "nccl")
-# A rank may wait for rank 0 while that scores tasks or saves; a rank that dies is noticed by its closed connection.
+# A rank may wait for rank 0 while that scores tasks or saves; a rank that dies is noticed by its
+# closed connection.
 PATIENCE = datetime.timedelta(hours=2)
 BUCKET_BYTES = 32 * 2**20
 
@@ -59,7 +60,10 @@ class TorchEngine:
         # gloo throws plain RuntimeErrors that name its source file or a connection.
         text = str(error).lower()
         return isinstance(error, RuntimeError) and (
-            isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text or "connection" in text
+            isinstance(error, dist.DistError)
+            or "gloo" in text
+            or "nccl" in text
+            or "connection" in text
         )
 
     def close(self) -> None:
@@ -68,10 +72,11 @@ class TorchEngine:
 
 
 class GradientAverage:
-    """See `mlx_mla.world.GradientAverage`; sends gradients while the backward pass that completes them still runs.
+    """See `mlx_mla.world.GradientAverage`; sends gradients while the backward pass that completes
+    them still runs.
 
-    DistributedDataParallel does the same for models whose `forward` is called once a pass. Hooks on the parameters do
-    not care how the loss was computed from them.
+    DistributedDataParallel does the same for models whose `forward` is called once a pass. Hooks on
+    the parameters do not care how the loss was computed from them.
 
     Args:
         parameters: Those of the model, in the same order on every rank.

@@ -35,7 +35,9 @@ class TorchScorer:
             cache = DynamicCache()
             self.model.transformer(_ids(prefix, device), past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(ids) // len(prefix))
-        hidden, _ = self.model.transformer(_ids(ids, device), past_key_values=cache, use_cache=cache is not None)
+        hidden, _ = self.model.transformer(
+            _ids(ids, device), past_key_values=cache, use_cache=cache is not None
+        )
         self.model.materialize_cache(False)
         hidden = hidden.flatten(0, 1)[_ids(where, device)]
         target = _ids(targets, device)

@@ -22,8 +22,8 @@ from mlx_mla.world import SOLO, World
 class TorchTrainSession:
     """See `mlx_mla.backends.contract.TrainSession`.
 
-    Weights, gradients and optimiser state are float32; bfloat16 runs the forward pass under autocast.
-    On CUDA the forward pass is compiled and AdamW fused; elsewhere both run as they are.
+    Weights, gradients and optimiser state are float32; bfloat16 runs the forward pass under
+    autocast. On CUDA the forward pass is compiled and AdamW fused; elsewhere both run as they are.
     """
 
     def __init__(
@@ -38,14 +38,19 @@ class TorchTrainSession:
         self.model = build_model(config.model, start.weights, device)
         self._teacher: Any = None
         if teacher is not None:
-            self._teacher, self._vocabulary = build_model(teacher.config, teacher.weights, device), teacher.vocabulary
+            self._teacher, self._vocabulary = (
+                build_model(teacher.config, teacher.weights, device),
+                teacher.vocabulary,
+            )
         self.parameters = dict(self.model.named_parameters())
         self._average = world.gradient_average(self.parameters.values())
         self.optimizers = Optimizers(config, self.parameters)
         if start.optimizer_state is not None:
             self.optimizers.load_state(start.optimizer_state, start.step)
         on_cuda = device.type == "cuda"
-        self._hidden: Any = torch.compile(hidden_states) if on_cuda and config.compile else hidden_states
+        self._hidden: Any = (
+            torch.compile(hidden_states) if on_cuda and config.compile else hidden_states
+        )
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -81,7 +86,9 @@ class TorchTrainSession:
         torch.manual_seed(seed)
         ids = torch.tensor([list(prompt)], device=self.device)
         sampling: dict[str, Any] = {"do_sample": temp > 0, "temperature": temp or None, "top_k": 0}
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, **sampling)
+        out = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, **sampling
+        )
         return out[0, len(prompt) :].tolist()
 
     def peak_memory_bytes(self) -> int:
@@ -98,7 +105,12 @@ class TorchTrainSession:
         weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
         assert weight is not None and temperature is not None
         with torch.no_grad(), self._autocast():
-            taught = self._teacher(x, use_cache=False).logits[..., : self._vocabulary].float().flatten(0, 1)
+            taught = (
+                self._teacher(x, use_cache=False)
+                .logits[..., : self._vocabulary]
+                .float()
+                .flatten(0, 1)
+            )
         with self._autocast():
             logits = self.model.lm_head(self._last_hidden(x)).float().flatten(0, 1)
         divergence = distillation_divergence(logits[:, : self._vocabulary], taught, temperature)
@@ -107,7 +119,9 @@ class TorchTrainSession:
     def _cross_entropy(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Summed over all tokens."""
         with self._autocast():
-            return head_loss(self._last_hidden(x), self.model.lm_head.weight, y, self.config.loss_chunk or 0)
+            return head_loss(
+                self._last_hidden(x), self.model.lm_head.weight, y, self.config.loss_chunk or 0
+            )
 
     def _last_hidden(self, x: torch.Tensor) -> torch.Tensor:
         every = self.config.checkpoint_every if self.model.training else 0
@@ -116,7 +130,11 @@ class TorchTrainSession:
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         bfloat16 = self.config.dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if bfloat16
+            else contextlib.nullcontext()
+        )
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (B, L) and targets (B * L,) on the device."""
@@ -124,7 +142,9 @@ class TorchTrainSession:
         return x, y.flatten()
 
 
-def distillation_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def distillation_divergence(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, nats.
 
     Args:

@@ -31,7 +31,8 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One quantity of every item: its share of a sum, and of the count that the sum is divided by."""
+    """One quantity of every item: its share of a sum, and of the count that the sum is divided
+    by."""
 
     name: str
     amounts: np.ndarray
@@ -46,15 +47,24 @@ class Measured:
     def metric(self) -> "Metric":
         """The value with its standard error, items being the independent draws.
 
-        The error is that of a ratio of sums (for equal weights the usual sample standard error), and for a
-        perplexity the delta method's: perplexity times the error of its logarithm.
+        The error is that of a ratio of sums (for equal weights the usual sample standard error),
+        and for a perplexity the delta method's: perplexity times the error of its logarithm.
         """
         ratio = self.amounts.sum() / self.weights.sum()
         error = _ratio_error(self.amounts - ratio * self.weights, self.weights)
         if self.perplexity:
             value = _exp(ratio)
-            return Metric(self.name, value, value * error, len(self.amounts), float(self.weights.sum()), self.unit)
-        return Metric(self.name, float(ratio), error, len(self.amounts), float(self.weights.sum()), self.unit)
+            return Metric(
+                self.name,
+                value,
+                value * error,
+                len(self.amounts),
+                float(self.weights.sum()),
+                self.unit,
+            )
+        return Metric(
+            self.name, float(ratio), error, len(self.amounts), float(self.weights.sum()), self.unit
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +99,8 @@ class Comparison:
 
 
 def compare(first: Measured, second: Measured) -> Comparison | None:
-    """Paired comparison; None where the two were not measured on the same items in the same units."""
+    """Paired comparison; None where the two were not measured on the same items in the same
+    units."""
     if len(first.amounts) != len(second.amounts) or len(first.amounts) < 2:
         return None
     if not np.array_equal(first.weights, second.weights):
@@ -121,13 +132,17 @@ class Task:
         """Read the same from the hub through `datasets`, which keeps what it has downloaded."""
         raise NotImplementedError
 
-    def sample(self, documents: Sequence[Any], limit: int, random: np.random.Generator) -> list[Any]:
+    def sample(
+        self, documents: Sequence[Any], limit: int, random: np.random.Generator
+    ) -> list[Any]:
         """`limit` documents at random, in their order."""
         if limit >= len(documents):
             return list(documents)
         return [documents[i] for i in sorted(random.choice(len(documents), limit, replace=False))]
 
-    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
+    def requests(
+        self, documents: Sequence[Any], protocol: Definition, context: Context
+    ) -> list[list[Request]]:
         """The requests of every document, in one list a document."""
         raise NotImplementedError
 

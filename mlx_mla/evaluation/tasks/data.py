@@ -21,7 +21,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); the data folder must hold this file") from None
+        raise UserError(
+            f"{path}: cannot be read ({e.strerror}); the data folder must hold this file"
+        ) from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: byte {e.start} is not UTF-8; fetch the file again") from None
 
@@ -55,7 +57,10 @@ def unpublished(path: Path) -> str | None:
     known = SHA256.get(path.name)
     if known is None or hashlib.sha256(path.read_bytes()).hexdigest() == known:
         return None
-    return f"{path}: not the published file (its sha256 differs), so scores are not comparable with others'"
+    return (
+        f"{path}: not the published file (its sha256 differs), "
+        "so scores are not comparable with others'"
+    )
 
 
 def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
@@ -67,6 +72,7 @@ def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
     except Exception as e:  # datasets passes on whatever its transports raise
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"dataset {name} cannot be loaded from the hub ({reason:.120}); put {where} into a folder and give "
+            f"dataset {name} cannot be loaded from the hub ({reason:.120}); put {where} into a "
+            "folder and give "
             "it as --data-dir (--eval-data-dir in training), or check the network"
         ) from None

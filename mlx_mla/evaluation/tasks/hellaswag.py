@@ -1,9 +1,9 @@
 """HellaSwag (Zellers et al. 2019), validation split: which of four endings is right.
 
 standard: lm-evaluation-harness's `hellaswag`: `acc` takes the ending of the largest summed
-log-probability, `acc_norm` of the largest one divided by the characters of the ending, on preprocessed
-text; beside it the completion style of build-nanogpt, on the raw context: `completion_acc` (sum) and
-`completion_acc_norm` (mean by token).
+log-probability, `acc_norm` of the largest one divided by the characters of the ending, on
+preprocessed text; beside it the completion style of build-nanogpt, on the raw context:
+`completion_acc` (sum) and `completion_acc_norm` (mean by token).
 
 original: the completion style alone, as `acc` and `acc_norm`.
 """
@@ -24,9 +24,13 @@ class HellaSwag(Task):
 
     name = "hellaswag"
     hub = "Rowan/hellaswag"
-    files = {"standard": "hellaswag/hellaswag_val.jsonl", "original": "hellaswag/hellaswag_val.jsonl"}  # noqa: RUF012
+    files = {  # noqa: RUF012
+        "standard": "hellaswag/hellaswag_val.jsonl",
+        "original": "hellaswag/hellaswag_val.jsonl",
+    }
     why_not_standard = (
-        "hellaswag: the raw context and endings without the activity's name and the cleaning of WikiHow's "
+        "hellaswag: the raw context and endings without the activity's name and the cleaning of "
+        "WikiHow's "
         "brackets, and endings normalised by tokens, not characters"
     )
 
@@ -35,19 +39,27 @@ class HellaSwag(Task):
 
     def documents_from_hub(self, protocol: Definition) -> list[Any]:
         rows = load_hub(self.hub, None, "validation", self.files[protocol])
-        return _checked([(f"{self.hub}, row {i}", dict(row)) for i, row in enumerate(rows)], self.hub)
+        return _checked(
+            [(f"{self.hub}, row {i}", dict(row)) for i, row in enumerate(rows)], self.hub
+        )
 
-    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
+    def requests(
+        self, documents: Sequence[Any], protocol: Definition, context: Context
+    ) -> list[list[Request]]:
         requests = []
         for row in documents:
             head = tuple(context.encode(row["ctx"])) or (context.end_of_text,)
-            completion = Request(head, tuple(tuple(context.encode(" " + e)) for e in row["endings"]))
+            completion = Request(
+                head, tuple(tuple(context.encode(" " + e)) for e in row["endings"])
+            )
             if protocol == "original":
                 requests.append([completion])
                 continue
             query = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
             endings = [" " + clean(e) for e in row["endings"]]
-            requests.append([encode_choices(context.encode, context.end_of_text, query, endings), completion])
+            requests.append(
+                [encode_choices(context.encode, context.end_of_text, query, endings), completion]
+            )
         return requests
 
     def measure(
@@ -63,14 +75,20 @@ class HellaSwag(Task):
             accuracy(f"{completion}acc_norm", _equal(by_token, labels)),
         ]
         if protocol == "standard":
-            by_character = [_best(s[0], [len(clean(e)) for e in d["endings"]]) for d, s in zip(documents, scores)]
-            measured.insert(0, accuracy("acc", _equal([_best(own[0], [1] * 4) for own in scores], labels)))
+            by_character = [
+                _best(s[0], [len(clean(e)) for e in d["endings"]])
+                for d, s in zip(documents, scores)
+            ]
+            measured.insert(
+                0, accuracy("acc", _equal([_best(own[0], [1] * 4) for own in scores], labels))
+            )
             measured.insert(1, accuracy("acc_norm", _equal(by_character, labels)))
         return measured
 
 
 def clean(text: str) -> str:
-    """lm-evaluation-harness's preprocessing: WikiHow's [title] becomes a stop, other brackets go."""
+    """lm-evaluation-harness's preprocessing: WikiHow's [title] becomes a stop, other brackets
+    go."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -89,7 +107,10 @@ def _checked(rows: list[tuple[str, dict[str, Any]]], source: str) -> list[dict[s
         raise UserError(f"{source}: has no examples")
     checked = []
     for where, row in rows:
-        texts = {name: field(row, name, str, where) for name in ("activity_label", "ctx_a", "ctx_b", "ctx")}
+        texts = {
+            name: field(row, name, str, where)
+            for name in ("activity_label", "ctx_a", "ctx_b", "ctx")
+        }
         endings = field(row, "endings", list, where)
         if len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
             raise UserError(f"{where}: field 'endings' must be four texts")

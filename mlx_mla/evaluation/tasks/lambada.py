@@ -1,6 +1,7 @@
 """LAMBADA (Paperno et al. 2016, OpenAI's formatting): the last word of a passage.
 
-standard: lm-evaluation-harness's `lambada_openai`: all tokens of the last word; `acc` counts passages where
+standard: lm-evaluation-harness's `lambada_openai`: all tokens of the last word; `acc` counts
+    passages where
 each is the likeliest, `ppl` is exp of the mean negative log-probability of the word.
 
 original: the last BPE token alone.
@@ -25,22 +26,31 @@ class Lambada(Task):
     hub = "EleutherAI/lambada_openai"
     files = {"standard": "lambada/lambada_test.jsonl", "original": "lambada/lambada_test.jsonl"}  # noqa: RUF012
     why_not_standard = (
-        "lambada: only the last BPE token is predicted, given the beginning of its word where the word has several"
+        "lambada: only the last BPE token is predicted, "
+        "given the beginning of its word where the word has several"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
-        return _checked([(where, field(row, "text", str, where)) for where, row in read_jsonl(path)], str(path))
+        return _checked(
+            [(where, field(row, "text", str, where)) for where, row in read_jsonl(path)], str(path)
+        )
 
     def documents_from_hub(self, protocol: Definition) -> list[Any]:
         rows = load_hub(self.hub, "default", "test", self.files[protocol])
-        return _checked([(f"{self.hub}, row {i}", text) for i, text in enumerate(rows["text"])], self.hub)
+        return _checked(
+            [(f"{self.hub}, row {i}", text) for i, text in enumerate(rows["text"])], self.hub
+        )
 
-    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
+    def requests(
+        self, documents: Sequence[Any], protocol: Definition, context: Context
+    ) -> list[list[Request]]:
         requests = []
         for text in documents:
             if protocol == "standard":
                 before, _, word = text.rpartition(" ")
-                requests.append([encode_pair(context.encode, context.end_of_text, before, " " + word)])
+                requests.append(
+                    [encode_pair(context.encode, context.end_of_text, before, " " + word)]
+                )
             else:
                 ids = context.encode(text)
                 requests.append([Request(tuple(ids[:-1]), ((ids[-1],),))] if len(ids) > 1 else [])
@@ -53,7 +63,9 @@ class Lambada(Task):
         flat = [s for own in scores for s in own]
         nll = np.array([-s.logprob[0] for s in flat])
         return [
-            Measured("ppl", nll, np.ones(len(flat)), True, "word" if protocol == "standard" else "token"),
+            Measured(
+                "ppl", nll, np.ones(len(flat)), True, "word" if protocol == "standard" else "token"
+            ),
             accuracy("acc", [s.greedy[0] for s in flat]),
         ]
 
@@ -63,5 +75,7 @@ def _checked(texts: list[tuple[str, str]], source: str) -> list[str]:
         raise UserError(f"{source}: has no passages")
     for where, text in texts:
         if " " not in text.strip() or text != text.rstrip():
-            raise UserError(f"{where}: field 'text' must be several words without a blank at the end")
+            raise UserError(
+                f"{where}: field 'text' must be several words without a blank at the end"
+            )
     return [text for _, text in texts]

@@ -1,12 +1,15 @@
 """WikiText-2 (Merity et al. 2016, raw): perplexity.
 
-standard: `token_ppl` reads the test text, rows joined by a blank line, in windows of 1024 tokens without
-overlap, and `token_ppl_stride512` in windows that start 512 tokens apart, scoring only what the window
-before did not (Hugging Face's "Perplexity of fixed-length models"). `word_ppl`, `byte_ppl` and
-`bits_per_byte` are lm-evaluation-harness's `wikitext`: page by page, detokenised, each token once, in
-disjoint windows, the first after <|endoftext|>; divided by words and bytes of the page as it stood.
+standard: `token_ppl` reads the test text, rows joined by a blank line, in windows of 1024 tokens
+    without
+overlap, and `token_ppl_stride512` in windows that start 512 tokens apart, scoring only what the
+window before did not (Hugging Face's "Perplexity of fixed-length models"). `word_ppl`, `byte_ppl`
+and `bits_per_byte` are lm-evaluation-harness's `wikitext`: page by page, detokenised, each token
+once, in disjoint windows, the first after <|endoftext|>; divided by words and bytes of the page as
+it stood.
 
-original: the validation split, every row that is not blank on its own; first and last token unscored.
+original: the validation split, every row that is not blank on its own; first and last token
+    unscored.
 """
 
 import math
@@ -31,24 +34,36 @@ _PLAIN = [
     (" ! ", "! "), (" ? ", "? "), (" , ", ", "),
 ]  # fmt: skip
 _PAIRS = [
-    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"),
-    (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"),
-]  # fmt: skip
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+]
 _REST = [
-    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
-    (" N ", " 1 "), (" 's", "'s"),
-]  # fmt: skip
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+]
 
 
 class WikiText2(Task):
-    """Documents: the two halves of the standard protocol are `("text", str)` and `("page", str)`."""
+    """Documents: the two halves of the standard protocol are `("text", str)` and `("page",
+    str)`."""
 
     name = "wikitext2"
     hub = "wikitext, wikitext-2-raw-v1"
     files = {"standard": "wikitext2/wiki.test.raw", "original": "wikitext2/wiki.valid.raw"}  # noqa: RUF012
     why_not_standard = (
-        "wikitext2: the validation split instead of the test split, each row alone, so that most tokens have far "
-        "less context than in a window of 1024, and the first and last token of a row are not scored"
+        "wikitext2: the validation split instead of the test split, each row alone, so that most "
+        "tokens have far "
+        "less context than in a window of 1024, and the first and last token of a row are not "
+        "scored"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
@@ -69,16 +84,21 @@ class WikiText2(Task):
             return [("row", row) for row in rows if row.strip()]
         return [("text", "\n\n".join(rows)), *(("page", page) for page in pages(rows))]
 
-    def requests(self, documents: Sequence[Any], protocol: Definition, context: Context) -> list[list[Request]]:
+    def requests(
+        self, documents: Sequence[Any], protocol: Definition, context: Context
+    ) -> list[list[Request]]:
         if protocol == "standard" and context.window > context.n_positions:
             raise UserError(
                 f"wikitext2: windows of {context.window} tokens do not fit this model's "
-                f"n_positions={context.n_positions}; --window {context.n_positions} measures another, "
+                f"n_positions={context.n_positions}; --window {context.n_positions} measures "
+                "another, "
                 "not comparable perplexity"
             )
         return [self._requests(kind, text, context) for kind, text in documents]
 
-    def sample(self, documents: Sequence[Any], limit: int, random: np.random.Generator) -> list[Any]:
+    def sample(
+        self, documents: Sequence[Any], limit: int, random: np.random.Generator
+    ) -> list[Any]:
         """Pages or rows; of the text as a whole `requests` takes as many windows."""
         whole = [d for d in documents if d[0] == "text"]
         return whole + super().sample([d for d in documents if d[0] != "text"], limit, random)
@@ -94,7 +114,9 @@ class WikiText2(Task):
             for start in range(0, len(ids), context.n_positions):
                 end = min(start + context.n_positions, len(ids))
                 # The last window reaches back, so that its tokens too see as much as fits.
-                before = ids[end - context.n_positions - 1 : start] if start else [context.end_of_text]
+                before = (
+                    ids[end - context.n_positions - 1 : start] if start else [context.end_of_text]
+                )
                 requests.append(Request(tuple(before), (tuple(ids[start:end]),)))
             return requests
         ids = context.encode(text)
@@ -119,11 +141,16 @@ class WikiText2(Task):
         for i, (kind, text) in enumerate(documents):
             if kind == "text":
                 n = len(_windows(context.encode(text), context.window, context))
-                parts = {"token_ppl": slice(None, n), f"token_ppl_stride{context.window // 2}": slice(n, None)}
+                parts = {
+                    "token_ppl": slice(None, n),
+                    f"token_ppl_stride{context.window // 2}": slice(n, None),
+                }
                 for name, part in parts.items():
                     measured.append(Measured(name, nll[i][part], tokens[i][part], True, "token"))
         # The harness counts words by splitting, which gives one for the blank before the title.
-        on_pages = [(text, nll[i].sum()) for i, (kind, text) in enumerate(documents) if kind == "page"]
+        on_pages = [
+            (text, nll[i].sum()) for i, (kind, text) in enumerate(documents) if kind == "page"
+        ]
         if on_pages:
             losses = np.array([loss for _, loss in on_pages])
             words = np.array([float(len(re.split(r"\s+", page))) for page, _ in on_pages])
@@ -135,7 +162,8 @@ class WikiText2(Task):
 
 
 def pages(rows: Sequence[str]) -> list[str]:
-    """The articles: a new one begins at each row that is a heading of the first level, ` = Title = `."""
+    """The articles: a new one begins at each row that is a heading of the first level, ` = Title =
+    `."""
     articles: list[list[str]] = [[]]
     for row in rows:
         line = row.strip()
@@ -148,7 +176,8 @@ def pages(rows: Sequence[str]) -> list[str]:
 
 
 def detokenize(page: str) -> str:
-    """Text as it was before WikiText's tokeniser, by the rules of lm-evaluation-harness (wikitext 2.0)."""
+    """Text as it was before WikiText's tokeniser, by the rules of lm-evaluation-harness (wikitext
+    2.0)."""
     text = page.replace("s '", "s'")
     text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text)
     for old, new in _PLAIN:
