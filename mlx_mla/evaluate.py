@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from mlx_mla import blas, cli, eval_report
+from mlx_mla import blas, cli, eval_report, hints
 from mlx_mla.backend import get_backend
 from mlx_mla.errors import UserError
 from mlx_mla.evaluator import PreparedTask, check_tokenizer, context_of, load, metrics, speed, task_names
@@ -75,8 +75,7 @@ def _main(argv: Sequence[str]) -> int:
     folders = [find_model(name) for name in command.model]
     if command.backend == "mlx":
         blas.load_openblas()
-        if (hint := blas.hint()) is not None:
-            print(hint, file=sys.stderr)
+        hints.add(blas.hint())
     backend = get_backend(command.backend, command.device)
     documents = {
         name: load(TASKS[name], command.protocol, command.data_dir, command.limit, command.seed)

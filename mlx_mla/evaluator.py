@@ -2,12 +2,12 @@
 
 import difflib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_mla import hints
 from mlx_mla.backend import Backend, GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.item_store import ItemStore
@@ -52,8 +52,7 @@ def load(task: Task, protocol: Protocol, data_dir: Path | None, limit: int | Non
     else:
         path = data_dir / task.files[protocol]
         documents = task.documents_from_file(path, protocol)
-        if (warning := unpublished(path)) is not None:
-            print(f"warning: {warning}", file=sys.stderr)
+        hints.add(unpublished(path))
     if limit is None:
         return documents
     return task.sample(documents, limit, np.random.default_rng(seed))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Optional
 
-from mlx_mla import blas, cli
+from mlx_mla import blas, cli, hints
 from mlx_mla.backend import Decoder, GenerationOptions, Piece, get_backend
 from mlx_mla.errors import UserError
 
@@ -49,8 +49,7 @@ def _main(argv: Sequence[str]) -> int:
     folder = find_model(command.model)
     if command.backend == "mlx":
         blas.load_openblas()
-        if (hint := blas.hint()) is not None:
-            print(hint, file=sys.stderr)
+        hints.add(blas.hint())
     decoder = get_backend(command.backend, command.device).decoder(folder, command.cache)
     # After a cached context an empty prompt adds nothing.
     encoded = [[] if command.prompt_cache and not p else encode(decoder, p) for p in prompts]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from mlx_mla import blas, cli
+from mlx_mla import blas, cli, hints
 from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
@@ -96,8 +96,7 @@ def _run(argv: Sequence[str], world: World) -> int:
     console = Console(stderr=False)
     if config.backend == "mlx":
         blas.load_openblas()
-        if (hint := blas.hint()) is not None:
-            print(hint, file=sys.stderr)
+        hints.add(blas.hint())
     if command.lr_find:
         if world.engine is not None:
             raise UserError("--lr-find takes one process; start it without a launcher")
@@ -109,7 +108,7 @@ def _run(argv: Sequence[str], world: World) -> int:
 
         restart = find_restart(out)
         for note in restart.notes:
-            print(note, file=sys.stderr)
+            print(note)
         from_step = restart.from_step
         if from_step is not None and from_step >= config.steps:
             world.first(None)
