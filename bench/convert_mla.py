@@ -1,6 +1,6 @@
 """What latent attention costs a trained MHA model: perplexity by rank and method, before and after healing.
 
-    python bench/convert_mla.py --model RUN --work FOLDER [--out bench/results]
+    PYTHONPATH=. python bench/convert_mla.py --model RUN --work FOLDER [--out bench/results]
 
 RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for example
 

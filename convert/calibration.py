@@ -4,7 +4,6 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.latent import Moments
 from mlx_mla.corpus import BUILTIN, read_documents
 from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2LMHeadModel
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
+
+from .latent import Moments
 
 HELD_OUT = 0.1
 """Share of the text, at its end, that is not calibrated on."""

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.pickles import open_pickle, state_dict
-from convert.source import LazyTensor, Source, Tensors, check_tensors, check_tied, resolved
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
@@ -21,6 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from .pickles import open_pickle, state_dict
+from .source import LazyTensor, Source, Tensors, check_tensors, check_tied, resolved
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = ("attn.bias", "attn.masked_bias")

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.pickles import PickledConfig, open_pickle, state_dict
-from convert.source import LazyTensor, Source, Tensors, check_tensors, check_tied, count_layers, resolved, zeros
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
 
 import numpy as np
+
+from .pickles import PickledConfig, open_pickle, state_dict
+from .source import LazyTensor, Source, Tensors, check_tensors, check_tied, count_layers, resolved, zeros
 
 LATENT_PARTS = ("q_proj", "c_proj", "k_from_c", "v_from_c", "c_proj_out")
 

@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from convert.source import LazyTensor, Source, Tensors, resolved
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
 
 import numpy as np
+
+from .source import LazyTensor, Source, Tensors, resolved
 
 MAGIC = 20240326
 TOKENS_MAGIC = 20240520

@@ -3,8 +3,6 @@
 import zipfile
 from pathlib import Path
 
-from convert import hf, karpathy, llmc
-from convert.source import Source, check_tensors
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
@@ -12,6 +10,9 @@ from mlx_mla.hub import find_model
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from . import hf, karpathy, llmc
+from .source import Source, check_tensors
 
 KNOWN = (
     "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT or build-nanogpt, a model .bin of llm.c, "

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from convert.source import Source
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.tokenizer import get_encoder
 
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+
+from .source import Source
 
 
 def find_tokenizer(source: Source, choice: str | None, bpe_dir: Path | None) -> PreTrainedTokenizerFast:
