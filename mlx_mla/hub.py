@@ -8,7 +8,8 @@ from mlx_mla.errors import UserError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-FILES = ["*.json", "*.safetensors", "SHA256SUMS"]
+FILES = ["*.json", "*.safetensors", "*.py", "SHA256SUMS"]
+"""What a model folder needs to be whole by its SHA256SUMS."""
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
