@@ -36,7 +36,8 @@ def test_a_run_leaves_the_documented_files(tiny_run):
     folder = tiny_run / "checkpoints" / (tiny_run / "latest").read_text().strip()
     assert folder.name == "step-000040"
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "model.safetensors", "model_mlx.py", "model_torch.py", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "model.safetensors", "model_mlx.py", "model_torch.py", "configuration_mla_gpt2.py",
+        "tokenizer.json", "tokenizer_config.json",
         "README.md", "train_state.safetensors", "train_state.json", "SHA256SUMS",
     }  # fmt: skip
     assert (tiny_run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,6 @@
 
 import difflib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_mla import hints
 from mlx_mla.backends.contract import Backend
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
@@ -53,8 +53,7 @@ def load(task: Task, protocol: Definition, data_dir: Path | None, limit: int | N
     else:
         path = data_dir / task.files[protocol]
         documents = task.documents_from_file(path, protocol)
-        if (warning := unpublished(path)) is not None:
-            print(f"warning: {warning}", file=sys.stderr)
+        hints.add(unpublished(path))
     if limit is None:
         return documents
     return task.sample(documents, limit, np.random.default_rng(seed))
