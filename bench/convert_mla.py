@@ -1,7 +1,7 @@
 """What latent attention costs a trained MHA model: perplexity by rank and method, before and after
 healing.
 
-    python bench/convert_mla.py --model RUN --work FOLDER [--out bench/results]
+    python -m bench.convert_mla --model RUN --work FOLDER [--out bench/results]
 
 RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for example
 
@@ -51,7 +51,7 @@ from mlx_mla.training.run_folder import run_config
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-PROG = "python bench/convert_mla.py"
+PROG = "python -m bench.convert_mla"
 METHODS: tuple[Method, ...] = get_args(Method)
 UNCONVERTED = "the MHA model"
 Weights = dict[str, np.ndarray]

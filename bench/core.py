@@ -1,6 +1,6 @@
 """Measure the main job: the compiled against the eager step, the three ways to decode, a save.
 
-    python bench/core.py [--quick] [--out bench/results]
+    python -m bench.core [--quick] [--out bench/results]
 
 Within one process, alternatives take turns (round-robin), so that drift of the machine hits them
 alike; figures are medians over the repetitions with the smallest and largest beside them, and only
@@ -38,7 +38,7 @@ from mlx_mla.model_mlx import Model
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters
 
-PROG = "python bench/core.py"
+PROG = "python -m bench.core"
 CACHES = ("latent", "materialized", "none")
 
 

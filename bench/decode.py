@@ -1,9 +1,9 @@
 """Decoding by kind of cache, batch and context: speed, bytes, what `--cache auto` chooses, and what
 Python costs.
 
-    python bench/decode.py --quick
-    python bench/decode.py --out bench/results                         # the whole grid: hours on a
-    CPU python bench/decode.py --out bench/results --resume --batch 1 4    # in parts
+    python -m bench.decode --quick
+    python -m bench.decode --out bench/results                         # the whole grid: hours on a
+    CPU python -m bench.decode --out bench/results --resume --batch 1 4    # in parts
 
 Method, rates and rooflines are those of compare_backends.py: the same weights in both backends,
 logits that agree, subjects in turns. A cell is greedy steps after a context that is in the cache;
@@ -33,7 +33,7 @@ from mlx_mla import cli
 from mlx_mla.decoding.cache_choice import choose_cache
 from mlx_mla.errors import UserError
 
-PROG = "python bench/decode.py"
+PROG = "python -m bench.decode"
 CHUNKS = (2, 8, 32)
 
 

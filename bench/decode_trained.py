@@ -1,7 +1,7 @@
 """What needs a trained model: the perplexity that quantised caches and weights cost, and the speed
 of a draft model.
 
-    python bench/decode_trained.py --models RUN [RUN ...] [--draft RUN] [--out bench/results]
+    python -m bench.decode_trained --models RUN [RUN ...] [--draft RUN] [--out bench/results]
 
 The models are run or model folders with one tokenizer, for example those of
 `bench/convert_mla.py`'s recipe. Text is the end of --text, which they have not seen. A window is
@@ -32,7 +32,7 @@ from mlx_mla.data import corpus
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
 
-PROG = "python bench/decode_trained.py"
+PROG = "python -m bench.decode_trained"
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """Measure evaluation: items per second of HellaSwag and LAMBADA against lm-evaluation-harness.
 
-    python bench/evaluation.py --data-dir DIR [--limit 64] [--out bench/results]
+    python -m bench.evaluation --data-dir DIR [--limit 64] [--out bench/results]
 
 Both read the same items of the same model folder in batches of the same size on the same device,
 and take turns. HellaSwag is timed without its completion form, which `evaluate` also scores and
@@ -42,7 +42,7 @@ from mlx_mla.evaluation.tasks.hellaswag import HellaSwag
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
 
-PROG = "python bench/evaluation.py"
+PROG = "python -m bench.evaluation"
 WARM_UP = 4
 
 

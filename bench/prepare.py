@@ -1,7 +1,7 @@
 """Measure mlx_mla.prepare: text per second against tiktoken alone, and memory at two sizes of
 input.
 
-    python bench/prepare.py SRC --bpe-dir DIR [--megabytes 60] [--out bench/results]
+    python -m bench.prepare SRC --bpe-dir DIR [--megabytes 60] [--out bench/results]
 
 tiktoken's `encode_ordinary_batch` gets the documents as strings in memory, and as many threads as
 there are cores. `prepare` reads the same documents from JSON lines, plain and compressed, and does
@@ -34,7 +34,7 @@ from mlx_mla.data.documents import Reading, find_sources
 from mlx_mla.data.tokenizer import GPT2Encoder
 from mlx_mla.errors import UserError
 
-PROG = "python bench/prepare.py"
+PROG = "python -m bench.prepare"
 ALONE, PLAIN, XZ, UNPACK = (
     "tiktoken alone",
     "prepare, .jsonl",

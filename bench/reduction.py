@@ -1,6 +1,6 @@
 """Measure what averaging gradients over ranks adds to a training step.
 
-    mlx.launch -n 2 -- python bench/reduction.py [--preset nano]
+    mlx.launch -n 2 -- python -m bench.reduction [--preset nano]
     torchrun --nproc-per-node 2 bench/reduction.py --backend torch
 
 Steps with and without the averaging take turns on every rank. Prints a table; figures are medians
@@ -24,7 +24,7 @@ from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights, num_parameters
 from mlx_mla.world import EngineName, join
 
-PROG = "python bench/reduction.py"
+PROG = "python -m bench.reduction"
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """`mlx_lm.server` under many clients: this project's models, and mlx-lm's own GPT-2, each served by
 stock mlx-lm.
 
-    python bench/serve.py --out bench/results
+    python -m bench.serve --out bench/results
 
 Every model has random weights and bytes as tokens. Each prompt is asked once alone; then all
 clients ask for a while, each going through all prompts from another one on, and every answer is
@@ -37,7 +37,7 @@ from mlx_mla.errors import UserError
 from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights
 
-PROG = "python bench/serve.py"
+PROG = "python -m bench.serve"
 SERVER = "from mlx_mla import blas; blas.load_openblas(); from mlx_lm.server import main; main()"
 THEIRS = "mlx-lm gpt2"
 

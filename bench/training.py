@@ -1,7 +1,7 @@
 """Measure training: memory by component against the estimate, and speed against a plain PyTorch
 loop.
 
-    python bench/training.py [--parts memory speed plan] [--quick] [--out bench/results]
+    python -m bench.training [--parts memory speed plan] [--quick] [--out bench/results]
 
 `memory` takes one step of every model and type in MLX and sets what was held beside what
 `--dry-run` says. `speed` lets this project's sessions and a plain PyTorch loop (all logits,
@@ -33,7 +33,7 @@ from mlx_mla.estimate import Estimate, estimate
 from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights
 
-PROG = "python bench/training.py"
+PROG = "python -m bench.training"
 GIB = 2**30
 
 

@@ -13,12 +13,14 @@ from mlx_mla import checkpoint, cli, files
 from mlx_mla.errors import UserError
 from mlx_mla.weights import num_parameters
 
+from .framework import require_torch
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from convert.to_mla import Calibration
+    from .to_mla import Calibration
 
-PROG = "python -m convert"
+PROG = f"python -m {__package__}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -76,12 +78,12 @@ def _main(argv: Sequence[str]) -> int:
     _check_out(command.out)
     _check_flags(command)
 
-    # These import torch and transformers, which --help and mistakes need not wait for.
-    from convert import hf
-    from convert.card import converted_card
-    from convert.recognise import open_source
-    from convert.to_mla import check_rank, convert_to_mla
-    from convert.vocabulary import find_tokenizer
+    # These import transformers, which --help and mistakes need not wait for.
+    from . import hf
+    from .card import converted_card
+    from .recognise import open_source
+    from .to_mla import check_rank, convert_to_mla
+    from .vocabulary import find_tokenizer
 
     source = open_source(command.src, command.revision, command.n_head)
     tokenizer = find_tokenizer(source, command.tokenizer, command.bpe_dir)
@@ -119,12 +121,14 @@ def _main(argv: Sequence[str]) -> int:
 def _calibration(
     command: ConvertCommand, tokenizer: "PreTrainedTokenizerFast", n_positions: int
 ) -> "Calibration | None":
-    from convert.calibration import Text
-    from convert.to_mla import Calibration
-    from mlx_mla.backends.torch.backend import TorchBackend
-
     if command.calibration is None:
         return None
+    require_torch("--calibration")
+    from mlx_mla.backends.torch.backend import TorchBackend
+
+    from .calibration import Text
+    from .to_mla import Calibration
+
     text = Text(command.calibration, tokenizer, n_positions)
     device = TorchBackend(command.device).device
     return Calibration(text, command.calibration_tokens, command.held_out_tokens, device)

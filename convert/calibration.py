@@ -12,11 +12,12 @@ from rich.progress import Progress
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from convert.latent import Moments
 from mlx_mla.data.corpus import BUILTIN, read_documents
 from mlx_mla.data.shards import training_part
 from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2LMHeadModel
+
+from .latent import Moments
 
 HELD_OUT = 0.1
 """Share of the text, at its end, that is not calibrated on."""

@@ -16,18 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from convert.foreign import (
-    ForeignCheckpoint,
-    LazyTensor,
-    Tensors,
-    check_tensors,
-    check_tied,
-    resolved,
-)
-from convert.pickles import open_pickle, state_dict
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
+
+from .foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
+from .pickles import open_pickle, state_dict
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = ("attn.bias", "attn.masked_bias")

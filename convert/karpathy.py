@@ -15,7 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.foreign import (
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.weights import parameter_shapes
+
+from .foreign import (
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
@@ -25,10 +29,7 @@ from convert.foreign import (
     resolved,
     zeros,
 )
-from convert.pickles import PickledConfig, open_pickle, state_dict
-from mlx_mla.config import ModelConfig
-from mlx_mla.errors import UserError
-from mlx_mla.weights import parameter_shapes
+from .pickles import PickledConfig, open_pickle, state_dict
 
 LATENT_PARTS = ("q_proj", "c_proj", "k_from_c", "v_from_c", "c_proj_out")
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.foreign import ForeignCheckpoint, LazyTensor, Tensors, resolved
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
+
+from .foreign import ForeignCheckpoint, LazyTensor, Tensors, resolved
 
 MAGIC = 20240326
 TOKENS_MAGIC = 20240520

@@ -3,14 +3,16 @@
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from convert.foreign import LazyTensor, Tensors
 from mlx_mla.errors import UserError
+
+from .foreign import LazyTensor, Tensors
+from .framework import require_torch
 
 WRAPPERS = ("_orig_mod.", "module.")
 """Prefixes by torch.compile and DistributedDataParallel."""
@@ -35,6 +37,9 @@ def open_pickle(path: Path) -> Any:
     Raises:
         UserError: If the file is damaged, or names code beyond tensors, plain values and `ALLOWED`.
     """
+    require_torch(f"{path}: reading a pickled checkpoint")
+    import torch
+
     try:
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter(
@@ -70,6 +75,8 @@ def state_dict(values: Any, where: Path) -> Tensors:
     """
     if not isinstance(values, dict) or not values:
         raise UserError(f"{where}: holds no state dict (a mapping from names to tensors)")
+    import torch
+
     tensors: Tensors = {}
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
@@ -87,7 +94,7 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _reader(value: torch.Tensor) -> Any:
+def _reader(value: Any) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         return value.detach().float().numpy()
 

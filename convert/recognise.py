@@ -7,11 +7,12 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from convert import hf, karpathy, llmc
-from convert.foreign import ForeignCheckpoint, check_tensors
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
+
+from . import hf, karpathy, llmc
+from .foreign import ForeignCheckpoint, check_tensors
 
 KNOWN = (
     "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT or build-nanogpt, a "

@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from rich.console import Console
 
-from convert.calibration import Text, collect_moments, perplexity
-from convert.latent import (
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+from mlx_mla.estimate import cache_bytes_per_token
+
+from .latent import (
     Decomposition,
     Method,
     MhaLayer,
@@ -18,11 +21,12 @@ from convert.latent import (
     share_ranks,
     to_latent,
 )
-from convert.report import Report
-from mlx_mla.backends.torch.load import build_model
-from mlx_mla.config import ModelConfig
-from mlx_mla.errors import UserError
-from mlx_mla.estimate import cache_bytes_per_token
+from .report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+    from .calibration import Text
 
 Weights = dict[str, np.ndarray]
 
@@ -31,10 +35,10 @@ Weights = dict[str, np.ndarray]
 class Calibration:
     """Text to weigh the factorisation by, and how much of it."""
 
-    text: Text
+    text: "Text"
     max_tokens: int
     held_out_tokens: int
-    device: torch.device
+    device: "torch.device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +88,15 @@ def convert_to_mla(
         config: Resolved; multi-head attention.
         weights: float32, in this project's layout.
         calibration: Needed by every method but "svd"; where there is one, perplexity is measured
-            too.
+            too, in PyTorch.
     """
     moments: list[Moments] | None = None
     calibrated = before = None
     if calibration is not None:
+        from mlx_mla.backends.torch.load import build_model
+
+        from .calibration import collect_moments, perplexity
+
         model = build_model(config, weights, calibration.device)
         if method != "svd":
             moments, tokens = collect_moments(

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from convert.foreign import ForeignCheckpoint
 from mlx_mla import checkpoint
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.errors import UserError
+
+from .foreign import ForeignCheckpoint
 
 
 def find_tokenizer(

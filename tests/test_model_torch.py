@@ -188,7 +188,7 @@ def test_positions_past_the_table_are_refused(loaded):
 def test_the_copied_file_is_the_packages(folder):
     from pathlib import Path
 
-    for name in ("model_mlx.py", "model_torch.py"):
+    for name in ("model_mlx.py", "model_torch.py", "configuration_mla_gpt2.py"):
         assert (folder / name).read_bytes() == Path(checkpoint.__file__).with_name(
             name
         ).read_bytes()

@@ -40,6 +40,7 @@ def test_a_run_leaves_the_documented_files(tiny_run):
         "model.safetensors",
         "model_mlx.py",
         "model_torch.py",
+        "configuration_mla_gpt2.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "README.md",

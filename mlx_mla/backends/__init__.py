@@ -1,5 +1,6 @@
 """Frameworks that run the model, by name; the one place that imports them."""
 
+from mlx_mla import blas, hints
 from mlx_mla.backends.contract import Backend
 from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.errors import UserError
@@ -18,6 +19,7 @@ def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
             return TorchBackend(device)
         from mlx_mla.backends.mlx.backend import MLXBackend
 
+        hints.add(blas.hint())
         return MLXBackend(device)
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] not in ("torch", "mlx", "mlx_lm"):

@@ -3,7 +3,6 @@ share."""
 
 import difflib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_mla import hints
 from mlx_mla.backends.contract import Backend
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
@@ -56,8 +56,7 @@ def load(
     else:
         path = data_dir / task.files[protocol]
         documents = task.documents_from_file(path, protocol)
-        if (warning := unpublished(path)) is not None:
-            print(f"warning: {warning}", file=sys.stderr)
+        hints.add(unpublished(path))
     if limit is None:
         return documents
     return task.sample(documents, limit, np.random.default_rng(seed))
