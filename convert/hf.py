@@ -4,24 +4,33 @@ Its Conv1D matrices are stored (in, out), the transpose of ours; names are other
 (transformers, modeling_gpt2.py).
 """
 
+import contextlib
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_json
 from mlx_mla.weights import parameter_shapes
 
-from .foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
-from .pickles import open_pickle, state_dict
+from .foreign import (
+    ForeignCheckpoint,
+    LazyTensor,
+    Tensors,
+    check_tensors,
+    check_tied,
+    resolved,
+    unwrapped,
+)
+from .pickles import as_float32, open_pickle, state_dict
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = ("attn.bias", "attn.masked_bias")
@@ -45,26 +54,18 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     where = folder / "config.json"
     values = read_json(where)
     config = _config(values, where)
-    return ForeignCheckpoint(
-        "Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError if it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
+    tensors = _tensors(folder, values, config)
+    eos = values.get("eos_token_id")
+    eos = eos if isinstance(eos, int) and not isinstance(eos, bool) and eos >= 0 else None
+    return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, eos)
 
 
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     architectures = values.get("architectures") or ["GPT2LMHeadModel"]
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise UserError(
+            f"{where}: architectures is {architectures!r}, and should be a list of names"
+        )
     if values.get("model_type") != "gpt2" or not set(architectures) & {
         "GPT2LMHeadModel",
         "GPT2Model",
@@ -82,10 +83,11 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
             f"{where}: tie_word_embeddings false is not supported; the head must be the embedding"
         )
     c = GPT2Config().to_dict() | values
-    activation = ACTIVATIONS.get(c["activation_function"])
+    named = c["activation_function"]
+    activation = ACTIVATIONS.get(named) if isinstance(named, str) else None
     if activation is None:
         raise UserError(
-            f"{where}: activation_function {c['activation_function']!r} is not supported; "
+            f"{where}: activation_function {named!r} is not supported; "
             f"supported are {', '.join(ACTIVATIONS)}"
         )
     names = (
@@ -175,12 +177,18 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
 
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
+    with _readable(path), safe_open(str(path), "pt") as file:
+        tensors = {
+            n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
+            for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
+        }
+    return unwrapped(path, tensors)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with safe_open(str(path), "pt") as file:
-            return {
-                n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
-                for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
-            }
+        yield
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
 
@@ -189,8 +197,8 @@ def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
         # Opened anew for each tensor: one mapping for all would keep the whole file in memory
         # beside the copies.
-        with safe_open(str(path), "pt") as file:
-            return file.get_tensor(name).float().numpy()
+        with _readable(path), safe_open(str(path), "pt") as file:
+            return as_float32(file.get_tensor(name), name, path)
 
     return read
 
@@ -211,6 +219,7 @@ def write_gpt2(
     Raises:
         UserError: If the model has latent attention, for which GPT-2 has no name.
     """
+    assert config.vocab_size
     if config.attention != "mha":
         raise UserError(
             "--to hf needs multi-head attention; this model's is latent (transformers loads it as "
@@ -236,5 +245,10 @@ def write_gpt2(
         dtype="float32",
     )
     hf.save_pretrained(str(folder))
+    # GPT-2's own configuration has no field for rows that pad the vocabulary.
+    padding = list(range(len(tokenizer), config.vocab_size))
+    GenerationConfig(
+        bos_token_id=eos, eos_token_id=eos, suppress_tokens=padding or None
+    ).save_pretrained(str(folder))
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(str(folder))

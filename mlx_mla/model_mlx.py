@@ -75,6 +75,7 @@ class ModelArgs(BaseModelArgs):
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
+    tokenizer_size: Optional[int] = None
 
     def __post_init__(self) -> None:
         if self.attention not in ("mla", "mha"):
@@ -448,7 +449,12 @@ class Model(nn.Module):
         self.transformer = Transformer(args)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        return self.transformer.wte.as_linear(self.transformer(inputs, cache))
+        logits = self.transformer.wte.as_linear(self.transformer(inputs, cache))
+        if self.args.tokenizer_size is None:
+            return logits
+        # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
+        padding = mx.arange(logits.shape[-1]) >= self.args.tokenizer_size
+        return mx.where(padding, mx.finfo(logits.dtype).min, logits)
 
     def materialize_cache(self, on: bool) -> None:
         """Cache expanded keys and values (True) or latents (False). No effect on MHA."""
