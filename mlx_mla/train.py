@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Optional
 from rich.console import Console
 
 from mlx_mla import cli, estimate
+from mlx_mla.backends import get_engine
 from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
 from mlx_mla.presets import overlay, preset, read_toml
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    with join(argv) as world:
+    with join(argv, get_engine) as world:
         same_everywhere(world, json.dumps(list(argv)), "other arguments")
         if world.rank:
             return _follow(world)
