@@ -15,6 +15,7 @@ from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
 
+import ml_dtypes  # noqa: F401  (gives NumPy bfloat16, which safetensors then reads)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -134,7 +135,7 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
     try:
-        with safe_open(str(path), "pt") as file:
+        with safe_open(str(path), "np") as file:
             return {n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n)) for n in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
@@ -143,8 +144,8 @@ def open_safetensors(path: Path) -> Tensors:
 def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
         # Opened anew for each tensor: one mapping for all would keep the whole file in memory beside the copies.
-        with safe_open(str(path), "pt") as file:
-            return file.get_tensor(name).float().numpy()
+        with safe_open(str(path), "np") as file:
+            return file.get_tensor(name).astype(np.float32, copy=False)
 
     return read
 

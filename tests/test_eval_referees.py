@@ -8,11 +8,11 @@ from mlx_mla.tasks import TASKS
 
 import numpy as np
 import pytest
-import torch
 from eval_models import write
 from transformers import AutoModelForCausalLM
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
+torch = pytest.importorskip("torch")
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
 
 pytestmark = pytest.mark.slow
 N = 200

@@ -1,20 +1,22 @@
 """Batched log-probabilities against a plain forward pass, one row at a time."""
 
-from mlx_mla.backend_mlx import build_model as build_mlx
-from mlx_mla.config import ModelConfig
-from mlx_mla.decode_torch import build_model as build_torch
-from mlx_mla.errors import UserError
-from mlx_mla.score_mlx import MLXScorer
-from mlx_mla.score_torch import TorchScorer
-from mlx_mla.scoring import Request, encode_choices, encode_pair, score
-from mlx_mla.tokenizer import ByteEncoder
-from mlx_mla.weights import initial_weights
-
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from mlx_mla.backend_mlx import build_model as build_mlx  # noqa: E402
+from mlx_mla.config import ModelConfig  # noqa: E402
+from mlx_mla.decode_torch import build_model as build_torch  # noqa: E402
+from mlx_mla.errors import UserError  # noqa: E402
+from mlx_mla.score_mlx import MLXScorer  # noqa: E402
+from mlx_mla.score_torch import TorchScorer  # noqa: E402
+from mlx_mla.scoring import Request, encode_choices, encode_pair, score  # noqa: E402
+from mlx_mla.tokenizer import ByteEncoder  # noqa: E402
+from mlx_mla.weights import initial_weights  # noqa: E402
+
+import numpy as np  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 CONFIGS = {
     "mla": {"attention": "mla", "kv_lora_rank": 8},
