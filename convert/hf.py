@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives NumPy bfloat16, which safetensors then reads)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -176,7 +177,7 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
     try:
-        with safe_open(str(path), "pt") as file:
+        with safe_open(str(path), "np") as file:
             return {
                 n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
                 for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
@@ -189,8 +190,8 @@ def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
         # Opened anew for each tensor: one mapping for all would keep the whole file in memory
         # beside the copies.
-        with safe_open(str(path), "pt") as file:
-            return file.get_tensor(name).float().numpy()
+        with safe_open(str(path), "np") as file:
+            return file.get_tensor(name).astype(np.float32, copy=False)
 
     return read
 

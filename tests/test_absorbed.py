@@ -90,8 +90,8 @@ def test_quantised_weights_absorb_several_queries():
     x = token_ids(config, 2, 40)
     with absorb(True):
         got = in_chunks(model, x, [20, 6], make_prompt_cache(model))
-    # Dequantised in another order, whose rounding depends on the BLAS.
-    assert difference(got, model(x)) <= 2 * TOLERANCE
+    whole = model(x)  # logits up to 11, where TOLERANCE is for some of about 1
+    assert difference(got, whole) <= TOLERANCE * float(mx.abs(whole).max())
 
 
 def test_few_queries_on_a_long_cache_are_absorbed_and_prompts_are_not():
