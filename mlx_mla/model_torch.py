@@ -27,9 +27,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_mla_gpt2 import (
-    MLAGPT2Config,
-)  # by this form transformers finds it in a model folder
+# In this form transformers finds it in a model folder.
+from .configuration_mla_gpt2 import MLAGPT2Config
 
 # The cost of writing a value that the next product reads, in multiply-adds (as in model_mlx.py).
 WRITTEN_VALUE = 100

@@ -198,11 +198,8 @@ def test_a_folder_with_its_configuration_in_the_model_file_loads_too(folder, loa
             if path.name not in ("configuration_mla_gpt2.py", "SHA256SUMS"):
                 shutil.copy(path, making)
         model_file, configuration = making / "model_torch.py", folder / "configuration_mla_gpt2.py"
-        [line] = [
-            x
-            for x in model_file.read_text().splitlines()
-            if x.startswith("from .configuration_mla_gpt2")
-        ]
+        line = "from .configuration_mla_gpt2 import MLAGPT2Config\n"
+        assert line in model_file.read_text()
         model_file.write_text(model_file.read_text().replace(line, configuration.read_text()))
         values = json.loads((making / "config.json").read_text())
         values["auto_map"]["AutoConfig"] = "model_torch.MLAGPT2Config"

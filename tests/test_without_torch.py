@@ -19,7 +19,7 @@ import pytest
 from conftest import TINY, python
 
 from mlx_mla import checkpoint, train
-from mlx_mla.backend import get_backend
+from mlx_mla.backends import get_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDE = """
@@ -126,7 +126,7 @@ def test_transformers_reads_configuration_and_tokenizer(run, model):
 
 
 def greedy(model: Path, prompt: str, tokens: int) -> str:
-    from mlx_mla.backend import GenerationOptions
+    from mlx_mla.decoding.request import GenerationOptions
 
     decoder = get_backend("mlx").decoder(model)
     options = GenerationOptions(temp=0, max_tokens=tokens)
