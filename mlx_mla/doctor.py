@@ -4,6 +4,7 @@ MLX and PyTorch are measured in a process each, so that neither sees the other's
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -56,13 +57,16 @@ def examine() -> tuple[list[str], list[str]]:
     ]
     advice = []
     for name in ("mlx", "torch"):
+        if name == "torch" and importlib.util.find_spec(name) is None:
+            lines.append(_row("PyTorch", "not installed; only what names it needs it (pip install torch)"))
+            continue
         facts = _run_probe(name)
         if "error" in facts:
             lines.append(_row(name, f"does not work: {facts['error']}"))
             if name == "mlx":
                 advice.append("install MLX: pip install 'mlx[cpu]' on Linux, pip install mlx on a Mac")
             else:
-                advice.append("for the PyTorch side of comparisons: pip install torch (not needed for MLX)")
+                advice.append("install PyTorch again, for --backend torch: pip install --force-reinstall torch")
             continue
         lines += [_row(key, value) for key, value in facts["lines"]]
         advice += facts["advice"]
