@@ -125,6 +125,12 @@ def test_transformers_reads_configuration_and_tokenizer(run, model):
     assert run("-c", code, model).stdout.strip() == "MLAGPT2Config 8 [97, 98, 99]"
 
 
+def test_the_doctor_has_nothing_to_fix_about_it(run):
+    said = run("-m", "mlx_mla.doctor").stdout
+    assert "PyTorch                 not installed; only what names it needs it" in said
+    assert "torch" not in said.partition("to fix")[2]
+
+
 def greedy(model: Path, prompt: str, tokens: int) -> str:
     from mlx_mla.decoding.request import GenerationOptions
 
