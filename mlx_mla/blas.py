@@ -72,8 +72,10 @@ def _load_packaged() -> str:
     for folder in _cache_folders():
         copy = folder / f"libopenblas-{version}-{digest}.so"
         try:
-            if not copy.is_file():
-                _rename_symbols(patchelf, source, copy)
+            with contextlib.suppress(OSError):  # not made yet, or damaged since
+                ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
+                return f"scipy-openblas32 {version}"
+            _rename_symbols(patchelf, source, copy)
             ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
             return f"scipy-openblas32 {version}"
         except OSError as e:
@@ -115,7 +117,8 @@ def _rename_symbols(patchelf: Path, source: Path, copy: Path) -> None:
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".making-") as folder:
         table, made = Path(folder, "names"), Path(folder, copy.name)
         table.write_bytes(b"".join(b"scipy_%s %s\n" % pair for pair in zip(names, new)))
-        argv: list[str | Path] = [patchelf, "--rename-dynamic-symbols", table, "--output", made, source]
+        argv: list[str | Path] = [patchelf, "--rename-dynamic-symbols", table]
+        argv += ["--set-rpath", source.parent, "--output", made, source]  # some versions have a libgfortran beside them
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise OSError(f"patchelf says: {' '.join(done.stderr.split())}")
