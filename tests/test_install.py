@@ -37,10 +37,11 @@ def checkout(tmp_path) -> Path:
 
 @pytest.fixture
 def path(tmp_path, monkeypatch) -> Path:
-    """A folder first on the PATH, which has no uv of this machine on it."""
-    folders = [f for f in os.environ["PATH"].split(os.pathsep) if not Path(f, "uv").exists()]
+    """The whole PATH: what set-up needs of this machine, so no uv."""
     (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), *folders]))
+    for name in ("make", "sh", "test", "rm", "touch"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path / "bin"
 
 

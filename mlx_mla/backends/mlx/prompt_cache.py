@@ -69,7 +69,12 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
         raise UserError(f"{path}: no such file; --save-prompt-cache writes one") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
-    about = {key.removeprefix("0."): value for key, value in about.items() if key.startswith("0.")}
+    # mlx-lm 0.32 keeps what it was given under "0.", 0.31 under "1.".
+    about = {
+        key[2:]: value
+        for key, value in about.items()
+        if key[2:] in ("fingerprint", "model", "shape", "tokens")
+    }
     if "fingerprint" not in about or "tokens" not in about:
         raise UserError(
             f"{path}: does not say what model it is of; --save-prompt-cache writes files that do"
