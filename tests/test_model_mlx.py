@@ -1,5 +1,8 @@
 """The MLX model against numpy in float64, transformers, and itself on other paths."""
 
+import dataclasses
+import inspect
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -18,6 +21,7 @@ from mlx_lm.models.cache import (
 
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
+from mlx_mla.configuration_mla_gpt2 import MLAGPT2Config
 from mlx_mla.model_mlx import Model, ModelArgs
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
@@ -96,8 +100,14 @@ def test_parameter_table_is_the_models(name):
 
 
 def test_model_args_are_the_configs_fields():
-    fields = set(ModelArgs.__dataclass_fields__) - {"model_type"}
-    assert fields == set(ModelConfig.__dataclass_fields__)
+    fields = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    fields["vocab_size"] = 50257  # for a config.json of GPT-2's; here a tokenizer says it
+    mlx = {f.name: f.default for f in dataclasses.fields(ModelArgs)}
+    assert mlx.pop("model_type") == MLAGPT2Config.model_type == "mla_gpt2"
+    assert mlx == fields
+    parameters = inspect.signature(MLAGPT2Config).parameters.values()
+    theirs = {"initializer_range", "use_cache", "kwargs"}  # of transformers' own tools
+    assert {p.name: p.default for p in parameters if p.name not in theirs} == fields
 
 
 @given(config=model_configs(), length=st.integers(1, 40), seed=st.integers(0, 99))

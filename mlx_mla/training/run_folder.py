@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Start
-from mlx_mla.config import ModelConfig, TrainConfig, flag
-from mlx_mla.errors import UserError
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.errors import UserError, flag
 from mlx_mla.files import write_text
 from mlx_mla.metrics import METRICS, SAMPLES, read_metrics
 from mlx_mla.presets import overlay, read_toml, to_toml

@@ -107,10 +107,7 @@ def fingerprint(folder: Path) -> str:
 def _shape(folder: Path) -> str:
     """What a cache of a model holds, in words."""
     config = checkpoint.read_config(folder)
-    if config.attention == "mha":
-        return f"{config.n_layer} layers, keys and values {config.n_embd} wide"
-    ranks = sorted(set(config.latent_ranks))
-    return f"{config.n_layer} layers, latents {' or '.join(map(str, ranks))} wide"
+    return f"{config.n_layer} layers, {config.kind.cache_text}"
 
 
 def check_target(path: Path) -> None:
