@@ -33,6 +33,7 @@ class Attention(ABC):
 
     def __init__(self, config: ModelConfig):
         self.c = config
+        self.head_dim = _head_dim(config)
 
     @classmethod
     @abstractmethod
@@ -96,44 +97,79 @@ class Attention(ABC):
         return 2 * self.c.n_layer * self.c.n_head * sum(self.head_widths)
 
     def kept_values(self) -> float:
-        """Values per token that a layer keeps for the backward pass: queries, keys, values and
-        output."""
-        return 2 * self.c.n_head * sum(self.head_widths)
+        """Values per token that a layer keeps for the backward pass, the mean over layers: queries
+        and output, keys and values, and latents."""
+        values = self.cached_values(materialized=True)
+        if self.latent_widths:
+            values += self.cached_values()
+        return self.c.n_head * sum(self.head_widths) + values / self.c.n_layer
 
 
 class MultiHead(Attention):
-    """GPT-2's own: every head has keys and values."""
+    """GPT-2's own, where every head has keys and values, and those whose heads share them: grouped
+    queries (arXiv:2305.13245) and, with one head of keys and values, multi-query."""
 
-    fields = ()
+    fields = ("num_key_value_heads",)
     biased = True
 
     @classmethod
     def resolve(cls, c: ModelConfig) -> None:
-        pass
+        c.position_embedding_type = c.position_embedding_type or "learned"
+        if c.position_embedding_type == "rope" and _head_dim(c) % 2:
+            raise UserError(
+                f"--position-embedding-type rope rotates pairs, and a head is {_head_dim(c)} wide; "
+                f"use --head-dim {_head_dim(c) + 1}, or another --n-head"
+            )
+        if c.num_key_value_heads is not None and (
+            c.num_key_value_heads < 1 or c.n_head % c.num_key_value_heads
+        ):
+            divisors = [n for n in range(1, c.n_head + 1) if c.n_head % n == 0]
+            raise UserError(
+                f"--num-key-value-heads {c.num_key_value_heads} does not divide --n-head "
+                f"{c.n_head}; use one of {', '.join(map(str, divisors))}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.c.num_key_value_heads or self.c.n_head
 
     @property
     def text(self) -> str:
-        return "multi-head attention"
+        heads = "multi-head attention"
+        if self.kv_heads < self.c.n_head:
+            heads = f"grouped-query attention, num_key_value_heads {self.kv_heads}"
+        if self.kv_heads == 1 < self.c.n_head:
+            heads = "multi-query attention"
+        return heads + (", RoPE" if self.c.position_embedding_type == "rope" else "")
 
     @property
     def cache_text(self) -> str:
-        return f"keys and values {self.c.n_embd} wide"
+        return f"keys and values {self.kv_heads * self.head_dim} wide"
 
     @property
     def head_widths(self) -> tuple[int, int]:
-        return (self.c.n_embd // self.c.n_head,) * 2
+        return self.head_dim, self.head_dim
 
     def tensors(self, layer: int) -> Tensors:
-        c = self.c
-        yield from _linear("c_attn", c.n_embd, 3 * c.n_embd, c.attention_bias)
-        yield from _linear("c_proj", c.n_embd, c.n_embd, True)
+        c, width = self.c, self.c.n_head * self.head_dim
+        rows = width + 2 * self.kv_heads * self.head_dim  # [q | k | v]
+        yield from _linear("c_attn", c.n_embd, rows, c.attention_bias)
+        yield from _linear("c_proj", width, c.n_embd, True)
 
     def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
-        return [(self.c.n_head, width) for width in self.head_widths]
+        return [(self.kv_heads, self.head_dim)] * 2
 
     @property
     def beyond_gpt2(self) -> list[str]:
-        return []
+        c, beyond = self.c, []
+        if c.position_embedding_type != "learned":
+            beyond.append(f"--position-embedding-type {c.position_embedding_type}")
+        if self.kv_heads != c.n_head:
+            beyond.append(f"--num-key-value-heads {self.kv_heads}")
+        if self.head_dim * c.n_head != c.n_embd:
+            beyond.append(f"--head-dim {self.head_dim}")
+        return beyond
 
 
 class MultiHeadLatent(Attention):
@@ -166,7 +202,7 @@ class MultiHeadLatent(Attention):
         if c.kv_lora_rank is None:
             c.kv_lora_rank = max(1, c.n_embd // 2)
         if c.v_head_dim is None:
-            c.v_head_dim = c.n_embd // c.n_head
+            c.v_head_dim = _head_dim(c)
         for name in ("kv_lora_rank", "v_head_dim", "q_lora_rank"):
             value = getattr(c, name)
             if value is not None and value < 1:
@@ -174,6 +210,19 @@ class MultiHeadLatent(Attention):
         if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
             raise UserError(
                 f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}"
+            )
+        rope = c.qk_rope_head_dim > 0
+        if c.position_embedding_type is None:
+            c.position_embedding_type = "rope" if rope else "learned"
+        if c.position_embedding_type == "rope" and not rope:
+            raise UserError(
+                "--position-embedding-type rope with --attention mla needs the width of the part "
+                f"that is rotated; use --qk-rope-head-dim {max(2, _head_dim(c) // 4 * 2)}"
+            )
+        if c.position_embedding_type == "learned" and rope:
+            raise UserError(
+                "--position-embedding-type learned excludes a part with RoPE; use "
+                "--qk-rope-head-dim 0"
             )
 
     @property
@@ -184,8 +233,9 @@ class MultiHeadLatent(Attention):
 
     @property
     def text(self) -> str:
-        ranks = self.c.kv_lora_ranks or self.ranks[:1]
-        return f"Multi-head Latent Attention, kv_lora_rank {', '.join(map(str, ranks))}"
+        ranks = ", ".join(map(str, self.c.kv_lora_ranks or self.ranks[:1]))
+        rope = f", RoPE {self.c.qk_rope_head_dim} wide" if self.c.qk_rope_head_dim else ""
+        return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}"
 
     @property
     def cache_text(self) -> str:
@@ -195,7 +245,7 @@ class MultiHeadLatent(Attention):
     def head_widths(self) -> tuple[int, int]:
         c = self.c
         assert c.v_head_dim
-        return c.n_embd // c.n_head + c.qk_rope_head_dim, c.v_head_dim
+        return self.head_dim + c.qk_rope_head_dim, c.v_head_dim
 
     def tensors(self, layer: int) -> Tensors:
         c, rank, (key_width, value_width) = self.c, self.ranks[layer], self.head_widths
@@ -209,7 +259,7 @@ class MultiHeadLatent(Attention):
             yield from _linear("q_b_proj", c.q_lora_rank, q_width, False)
             if c.latent_norm:
                 yield "q_a_layernorm.weight", (c.q_lora_rank,)
-        up_width = c.n_head * (key_width - c.qk_rope_head_dim + value_width)
+        up_width = c.n_head * (self.head_dim + value_width)
         yield from _linear("kv_b_proj", rank, up_width, False)
         yield from _linear("c_proj", c.n_head * value_width, c.n_embd, True)
 
@@ -228,9 +278,6 @@ class MultiHeadLatent(Attention):
         # Scores are R + P wide, the sum of the latents R.
         return 2 * self.c.n_head * sum(2 * r + self.c.qk_rope_head_dim for r in self.ranks)
 
-    def kept_values(self) -> float:
-        return super().kept_values() + self.cached_values() / self.c.n_layer
-
 
 KINDS: dict[AttentionName, type[Attention]] = {"mla": MultiHeadLatent, "mha": MultiHead}
 
@@ -239,6 +286,10 @@ def meaningless_fields(attention: AttentionName) -> list[str]:
     """Fields of the other kinds, which mean nothing to this one."""
     names = dict.fromkeys(name for kind in KINDS.values() for name in kind.fields)
     return [name for name in names if name not in KINDS[attention].fields]
+
+
+def _head_dim(c: ModelConfig) -> int:
+    return c.head_dim or c.n_embd // c.n_head
 
 
 def _linear(name: str, width_in: int, width_out: int, bias: bool | None) -> Tensors:

@@ -40,7 +40,7 @@ class ModelConfig:
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
-    """Attention heads; must divide n_embd."""
+    """Attention heads; must divide n_embd, or come with head_dim."""
     n_embd: int = 768
     """Width of the residual stream."""
     n_inner: Optional[int] = None
@@ -49,6 +49,15 @@ class ModelConfig:
     """Longest context, in tokens."""
     vocab_size: Optional[int] = None
     """Rows of the embedding. None: as many as the tokenizer has."""
+    position_embedding_type: Optional[Literal["learned", "rope"]] = None
+    """"learned" adds a table of positions to the embedding; "rope" rotates queries and keys: whole
+    with "mha", a part beside the latent with "mla". None: "rope" where qk_rope_head_dim > 0."""
+    head_dim: Optional[int] = None
+    """Width of a head: of queries, keys and values; with "mla" of the part without RoPE (DeepSeek's
+    qk_nope_head_dim). None: n_embd / n_head."""
+    num_key_value_heads: Optional[int] = None
+    """MHA: heads of keys and values, each for as many heads of queries: grouped-query attention,
+    and with 1 multi-query attention. None: n_head."""
     kv_lora_rank: Optional[int] = None
     """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of
     kv_lora_ranks."""
@@ -60,13 +69,13 @@ class ModelConfig:
     """MLA: width of the decoupled RoPE part of queries and keys; it replaces the learned positions.
     0: off."""
     v_head_dim: Optional[int] = None
-    """MLA: width of a value head. None: n_embd / n_head."""
+    """MLA: width of a value head. None: head_dim."""
     latent_norm: bool = False
     """MLA: RMSNorm on the latents, as in DeepSeek-V2."""
     attention_bias: Optional[bool] = None
     """Bias on the projections that read x. None: only for "mha", as in GPT-2."""
     rope_theta: float = 10000.0
-    """Base wavelength of the RoPE part; used only where qk_rope_head_dim > 0."""
+    """Base of RoPE's wavelengths."""
     activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
     """"gelu_new" is GPT-2's tanh approximation, "gelu" the exact function."""
     layer_norm_epsilon: float = 1e-5
@@ -87,11 +96,13 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "n_positions"):
             if getattr(c, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
-        if c.n_embd % c.n_head:
+        if c.head_dim is None and c.n_embd % c.n_head:
             raise UserError(
                 f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; "
                 f"try {flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
             )
+        if c.head_dim is not None and c.head_dim < 1:
+            raise UserError(f"--head-dim must be at least 1, not {c.head_dim}")
         if not 0 <= c.dropout < 1:
             raise UserError(f"--dropout must be in [0, 1), not {c.dropout}")
         if c.n_inner is None:
@@ -140,8 +151,8 @@ class TrainConfig:
     """Settings of a training run; `config.toml` in the run folder holds them all."""
 
     preset: str = "nano"
-    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128 or
-    gpt2-124m."""
+    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128,
+    mla-124m-rope, gpt2-124m or gpt2-124m-rope."""
     data: str = "builtin"
     """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one;
     also those of build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with

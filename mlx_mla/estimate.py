@@ -72,6 +72,7 @@ def report(config: TrainConfig) -> str:
     m = config.model
     tokens = config.steps * config.step_tokens
     ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
+    smaller = f"{ratio:.3g}x smaller" if ratio >= 1 else f"{1 / ratio:.3g}x larger"
     rows = {
         "model": f"{config.preset}: {m.kind.text}, {m.n_layer} layers, {m.n_head} heads, "
         f"{m.n_embd} wide, "
@@ -84,7 +85,7 @@ def report(config: TrainConfig) -> str:
         "memory, CPU": _memory(unfused),
         "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",
         "cache per token": f"{unfused.cache_bytes_per_token:,} bytes in 16 bits, "
-        f"{ratio:.3g}x smaller than MHA's {unfused.mha_cache_bytes_per_token:,}",
+        f"{smaller} than MHA's {unfused.mha_cache_bytes_per_token:,}",
     }
     return (
         "\n".join(f"{name:<21}{value}" for name, value in rows.items())

@@ -21,6 +21,7 @@ where that is cheaper than expanding all of those.
 Shape legend, used as suffixes of array names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
     N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
+    G num_key_value_heads (of multi-head attention)
 """
 
 from collections.abc import Callable
@@ -64,6 +65,9 @@ class ModelArgs(BaseModelArgs):
     n_head: int = 12
     n_inner: Optional[int] = None
     attention: str = "mla"
+    position_embedding_type: Optional[str] = None
+    head_dim: Optional[int] = None
+    num_key_value_heads: Optional[int] = None
     kv_lora_rank: Optional[int] = None
     kv_lora_ranks: Optional[list[int]] = None
     q_lora_rank: Optional[int] = None
@@ -84,37 +88,77 @@ class ModelArgs(BaseModelArgs):
                 "activation_function must be 'gelu_new' or 'gelu', not "
                 f"{self.activation_function!r}"
             )
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.n_head
+        if self.n_head % self.num_key_value_heads:
+            raise ValueError(
+                f"n_head {self.n_head} is not divisible by num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.position_embedding_type is None:
+            self.position_embedding_type = "rope" if self.qk_rope_head_dim else "learned"
+        if self.position_embedding_type not in ("learned", "rope"):
+            raise ValueError(
+                "position_embedding_type must be 'learned' or 'rope', not "
+                f"{self.position_embedding_type!r}"
+            )
+        rope = self.position_embedding_type == "rope"
+        if self.attention == "mla" and rope != bool(self.qk_rope_head_dim):
+            raise ValueError(
+                f"position_embedding_type {self.position_embedding_type!r} does not go with "
+                f"qk_rope_head_dim {self.qk_rope_head_dim}"
+            )
         if self.attention == "mla" and self.kv_lora_ranks is None:
             self.kv_lora_ranks = [self.kv_lora_rank or self.n_embd // 2] * self.n_layer
         if self.attention_bias is None:
             self.attention_bias = self.attention == "mha"
         self.n_inner = self.n_inner or 4 * self.n_embd
-        self.v_head_dim = self.v_head_dim or self.n_embd // self.n_head
+        self.v_head_dim = self.v_head_dim or self.head_dim
 
 
 class MultiHeadAttention(nn.Module):
-    """GPT-2's attention: keys and values of every head are computed once and cached."""
+    """GPT-2's attention: keys and values of every head are computed once and cached.
+
+    With fewer heads of keys and values than of queries it is grouped-query attention
+    (arXiv:2305.13245), with one multi-query attention (arXiv:1911.02150).
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.n_head = args.n_head
-        self.scale = (args.n_embd // args.n_head) ** -0.5
-        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.attention_bias)
-        self.c_proj = nn.Linear(args.n_embd, args.n_embd)
+        assert args.head_dim and args.num_key_value_heads  # ModelArgs fills them in
+        self.head_dim = args.head_dim
+        self.scale = args.head_dim**-0.5
+        self.rope_theta = args.rope_theta if args.position_embedding_type == "rope" else None
+        self.q_width = args.n_head * args.head_dim
+        self.kv_width = args.num_key_value_heads * args.head_dim
+        # One matmul reads x: [q | k | v].
+        self.c_attn = nn.Linear(
+            args.n_embd, self.q_width + 2 * self.kv_width, bias=args.attention_bias
+        )
+        self.c_proj = nn.Linear(self.q_width, args.n_embd)
 
     def __call__(
         self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0
     ) -> mx.array:
         B, L, _ = x_BLD.shape
-        q, k, v = (
-            a.reshape(B, L, self.n_head, -1).transpose(0, 2, 1, 3)
-            for a in mx.split(self.c_attn(x_BLD), 3, axis=-1)
+        q_BHLN, k_BGLN, v_BGLN = (
+            a.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)
+            for a in mx.split(
+                self.c_attn(x_BLD), [self.q_width, self.q_width + self.kv_width], axis=-1
+            )
         )
+        if self.rope_theta is not None:
+            q_BHLN = rotate(q_BHLN, self.rope_theta, offset)
+            k_BGLN = rotate(k_BGLN, self.rope_theta, offset)
         if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        out_BHLV = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+            k_BGLN, v_BGLN = cache.update_and_fetch(k_BGLN, v_BGLN)
+        out_BHLV = scaled_dot_product_attention(
+            q_BHLN, k_BGLN, v_BGLN, cache=cache, scale=self.scale, mask=mask
+        )
         return self.c_proj(out_BHLV.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
 
@@ -127,9 +171,9 @@ class LatentAttention(nn.Module):
 
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        assert args.kv_lora_ranks and args.v_head_dim  # ModelArgs fills them in
+        assert args.kv_lora_ranks and args.head_dim and args.v_head_dim  # ModelArgs fills them in
         self.n_head = args.n_head
-        self.qk_nope_head_dim = args.n_embd // args.n_head
+        self.qk_nope_head_dim = args.head_dim
         self.qk_rope_head_dim = args.qk_rope_head_dim
         self.v_head_dim = args.v_head_dim
         self.kv_lora_rank = args.kv_lora_ranks[layer]
@@ -174,8 +218,10 @@ class LatentAttention(nn.Module):
         latent = c_BLR[:, None]
         if self.qk_rope_head_dim:
             q_BHLN, q_rope = mx.split(q_BHLN, [self.qk_nope_head_dim], axis=-1)
-            q_BHLN = mx.concatenate([q_BHLN, self._rope(q_rope, offset)], axis=-1)
-            latent = mx.concatenate([latent, self._rope(k_rope_BLP[:, None], offset)], axis=-1)
+            q_rope = rotate(q_rope, self.rope_theta, offset)
+            k_rope = rotate(k_rope_BLP[:, None], self.rope_theta, offset)
+            q_BHLN = mx.concatenate([q_BHLN, q_rope], axis=-1)
+            latent = mx.concatenate([latent, k_rope], axis=-1)
 
         if self.materialize_cache:
             k, v = self._expand(latent)
@@ -203,16 +249,6 @@ class LatentAttention(nn.Module):
                     q_BHLN, k, v, scale=self.scale, mask=mask
                 )
         return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
-
-    def _rope(self, x: mx.array, offset: Any) -> mx.array:
-        return mx.fast.rope(
-            x,
-            self.qk_rope_head_dim,
-            traditional=True,
-            base=self.rope_theta,
-            scale=1.0,
-            offset=offset,
-        )
 
     def _expand(self, latent: mx.array) -> tuple[mx.array, mx.array]:
         """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
@@ -312,6 +348,17 @@ class LatentAttention(nn.Module):
         return _by_head(from_latent, out[..., :R].reshape(B, H, L, R))
 
 
+def rotate(x: mx.array, theta: float, offset: Any) -> mx.array:
+    """Rotate the pairs (2i, 2i + 1) of the last axis by the position (RoFormer, arXiv:2104.09864).
+
+    Args:
+        x: (B, heads, L, width).
+        theta: Base of the wavelengths.
+        offset: Position of the first token, an int or one for each row of the batch.
+    """
+    return mx.fast.rope(x, x.shape[-1], traditional=True, base=theta, scale=1.0, offset=offset)
+
+
 def _by_head(apply: Callable, x_BHLN: mx.array) -> mx.array:
     """Apply a function of (H, rows, N) to the rows of all sequences, head by head."""
     B, H, L, _ = x_BHLN.shape
@@ -377,8 +424,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.n_positions = args.n_positions
         self.wte = nn.Embedding(args.vocab_size, args.n_embd)
-        # With decoupled RoPE the positions live in the attention, as in DeepSeek.
-        if not args.qk_rope_head_dim:
+        if args.position_embedding_type == "learned":  # RoPE lives in the attention
             self.wpe = nn.Embedding(args.n_positions, args.n_embd)
         self.drop = nn.Dropout(args.dropout)
         self.h = [Block(args, i) for i in range(args.n_layer)]

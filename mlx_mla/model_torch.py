@@ -16,6 +16,7 @@ key), values have width 0.
 Shape legend, used as suffixes of tensor names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
     N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
+    G num_key_value_heads (of multi-head attention)
 """
 
 from typing import Any
@@ -38,35 +39,56 @@ WRITTEN_VALUE = 100
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Scaled dot-product attention; causal where there is no mask and more than one query."""
-    if (
-        q.device.type == "mps"
-    ):  # it has given silently wrong results for strided inputs (pytorch#163597)
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    causal = mask is None and q.shape[-2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    """Scaled dot-product attention; causal where there is no mask and more than one query.
+
+    Keys and values may have fewer heads than queries, by a whole factor.
+    """
+    if q.device.type == "mps":
+        # It has given silently wrong results for strided inputs (pytorch#163597).
+        groups = q.shape[1] // k.shape[1]
+        q, k, v = q.contiguous(), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[-2] > 1,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
 
 
 class MultiHeadAttention(nn.Module):
-    """GPT-2's attention: keys and values of every head are computed once and cached."""
+    """GPT-2's attention: keys and values of every head are computed once and cached.
+
+    With fewer heads of keys and values than of queries it is grouped-query attention
+    (arXiv:2305.13245), with one multi-query attention (arXiv:1911.02150).
+    """
 
     def __init__(self, config: MLAGPT2Config, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
-        self.scale = (config.n_embd // config.n_head) ** -0.5
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.attention_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        q_width = config.n_head * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        # One matmul reads x: [q | k | v].
+        self.widths = [q_width, kv_width, kv_width]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
+        self.c_proj = nn.Linear(q_width, config.n_embd)
 
     def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
         B, L, _ = x_BLD.shape
-        q, k, v = (
-            a.view(B, L, self.n_head, -1).transpose(1, 2)
-            for a in self.c_attn(x_BLD).chunk(3, dim=-1)
+        q_BHLN, k_BGLN, v_BGLN = (
+            a.view(B, L, -1, self.head_dim).transpose(1, 2)
+            for a in self.c_attn(x_BLD).split(self.widths, dim=-1)
         )
+        if rotation is not None:
+            q_BHLN, k_BGLN = rotate(q_BHLN, rotation), rotate(k_BGLN, rotation)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        return self.c_proj(attend(q, k, v, mask, self.scale).transpose(1, 2).reshape(B, L, -1))
+            k_BGLN, v_BGLN = cache.update(k_BGLN, v_BGLN, self.layer)
+        out_BHLV = attend(q_BHLN, k_BGLN, v_BGLN, mask, self.scale)
+        return self.c_proj(out_BHLV.transpose(1, 2).reshape(B, L, -1))
 
 
 class LatentAttention(nn.Module):
@@ -77,7 +99,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
-        self.qk_nope_head_dim = config.n_embd // config.n_head
+        self.qk_nope_head_dim = config.head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
         self.kv_lora_rank = (
@@ -196,7 +218,7 @@ def by_head(x_BHLN: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def rotation_of(
     positions: torch.Tensor, width: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of the RoPE angles, (B, 1, L, P / 2), in float32."""
+    """Cosine and sine of the RoPE angles, (B, 1, L, width / 2), in float32."""
     frequency = theta ** (
         -torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     )
@@ -269,10 +291,8 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
     def __init__(self, config: MLAGPT2Config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        # With decoupled RoPE the positions live in the attention, as in DeepSeek.
-        self.wpe = (
-            None if config.qk_rope_head_dim else nn.Embedding(config.n_positions, config.n_embd)
-        )
+        learned = config.position_embedding_type == "learned"  # RoPE lives in the attention
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if learned else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -312,17 +332,21 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotation = None
         if self.wpe is not None:
             h = h + self.wpe(position_ids)
-        else:
-            rotation = rotation_of(
-                position_ids, self.config.qk_rope_head_dim, self.config.rope_theta
-            )
+        rotation = self.rotation(position_ids)
         h = self.drop(h)
         for block in self.h:
             h = block(h, mask, past_key_values, rotation)
         return self.ln_f(h), past_key_values
+
+    def rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `rotate` needs at these positions (B, L); None where positions are learned."""
+        c = self.config
+        if self.wpe is not None:
+            return None
+        width = c.qk_rope_head_dim if c.attention == "mla" else c.head_dim
+        return rotation_of(position_ids, width, c.rope_theta)
 
 
 def check_positions(end: int, n_positions: int) -> None:

@@ -16,7 +16,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     c = config
     assert c.n_inner and c.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (c.vocab_size, c.n_embd)}
-    if not c.qk_rope_head_dim:
+    if c.position_embedding_type == "learned":
         shapes["transformer.wpe.weight"] = (c.n_positions, c.n_embd)
 
     def linear(name: str, width_in: int, width_out: int) -> None:

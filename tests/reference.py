@@ -37,12 +37,16 @@ def head(q, k, v):
 
 
 def attention(x, weights, name, c: ModelConfig):
-    width = c.n_embd // c.n_head
+    width = c.head_dim or c.n_embd // c.n_head
     if c.attention == "mha":
-        q, k, v = np.split(linear(x, weights, f"{name}.c_attn"), 3, axis=-1)
-        heads = [
-            head(*(a[:, h * width : (h + 1) * width] for a in (q, k, v))) for h in range(c.n_head)
-        ]
+        kv_heads = c.num_key_value_heads or c.n_head
+        cuts = [c.n_head * width, (c.n_head + kv_heads) * width]
+        q, k, v = np.split(linear(x, weights, f"{name}.c_attn"), cuts, axis=-1)
+        q, k, v = (a.reshape(len(x), -1, width).transpose(1, 0, 2) for a in (q, k, v))
+        if c.position_embedding_type == "rope":
+            q, k = ([rope(one, c.rope_theta) for one in a] for a in (q, k))
+        of = [h * kv_heads // c.n_head for h in range(c.n_head)]  # a query head's keys and values
+        heads = [head(q[h], k[g], v[g]) for h, g in enumerate(of)]
         return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj")
     P, R, V = c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim
     q, latent, k_rope = np.split(
@@ -81,7 +85,7 @@ def logits(ids, weights, c: ModelConfig):
     """Logits (T, vocab_size) of token ids (T,), in float64."""
     weights = {k: v.astype(np.float64) for k, v in weights.items()}
     x = weights["transformer.wte.weight"][ids]
-    if not c.qk_rope_head_dim:
+    if c.position_embedding_type == "learned":
         x = x + weights["transformer.wpe.weight"][: len(ids)]
     for i in range(c.n_layer):
         h = f"transformer.h.{i}"

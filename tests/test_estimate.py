@@ -19,7 +19,14 @@ from mlx_mla.weights import initial_weights
 
 
 @pytest.mark.parametrize(
-    "kind", [{"attention": "mha"}, {"kv_lora_rank": 24}, {"qk_rope_head_dim": 8}]
+    "kind",
+    [
+        {"attention": "mha"},
+        {"kv_lora_rank": 24},
+        {"qk_rope_head_dim": 8},
+        {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
+    ],
+    ids=str,
 )
 def test_cache_bytes_are_those_of_a_real_cache(kind):
     config = ModelConfig(
@@ -38,7 +45,8 @@ def test_cache_bytes_of_the_presets():
         for name in PRESETS
         if (c := preset(name).resolved())
     }
-    assert per_layer["gpt2-124m"] == 3072
+    assert per_layer["gpt2-124m"] == per_layer["gpt2-124m-rope"] == 3072
+    assert per_layer["mla-124m-rope"] == 3072 / 8
     assert per_layer["mla-124m"] == 768
     assert per_layer["mla-124m-r256"] == 512
     assert per_layer["mla-124m-r128"] == 256
@@ -51,6 +59,24 @@ def test_flops_are_those_of_the_matrix_products():
     D, R, T = 64, 24, 32
     per_layer = 2 * (D * (D + R) + R * 2 * D + D * D + 2 * D * 4 * D)
     scores = np.mean([2 * 2 * D * keys for keys in range(1, T + 1)])
+    assert forward_flops_per_token(c, T) == int(2 * (per_layer + scores) + 2 * 50 * D)
+
+
+def test_flops_of_grouped_queries():
+    c = ModelConfig(
+        attention="mha",
+        position_embedding_type="rope",
+        num_key_value_heads=2,
+        head_dim=24,
+        n_layer=2,
+        n_embd=64,
+        n_head=4,
+        n_positions=32,
+        vocab_size=50,
+    ).resolved()
+    D, q, kv, T = 64, 4 * 24, 2 * 24, 32
+    per_layer = 2 * (D * (q + 2 * kv) + q * D + 2 * D * 4 * D)
+    scores = np.mean([2 * 2 * q * keys for keys in range(1, T + 1)])
     assert forward_flops_per_token(c, T) == int(2 * (per_layer + scores) + 2 * 50 * D)
 
 
@@ -111,6 +137,13 @@ CHANGES = [
     {"checkpoint_every": 2, "n_layer": 6},
     {"loss_chunk": 256, "vocab_size": 8000},
     {"attention": "mha", "qk_rope_head_dim": 0},
+    {
+        "attention": "mha",
+        "qk_rope_head_dim": 0,
+        "position_embedding_type": "rope",
+        "n_head": 4,
+        "num_key_value_heads": 1,
+    },
     {"dtype": "bfloat16"},
     {"optimizer": "muon"},
 ]

@@ -66,7 +66,12 @@ def resume_point(
     """
     before = run_config(out)
     for where, old, new, names in (
-        ("model", before.model, config.model, [f.name for f in dataclasses.fields(ModelConfig)]),
+        (
+            "model",
+            before.model.resolved(),
+            config.model,
+            [f.name for f in dataclasses.fields(ModelConfig)],
+        ),
         ("run", before, config, list(FIXED_ON_RESUME)),
     ):
         for name in names:
