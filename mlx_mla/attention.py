@@ -178,6 +178,7 @@ class MultiHeadLatent(Attention):
     fields = (
         "kv_lora_rank",
         "kv_lora_ranks",
+        "num_kv_shared_layers",
         "q_lora_rank",
         "qk_rope_head_dim",
         "v_head_dim",
@@ -187,10 +188,17 @@ class MultiHeadLatent(Attention):
 
     @classmethod
     def resolve(cls, c: ModelConfig) -> None:
+        if not 0 <= c.num_kv_shared_layers < c.n_layer:
+            raise UserError(
+                f"--num-kv-shared-layers must be from 0 to {c.n_layer - 1}, one less than "
+                f"--n-layer, not {c.num_kv_shared_layers}"
+            )
         if c.kv_lora_ranks is not None:
-            if len(c.kv_lora_ranks) != c.n_layer or min(c.kv_lora_ranks) < 1:
+            latents = c.n_layer - c.num_kv_shared_layers
+            if len(c.kv_lora_ranks) != latents or min(c.kv_lora_ranks) < 1:
                 raise UserError(
-                    f"--kv-lora-ranks needs {c.n_layer} widths of at least 1, one for each layer, "
+                    f"--kv-lora-ranks needs {latents} widths of at least 1, one for each layer "
+                    "with a latent of its own, "
                     f"not {' '.join(map(str, c.kv_lora_ranks))}"
                 )
             if c.kv_lora_rank not in (None, max(c.kv_lora_ranks)):
@@ -227,19 +235,30 @@ class MultiHeadLatent(Attention):
 
     @property
     def ranks(self) -> list[int]:
-        """Width of the latent of every layer, R."""
-        assert self.c.kv_lora_rank
-        return self.c.kv_lora_ranks or [self.c.kv_lora_rank] * self.c.n_layer
+        """Width of the latent that every layer reads, R."""
+        c = self.c
+        assert c.kv_lora_rank
+        if c.kv_lora_ranks is None:
+            return [c.kv_lora_rank] * c.n_layer
+        return c.kv_lora_ranks + c.kv_lora_ranks[-1:] * c.num_kv_shared_layers
+
+    def has_latent(self, layer: int) -> bool:
+        """Whether a layer has a latent of its own, and does not read the one before it."""
+        return layer < self.c.n_layer - self.c.num_kv_shared_layers
 
     @property
     def text(self) -> str:
         ranks = ", ".join(map(str, self.c.kv_lora_ranks or self.ranks[:1]))
         rope = f", RoPE {self.c.qk_rope_head_dim} wide" if self.c.qk_rope_head_dim else ""
-        return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}"
+        shared = self.c.num_kv_shared_layers
+        sharing = f", shared by the last {shared + 1} layers" if shared else ""
+        return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}{sharing}"
 
     @property
     def cache_text(self) -> str:
-        return f"latents {' or '.join(map(str, sorted(set(self.ranks))))} wide"
+        shared = self.c.num_kv_shared_layers
+        sharing = f", shared by the last {shared + 1}" if shared else ""
+        return f"latents {' or '.join(map(str, sorted(set(self.ranks))))} wide{sharing}"
 
     @property
     def head_widths(self) -> tuple[int, int]:
@@ -251,9 +270,10 @@ class MultiHeadLatent(Attention):
         c, rank, (key_width, value_width) = self.c, self.ranks[layer], self.head_widths
         q_width = c.n_head * key_width
         # [q (or its latent) | kv latent | shared RoPE key]
-        width = (c.q_lora_rank or q_width) + rank + c.qk_rope_head_dim
-        yield from _linear("c_attn", c.n_embd, width, c.attention_bias)
-        if c.latent_norm:
+        latent_width = rank + c.qk_rope_head_dim if self.has_latent(layer) else 0
+        rows = (c.q_lora_rank or q_width) + latent_width
+        yield from _linear("c_attn", c.n_embd, rows, c.attention_bias)
+        if c.latent_norm and self.has_latent(layer):
             yield "kv_a_layernorm.weight", (rank,)
         if c.q_lora_rank:
             yield from _linear("q_b_proj", c.q_lora_rank, q_width, False)
@@ -266,7 +286,7 @@ class MultiHeadLatent(Attention):
     def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
         if materialized:
             return [(self.c.n_head, width) for width in self.head_widths]
-        return [(1, self.latent_widths[layer])]
+        return [(1, self.latent_widths[layer])] if self.has_latent(layer) else []
 
     @property
     def latent_widths(self) -> list[int]:

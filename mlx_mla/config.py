@@ -62,7 +62,11 @@ class ModelConfig:
     """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of
     kv_lora_ranks."""
     kv_lora_ranks: Optional[list[int]] = None
-    """MLA: that width for every layer, where they differ. None: kv_lora_rank for all."""
+    """MLA: that width for every layer with a latent of its own, where they differ. None:
+    kv_lora_rank for all."""
+    num_kv_shared_layers: int = 0
+    """MLA: the last so many layers cache nothing and read the latent (and the RoPE key) of the last
+    layer before them, each with its own up-projection (Gemma 3n's name). 0: none."""
     q_lora_rank: Optional[int] = None
     """MLA: width of a query latent, as in DeepSeek-V2. None: queries are projected directly."""
     qk_rope_head_dim: int = 0

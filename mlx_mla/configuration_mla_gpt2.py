@@ -37,6 +37,7 @@ class MLAGPT2Config(PretrainedConfig):
         num_key_value_heads: int | None = None,
         kv_lora_rank: int | None = None,
         kv_lora_ranks: list[int] | None = None,
+        num_kv_shared_layers: int = 0,
         q_lora_rank: int | None = None,
         qk_rope_head_dim: int = 0,
         v_head_dim: int | None = None,
@@ -61,6 +62,10 @@ class MLAGPT2Config(PretrainedConfig):
         if num_key_value_heads is not None and n_head % num_key_value_heads:
             raise ValueError(
                 f"n_head {n_head} is not divisible by num_key_value_heads {num_key_value_heads}"
+            )
+        if not 0 <= num_kv_shared_layers < n_layer:
+            raise ValueError(
+                f"num_kv_shared_layers must be from 0 to {n_layer - 1}, not {num_kv_shared_layers}"
             )
         if position_embedding_type is None:
             position_embedding_type = "rope" if qk_rope_head_dim else "learned"
@@ -89,6 +94,7 @@ class MLAGPT2Config(PretrainedConfig):
             n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
         )
         self.kv_lora_ranks = kv_lora_ranks
+        self.num_kv_shared_layers = num_kv_shared_layers
         self.q_lora_rank = q_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim or self.head_dim

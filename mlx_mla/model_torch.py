@@ -11,7 +11,8 @@ MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per to
 and values per head. Training and prefill expand the latents; a step that decodes one token, or a
 few over many cached latents, absorbs the up projection into the query and the output, and reads the
 latents as they are. The cache is transformers' own: keys hold the latents (and the shared RoPE
-key), values have width 0.
+key), values have width 0. The last `num_kv_shared_layers` (Gemma 3n's name) cache nothing: each
+expands the latents of the last layer before them with an up projection of its own.
 
 Shape legend, used as suffixes of tensor names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
@@ -77,7 +78,9 @@ class MultiHeadAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
         self.c_proj = nn.Linear(q_width, config.n_embd)
 
-    def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
+    def forward(
+        self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
+    ) -> tuple[torch.Tensor, Any]:
         B, L, _ = x_BLD.shape
         q_BHLN, k_BGLN, v_BGLN = (
             a.view(B, L, -1, self.head_dim).transpose(1, 2)
@@ -88,12 +91,17 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k_BGLN, v_BGLN = cache.update(k_BGLN, v_BGLN, self.layer)
         out_BHLV = attend(q_BHLN, k_BGLN, v_BGLN, mask, self.scale)
-        return self.c_proj(out_BHLV.transpose(1, 2).reshape(B, L, -1))
+        return self.c_proj(out_BHLV.transpose(1, 2).reshape(B, L, -1)), latent
 
 
 class LatentAttention(nn.Module):
-    """Multi-head Latent Attention; the cache holds latents (B, 1, T, R + P) and values of width
-    0."""
+    """Multi-head Latent Attention; the cache holds latents (B, 1, T, R + P) and values of width 0.
+
+    Attributes:
+        layer: This layer's number.
+        latent_layer: Number of the layer whose latents it reads: its own, or the last before the
+            layers that share.
+    """
 
     def __init__(self, config: MLAGPT2Config, layer: int):
         super().__init__()
@@ -102,23 +110,27 @@ class LatentAttention(nn.Module):
         self.qk_nope_head_dim = config.head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
-        self.kv_lora_rank = (
-            config.kv_lora_ranks[layer] if config.kv_lora_ranks else config.kv_lora_rank or 0
-        )
+        self.latent_layer = min(layer, config.n_layer - config.num_kv_shared_layers - 1)
+        ranks = config.kv_lora_ranks
+        self.kv_lora_rank = ranks[self.latent_layer] if ranks else config.kv_lora_rank or 0
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
         self.materialize_cache = False
 
         q_width = config.n_head * qk_head_dim
+        has_latent = self.layer == self.latent_layer
+        latent_width = self.kv_lora_rank + self.qk_rope_head_dim if has_latent else 0
         # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
-        self.widths = [config.q_lora_rank or q_width, self.kv_lora_rank, self.qk_rope_head_dim]
+        self.widths = [config.q_lora_rank or q_width, latent_width]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
         self.q_b_proj = (
             nn.Linear(config.q_lora_rank, q_width, bias=False) if config.q_lora_rank else None
         )
         norms = config.latent_norm
         self.kv_a_layernorm = (
-            nn.RMSNorm(self.kv_lora_rank, eps=config.layer_norm_epsilon) if norms else None
+            nn.RMSNorm(self.kv_lora_rank, eps=config.layer_norm_epsilon)
+            if norms and has_latent
+            else None
         )
         self.q_a_layernorm = (
             nn.RMSNorm(config.q_lora_rank, eps=config.layer_norm_epsilon)
@@ -131,19 +143,28 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_width, bias=False)
         self.c_proj = nn.Linear(config.n_head * self.v_head_dim, config.n_embd)
 
-    def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
+    def forward(
+        self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend from x.
+
+        Args:
+            latent: What the layer before returned, which a layer without its own latents reads.
+
+        Returns:
+            The output (B, L, D), and the latents (B, 1, T, R + P): with a cache of latents all that
+            are in it, else those of x.
+        """
         B, L, _ = x_BLD.shape
-        q, c_BLR, k_rope_BLP = self.c_attn(x_BLD).split(self.widths, dim=-1)
-        if self.kv_a_layernorm is not None:
-            c_BLR = self.kv_a_layernorm(c_BLR)
+        q, latent_BLW = self.c_attn(x_BLD).split(self.widths, dim=-1)
         if self.q_b_proj is not None:
             q = self.q_b_proj(q if self.q_a_layernorm is None else self.q_a_layernorm(q))
         q_BHLN = q.view(B, L, self.n_head, -1).transpose(1, 2)
-        latent = c_BLR[:, None]
         if self.qk_rope_head_dim:
             q_nope, q_rope = q_BHLN.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
             q_BHLN = torch.cat([q_nope, rotate(q_rope, rotation)], dim=-1)
-            latent = torch.cat([latent, rotate(k_rope_BLP[:, None], rotation)], dim=-1)
+        if self.layer == self.latent_layer:
+            latent = self._latent(latent_BLW, rotation)
 
         if self.materialize_cache:
             k, v = self._expand(latent)
@@ -151,7 +172,7 @@ class LatentAttention(nn.Module):
                 k, v = cache.update(k, v, self.layer)
             out = attend(q_BHLN, k, v, mask, self.scale)
         else:
-            if cache is not None:
+            if cache is not None and self.layer == self.latent_layer:
                 latent, _ = cache.update(latent, latent.new_zeros(B, 1, L, 0), self.layer)
             # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
             absorb = cache is not None and type(self.kv_b_proj) is nn.Linear
@@ -159,7 +180,16 @@ class LatentAttention(nn.Module):
                 out = self._attend_absorbed(q_BHLN, latent, mask)
             else:
                 out = attend(q_BHLN, *self._expand(latent), mask, self.scale)
-        return self.c_proj(out.transpose(1, 2).reshape(B, L, -1))
+        return self.c_proj(out.transpose(1, 2).reshape(B, L, -1)), latent
+
+    def _latent(self, latent_BLW: torch.Tensor, rotation: Any) -> torch.Tensor:
+        """Latents and RoPE keys (B, 1, L, R + P) of what c_attn gives for them."""
+        c_BLR, k_rope_BLP = latent_BLW.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        if self.kv_a_layernorm is not None:
+            c_BLR = self.kv_a_layernorm(c_BLR)
+        if not self.qk_rope_head_dim:
+            return c_BLR[:, None]
+        return torch.cat([c_BLR[:, None], rotate(k_rope_BLP[:, None], rotation)], dim=-1)
 
     def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
@@ -259,9 +289,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), mask, cache, rotation))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(
+        self, x: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
+    ) -> tuple[torch.Tensor, Any]:
+        """The new x, and the latents for a next block that has none of its own."""
+        attended, latent = self.attn(self.ln_1(x), mask, cache, rotation, latent)
+        x = x + self.drop(attended)
+        return x + self.drop(self.mlp(self.ln_2(x))), latent
 
 
 class MLAGPT2PreTrainedModel(PreTrainedModel):
@@ -336,8 +370,9 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
             h = h + self.wpe(position_ids)
         rotation = self.rotation(position_ids)
         h = self.drop(h)
+        latent = None
         for block in self.h:
-            h = block(h, mask, past_key_values, rotation)
+            h, latent = block(h, mask, past_key_values, rotation, latent)
         return self.ln_f(h), past_key_values
 
     def rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -79,7 +79,8 @@ def test_every_comparison_is_one_flag_apart():
         ({"kv_lora_rank": 0}, "--kv-lora-rank must be at least 1, not 0"),
         (
             {"n_layer": 2, "kv_lora_ranks": [8]},
-            "--kv-lora-ranks needs 2 widths of at least 1, one for each layer, not 8",
+            "--kv-lora-ranks needs 2 widths of at least 1, one for each layer with a latent of its "
+            "own, not 8",
         ),
         ({"n_layer": 2, "kv_lora_ranks": [8, 0]}, "--kv-lora-ranks needs 2 widths"),
         (
@@ -91,6 +92,13 @@ def test_every_comparison_is_one_flag_apart():
         ({"qk_rope_head_dim": 3}, "--qk-rope-head-dim must be even"),
         ({"vocab_size": 100}, "--vocab-size 100 is smaller than the tokenizer's 257"),
         ({"dropout": 1.0}, "--dropout"),
+        ({"num_kv_shared_layers": 12}, "--num-kv-shared-layers must be from 0 to 11"),
+        ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers must be from 0 to 11"),
+        (
+            {"n_layer": 3, "num_kv_shared_layers": 1, "kv_lora_ranks": [8] * 3},
+            "--kv-lora-ranks needs 2 widths",
+        ),
+        ({"attention": "mha", "num_kv_shared_layers": 1}, "no meaning with --attention mha"),
         ({"head_dim": 0}, "--head-dim must be at least 1"),
         ({"num_key_value_heads": 3}, "--num-key-value-heads has no meaning with --attention mla"),
         (

@@ -24,6 +24,7 @@ from mlx_mla.weights import initial_weights
         {"attention": "mha"},
         {"kv_lora_rank": 24},
         {"qk_rope_head_dim": 8},
+        {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
         {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
     ],
     ids=str,
@@ -60,6 +61,8 @@ def test_flops_are_those_of_the_matrix_products():
     per_layer = 2 * (D * (D + R) + R * 2 * D + D * D + 2 * D * 4 * D)
     scores = np.mean([2 * 2 * D * keys for keys in range(1, T + 1)])
     assert forward_flops_per_token(c, T) == int(2 * (per_layer + scores) + 2 * 50 * D)
+    shared = dataclasses.replace(c, num_kv_shared_layers=1)
+    assert forward_flops_per_token(c, T) - forward_flops_per_token(shared, T) == 2 * D * R
 
 
 def test_flops_of_grouped_queries():
@@ -133,6 +136,7 @@ CHANGES = [
     {"vocab_size": 4000},
     {"n_head": 4},
     {"kv_lora_rank": 16},
+    {"num_kv_shared_layers": 2},
     {"checkpoint_every": 1},
     {"checkpoint_every": 2, "n_layer": 6},
     {"loss_chunk": 256, "vocab_size": 8000},

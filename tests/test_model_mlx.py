@@ -32,6 +32,8 @@ TOLERANCE = 1e-4
 KINDS = {
     "mla": {},
     "mla-rope": {"qk_rope_head_dim": 8},
+    "mla-shared": {"num_kv_shared_layers": 1},
+    "mla-rope-shared": {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
     "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
     "gqa-rope": {
         "attention": "mha",
@@ -64,8 +66,12 @@ def model_configs(draw) -> ModelConfig:
             num_key_value_heads=draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0])),
             **common,
         ).resolved()
+    shared = draw(st.integers(0, common["n_layer"] - 1))
+    ranks = st.integers(1, width)
+    latents = common["n_layer"] - shared
     return ModelConfig(
-        kv_lora_rank=draw(st.integers(1, width)),
+        kv_lora_ranks=draw(st.none() | st.lists(ranks, min_size=latents, max_size=latents)),
+        num_kv_shared_layers=shared,
         q_lora_rank=draw(st.sampled_from([None, 5, 16])),
         qk_rope_head_dim=draw(st.sampled_from([0, 0, 4, 8])),
         v_head_dim=draw(st.sampled_from([None, 6, 24])),
@@ -250,11 +256,11 @@ def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
         position_embedding_type="rope",
         rope_theta=500.0,
     )
-    mine = model_mlx.MultiHeadAttention(args)
+    mine = model_mlx.MultiHeadAttention(args, 0)
     for name in ("weight", "bias"):
         mine.c_attn[name] = mx.array(np.concatenate([ours(p, name) for p in "qkv"]))
         mine.c_proj[name] = mx.array(ours("o", name))
-    got = mine(mx.array(x.numpy()), "causal")
+    got, _ = mine(mx.array(x.numpy()), "causal")
     np.testing.assert_allclose(np.array(got), expected.numpy(), atol=TOLERANCE)
 
 
@@ -284,6 +290,7 @@ def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
     [
         {"kv_lora_rank": 96},
         {"kv_lora_rank": 64, "qk_rope_head_dim": 32},
+        {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "num_kv_shared_layers": 2},
         {"attention": "mha", "position_embedding_type": "rope"},
         {"attention": "mha", "position_embedding_type": "rope", "num_key_value_heads": 2},
     ],
@@ -372,6 +379,7 @@ def test_bad_shapes_are_refused_by_the_model_file_itself():
             "does not go with qk_rope_head_dim 8",
         ),
         ({"attention": "mha", "num_key_value_heads": 5}, "num_key_value_heads 5"),
+        ({"num_kv_shared_layers": 12}, "from 0 to 11, not 12"),
     ):
         for configuration in (ModelArgs.from_dict, lambda v: MLAGPT2Config(**v)):
             with pytest.raises(ValueError, match=message):

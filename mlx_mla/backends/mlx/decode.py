@@ -15,7 +15,7 @@ from mlx_lm.generate import (
     speculative_generate_step,
     wired_limit,
 )
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_mla import checkpoint
@@ -264,7 +264,9 @@ class MLXDecoder:
                 draft_cache = make_prompt_cache(draft)
                 if seen := context.tokens[: context.cache[0].offset]:
                     draft(mx.array([seen]), cache=draft_cache)
-                caches = context.cache + draft_cache
+                # mlx-lm cuts this list at the number of layers, of which some may share a cache.
+                unused = len(self.model.layers) - len(context.cache)
+                caches = [*context.cache, *(KVCache() for _ in range(unused)), *draft_cache]
                 for token, _, guessed in speculative_generate_step(
                     prompt,
                     self.model,

@@ -26,15 +26,15 @@ def hidden_states(
     h, rotation = transformer.wte(ids_BL), transformer.rotation(positions)
     if transformer.wpe is not None:
         h = h + transformer.wpe(positions)
-    h = transformer.drop(h)
+    h, latent = transformer.drop(h), None
 
-    def run(h: torch.Tensor, first: int) -> torch.Tensor:
+    def run(h: torch.Tensor, latent: Any, first: int) -> tuple[torch.Tensor, Any]:
         for block in transformer.h[first : first + checkpoint_every]:
-            h = block(h, None, None, rotation)
-        return h
+            h, latent = block(h, None, None, rotation, latent)
+        return h, latent
 
     for first in range(0, len(transformer.h), checkpoint_every):
-        h = checkpoint(run, h, first, use_reentrant=False)
+        h, latent = checkpoint(run, h, latent, first, use_reentrant=False)
     last: torch.Tensor = transformer.ln_f(h)
     return last
 
