@@ -59,7 +59,7 @@ class MLAGPT2Config(PretrainedConfig):
             )
         if head_dim is None and n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
-        if num_key_value_heads is not None and n_head % num_key_value_heads:
+        if num_key_value_heads and n_head % num_key_value_heads:
             raise ValueError(
                 f"n_head {n_head} is not divisible by num_key_value_heads {num_key_value_heads}"
             )

@@ -97,8 +97,7 @@ class ModelArgs(BaseModelArgs):
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
             self.head_dim = self.n_embd // self.n_head
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.n_head
+        self.num_key_value_heads = self.num_key_value_heads or self.n_head
         if self.n_head % self.num_key_value_heads:
             raise ValueError(
                 f"n_head {self.n_head} is not divisible by num_key_value_heads "
