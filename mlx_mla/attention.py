@@ -251,13 +251,13 @@ class MultiHeadLatent(Attention):
         ranks = ", ".join(map(str, self.c.kv_lora_ranks or self.ranks[:1]))
         rope = f", RoPE {self.c.qk_rope_head_dim} wide" if self.c.qk_rope_head_dim else ""
         shared = self.c.num_kv_shared_layers
-        sharing = f", shared by the last {shared + 1} layers" if shared else ""
+        sharing = f", one latent for the last {shared + 1} layers" if shared else ""
         return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}{sharing}"
 
     @property
     def cache_text(self) -> str:
         shared = self.c.num_kv_shared_layers
-        sharing = f", shared by the last {shared + 1}" if shared else ""
+        sharing = f", one for the last {shared + 1}" if shared else ""
         return f"latents {' or '.join(map(str, sorted(set(self.ranks))))} wide{sharing}"
 
     @property

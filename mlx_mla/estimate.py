@@ -71,8 +71,6 @@ def report(config: TrainConfig) -> str:
     unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
     m = config.model
     tokens = config.steps * config.step_tokens
-    ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
-    smaller = f"{ratio:.3g}x smaller" if ratio >= 1 else f"{1 / ratio:.3g}x larger"
     rows = {
         "model": f"{config.preset}: {m.kind.text}, {m.n_layer} layers, {m.n_head} heads, "
         f"{m.n_embd} wide, "
@@ -84,8 +82,7 @@ def report(config: TrainConfig) -> str:
         f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
         "memory, CPU": _memory(unfused),
         "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",
-        "cache per token": f"{unfused.cache_bytes_per_token:,} bytes in 16 bits, "
-        f"{smaller} than MHA's {unfused.mha_cache_bytes_per_token:,}",
+        "cache per token": _cache(unfused),
     }
     return (
         "\n".join(f"{name:<21}{value}" for name, value in rows.items())
@@ -99,6 +96,15 @@ def _memory(e: Estimate) -> str:
         f"{_size(e.gradient_bytes)}, "
         f"AdamW {_size(e.optimizer_bytes)}, activations {_size(e.activation_bytes)}"
     )
+
+
+def _cache(e: Estimate) -> str:
+    ratio = e.mha_cache_bytes_per_token / e.cache_bytes_per_token
+    size = f"{e.cache_bytes_per_token:,} bytes in 16 bits"
+    if ratio == 1:
+        return f"{size}, as MHA's"
+    than = f"{ratio:.3g}x smaller" if ratio > 1 else f"{1 / ratio:.3g}x larger"
+    return f"{size}, {than} than MHA's {e.mha_cache_bytes_per_token:,}"
 
 
 def _size(n: int) -> str:
