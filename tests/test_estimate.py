@@ -145,7 +145,6 @@ CHANGES = [
         "attention": "mha",
         "qk_rope_head_dim": 0,
         "position_embedding_type": "rope",
-        "n_head": 4,
         "num_key_value_heads": 1,
     },
     {"dtype": "bfloat16"},
