@@ -116,9 +116,9 @@ class Bench:
         self.run = run_config(options.model)
         self.folder = checkpoint.model_folder(options.model)
         self.config = checkpoint.read_config(self.folder)
-        if self.config.attention != "mha":
+        if beyond := self.config.kind.beyond_gpt2:
             raise UserError(
-                f"--model {options.model}: is latent already; give a run of --attention mha"
+                f"--model {options.model}: has {beyond[0]}; give a run of --attention mha"
             )
         self.weights = checkpoint.read_weights(self.folder, self.config)
         encoder = get_encoder(self.run.tokenizer, self.run.bpe_dir)

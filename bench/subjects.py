@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import BYTES, cache_bytes_per_token
+from mlx_mla.estimate import BYTES
 from mlx_mla.weights import num_parameters, parameter_shapes
 
 Weights = dict[str, np.ndarray]
@@ -67,7 +67,7 @@ def load_reference(
     backend: str, config: ModelConfig, weights: Weights, dtype: str, device: str
 ) -> Subject:
     """GPT-2 of the ecosystem with the weights of our MHA model: mlx-lm's, or transformers'."""
-    assert config.attention == "mha"
+    assert not config.kind.beyond_gpt2
     return _module(backend).reference(config, weights, dtype, device)
 
 
@@ -115,10 +115,7 @@ def cache_bytes(config: ModelConfig, kind: str, dtype: str) -> int:
     """Bytes of the decoding cache per token of context, all layers."""
     if kind == "none":
         return 0
-    if kind == "materialized" and config.attention == "mla":
-        keys = config.n_embd + config.n_head * config.qk_rope_head_dim
-        return config.n_layer * (keys + config.n_head * (config.v_head_dim or 0)) * BYTES[dtype]
-    return cache_bytes_per_token(config, BYTES[dtype])
+    return config.kind.cached_values(materialized=kind == "materialized") * BYTES[dtype]
 
 
 def decode_flops(config: ModelConfig, kind: str, context: int) -> float:
@@ -128,9 +125,4 @@ def decode_flops(config: ModelConfig, kind: str, context: int) -> float:
     matrices = sum(
         s[0] * s[1] for n, s in parameter_shapes(c).items() if len(s) == 2 and "wpe" not in n
     )
-    key = c.n_embd // c.n_head + c.qk_rope_head_dim
-    value = c.v_head_dim or c.n_embd // c.n_head
-    widths = c.n_layer * (key + value)
-    if c.attention == "mla" and kind == "latent":
-        widths = sum(2 * rank + c.qk_rope_head_dim for rank in c.latent_ranks)
-    return 2.0 * matrices + 2.0 * c.n_head * widths * context
+    return 2.0 * matrices + c.kind.score_flops(on_latents=kind == "latent") * context

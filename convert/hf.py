@@ -206,16 +206,16 @@ def write_gpt2(
 
     Args:
         folder: Exists, and is empty.
-        config: Resolved; multi-head attention.
+        config: Resolved; GPT-2's own attention.
         weights: Tensors in our layout, float32.
 
     Raises:
-        UserError: If the model has latent attention, for which GPT-2 has no name.
+        UserError: If the attention is one that GPT-2 has no name for.
     """
-    if config.attention != "mha":
+    if beyond := config.kind.beyond_gpt2:
         raise UserError(
-            "--to hf needs multi-head attention; this model's is latent (transformers loads it as "
-            "it is)"
+            f"--to hf needs GPT-2's own attention, and this model has {' '.join(beyond)}; "
+            "transformers loads it as it is"
         )
     state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
     if not config.attention_bias:

@@ -19,7 +19,15 @@ from mlx_mla.weights import initial_weights
 
 
 @pytest.mark.parametrize(
-    "kind", [{"attention": "mha"}, {"kv_lora_rank": 24}, {"qk_rope_head_dim": 8}]
+    "kind",
+    [
+        {"attention": "mha"},
+        {"kv_lora_rank": 24},
+        {"qk_rope_head_dim": 8},
+        {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
+        {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
+    ],
+    ids=str,
 )
 def test_cache_bytes_are_those_of_a_real_cache(kind):
     config = ModelConfig(
@@ -38,7 +46,8 @@ def test_cache_bytes_of_the_presets():
         for name in PRESETS
         if (c := preset(name).resolved())
     }
-    assert per_layer["gpt2-124m"] == 3072
+    assert per_layer["gpt2-124m"] == per_layer["gpt2-124m-rope"] == 3072
+    assert per_layer["mla-124m-rope"] == 3072 / 8
     assert per_layer["mla-124m"] == 768
     assert per_layer["mla-124m-r256"] == 512
     assert per_layer["mla-124m-r128"] == 256
@@ -48,7 +57,9 @@ def test_cache_bytes_of_the_presets():
     "model",
     [
         {"attention": "mha"},
+        {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
         {"kv_lora_rank": 24},
+        {"kv_lora_rank": 24, "num_kv_shared_layers": 1},
         {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "q_lora_rank": 40, "v_head_dim": 12},
     ],
 )
@@ -128,10 +139,17 @@ CHANGES = [
     {"vocab_size": 4000},
     {"n_head": 4},
     {"kv_lora_rank": 16},
+    {"num_kv_shared_layers": 2},
     {"checkpoint_every": 1},
     {"checkpoint_every": 2, "n_layer": 6},
     {"loss_chunk": 256, "vocab_size": 8000},
     {"attention": "mha", "qk_rope_head_dim": 0},
+    {
+        "attention": "mha",
+        "qk_rope_head_dim": 0,
+        "position_embedding_type": "rope",
+        "num_key_value_heads": 1,
+    },
     {"dtype": "bfloat16"},
     {"optimizer": "muon"},
 ]

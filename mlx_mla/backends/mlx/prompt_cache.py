@@ -95,9 +95,7 @@ def fingerprint(folder: Path) -> str:
     Reads a quarter of a megabyte of a file, however large it is. Other weights, another rank or
     another quantisation give another fingerprint.
     """
-    digest = hashlib.sha256(
-        json.dumps(checkpoint.read_config(folder).to_dict(), sort_keys=True).encode()
-    )
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("model*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -112,10 +110,7 @@ def fingerprint(folder: Path) -> str:
 def _shape(folder: Path) -> str:
     """What a cache of a model holds, in words."""
     config = checkpoint.read_config(folder)
-    if config.attention == "mha":
-        return f"{config.n_layer} layers, keys and values {config.n_embd} wide"
-    ranks = sorted(set(config.latent_ranks))
-    return f"{config.n_layer} layers, latents {' or '.join(map(str, ranks))} wide"
+    return f"{config.n_layer} layers, {config.kind.cache_text}"
 
 
 def check_target(path: Path) -> None:
