@@ -8,11 +8,12 @@ from typing import Any
 from bench.labels import label_ends, pyplot, style
 from bench.studying.plan import Study
 from bench.studying.summary import Row
+from mlx_mla.weights import num_parameters
 
 Names = dict[str, str]
 """Captions to file names."""
 
-LABEL_INCHES = 1.7
+LABEL_INCHES = 1.4
 
 
 def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
@@ -27,7 +28,7 @@ def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
         pictures["Loss against cache"] = _cache(study, shown, styles, out)
     for size, tokens in dict.fromkeys((r.cell.size, r.cell.tokens) for r in shown):
         here = [r for r in shown if (r.cell.size, r.cell.tokens) == (size, tokens)]
-        where = f"{size}, {tokens / 1e6:.3g} M tokens"
+        where = _title(size, tokens)
         end = f"{size}-{tokens}.png"
         if max(len(r.curve) for r in here) > 1:
             pictures[f"Loss against tokens, {where}"] = _loss(here, styles, where, out, end)
@@ -45,19 +46,14 @@ def _styles(study: Study) -> dict[str, dict[str, Any]]:
     return {name: style(i) for i, name in enumerate(names)}
 
 
-def _axes(panels: int = 1, width: float = 6.5, height: float = 4.2) -> tuple[Any, list[Any]]:
-    """A figure whose panels leave room for labels on their right."""
-    total = panels * width
-    fig, axes = pyplot().subplots(1, panels, figsize=(total, height), squeeze=False)
-    room = LABEL_INCHES / width
-    fig.subplots_adjust(
-        left=0.75 / total, right=1 - LABEL_INCHES / total, top=0.9, bottom=0.13,
-        wspace=(room + 0.12) / (1 - room - 0.12),
-    )  # fmt: skip
-    for ax in axes[0]:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return fig, list(axes[0])
+def _axes() -> tuple[Any, Any]:
+    """A figure whose axes leave room for labels on their right."""
+    width = 6.5
+    fig, ax = pyplot().subplots(figsize=(width, 4.2))
+    fig.subplots_adjust(left=0.75 / width, right=1 - LABEL_INCHES / width, top=0.9, bottom=0.13)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig, ax
 
 
 def _save(fig: Any, out: Path, name: str) -> str:
@@ -90,10 +86,7 @@ def _forest(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) ->
             if d.count > 1:
                 ax.plot([_percent(d.low), _percent(d.high)], [y, y], color=color, lw=2)
             ax.plot(_percent(d.mean), y, "o", color=color, ms=5)
-        means = [_percent(r.difference.mean) for r in here if r.difference]
-        span = max(max(means) - min(means), 100 * study.margin, 0.5)
-        low, high = min([0, *means]) - 0.4 * span, max([0, *means]) + 0.4 * span
-        ax.set(xlim=(low, high), title=f"{place[0]}, {place[1] / 1e6:.3g} M tokens")
+        ax.set(xlim=_limits(study, here), title=_title(*place))
         ax.set_xlabel("perplexity above the baseline's (%)")
         ax.grid(alpha=0.25, axis="x")
         ax.spines[["top", "right"]].set_visible(False)
@@ -102,11 +95,27 @@ def _forest(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) ->
     return _save(fig, out, "difference.png")
 
 
+def _limits(study: Study, rows: list[Row]) -> tuple[float, float]:
+    """Axis limits in percent that show all means, and of the intervals what is not far off."""
+    seen = [r.difference for r in rows if r.difference is not None]
+    means = [0.0, 100 * study.margin, *(_percent(d.mean) for d in seen)]
+    far = 0.5 * (max(means) - min(means)) + 0.5
+    low = [max(_percent(d.low), min(means) - far) for d in seen if d.count > 1]
+    high = [min(_percent(d.high), max(means) + far) for d in seen if d.count > 1]
+    return min([*means, *low]) - 0.1 * far, max([*means, *high]) + 0.1 * far
+
+
+def _title(size: str, tokens: int) -> str:
+    return f"{size}, {tokens / 1e6:.3g} M tokens"
+
+
 def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
     """Which attention for which cache: final loss against bytes a token, with the seeds' range."""
     places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
-    fig, axes = _axes(len(places))
-    for ax, place in zip(axes, places):
+    fig, axes = pyplot().subplots(
+        1, len(places), figsize=(4.8 * len(places), 4.2), squeeze=False, layout="constrained"
+    )
+    for ax, place in zip(axes[0], places):
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
         losses: list[float] = []
         for row in here:
@@ -114,32 +123,51 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
             color = styles[row.cell.arm]["color"]
             seeds = [r["loss"] for r in row.finals.values() if r["loss"] is not None]
             losses += seeds
-            ends = [min(seeds), max(seeds)]
-            ax.plot([row.cache_bytes] * 2, ends, color=color, lw=1, alpha=0.5)
+            ax.plot([row.cache_bytes] * 2, [min(seeds), max(seeds)], color=color, lw=1, alpha=0.5)
             ax.plot(row.cache_bytes, row.loss.mean, "o", color=color, ms=5)
         pad = 0.05 * (max(losses) - min(losses)) + 1e-3
-        bytes_ = sorted({r.cache_bytes for r in here})
+        columns = _columns([r.cache_bytes for r in here])
+        span = columns[-1][-1] / columns[0][0]
         ax.set(
-            xscale="log", xlim=(bytes_[0] / 1.3, bytes_[-1] * 1.1),
+            xscale="log",
+            xlim=(columns[0][0] / span**0.08, columns[-1][-1] * max(span, 2) ** 0.35),
             ylim=(min(losses) - pad, max(losses) + pad),
-            xlabel="cache (bytes a token, 16 bits)", ylabel="held-out loss (nats a token)",
-            title=f"{place[0]}, {place[1] / 1e6:.3g} M tokens",
-        )  # fmt: skip
-        ax.set_xticks(bytes_, [f"{b:,}" for b in bytes_])
+            xlabel="cache (bytes a token, 16 bits)",
+            ylabel="held-out loss (nats a token)",
+            title=_title(*place),
+        )
+        ticks = [column[-1] for column in columns]
+        ax.set_xticks(ticks, [f"{b:,}" for b in ticks])
         ax.set_xticks([], minor=True)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.canvas.draw()  # labels are placed where the layout has put the axes
+    for ax, place in zip(axes[0], places):
+        here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
         to_axes = ax.transData + ax.transAxes.inverted()
-        for width in bytes_:
+        for column in _columns([r.cache_bytes for r in here]):
             names = [
-                (float(width), r.loss.mean, r.cell.arm, str(styles[r.cell.arm]["color"]))
+                (float(r.cache_bytes), r.loss.mean, r.cell.arm, styles[r.cell.arm]["color"])
                 for r in here
-                if r.loss and r.cache_bytes == width
+                if r.loss and r.cache_bytes in column
             ]
-            label_ends(ax, names, at=to_axes.transform((width, losses[0]))[0])
+            label_ends(ax, names, at=to_axes.transform((column[-1], names[0][1]))[0], size=7)
     return _save(fig, out, "loss-cache.png")
 
 
+def _columns(widths: Sequence[int]) -> list[list[int]]:
+    """Cache widths in groups of those that are within a tenth of each other."""
+    columns: list[list[int]] = []
+    for width in sorted(set(widths)):
+        if columns and width < 1.1 * columns[-1][-1]:
+            columns[-1].append(width)
+        else:
+            columns.append([width])
+    return columns
+
+
 def _loss(rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: str) -> str:
-    fig, (ax,) = _axes()
+    fig, ax = _axes()
     for row in rows:
         points = [(p.tokens / 1e6, p.value.mean) for p in row.curve]
         ax.plot(*zip(*points), lw=1.4, **styles[row.cell.arm])
@@ -160,7 +188,7 @@ def _gap(
     study: Study, rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: str
 ) -> str:
     """Whether the difference closes or opens."""
-    fig, (ax,) = _axes()
+    fig, ax = _axes()
     ax.axhspan(0, _percent(study.margin), color="0.93", zorder=0)
     ax.axhline(0, color="black", lw=1)
     for row in rows:
@@ -188,7 +216,7 @@ def _end(
 
 def _sizes(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
     """Difference against size, arms that ran at several sizes, each at its largest budget."""
-    fig, (ax,) = _axes()
+    fig, ax = _axes()
     ax.axhspan(0, _percent(study.margin), color="0.93", zorder=0)
     ax.axhline(0, color="black", lw=1)
     ends = []
@@ -206,9 +234,11 @@ def _sizes(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
                 ax.plot([n, n], [_percent(d.low), _percent(d.high)], color=styles[arm]["color"])
         ends.append((points[-1][0], means[-1], arm, styles[arm]["color"]))
     ax.set(
-        xscale="log", xlabel="parameters (millions)",
+        xscale="log", xlabel="size (at the baseline's parameters)",
         ylabel=f"perplexity above {study.baseline}'s (%)",
     )  # fmt: skip
-    ax.xaxis.set_major_formatter("{x:g}")
+    sizes = {c.size: num_parameters(c.config.model) for c in study.cells if c.arm == study.baseline}
+    ax.set_xticks([n / 1e6 for n in sizes.values()], list(sizes))
+    ax.set_xticks([], minor=True)
     label_ends(ax, ends)
     return _save(fig, out, "difference-size.png")

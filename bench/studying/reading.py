@@ -122,6 +122,11 @@ class _Reader:
         base = self._watched(overlay(self.base, table, where), self.given | table.keys())
         if self.quick:
             base = _shortened(base)
+        if base.eval_batches != base.final_eval_batches:
+            raise UserError(
+                f"{where}: eval_batches and final_eval_batches must be equal, so that the end of a "
+                "curve is the loss that the verdict is about"
+            )
         self.bases[size] = settings(_resolved(base, where))
         names = self._names(own.pop("arms") or list(self.arms), f"sizes.{size}.arms")
         if baseline not in names:
@@ -187,7 +192,8 @@ class _Reader:
     @staticmethod
     def _watched(config: TrainConfig, given: Set[str]) -> TrainConfig:
         """No samples and one checkpoint, where the study does not ask for more."""
-        quiet = {"sample_tokens": 0, "keep": 1, "eval_batches": 20, "final_eval_batches": 20}
+        quiet = {"sample_tokens": 0, "keep": 1, "eval_batches": 20}
+        quiet["final_eval_batches"] = config.eval_batches if "eval_batches" in given else 20
         return overlay(config, {k: v for k, v in quiet.items() if k not in given}, "the study")
 
     def _distinct(self, cells: Sequence[Cell], baseline: str, size: str) -> None:
@@ -261,7 +267,7 @@ def _shortened(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         warmup_steps=min(config.warmup_steps, QUICK_STEPS // 4),
-        eval_batches=min(config.eval_batches or 2, 2),
+        eval_batches=2,
         final_eval_batches=2,
         eval_every=QUICK_STEPS // 4,
         save_every=QUICK_STEPS // 2,

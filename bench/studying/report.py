@@ -83,7 +83,7 @@ def _losses(study: Study, rows: Sequence[Row]) -> list[str]:
         "baseline's loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=_by_loss):
+    for row in sorted(rows, key=_by_difference):
         d = row.difference
         reached = "-" if row.cell.arm == study.baseline or row.loss is None else "never"
         if row.tokens_to_baseline is not None and row.cell.arm != study.baseline:
@@ -102,8 +102,11 @@ def _losses(study: Study, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _by_loss(row: Row) -> float:
-    return math.inf if row.loss is None else row.loss.mean
+def _by_difference(row: Row) -> float:
+    """Best first; the seeds of two arms may differ, so their mean losses do not tell."""
+    if row.verdict == "baseline":
+        return 0.0
+    return math.inf if row.difference is None else row.difference.mean
 
 
 def _costs(rows: Sequence[Row], results: Results) -> list[str]:

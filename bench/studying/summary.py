@@ -41,7 +41,8 @@ class Row:
     """Paired with the baseline, seed by seed."""
     verdict: str
     tokens_to_baseline: float | None
-    """Tokens after which the mean curve is at the baseline's final loss; None: never."""
+    """Tokens after which the mean curve is at the baseline's final loss, over the seeds that both
+    have; None: never."""
     curve: Sequence[CurvePoint]
     gap: Sequence[CurvePoint]
     """The paired difference along the run."""
@@ -138,7 +139,7 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
         said = UNFINISHED
     else:
         said = verdict(difference, study.margin)
-    base_losses = [loss_of(r) for r in base.values() if r["loss"] is not None]
+    pairs = _pairs(finals, base)
     return Row(
         cell=cell,
         search=search,
@@ -147,7 +148,12 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
         loss=interval(losses, study.confidence) if losses else None,
         difference=difference,
         verdict=said,
-        tokens_to_baseline=_reached(curve, statistics.fmean(base_losses)) if base_losses else None,
+        tokens_to_baseline=_reached(
+            _curve([a["curve"] for a, _ in pairs], study.confidence),
+            statistics.fmean(loss_of(b) for _, b in pairs),
+        )
+        if pairs
+        else None,
         curve=curve,
         gap=() if is_baseline else _gap(finals, base, study.confidence),
     )
