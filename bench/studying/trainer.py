@@ -109,7 +109,7 @@ class Trainer:
 
     def _start(self) -> None:
         self._move_aside_another()
-        write_text(self._beside(".toml"), self._toml())
+        write_text(self._beside(".toml"), run_toml(self.run))
         command = [sys.executable, "-m", "mlx_mla.train", "--auto-resume"]
         command += ["--config", str(self._beside(".toml")), "--out", str(self.folder)]
         # Without a terminal, mlx_mla.train writes plain lines; they go to the log.
@@ -137,16 +137,6 @@ class Trainer:
         self.folder.rename(aside)
         self.began_at = 0
 
-    def _toml(self) -> str:
-        text = to_toml(self.run.config)
-        base = preset(self.run.config.preset)
-        if overlay(base, parse_toml(text, "the run"), "the run") != self.run.config:
-            raise UserError(
-                f"preset {base.preset} sets something that arm {self.run.arm} must leave unset; "
-                "use another preset under [base]"
-            )
-        return text
-
     def _record(self, diverged: str | None) -> Record:
         rows = read_metrics(self.folder / METRICS)
         train = [row for row in rows if row["split"] == "train"]
@@ -166,3 +156,15 @@ class Trainer:
 
     def _beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)
+
+
+def run_toml(run: Run) -> str:
+    """The settings file of a run, for --config of mlx_mla.train."""
+    text, base = to_toml(run.config), preset(run.config.preset)
+    # What is unset has no line, and is then what the preset says.
+    if overlay(base, parse_toml(text, "the run"), "the run") != run.config:
+        raise UserError(
+            f"preset {base.preset} sets something that arm {run.arm} must leave unset; use another "
+            "preset under [base]"
+        )
+    return text
