@@ -17,7 +17,7 @@ from typing import Annotated, Optional
 import tyro
 from rich.console import Console
 
-from bench.machine import machine
+from bench.harness import machine
 from bench.studying import measured
 from bench.studying.agenda import agenda, flops
 from bench.studying.pictures import draw
