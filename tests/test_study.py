@@ -26,10 +26,11 @@ from bench.studying.reading import read_study
 from bench.studying.results import RESULTS, Results, thinned
 from bench.studying.settings import settings
 from bench.studying.summary import stair, summarise
-from bench.studying.trainer import run_toml
+from bench.studying.trainer import make_room, run_toml
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.presets import overlay, parse_toml, preset
+from mlx_mla.training.run_folder import claim
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "bench" / "studies").glob("*.toml"))
@@ -223,6 +224,13 @@ def test_shipped_studies_are_read_and_every_run_is_read_back_as_it_was_meant(pat
         assert row.verdict == ("baseline" if row.cell.arm == study.baseline else "unfinished")
 
 
+def test_the_file_that_the_guide_shows_is_one(tmp_path):
+    text = (ROOT / "docs" / "study.md").read_text().split("```toml\n")[1].split("```")[0]
+    study = read_study(written(tmp_path, text))
+    assert [c.seeds for c in study.cells] == [(1, 2, 3), (1, 2, 3, 4, 5)]
+    assert study.cells[0].tune_steps * 4 == study.cells[0].config.steps
+
+
 def test_the_dry_run_says_what_it_takes(tmp_path, capsys):
     text = SMALL + '[machines.m]\ntokens_per_second = { tiny = 10 }\nsource = "a test"\n'
     assert command.main([str(written(tmp_path, text)), "--dry-run"]) == 0
@@ -382,6 +390,23 @@ def test_labels_are_apart_in_order_and_centred(heights, gap):
     assert sum(placed) == pytest.approx(sum(heights), abs=1e-6)
 
 
+def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):
+    study = read_study(written(tmp_path))
+    mha, mla = (study.cell(arm, "tiny", 1280).final(4e-3, 1) for arm in ("mha", "mla"))
+    folder = tmp_path / "runs" / "4e-3"
+    claim(folder, mha.config)
+    make_room(folder, mha)
+    assert (folder / "config.toml").is_file()
+    for aside in ("4e-3.other-1", "4e-3.other-2"):
+        make_room(folder, mla)
+        assert not folder.exists()
+        assert (folder.with_name(aside) / "config.toml").is_file()
+        claim(folder, mha.config)
+    (folder / "config.toml").rename(folder / ".config.toml.tmp-7")  # killed while it was written
+    make_room(folder, mha)
+    claim(folder, mha.config)
+
+
 # --- real runs ---
 
 
@@ -454,6 +479,7 @@ def test_a_run_that_diverges_and_a_stop_by_ctrl_c(tmp_path):
     assert process.returncode == 130, error
     assert "go on with" in said
     assert not list(out.glob("runs/**/*.tmp-*"))
+    assert not list(out.glob("runs/**/*.other-*"))
     process = start(*asked)
     said, error = process.communicate(timeout=300)
     assert process.returncode == 0, error

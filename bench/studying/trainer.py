@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ class Trainer:
         except OSError as e:
             raise UserError(f"{self.folder}: cannot be written: {e.strerror}") from e
         self.began_at = self.step
+        """The last step of an earlier start."""
         self.poll()
 
     @property
@@ -108,7 +110,7 @@ class Trainer:
             self._beside(suffix).unlink(missing_ok=True)
 
     def _start(self) -> None:
-        self._move_aside_another()
+        make_room(self.folder, self.run)
         write_text(self._beside(".toml"), run_toml(self.run))
         command = [sys.executable, "-m", "mlx_mla.train", "--auto-resume"]
         command += ["--config", str(self._beside(".toml")), "--out", str(self.folder)]
@@ -123,19 +125,6 @@ class Trainer:
                 pass_fds=[self._lock],  # the lock lasts as long as the trainer does
                 start_new_session=True,  # Ctrl-C comes from us, once
             )
-
-    def _move_aside_another(self) -> None:
-        """A folder begun with other settings must not be gone on with."""
-        if not (self.folder / CONFIG).is_file():
-            return
-        there = settings(run_config(self.folder).resolved())
-        if there == settings(self.run.config):
-            return
-        number = 1
-        while (aside := self._beside(f".other-{number}")).exists():
-            number += 1
-        self.folder.rename(aside)
-        self.began_at = 0
 
     def _record(self, diverged: str | None) -> Record:
         rows = read_metrics(self.folder / METRICS)
@@ -156,6 +145,23 @@ class Trainer:
 
     def _beside(self, suffix: str) -> Path:
         return self.folder.with_name(self.folder.name + suffix)
+
+
+def make_room(folder: Path, run: Run) -> None:
+    """See that a folder holds nothing, or the beginning of this very run.
+
+    What another run began, of a study that was changed since, is moved aside; what a run left that
+    was killed before it wrote its settings is removed.
+    """
+    if not (folder / CONFIG).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    if settings(run_config(folder).resolved()) == settings(run.config):
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.other-{number}")).exists():
+        number += 1
+    folder.rename(aside)
 
 
 def run_toml(run: Run) -> str:
