@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,6 +210,51 @@ def test_what_a_study_must_not_say_is_one_error(tmp_path, capsys, old, new, said
     assert err.startswith(f"error: {path}")
     assert err.count("\n") == 1
     assert not out
+
+
+def places(table: dict, path: tuple = ()) -> list[tuple]:
+    """Where a value stands, of every table and value."""
+    found = []
+    for name, value in table.items():
+        found.append((*path, name))
+        if isinstance(value, dict):
+            found += places(value, (*path, name))
+    return found
+
+
+FULL = SMALL.replace("[arms.mha]", "[arms.mha]\nat.tiny.seeds = [1]").replace(
+    "[base]",
+    """title = "t"
+extensions = 1
+keep = "all"
+[verdict]
+margin = 0.01
+[evaluate]
+tasks = "lambada"
+[machines.m]
+tokens_per_second = { tiny = 1 }
+source = "s"
+[base]""",
+    1,
+)
+
+
+@pytest.mark.parametrize(
+    "wrong", [-1, 2, 1.5, True, "x", "", [], [[1]], ["x"], {}, {"a": {}}], ids=str
+)
+def test_a_value_of_any_type_in_any_place_is_taken_or_refused(tmp_path, wrong):
+    for path in places(parse_toml(FULL, "")):
+        values = parse_toml(FULL, "")
+        table = values
+        for name in path[:-1]:
+            table = table[name]
+        table[path[-1]] = wrong
+        try:
+            study = read_study(written(tmp_path, tomli_w.dumps(values)))
+            summarise(study, Results(tmp_path))
+            command._costs(study)
+        except UserError as e:
+            assert "small.toml" in str(e) or path == ("base", "preset")
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)

@@ -72,7 +72,7 @@ class _Reader:
 
     def study(self) -> Study:
         toml, where = self.toml, self.where
-        rule = dict(toml.get("verdict", {}))
+        rule = self._table("verdict", needed=False)
         _known(rule, ("margin", "confidence"), f"{where} [verdict]")
         margin = _number(rule, "margin", 0.005, f"{where} [verdict]")
         confidence = _number(rule, "confidence", 0.95, f"{where} [verdict]")
@@ -82,7 +82,7 @@ class _Reader:
                 f"such as 0.95, not {margin} and {confidence}"
             )
         baseline = toml.get("baseline")
-        if baseline not in self.arms:
+        if not isinstance(baseline, str) or baseline not in self.arms:
             raise UserError(
                 f"{where}: baseline = {baseline!r} is no arm; {self._arm_hint(baseline)}"
             )
@@ -91,7 +91,7 @@ class _Reader:
         if keep not in get_args(Keep):
             raise UserError(f"{where}: keep = {keep!r} must be one of {', '.join(get_args(Keep))}")
         extensions = toml.get("extensions", 3)
-        if not isinstance(extensions, int) or extensions < 0:
+        if type(extensions) is not int or extensions < 0:
             raise UserError(f"{where}: extensions must be a whole number, not {extensions!r}")
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
         return Study(
@@ -150,7 +150,9 @@ class _Reader:
                 f"{', '.join(get_args(RateName))}"
             )
         _known(at, self.sizes, f"{self.where} [arms.{name}.at]")
-        here = dict(at.get(size, {}))
+        here = at.get(size, {})
+        _known(here, here, f"{self.where} [arms.{name}.at.{size}]")
+        here = dict(here)
         own = {**own, **{k: here.pop(k) for k in ("learning_rates", "seeds") if k in here}}
         for values, table in ((arm, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
             self._not_owned(values, table, rate_name)
@@ -171,8 +173,8 @@ class _Reader:
                 )
         budgets = own["tokens"] if isinstance(own["tokens"], list) else [own["tokens"]]
         steps = [_steps(config, n, f"{where}: tokens") for n in budgets]
-        if len(set(steps)) < len(steps):
-            raise UserError(f"{where}: tokens holds the same number of steps twice; remove one")
+        if not steps or len(set(steps)) < len(steps):
+            raise UserError(f"{where}: tokens must be one budget, or several that differ")
         tune = own["tune_tokens"]
         rates = _rates(own["learning_rates"], f"{where}: learning_rates", self.quick)
         seeds = _seeds(own["seeds"], f"{where}: seeds")
@@ -252,7 +254,7 @@ class _Reader:
         if not isinstance(values, list):
             raise UserError(f"{self.where}: {what} must be a list of arms")
         for name in values:
-            if name not in self.arms:
+            if not isinstance(name, str) or name not in self.arms:
                 raise UserError(f"{self.where}: {what}: {name!r} is no arm; {self._arm_hint(name)}")
         if len(set(values)) < len(values):
             raise UserError(f"{self.where}: {what} names an arm twice; remove one")
