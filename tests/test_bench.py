@@ -118,7 +118,7 @@ def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, 
 
 @pytest.mark.slow
 def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monkeypatch, capfd):
-    from bench import subject_torch
+    from bench.subjects import torch as subject_torch
 
     def full(self, ids):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -153,6 +153,43 @@ def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
         json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}})
     )
     assert "which only MLX reads; compare the folder it was made from" in no("--models", folder)
+
+
+STORED = Path(__file__).parent.parent / "bench" / "results"
+
+
+@pytest.mark.parametrize(
+    "path",
+    # A study keeps its runs; what holds for those is in test_study.py.
+    sorted(p for p in STORED.glob("**/*.json") if '"runs":' not in p.read_text()),
+    ids=lambda path: str(path.relative_to(STORED)),
+)
+def test_stored_reports_say_what_their_results_say(path, tmp_path):
+    from bench import harness
+
+    stored = harness.read(path)
+    copy = tmp_path / path.name
+    harness.write(harness.report_of(stored, path), stored, copy)
+    assert json.loads(copy.read_text()) == stored
+    for written in tmp_path.iterdir():
+        assert path.with_name(written.name).is_file()
+        if written.suffix == ".md":
+            assert written.read_text() == path.with_name(written.name).read_text()
+
+
+def test_the_harness_refuses_what_is_no_report(tmp_path, capsys):
+    from bench import harness
+
+    for text, said in (("{", "not results"), ("[]", "not results"), (None, "cannot be read")):
+        path = tmp_path / "some.json"
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+        assert harness.main([str(path)]) == 2
+        assert said in capsys.readouterr().err
+    path.write_text('{"machine": {}, "report": "os.path"}')
+    assert harness.main([str(path)]) == 2
+    assert "does not name its benchmark" in capsys.readouterr().err
 
 
 @pytest.mark.slow
