@@ -159,8 +159,8 @@ class Bench:
             self.configs[name] = config
             how = (config, weights, settings.dtype, settings.device)
             self.subjects += [subjects.load(backend, name, *how) for backend in settings.backends]
-            if config.attention == "mha" and all(
-                c.attention == "mla" for c in list(self.configs.values())[:-1]
+            if not config.kind.beyond_gpt2 and all(
+                c.kind.beyond_gpt2 for c in list(self.configs.values())[:-1]
             ):
                 results.document.setdefault("baseline", name)
                 if references:
@@ -183,12 +183,8 @@ class Bench:
     def parity(self) -> None:
         """Compare logits of every subject with the first of the same weights; those that differ are
         not timed."""
-        for name, config in self.configs.items():
-            same = [
-                s
-                for s in self.subjects
-                if s.model == name or (config.attention == "mha" and s.config is config)
-            ]
+        for config in self.configs.values():
+            same = [s for s in self.subjects if s.config is config]  # references, too
             ids = np.random.default_rng(0).integers(
                 0, config.vocab_size, (2, min(48, config.n_positions))
             )
@@ -300,12 +296,11 @@ class Bench:
         shape."""
         pairs = []
         for s in self._timed():
-            pairs.append((s, "latent" if s.config.attention == "mla" else "materialized"))
-            if s.config.attention == "mla":
-                pairs.append((s, "materialized"))
-        first_mla = next((n for n, c in self.configs.items() if c.attention == "mla"), None)
+            kinds = ["latent", "materialized"] if s.config.kind.latent_widths else ["materialized"]
+            pairs += [(s, kind) for kind in kinds]
+        first_latent = next((n for n, c in self.configs.items() if c.kind.latent_widths), None)
         pairs += [
-            (s, "none") for s in self._timed() if s.backend == "torch" and s.model == first_mla
+            (s, "none") for s in self._timed() if s.backend == "torch" and s.model == first_latent
         ]
         return pairs
 
@@ -360,14 +355,9 @@ def _model(name: str, quick: bool, n_positions: int | None = None) -> tuple[Mode
     config = preset(name).resolved().model
     if quick:
         rank = None if config.kv_lora_rank is None else max(8, config.kv_lora_rank // 8)
-        config = ModelConfig(
-            attention=config.attention,
-            n_layer=2,
-            n_head=3,
-            n_embd=96,
-            n_positions=128,
-            vocab_size=512,
-            kv_lora_rank=rank,
+        small: dict[str, Any] = {"n_layer": 2, "n_head": 3, "n_embd": 96, "n_positions": 128}
+        config = dataclasses.replace(
+            preset(name).model, **small, vocab_size=512, kv_lora_rank=rank
         ).resolved()
     config = dataclasses.replace(config, n_positions=n_positions or config.n_positions)
     return config, initial_weights(config, 0)

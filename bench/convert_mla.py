@@ -30,7 +30,6 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from bench.harness import Document, Report, Row, document, publish
-from bench.labels import pyplot
 from convert.calibration import Text, collect_moments
 from convert.latent import Method, Moments, share_ranks
 from convert.to_mla import assemble, factorise
@@ -44,6 +43,7 @@ from mlx_mla.data.shards import training_part
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
+from mlx_mla.pictures import pyplot
 from mlx_mla.schedule import learning_rate
 from mlx_mla.training.run_folder import run_config
 
@@ -112,9 +112,9 @@ class Bench:
         self.run = run_config(options.model)
         self.folder = checkpoint.model_folder(options.model)
         self.config = checkpoint.read_config(self.folder)
-        if self.config.attention != "mha":
+        if beyond := self.config.kind.beyond_gpt2:
             raise UserError(
-                f"--model {options.model}: is latent already; give a run of --attention mha"
+                f"--model {options.model}: has {beyond[0]}; give a run of --attention mha"
             )
         self.weights = checkpoint.read_weights(self.folder, self.config)
         encoder = get_encoder(self.run.tokenizer, self.run.bpe_dir)

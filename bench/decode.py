@@ -133,7 +133,7 @@ class Decoding(Bench):
                         )
                     )
                 self._measure(cases)
-        latent = {(s.backend, s.model): s for s in self._timed() if s.config.attention == "mla"}
+        latent = {(s.backend, s.model): s for s in self._timed() if s.config.kind.latent_widths}
         for row in self.results.document["rows"]:
             found = latent.get((row["backend"], row["model"]))
             if row["measure"] == "decoding" and found:
@@ -147,7 +147,7 @@ class Decoding(Bench):
             for new in CHUNKS:
                 cases = []
                 for subject in self._timed():
-                    if subject.config.attention != "mla":
+                    if not subject.config.kind.latent_widths:
                         continue
                     for path, on in (("absorbed", True), ("expanded", False), ("chosen", None)):
                         run: Any = lambda s=subject, c=context, n=new, on=on: _read_on(s, c, n, on)  # noqa: E731
@@ -159,7 +159,7 @@ class Decoding(Bench):
     def overhead(self) -> None:
         """Python's time and MLX's for a step at batch 1, eager and compiled."""
         for subject in self._timed():
-            if subject.backend != "mlx" or subject.config.attention != "mla":
+            if subject.backend != "mlx" or not subject.config.kind.latent_widths:
                 continue
             for context in (c for c in self.s.context if c <= 1000):
                 for how in ("eager", "compiled"):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives NumPy bfloat16, which safetensors then reads)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -176,7 +177,7 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
     try:
-        with safe_open(str(path), "pt") as file:
+        with safe_open(str(path), "np") as file:
             return {
                 n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
                 for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
@@ -189,8 +190,8 @@ def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
         # Opened anew for each tensor: one mapping for all would keep the whole file in memory
         # beside the copies.
-        with safe_open(str(path), "pt") as file:
-            return file.get_tensor(name).float().numpy()
+        with safe_open(str(path), "np") as file:
+            return file.get_tensor(name).astype(np.float32, copy=False)
 
     return read
 
@@ -205,16 +206,16 @@ def write_gpt2(
 
     Args:
         folder: Exists, and is empty.
-        config: Resolved; multi-head attention.
+        config: Resolved; GPT-2's own attention.
         weights: Tensors in our layout, float32.
 
     Raises:
-        UserError: If the model has latent attention, for which GPT-2 has no name.
+        UserError: If the attention is one that GPT-2 has no name for.
     """
-    if config.attention != "mha":
+    if beyond := config.kind.beyond_gpt2:
         raise UserError(
-            "--to hf needs multi-head attention; this model's is latent (transformers loads it as "
-            "it is)"
+            f"--to hf needs GPT-2's own attention, and this model has {' '.join(beyond)}; "
+            "transformers loads it as it is"
         )
     state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
     if not config.attention_bias:

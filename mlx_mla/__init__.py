@@ -6,4 +6,4 @@ import os
 # its models is needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,7 +8,8 @@ from typing import Any, Literal, Optional
 
 from tyro.conf import OmitArgPrefixes
 
-from mlx_mla.errors import UserError
+from mlx_mla.attention import KINDS, Attention, AttentionName, meaningless_fields
+from mlx_mla.errors import UserError, flag
 
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
@@ -17,17 +18,6 @@ TokenizerName = Literal["bytes", "gpt2"]
 
 TOKENIZER_IDS: dict[TokenizerName, int] = {"bytes": 257, "gpt2": 50257}
 """Token ids of each tokenizer: the 256 bytes, or GPT-2's byte pairs, and <|endoftext|>."""
-
-MLA_ONLY = (
-    "kv_lora_rank",
-    "kv_lora_ranks",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "latent_norm",
-)
-"""Fields of the model that mean nothing to multi-head attention."""
-
 
 LARGE_LOGITS = 64 * 2**20
 """Bytes of a pass's float32 logits above which the loss takes them in chunks."""
@@ -40,22 +30,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
-
-
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
     """Shape of the transformer, in the names of GPT-2 and DeepSeek; this is what config.json
     holds."""
 
-    attention: Literal["mla", "mha"] = "mla"
+    attention: AttentionName = "mla"
     """"mla" caches one latent per token; "mha" is GPT-2's own attention."""
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
-    """Attention heads; must divide n_embd."""
+    """Attention heads; must divide n_embd, or come with head_dim."""
     n_embd: int = 768
     """Width of the residual stream."""
     n_inner: Optional[int] = None
@@ -64,24 +49,37 @@ class ModelConfig:
     """Longest context, in tokens."""
     vocab_size: Optional[int] = None
     """Rows of the embedding. None: as many as the tokenizer has."""
+    position_embedding_type: Optional[Literal["learned", "rope"]] = None
+    """"learned" adds a table of positions to the embedding; "rope" rotates queries and keys: whole
+    with "mha", a part beside the latent with "mla". None: "rope" where qk_rope_head_dim > 0."""
+    head_dim: Optional[int] = None
+    """Width of a head: of queries, keys and values; with "mla" of the part without RoPE (DeepSeek's
+    qk_nope_head_dim). None: n_embd / n_head."""
+    num_key_value_heads: Optional[int] = None
+    """MHA: heads of keys and values, each for as many heads of queries: grouped-query attention,
+    and with 1 multi-query attention. None: n_head."""
     kv_lora_rank: Optional[int] = None
     """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of
     kv_lora_ranks."""
     kv_lora_ranks: Optional[list[int]] = None
-    """MLA: that width for every layer, where they differ. None: kv_lora_rank for all."""
+    """MLA: that width for every layer with a latent of its own, where they differ. None:
+    kv_lora_rank for all."""
+    num_kv_shared_layers: int = 0
+    """MLA: the last so many layers cache nothing and read the latent (and the RoPE key) of the last
+    layer before them, each with its own up-projection (Gemma 3n's name). 0: none."""
     q_lora_rank: Optional[int] = None
     """MLA: width of a query latent, as in DeepSeek-V2. None: queries are projected directly."""
     qk_rope_head_dim: int = 0
     """MLA: width of the decoupled RoPE part of queries and keys; it replaces the learned positions.
     0: off."""
     v_head_dim: Optional[int] = None
-    """MLA: width of a value head. None: n_embd / n_head."""
+    """MLA: width of a value head. None: head_dim."""
     latent_norm: bool = False
     """MLA: RMSNorm on the latents, as in DeepSeek-V2."""
     attention_bias: Optional[bool] = None
     """Bias on the projections that read x. None: only for "mha", as in GPT-2."""
     rope_theta: float = 10000.0
-    """Base wavelength of the RoPE part; used only where qk_rope_head_dim > 0."""
+    """Base of RoPE's wavelengths."""
     activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
     """"gelu_new" is GPT-2's tanh approximation, "gelu" the exact function."""
     layer_norm_epsilon: float = 1e-5
@@ -102,11 +100,13 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "n_positions"):
             if getattr(c, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
-        if c.n_embd % c.n_head:
+        if c.head_dim is None and c.n_embd % c.n_head:
             raise UserError(
                 f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; "
                 f"try {flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
             )
+        if c.head_dim is not None and c.head_dim < 1:
+            raise UserError(f"--head-dim must be at least 1, not {c.head_dim}")
         if not 0 <= c.dropout < 1:
             raise UserError(f"--dropout must be in [0, 1), not {c.dropout}")
         if c.n_inner is None:
@@ -122,59 +122,22 @@ class ModelConfig:
                 f"use at least {tokenizer_size}, or leave it out"
             )
         if c.attention_bias is None:
-            c.attention_bias = c.attention == "mha"
-        self._resolve_mha(c) if c.attention == "mha" else self._resolve_mla(c)
+            c.attention_bias = KINDS[c.attention].biased
+        for name in meaningless_fields(c.attention):
+            if getattr(c, name):
+                raise UserError(
+                    f"{flag(name)} has no meaning with --attention {c.attention}; leave it out"
+                )
+        KINDS[c.attention].resolve(c)
         for name in ("n_inner", "vocab_size"):
             if getattr(c, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
         return c
 
-    @staticmethod
-    def _resolve_mha(c: "ModelConfig") -> None:
-        for name in MLA_ONLY:
-            if getattr(c, name):
-                raise UserError(f"{flag(name)} has no meaning with --attention mha; leave it out")
-
-    @staticmethod
-    def _resolve_mla(c: "ModelConfig") -> None:
-        if c.kv_lora_ranks is not None:
-            if len(c.kv_lora_ranks) != c.n_layer or min(c.kv_lora_ranks) < 1:
-                raise UserError(
-                    f"--kv-lora-ranks needs {c.n_layer} widths of at least 1, one for each layer, "
-                    f"not {' '.join(map(str, c.kv_lora_ranks))}"
-                )
-            if c.kv_lora_rank not in (None, max(c.kv_lora_ranks)):
-                raise UserError(
-                    f"--kv-lora-rank {c.kv_lora_rank} is not the largest of --kv-lora-ranks; "
-                    f"use {max(c.kv_lora_ranks)}, or leave out one of the two"
-                )
-            c.kv_lora_rank = max(c.kv_lora_ranks)
-        if c.kv_lora_rank is None:
-            c.kv_lora_rank = max(1, c.n_embd // 2)
-        if c.v_head_dim is None:
-            c.v_head_dim = c.n_embd // c.n_head
-        for name in ("kv_lora_rank", "v_head_dim", "q_lora_rank"):
-            value = getattr(c, name)
-            if value is not None and value < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {value}")
-        if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
-            raise UserError(
-                f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}"
-            )
-
     @property
-    def latent_ranks(self) -> list[int]:
-        """Width of the key/value latent of every layer of a resolved MLA configuration."""
-        assert self.attention == "mla" and self.kv_lora_rank
-        return self.kv_lora_ranks or [self.kv_lora_rank] * self.n_layer
-
-    @property
-    def attention_text(self) -> str:
-        """The kind of attention in a few words."""
-        if self.attention == "mha":
-            return "multi-head attention"
-        ranks = ", ".join(map(str, self.kv_lora_ranks)) if self.kv_lora_ranks else self.kv_lora_rank
-        return f"Multi-head Latent Attention, kv_lora_rank {ranks}"
+    def kind(self) -> Attention:
+        """The attention of a resolved configuration: its shapes, widths, costs and words."""
+        return KINDS[self.attention](self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, without those that are None."""
@@ -192,8 +155,8 @@ class TrainConfig:
     """Settings of a training run; `config.toml` in the run folder holds them all."""
 
     preset: str = "nano"
-    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128 or
-    gpt2-124m."""
+    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128,
+    mla-124m-rope, gpt2-124m or gpt2-124m-rope."""
     data: str = "builtin"
     """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one;
     also those of build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with

@@ -7,3 +7,8 @@ class UserError(ValueError):
     Commands print the message to stderr and exit with code 2, without a traceback. Anything else
     that escapes is a fault of this project.
     """
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting, for messages."""
+    return "--" + name.replace("_", "-")

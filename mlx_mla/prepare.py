@@ -19,12 +19,12 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mlx_mla import cli
-from mlx_mla.config import TokenizerName, flag
+from mlx_mla.config import TokenizerName
 from mlx_mla.data.documents import Block, Reading, Source, find_sources
 from mlx_mla.data.shards import MANIFEST, SUFFIXES, Format, open_shard, read_manifest, write_shard
 from mlx_mla.data.tokenizer import TextEncoder, get_encoder
 from mlx_mla.display import PrepareDisplay
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, flag
 from mlx_mla.files import write_text
 
 PROG = "python -m mlx_mla.prepare"

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 
@@ -63,10 +63,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mla-124m": _with_model(_MLA_124M, kv_lora_rank=384),
     "mla-124m-r256": _with_model(_MLA_124M, kv_lora_rank=256),
     "mla-124m-r128": _with_model(_MLA_124M, kv_lora_rank=128),
+    # Widths that Metal's fused decode kernel takes, and an eighth of multi-head attention's cache.
+    "mla-124m-rope": _with_model(
+        _MLA_124M, position_embedding_type="rope", kv_lora_rank=128, qk_rope_head_dim=64
+    ),
     "gpt2-124m": _with_model(_MLA_124M, attention="mha"),
+    "gpt2-124m-rope": _with_model(_MLA_124M, attention="mha", position_embedding_type="rope"),
 }
 """Named starting points: `nano` for seconds on a Mac, the original's 124M shape at three latent
-widths (384 is the original's), and GPT-2 itself."""
+widths (384 is the original's), GPT-2 itself, and of both kinds one with rotated positions."""
 
 
 def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
@@ -108,29 +113,24 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def _is_instance(value: Any, expected: Any) -> bool:
-    from typing import get_args, get_origin
-
     if get_origin(expected) is Literal:
         return value in get_args(expected)
-    if isinstance(value, list):
-        return any(
-            get_origin(t) is list and all(_is_instance(v, get_args(t)[0]) for v in value)
-            for t in get_args(expected)
-        )
-    options = tuple(t for t in get_args(expected) or (expected,) if get_origin(t) is not list)
-    if bool not in options and isinstance(value, bool):
-        return False
-    if float in options and isinstance(value, int):
-        return True
-    return isinstance(value, options)
+    if get_origin(expected) is list:
+        (item,) = get_args(expected)
+        return isinstance(value, list) and all(_is_instance(v, item) for v in value)
+    if options := get_args(expected):
+        return any(_is_instance(value, option) for option in options)
+    if isinstance(value, bool):
+        return expected is bool
+    return isinstance(value, (int, float) if expected is float else expected)
 
 
 def _describe(expected: Any) -> str:
-    from typing import get_args, get_origin
-
     if get_origin(expected) is Literal:
         return "one of " + ", ".join(map(repr, get_args(expected)))
     options = [t for t in (get_args(expected) or (expected,)) if t is not type(None)]
+    if len(options) == 1 and get_origin(options[0]) is Literal:
+        return _describe(options[0])
     return "a value of type " + " or ".join(
         str(t) if get_origin(t) else t.__name__ for t in options
     )

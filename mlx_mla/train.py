@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Optional
 from rich.console import Console
 
 from mlx_mla import cli, estimate
-from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
-from mlx_mla.errors import UserError
+from mlx_mla.attention import meaningless_fields
+from mlx_mla.backends import get_engine
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.errors import UserError, flag
 from mlx_mla.presets import overlay, preset, read_toml
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    with join(argv) as world:
+    with join(argv, get_engine) as world:
         same_everywhere(world, json.dumps(list(argv)), "other arguments")
         if world.rank:
             return _follow(world)
@@ -207,11 +209,11 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     )
     command = cli.parse(TrainCommand, argv, PROG, default)
     command.resume = known.resume
-    if command.model.attention == "mha" and base.model.attention == "mla" and not command.resume:
-        # Every comparison is one flag apart: what the preset says of latents goes, what a flag says
-        # stays.
-        defaults = ModelConfig()
-        same = [n for n in MLA_ONLY if getattr(command.model, n) == getattr(base.model, n)]
+    if command.model.attention != base.model.attention and not command.resume:
+        # Every comparison is one flag apart: what the preset says of its own kind of attention
+        # goes, what a flag says stays.
+        defaults, others = ModelConfig(), meaningless_fields(command.model.attention)
+        same = [n for n in others if getattr(command.model, n) == getattr(base.model, n)]
         command.model = dataclasses.replace(
             command.model, **{n: getattr(defaults, n) for n in same}
         )

@@ -1,5 +1,6 @@
 """Shared fixtures. Tests never reach the network."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,20 @@ TINY = [
     ),
     *("--batch-size", "4", "--eval-batches", "2", "--sample-tokens", "8", "--no-compile"),
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs PyTorch where it is not installed: marked so, or with "torch" among its
+    parameters."""
+    if importlib.util.find_spec("torch") is not None:
+        return
+    skip = pytest.mark.skip(reason="needs PyTorch, which is optional: pip install torch")
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if item.get_closest_marker("torch") or any(
+            isinstance(p, str) and p == "torch" for p in parameters
+        ):
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

@@ -205,7 +205,7 @@ def test_core_bench_runs(capfd, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
-    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
+    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
     from eval_models import write
 
     from bench import evaluation
@@ -234,7 +234,7 @@ def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
 
 
 def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
-    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
+    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
     from test_train import refused
 
     from bench import evaluation

@@ -178,6 +178,16 @@ def test_the_copy_is_made_once_and_whole_by_many_at_once(tmp_path):
     assert copy.stat() == made
 
 
+def test_a_damaged_copy_is_made_anew(cache):
+    assert blas._load_packaged().startswith("scipy-openblas32")
+    [copy] = cache.iterdir()
+    whole = copy.read_bytes()
+    copy.unlink()  # this process has it mapped
+    copy.write_bytes(b"\x7fELF, once")
+    assert run("import sys; sys.prefix = sys.base_prefix;" + LOAD).startswith("scipy-openblas32")
+    assert copy.read_bytes() == whole
+
+
 def test_a_copy_that_cannot_be_written_leaves_nothing(cache, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")

@@ -6,10 +6,11 @@ import subprocess
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_mla import checkpoint, files
+from mlx_mla import checkpoint, files, hub
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 
@@ -35,6 +36,17 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
         (folder / "b").write_text("3")
     assert set(contents(target)) == {"b", "SHA256SUMS"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_what_is_downloaded_from_the_hub_is_whole(tiny_run, tmp_path):
+    """The patterns of files take all that SHA256SUMS names beside the training state."""
+    folder = checkpoint.latest(tiny_run)
+    for name in filter_repo_objects([p.name for p in folder.iterdir()], allow_patterns=hub.FILES):
+        if name not in (checkpoint.STATE, checkpoint.STATE_INFO):
+            shutil.copy(folder / name, tmp_path)
+    assert checkpoint.damage(tmp_path, training=False) is None
+    assert "configuration_mla_gpt2.py" in (tmp_path / checkpoint.SUMS).read_text()
+    assert (tmp_path / "configuration_mla_gpt2.py").is_file()
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum on this system")

@@ -45,6 +45,20 @@ def test_none_is_resolved_from_the_other_fields():
     assert model.resolved(257) == model
 
 
+def test_positions_that_are_not_named_are_as_before_they_had_a_name():
+    for values, positions in (
+        ({}, "learned"),
+        ({"qk_rope_head_dim": 8}, "rope"),
+        ({"attention": "mha"}, "learned"),
+    ):
+        assert c.ModelConfig(**values).resolved(257).position_embedding_type == positions
+
+
+def test_a_head_width_of_its_own_needs_no_division():
+    model = c.ModelConfig(n_embd=100, n_head=12, head_dim=16).resolved(257)
+    assert (model.v_head_dim, model.kind.head_widths) == (16, (16, 16))
+
+
 def test_every_comparison_is_one_flag_apart():
     nano = presets.preset("mla-124m").model
     mha = dataclasses.replace(c.ModelConfig(), attention="mha").resolved(50257)
@@ -65,7 +79,8 @@ def test_every_comparison_is_one_flag_apart():
         ({"kv_lora_rank": 0}, "--kv-lora-rank must be at least 1, not 0"),
         (
             {"n_layer": 2, "kv_lora_ranks": [8]},
-            "--kv-lora-ranks needs 2 widths of at least 1, one for each layer, not 8",
+            "--kv-lora-ranks needs 2 widths of at least 1, one for each layer with a latent of its "
+            "own, not 8",
         ),
         ({"n_layer": 2, "kv_lora_ranks": [8, 0]}, "--kv-lora-ranks needs 2 widths"),
         (
@@ -77,6 +92,29 @@ def test_every_comparison_is_one_flag_apart():
         ({"qk_rope_head_dim": 3}, "--qk-rope-head-dim must be even"),
         ({"vocab_size": 100}, "--vocab-size 100 is smaller than the tokenizer's 257"),
         ({"dropout": 1.0}, "--dropout"),
+        ({"num_kv_shared_layers": 12}, "--num-kv-shared-layers must be from 0 to 11"),
+        ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers must be from 0 to 11"),
+        (
+            {"n_layer": 3, "num_kv_shared_layers": 1, "kv_lora_ranks": [8] * 3},
+            "--kv-lora-ranks needs 2 widths",
+        ),
+        ({"attention": "mha", "num_kv_shared_layers": 1}, "no meaning with --attention mha"),
+        ({"head_dim": 0}, "--head-dim must be at least 1"),
+        ({"num_key_value_heads": 3}, "--num-key-value-heads has no meaning with --attention mla"),
+        (
+            {"attention": "mha", "num_key_value_heads": 5},
+            "--num-key-value-heads 5 does not divide --n-head 12; use one of 1, 2, 3, 4, 6, 12",
+        ),
+        ({"attention": "mha", "num_key_value_heads": -1}, "--num-key-value-heads -1 does not"),
+        (
+            {"attention": "mha", "head_dim": 5, "position_embedding_type": "rope"},
+            "a head is 5 wide; use --head-dim 6",
+        ),
+        ({"position_embedding_type": "rope"}, "use --qk-rope-head-dim 32"),
+        (
+            {"position_embedding_type": "learned", "qk_rope_head_dim": 8},
+            "excludes a part with RoPE; use --qk-rope-head-dim 0",
+        ),
         ({"attention": "mha", "kv_lora_rank": 8}, "no meaning with --attention mha"),
     ],
 )
@@ -114,6 +152,11 @@ def test_impossible_training_is_refused(values, message):
         ("steps = true", "steps = True is not a value of type int"),
         ("dtype = 'fp8'", "dtype = 'fp8' is not one of 'float32', 'bfloat16'"),
         ("model = 3", r"'model' must be a table"),
+        (
+            "[model]\nposition_embedding_type = 'alibi'",
+            r"position_embedding_type = 'alibi' is not one of 'learned', 'rope'",
+        ),
+        ("[model]\nkv_lora_ranks = [8, 'x']", r"kv_lora_ranks = \[8, 'x'\] is not a value of type"),
         ("steps = ", "not valid TOML"),
     ],
 )

@@ -39,6 +39,7 @@ def results(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.torch
 def test_both_backends_agree_item_by_item(models, data, tmp_path):
     found = {}
     for backend in ("mlx", "torch"):
@@ -71,6 +72,7 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
             assert logprobs == pytest.approx(found["torch"][task][i], abs=1e-3, rel=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("protocol", ["standard", "original"])
 def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol):
     out = tmp_path / "r.json"
@@ -159,6 +161,7 @@ def test_a_sample_is_of_the_asked_size_and_seeded(models, data, tmp_path):
     assert scores[0] == scores[1] != scores[2]
 
 
+@pytest.mark.torch
 def test_bfloat16_is_used(models, data, tmp_path):
     scores = []
     for dtype in ("float32", "bfloat16"):

@@ -66,7 +66,12 @@ def session(backend: str, **changes):
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize(
-    "model", [{"n_layer": 3}, {"n_layer": 3, "attention": "mha", "qk_rope_head_dim": 0}]
+    "model",
+    [
+        {"n_layer": 3},
+        {"n_layer": 3, "num_kv_shared_layers": 2},
+        {"n_layer": 3, "attention": "mha", "qk_rope_head_dim": 0},
+    ],
 )
 def test_checkpointing_and_chunks_change_no_step(backend, every, model):
     plain = session(backend, model=model)

@@ -1,5 +1,8 @@
 """The MLX model against numpy in float64, transformers, and itself on other paths."""
 
+import dataclasses
+import inspect
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -16,13 +19,29 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mlx_mla import model_mlx
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
+from mlx_mla.configuration_mla_gpt2 import MLAGPT2Config
 from mlx_mla.model_mlx import Model, ModelArgs
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
 
 TOLERANCE = 1e-4
+
+KINDS = {
+    "mla": {},
+    "mla-rope": {"qk_rope_head_dim": 8},
+    "mla-shared": {"num_kv_shared_layers": 1},
+    "mla-rope-shared": {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
+    "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
+    "gqa-rope": {
+        "attention": "mha",
+        "position_embedding_type": "rope",
+        "num_key_value_heads": 2,
+    },
+    "mqa": {"attention": "mha", "num_key_value_heads": 1},
+}
 
 
 @st.composite
@@ -38,11 +57,21 @@ def model_configs(draw) -> ModelConfig:
         "vocab_size": draw(st.integers(2, 70)),
         "activation_function": draw(st.sampled_from(["gelu_new", "gelu"])),
         "attention_bias": draw(st.booleans()),
+        "head_dim": draw(st.sampled_from([None, None, 6, 24])),
     }
-    if draw(st.integers(0, 3)) == 0:
-        return ModelConfig(attention="mha", **common).resolved()
+    if draw(st.integers(0, 2)) == 0:
+        return ModelConfig(
+            attention="mha",
+            position_embedding_type=draw(st.sampled_from(["learned", "rope"])),
+            num_key_value_heads=draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0])),
+            **common,
+        ).resolved()
+    shared = draw(st.integers(0, common["n_layer"] - 1))
+    ranks = st.integers(1, width)
+    latents = common["n_layer"] - shared
     return ModelConfig(
-        kv_lora_rank=draw(st.integers(1, width)),
+        kv_lora_ranks=draw(st.none() | st.lists(ranks, min_size=latents, max_size=latents)),
+        num_kv_shared_layers=shared,
         q_lora_rank=draw(st.sampled_from([None, 5, 16])),
         qk_rope_head_dim=draw(st.sampled_from([0, 0, 4, 8])),
         v_head_dim=draw(st.sampled_from([None, 6, 24])),
@@ -96,8 +125,14 @@ def test_parameter_table_is_the_models(name):
 
 
 def test_model_args_are_the_configs_fields():
-    fields = set(ModelArgs.__dataclass_fields__) - {"model_type"}
-    assert fields == set(ModelConfig.__dataclass_fields__)
+    fields = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    fields["vocab_size"] = 50257  # for a config.json of GPT-2's; here a tokenizer says it
+    mlx = {f.name: f.default for f in dataclasses.fields(ModelArgs)}
+    assert mlx.pop("model_type") == MLAGPT2Config.model_type == "mla_gpt2"
+    assert mlx == fields
+    parameters = inspect.signature(MLAGPT2Config).parameters.values()
+    theirs = {"initializer_range", "use_cache", "kwargs"}  # of transformers' own tools
+    assert {p.name: p.default for p in parameters if p.name not in theirs} == fields
 
 
 @given(config=model_configs(), length=st.integers(1, 40), seed=st.integers(0, 99))
@@ -182,6 +217,53 @@ def test_mha_is_transformers_gpt2():
     np.testing.assert_allclose(np.array(build_model(config, state)(x)), expected, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama import modeling_llama as llama
+
+    D, H, N, T = 48, 4, 16, 37
+    theirs = LlamaConfig(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=kv_heads,
+        head_dim=N,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    attention, rotary = llama.LlamaAttention(theirs, 0), llama.LlamaRotaryEmbedding(theirs)
+    x = torch.randn(2, T, D)
+    causal = torch.full((T, T), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        expected, _ = attention(x, rotary(x, torch.arange(T)[None]), causal)
+
+    # Llama rotates the pairs (i, i + N/2) of a head, this model (2i, 2i + 1).
+    halves = np.arange(N).reshape(2, N // 2).T.ravel()
+
+    def ours(part: str, name: str) -> np.ndarray:
+        w = getattr(getattr(attention, f"{part}_proj"), name).detach().numpy()
+        return w if part in "vo" else w.reshape(-1, N, *w.shape[1:])[:, halves].reshape(w.shape)
+
+    args = ModelArgs(
+        attention="mha",
+        n_embd=D,
+        n_head=H,
+        head_dim=N,
+        num_key_value_heads=kv_heads,
+        position_embedding_type="rope",
+        rope_theta=500.0,
+    )
+    mine = model_mlx.MultiHeadAttention(args, 0)
+    for name in ("weight", "bias"):
+        mine.c_attn[name] = mx.array(np.concatenate([ours(p, name) for p in "qkv"]))
+        mine.c_proj[name] = mx.array(ours("o", name))
+    got, _ = mine(mx.array(x.numpy()), "causal")
+    np.testing.assert_allclose(np.array(got), expected.numpy(), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("rope", [0, 32])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
@@ -203,16 +285,20 @@ def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
     assert difference(absorbed, model(x)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("rope", [0, 32])
-def test_quantised_cache_is_close_at_8_bits(rope):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kv_lora_rank": 96},
+        {"kv_lora_rank": 64, "qk_rope_head_dim": 32},
+        {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "num_kv_shared_layers": 2},
+        {"attention": "mha", "position_embedding_type": "rope"},
+        {"attention": "mha", "position_embedding_type": "rope", "num_key_value_heads": 2},
+    ],
+    ids=str,
+)
+def test_quantised_cache_is_close_at_8_bits(kind):
     config = ModelConfig(
-        n_layer=2,
-        n_embd=128,
-        n_head=2,
-        kv_lora_rank=96 - rope,
-        qk_rope_head_dim=rope,
-        n_positions=64,
-        vocab_size=50,
+        n_layer=3, n_embd=128, n_head=4, n_positions=64, vocab_size=50, **kind
     ).resolved()
     model = build_model(config, initial_weights(config, 0, 0.1))
     x = token_ids(config, 1, 40)
@@ -239,10 +325,10 @@ def test_lora_on_the_up_projection_is_not_bypassed():
     assert difference(in_chunks(model, x, [6], make_prompt_cache(model)), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("rope", [0, 8])
-def test_left_padded_batch_gives_each_row_its_own_logits(rope):
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_left_padded_batch_gives_each_row_its_own_logits(kind):
     config = ModelConfig(
-        n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=20, qk_rope_head_dim=rope
+        n_layer=3, n_embd=32, n_head=4, n_positions=32, vocab_size=20, **kind
     ).resolved()
     model = build_model(config, random_weights(config, 0))
     short, long = token_ids(config, 1, 9, 1), token_ids(config, 1, 14, 2)
@@ -286,6 +372,15 @@ def test_bad_shapes_are_refused_by_the_model_file_itself():
         ({"n_embd": 100, "n_head": 12}, "not divisible"),
         ({"attention": "gqa"}, "'mla' or 'mha'"),
         ({"activation_function": "relu"}, "gelu_new"),
+        ({"position_embedding_type": "alibi"}, "'learned' or 'rope'"),
+        ({"position_embedding_type": "rope"}, "does not go with qk_rope_head_dim 0"),
+        (
+            {"position_embedding_type": "learned", "qk_rope_head_dim": 8},
+            "does not go with qk_rope_head_dim 8",
+        ),
+        ({"attention": "mha", "num_key_value_heads": 5}, "num_key_value_heads 5"),
+        ({"num_kv_shared_layers": 12}, "from 0 to 11, not 12"),
     ):
-        with pytest.raises(ValueError, match=message):
-            ModelArgs.from_dict(values)
+        for configuration in (ModelArgs.from_dict, lambda v: MLAGPT2Config(**v)):
+            with pytest.raises(ValueError, match=message):
+                configuration(values)

@@ -15,6 +15,7 @@ from test_resume_is_exact import MEASURED
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.metrics import read_metrics
+from mlx_mla.presets import preset
 from mlx_mla.schedule import learning_rate
 
 
@@ -121,11 +122,15 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path):
 
 
 def test_multi_head_attention_is_one_flag_apart(capsys):
-    for name in ("nano", "mla-124m", "mla-124m-r128"):
+    for name in ("nano", "mla-124m", "mla-124m-r128", "mla-124m-rope"):
         mla = train.parse(["--preset", name])
         mha = train.parse(["--preset", name, "--attention", "mha"])
         assert mha.resolved().model.attention == "mha"
         assert (mha.steps, mha.seed, mha.model.n_embd) == (mla.steps, mla.seed, mla.model.n_embd)
+    rope = train.parse(["--preset", "mla-124m-rope", "--attention", "mha"]).resolved().model
+    assert rope == preset("gpt2-124m-rope").resolved().model
+    grouped = ["--attention", "mha", "--num-key-value-heads", "1", "--n-embd", "126"]
+    assert train.parse(grouped).resolved().model.kind.cached_values() == 3 * 2 * 63
     assert "no meaning with --attention mha" in refused(
         capsys, "--attention", "mha", "--kv-lora-rank", "8"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_mla.evaluation.tasks import Measured
 from mlx_mla.evaluation.tasks.base import compare
 from mlx_mla.files import write_text
+from mlx_mla.pictures import pyplot, save
 
 
 def compare_models(
@@ -137,18 +138,12 @@ def _finite(value: Any) -> Any:
 
 
 def _plot(document: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plt = pyplot()
     models = document["models"]
     names = [n for n in _names(models) if n[0] != "speed"] or _names(models)
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     for axis, (task, metric) in zip(axes.flat, names):
@@ -168,5 +163,4 @@ def _plot(document: dict[str, Any], path: Path) -> None:
     legend = "   ".join(f"{i}: {m['model']}" for i, m in enumerate(models, 1))
     figure.suptitle(legend, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

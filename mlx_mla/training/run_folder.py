@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Start
-from mlx_mla.config import ModelConfig, TrainConfig, flag
-from mlx_mla.errors import UserError
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.errors import UserError, flag
 from mlx_mla.files import write_text
 from mlx_mla.metrics import METRICS, SAMPLES, read_metrics
 from mlx_mla.presets import overlay, read_toml, to_toml
@@ -66,7 +66,12 @@ def resume_point(
     """
     before = run_config(out)
     for where, old, new, names in (
-        ("model", before.model, config.model, [f.name for f in dataclasses.fields(ModelConfig)]),
+        (
+            "model",
+            before.model.resolved(),
+            config.model,
+            [f.name for f in dataclasses.fields(ModelConfig)],
+        ),
         ("run", before, config, list(FIXED_ON_RESUME)),
     ):
         for name in names:

@@ -15,7 +15,7 @@ from mlx_lm.generate import (
     speculative_generate_step,
     wired_limit,
 )
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_mla import checkpoint
@@ -34,7 +34,7 @@ from mlx_mla.decoding.request import (
 from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
-from mlx_mla.model_mlx import LatentAttention, Model
+from mlx_mla.model_mlx import Model
 
 GROUP_SIZES = (64, 32)  # of mlx's quantiser, the one we prefer first
 
@@ -264,7 +264,9 @@ class MLXDecoder:
                 draft_cache = make_prompt_cache(draft)
                 if seen := context.tokens[: context.cache[0].offset]:
                     draft(mx.array([seen]), cache=draft_cache)
-                caches = context.cache + draft_cache
+                # mlx-lm cuts this list at the number of layers, of which some may share a cache.
+                unused = len(self.model.layers) - len(context.cache)
+                caches = [*context.cache, *(KVCache() for _ in range(unused)), *draft_cache]
                 for token, _, guessed in speculative_generate_step(
                     prompt,
                     self.model,
@@ -321,21 +323,13 @@ class MLXDecoder:
         layer's cache."""
         if self.cache == "none":
             raise UserError("--kv-bits needs a cache; leave out --cache none")
-        c, m = self.config, self.model
-        widths = [
-            a.kv_lora_rank + a.qk_rope_head_dim
-            for b in m.layers
-            if isinstance(a := b.attn, LatentAttention)
-        ]
-        if not widths or self.requested_cache == "materialized":
-            widths = [
-                c.n_embd // c.n_head + c.qk_rope_head_dim,
-                c.v_head_dim or c.n_embd // c.n_head,
-            ]
+        kind, materialized = self.config.kind, self.requested_cache == "materialized"
+        layers = range(self.config.n_layer)
+        widths = {width for i in layers for _, width in kind.cached(i, materialized)}
         for group_size in GROUP_SIZES:
             if all(width % group_size == 0 for width in widths):
                 return group_size
-        found = " or ".join(map(str, sorted(set(widths))))
+        found = " or ".join(map(str, sorted(widths)))
         raise UserError(
             f"--kv-bits: the cache is {found} wide, and the quantiser takes multiples of 32; "
             f"a width of {-(-max(widths) // 32) * 32} would fit, in groups of 32"

@@ -69,7 +69,12 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
         raise UserError(f"{path}: no such file; --save-prompt-cache writes one") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
-    about = {key.removeprefix("0."): value for key, value in about.items() if key.startswith("0.")}
+    # mlx-lm 0.32 keeps what it was given under "0.", 0.31 under "1.".
+    about = {
+        key[2:]: value
+        for key, value in about.items()
+        if key[2:] in ("fingerprint", "model", "shape", "tokens")
+    }
     if "fingerprint" not in about or "tokens" not in about:
         raise UserError(
             f"{path}: does not say what model it is of; --save-prompt-cache writes files that do"
@@ -90,9 +95,7 @@ def fingerprint(folder: Path) -> str:
     Reads a quarter of a megabyte of a file, however large it is. Other weights, another rank or
     another quantisation give another fingerprint.
     """
-    digest = hashlib.sha256(
-        json.dumps(checkpoint.read_config(folder).to_dict(), sort_keys=True).encode()
-    )
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("model*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -107,10 +110,7 @@ def fingerprint(folder: Path) -> str:
 def _shape(folder: Path) -> str:
     """What a cache of a model holds, in words."""
     config = checkpoint.read_config(folder)
-    if config.attention == "mha":
-        return f"{config.n_layer} layers, keys and values {config.n_embd} wide"
-    ranks = sorted(set(config.latent_ranks))
-    return f"{config.n_layer} layers, latents {' or '.join(map(str, ranks))} wide"
+    return f"{config.n_layer} layers, {config.kind.cache_text}"
 
 
 def check_target(path: Path) -> None:

@@ -227,5 +227,8 @@ def _cache_bytes(cache: Any) -> int:
     if cache is None:
         return 0
     return sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+        t.numel() * t.element_size()
+        for layer in cache.layers
+        if layer.is_initialized  # layers may share a cache
+        for t in (layer.keys, layer.values)
     )
