@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench.harness import Document, Report, Row
-from bench.labels import pyplot
+from mlx_mla.pictures import pyplot
 
 
 def set_rooflines(document: Document) -> None:

@@ -30,7 +30,6 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from bench.harness import Document, Report, Row, document, publish
-from bench.labels import pyplot
 from convert.calibration import Text, collect_moments
 from convert.latent import Method, Moments, share_ranks
 from convert.to_mla import assemble, factorise
@@ -44,6 +43,7 @@ from mlx_mla.data.shards import training_part
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
+from mlx_mla.pictures import pyplot
 from mlx_mla.schedule import learning_rate
 from mlx_mla.training.run_folder import run_config
 

@@ -23,7 +23,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from bench.harness import Document, Report, Row, document, publish, row, take_turns
-from bench.labels import pyplot
 from mlx_mla import checkpoint, cli, files
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -34,6 +33,7 @@ from mlx_mla.config import TrainConfig
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model
+from mlx_mla.pictures import pyplot
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters
 

@@ -23,10 +23,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from bench.labels import pyplot
 from mlx_mla import blas, cli, files
 from mlx_mla.errors import UserError
 from mlx_mla.machine import memory, processor
+from mlx_mla.pictures import save
 
 PROG = "python -m bench.harness"
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
@@ -194,10 +194,9 @@ def rewrite(report: Report, document: Document, path: Path) -> None:
     for name, figure in report.figures(document).items():
         pictures[name] = f"{prefix}{name}.png"
         try:
-            figure.savefig(path.with_name(pictures[name]), dpi=110)
+            save(figure, path.with_name(pictures[name]))
         except OSError as e:
             raise UserError(f"{pictures[name]}: could not be written: {e.strerror or e}") from e
-        pyplot().close(figure)
     text = path.with_name(REPORT_FILE) if alone else path.with_suffix(".md")
     files.write_text(text, markdown(report, document, pictures))
 

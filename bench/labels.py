@@ -4,16 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def style(index: int) -> dict[str, Any]:
     """Colour and line of the index-th thing shown; the first, what others are compared with, is
     black."""

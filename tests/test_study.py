@@ -28,7 +28,6 @@ from bench.studying.results import RESULTS, Results, thinned
 from bench.studying.settings import settings
 from bench.studying.summary import stair, summarise
 from bench.studying.trainer import make_room, run_toml
-from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.presets import overlay, parse_toml, preset
 from mlx_mla.training.run_folder import claim
@@ -259,8 +258,6 @@ def test_a_value_of_any_type_in_any_place_is_taken_or_refused(tmp_path, wrong):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_shipped_studies_are_read_and_every_run_is_read_back_as_it_was_meant(path):
-    if path != QUICK and not hasattr(ModelConfig(), "position_embedding_type"):
-        pytest.skip("needs positions as a setting of every kind of attention")
     study = read_study(path)
     for cell in study.cells:
         run = cell.final(cell.rates[0], cell.seeds[0])

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.labels import label_ends, pyplot, style
+from bench.labels import label_ends, style
 from bench.studying.plan import Study
 from bench.studying.summary import Row
+from mlx_mla.pictures import pyplot, save
 from mlx_mla.weights import num_parameters
 
 Names = dict[str, str]
@@ -57,8 +58,7 @@ def _axes() -> tuple[Any, Any]:
 
 
 def _save(fig: Any, out: Path, name: str) -> str:
-    fig.savefig(out / name, dpi=120)
-    pyplot().close(fig)
+    save(fig, out / name)
     return name
 
 
