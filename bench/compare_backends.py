@@ -152,7 +152,7 @@ class Results:
         }  # fmt: skip
         if settings.resume and self.path and self.path.exists():
             try:
-                stored = json.loads(self.path.read_text(encoding="utf-8"))
+                stored = files.read_json(self.path)
                 if different := [
                     k
                     for k, v in self.document["machine"].items()
@@ -164,7 +164,7 @@ class Results:
                 self.document["rows"], self.document["rates"] = stored["rows"], stored["rates"]
                 if "baseline" in stored:
                     self.document["baseline"] = stored["baseline"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as e:
+            except (KeyError, TypeError, AttributeError) as e:
                 raise UserError(
                     f"{self.path}: not results of this benchmark ({e}); give --out a new name"
                 ) from None

@@ -5,7 +5,6 @@ Its Conv1D matrices are stored (in, out), the transpose of ours; names are other
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_json
 from mlx_mla.weights import parameter_shapes
 
 from .foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
@@ -48,19 +48,6 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     return ForeignCheckpoint(
         "Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError if it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
 
 
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:

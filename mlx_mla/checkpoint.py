@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
-from mlx_mla.errors import UserError
-from mlx_mla.files import SUMS, sha256
+from mlx_mla.errors import UserError, shown
+from mlx_mla.files import SUMS, read_json, sha256
 from mlx_mla.weights import parameter_shapes
 
 WEIGHTS = "model.safetensors"
@@ -91,13 +91,14 @@ def write_train_state(
 
 def read_config(folder: Path) -> ModelConfig:
     """The resolved model configuration of a folder; UserError if it is not one of ours."""
-    values = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = read_json(path)
     if values.get("model_type") != "mla_gpt2":
         raise UserError(
-            f"{folder}: config.json says model_type {values.get('model_type')!r}, and this needs "
-            "'mla_gpt2'"
+            f"{folder}: config.json says model_type {shown(values.get('model_type'))}, and this "
+            "needs 'mla_gpt2'"
         )
-    return ModelConfig.from_dict(values).resolved()
+    return ModelConfig.read(values, str(path))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -112,7 +113,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def is_quantized(folder: Path) -> bool:
     """Whether mlx-lm has quantised the weights of a folder."""
-    return "quantization" in _read_json(folder / "config.json")
+    return "quantization" in read_json(folder / "config.json")
 
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -137,7 +138,7 @@ def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any
         raise UserError(
             f"{folder}: has no {STATE}, so training cannot resume from it; use --init {folder}"
         )
-    return _load_tensors(folder / STATE), _read_json(folder / STATE_INFO)
+    return _load_tensors(folder / STATE), read_json(folder / STATE_INFO)
 
 
 def damage(folder: Path, training: bool = True) -> str | None:
@@ -246,15 +247,3 @@ def _load_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values

@@ -1,4 +1,15 @@
-"""The one exception that means "the user's input was wrong"."""
+"""The one exception that means "the user's input was wrong", and how its messages quote a value."""
+
+import reprlib
+from typing import Any
+
+_quote = reprlib.Repr()
+_quote.maxstring = _quote.maxother = _quote.maxlong = 60
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: short, however long or deep it is."""
+    return _quote.repr(value)
 
 
 class UserError(ValueError):

@@ -1,15 +1,111 @@
-"""Files and folders that appear whole or not at all, with the checksums that tell."""
+"""Files read with what is wrong told, and written whole or not at all, with the checksums that
+tell."""
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlx_mla.errors import UserError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 SUMS = "SHA256SUMS"
+
+LARGEST_TEXT = 64 << 20
+"""Bytes of a settings file, index or manifest: far more than any of them has."""
+
+
+def read_text(path: Path, largest: int | None = None) -> str:
+    """A text file in UTF-8, without the byte-order mark that some editors put in front.
+
+    Args:
+        largest: Refuse more bytes than these.
+
+    Raises:
+        UserError: If it is missing, cannot be read, is larger, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(-1 if largest is None else largest + 1)
+        if largest is not None and len(data) > largest:
+            raise UserError(f"{path}: is larger than {largest:,} bytes; it is another kind of file")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return decoded(data, str(path))
+
+
+def decoded(data: bytes, where: str) -> str:
+    """UTF-8 bytes as text, without a byte-order mark; UserError naming the first byte that is not
+    UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {e.start:,})"
+        ) from None
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value that JSON text spells.
+
+    Args:
+        where: Name of its source, for messages.
+
+    Raises:
+        UserError: If it is no JSON, is nested too deeply, or has an integer of thousands of digits.
+    """
+    if isinstance(text, bytes):
+        text = decoded(text, where)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid JSON ({_fault(e)})") from None
+
+
+def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """As `parse_json`, for text that must spell an object."""
+    values = parse_json(text, where)
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; UserError naming the file and the fault."""
+    return parse_json_object(read_text(path, LARGEST_TEXT), str(path))
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The values in TOML text; UserError with the place of the fault."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid TOML: {_fault(e)}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file; UserError naming the file and the fault."""
+    return parse_toml(read_text(path, LARGEST_TEXT), str(path))
+
+
+def _fault(error: Exception) -> str:
+    """What a parser found, in words that make sense in a message."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if "set_int_max_str_digits" in str(error):
+        return "an integer of thousands of digits"
+    return str(error)
 
 
 @contextlib.contextmanager

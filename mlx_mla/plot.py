@@ -14,8 +14,8 @@ import tyro
 
 from mlx_mla import cli
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_toml
 from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.presets import read_toml
 
 PROG = "python -m mlx_mla.plot"
 CONFIG = "config.toml"
@@ -285,7 +285,9 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
         ("val", {"lw": 1.8, "marker": "o", "ms": 4}),
     ):
         points = [
-            (r["step"], r["loss"]) for r in rows if r["split"] == split and math.isfinite(r["loss"])
+            (r["step"], r["loss"])
+            for r in rows
+            if r.get("split") == split and math.isfinite(r["loss"])
         ]
         if points:
             ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)

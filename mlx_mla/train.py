@@ -14,7 +14,8 @@ from rich.console import Console
 from mlx_mla import cli, estimate
 from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
-from mlx_mla.presets import overlay, preset, read_toml
+from mlx_mla.files import read_toml
+from mlx_mla.presets import overlay, preset
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
 if TYPE_CHECKING:

@@ -464,7 +464,11 @@ def test_sources_that_are_not_there(tmp_path, capsys):
             b'{"text": "a"}\n\n{"text": "\xff"}\n',
             "a.jsonl, line 3: not UTF-8 text (byte 0xff at offset 10",
         ),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": ',
+            "a.jsonl, line 2: not valid JSON (Expecting value",
+        ),
         (
             "a.json",
             b'["a", "b"]',

@@ -8,7 +8,6 @@ it.
 
 import dataclasses
 import gzip
-import json
 import lzma
 import os
 import re
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlx_mla.errors import UserError
+from mlx_mla.files import parse_json
 
 TEXT, JSON_LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 COMPRESSED = (".gz", ".xz", ".zst")
@@ -208,15 +208,7 @@ class JsonLinesSource(_StreamSource):
 
     def _document(self, line: bytes, number: int) -> str | None:
         where, column = f"{self.path}, line {number:,}", self.reading.column
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"{where}: not UTF-8 text (byte {line[e.start]:#04x} at offset {e.start} of the "
-                "line)"
-            ) from None
-        except ValueError as e:
-            raise UserError(f"{where}: not JSON ({e}); this needs one JSON object a line") from None
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object; this needs one object a line")
         if column not in row:

@@ -31,10 +31,10 @@ from mlx_mla.estimate import Estimate, estimate, memory_advice
 from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
-from mlx_mla.files import atomic_folder, write_text
+from mlx_mla.files import atomic_folder, parse_toml, write_text
 from mlx_mla.metrics import METRICS, read_metrics
 from mlx_mla.plot import plot_loss
-from mlx_mla.presets import overlay, parse_toml, to_toml
+from mlx_mla.presets import overlay, to_toml
 from mlx_mla.schedule import learning_rate
 from mlx_mla.training import lr_find, run_folder
 from mlx_mla.training.log import MetricsLog, Pace

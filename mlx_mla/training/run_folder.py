@@ -8,9 +8,9 @@ from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Start
 from mlx_mla.config import ModelConfig, TrainConfig, flag
 from mlx_mla.errors import UserError
-from mlx_mla.files import write_text
+from mlx_mla.files import read_toml, write_text
 from mlx_mla.metrics import METRICS, SAMPLES, read_metrics
-from mlx_mla.presets import overlay, read_toml, to_toml
+from mlx_mla.presets import overlay, to_toml
 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
 
