@@ -163,6 +163,31 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, in UTF-8.
+
+    Raises:
+        UserError: Naming the file, if it cannot be read or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 (at byte {e.start}), as JSON must be") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
+    except RecursionError:
+        raise UserError(f"{path}: its JSON is nested too deeply to be read") from None
+    except ValueError:
+        raise UserError(f"{path}: holds a number of thousands of digits") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object, but {type(values).__name__}")
+    return values
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
     digest = hashlib.sha256()
