@@ -17,7 +17,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
-from mlx_mla.files import read_json
+from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.weights import parameter_shapes
 
 from .foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
@@ -208,7 +208,7 @@ def write_gpt2(
         for i in range(config.n_layer):
             state[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * config.n_embd, np.float32)
     save_file(state, str(folder / "model.safetensors"), {"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes its files private
+    give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
     fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()
     values = {n: getattr(config, n) for n in fields}
     eos = tokenizer.eos_token_id

@@ -59,8 +59,10 @@ TRAIN_BOUNDS = {
         ),
         not_negative(2**31 - 1),
     ),
-    **dict.fromkeys(("weight_decay", "grad_clip", "adam_epsilon"), not_negative()),
-    **dict.fromkeys(("learning_rate", "muon_learning_rate"), positive()),
+    **dict.fromkeys(("grad_clip", "adam_epsilon"), not_negative(1e30)),
+    "weight_decay": not_negative(1000),
+    # Far above any use, and such that their products stay within float32.
+    **dict.fromkeys(("learning_rate", "muon_learning_rate"), positive(1e30)),
     "initializer_range": not_negative(100),
     "seed": not_negative(MAX_SEED),
     "teacher_temperature": Bounds("be at least 0.001", 0.001, 1000),

@@ -3,13 +3,15 @@
 import reprlib
 from typing import Any
 
+_LONGEST = 60
 _quote = reprlib.Repr()
-_quote.maxstring = _quote.maxother = _quote.maxlong = 60
+_quote.maxstring = _quote.maxother = _quote.maxlong = _LONGEST
 
 
 def shown(value: Any) -> str:
     """A value as a message quotes it: short, however long or deep it is."""
-    return _quote.repr(value)
+    text = _quote.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 class UserError(ValueError):

@@ -26,7 +26,8 @@ class Bounds:
         if value < self.low or (self.open and value == self.low):
             return f"must {self.must}, not {shown(value)}"
         if value > self.high:
-            return f"must be at most {self.high:,}, not {shown(value)}"
+            most = f"{self.high:,}" if isinstance(self.high, int) else f"{self.high:g}"
+            return f"must be at most {most}, not {shown(value)}"
         return None
 
 

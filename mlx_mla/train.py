@@ -162,8 +162,8 @@ def _find_rate(config: TrainConfig, out: Path | None) -> int:
 
 
 def _exit_code(result: "RunResult") -> int:
-    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for
-    SIGTERM."""
+    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for SIGTERM,
+    129 for SIGHUP."""
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -213,7 +213,7 @@ def test_truncated_or_changed_pickles(data, refused, tmp_path, capsys):
         ),
         (
             lambda b: b[:16] + np.int32(2**30).tobytes() + b[20:],
-            "n_layer is 1,073,741,824, which is beyond",
+            "--n-layer must be at most 1,000, not 1073741824",
         ),
         (lambda b: b[:16] + np.int32(-1).tobytes() + b[20:], "--n-layer must be at least 1"),
         (

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mlx_mla.backends.contract import TrainSession
 from mlx_mla.data.windows import Batch
 from mlx_mla.errors import UserError
+from mlx_mla.files import atomic_file
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 100
 SMOOTHING = 0.9
@@ -69,7 +70,7 @@ def table(points: Sequence[Point], rows: int = 12) -> str:
 
 
 def plot(points: Sequence[Point], suggested: float, path: Path) -> None:
-    """Loss against learning rate as a PNG."""
+    """Loss against learning rate as a PNG; UserError if it cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,5 +88,8 @@ def plot(points: Sequence[Point], suggested: float, path: Path) -> None:
     )
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    try:
+        with atomic_file(path) as file:
+            fig.savefig(file, dpi=120)
+    finally:
+        plt.close(fig)

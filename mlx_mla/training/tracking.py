@@ -22,8 +22,8 @@ from rich.console import Console
 from mlx_mla.config import TrainConfig, nearest
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_json, write_text
+from mlx_mla.training.run_folder import TRACKING
 
-STATE = "tracking.json"
 PROJECT = "mlx_mla"
 
 
@@ -139,7 +139,7 @@ class Tracking:
     """
 
     def __init__(self, out: Path, console: Console):
-        self._path, self._console = out / STATE, console
+        self._path, self._console = out / TRACKING, console
         self._trackers: dict[str, Tracker] = {}
         self.identity, self._sent = _stored(self._path)
 
