@@ -21,14 +21,8 @@ from tyro.conf import Positional
 from mlx_mla import cli
 from mlx_mla.config import MAX_SEED, TokenizerName, flag
 from mlx_mla.data.documents import Block, Reading, Source, find_sources
-from mlx_mla.data.shards import (
-    MANIFEST,
-    SUFFIXES,
-    Format,
-    open_listed,
-    read_manifest,
-    write_shard,
-)
+from mlx_mla.data.manifest import MANIFEST, read_manifest
+from mlx_mla.data.shards import SUFFIXES, Format, open_listed, write_shard
 from mlx_mla.data.tokenizer import TextEncoder, get_encoder
 from mlx_mla.display import PrepareDisplay
 from mlx_mla.errors import UserError, shown

@@ -19,7 +19,7 @@ import pytest
 from conftest import TINY
 
 from mlx_mla import estimate, plot, prepare, train
-from mlx_mla.data.shards import MANIFEST
+from mlx_mla.data.manifest import MANIFEST
 from mlx_mla.files import SUMS, parse_toml
 
 SEED = 16
