@@ -43,7 +43,7 @@ MODEL_BOUNDS = {
     ),  # that they are positive is said with their count
     "qk_rope_head_dim": Bounds("be even and not negative", 0, 2**20),
     "rope_theta": Bounds("be at least 1", 1, 1e12),
-    "layer_norm_epsilon": not_negative(1),
+    "layer_norm_epsilon": Bounds("be at least 1e-12", 1e-12, 1),
 }
 """What the model's numbers may be, wherever they come from. A larger model than the upper bounds
 allow is a damaged file or a slip of the hand."""
