@@ -61,8 +61,18 @@ SHARDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A finished run of three steps, each with a checkpoint that is kept."""
+    root = tmp_path_factory.mktemp("short")
+    (root / "text.txt").write_text(TEXT)
+    argv = [*TRAIN, "--data", str(root / "text.txt"), "--out", str(root / "run")]
+    assert train.main([*argv, "--steps", "3", "--save-every", "1", "--keep", "0"]) == 0
+    return root / "run"
+
+
 @pytest.fixture(autouse=True, scope="module")
-def small_machine(tiny_run):
+def small_machine(short_run):
     """A machine of 512 MiB, for which what would break the promised memory is refused, with its
     libraries loaded by a run before."""
     with pytest.MonkeyPatch.context() as patch:
@@ -217,22 +227,22 @@ def manifests_in_training(prepared):
     return training
 
 
-def runs(tiny_run):
+def runs(short_run):
     """A run folder with one file spoiled, to be resumed."""
     files = (
-        "config.toml", "metrics.jsonl", "samples.jsonl", "latest", "tracking.json", "config.json",
+        "config.toml", "metrics.jsonl", "latest", "tracking.json", "config.json",
         "model.safetensors", "train_state.safetensors", "train_state.json", SUMS, "tokenizer.json",
         "tokenizer_config.json",
     )  # fmt: skip
 
     def spoil(random, folder):
         run, name = folder / "run", random.choice(files)
-        shutil.copytree(tiny_run, run)
+        shutil.copytree(short_run, run)
         path = run / name
         if not path.exists() and name != "tracking.json":
-            path = run / "checkpoints" / "step-000040" / name
+            path = run / "checkpoints" / "step-000003" / name
         if name != SUMS and random.random() < 0.8:  # else the checksums tell
-            (run / "checkpoints" / "step-000040" / SUMS).unlink()
+            (run / "checkpoints" / "step-000003" / SUMS).unlink()
         if name == "tracking.json":
             data = fuzz.mutate_json(random, {"id": "ab12", "sent": {"wandb": {"train": 3}}})
         elif name.endswith(".safetensors"):
@@ -243,15 +253,15 @@ def runs(tiny_run):
             data = fuzz.mutate_text(random, path.read_text())
         path.write_bytes(data)
         how = random.choice(("--resume", "--auto-resume"))
-        return [how, "--out", str(run), "--steps", "41", "--sample-tokens", "0",
+        return [how, "--out", str(run), "--steps", "4", "--sample-tokens", "0",
                 "--eval-batches", "1", "--final-eval-batches", "1"]  # fmt: skip
 
     return spoil
 
 
-def plots(tiny_run):
+def plots(short_run):
     def spoil(random, folder):
-        shutil.copytree(tiny_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(short_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
         name = random.choice(("metrics.jsonl", "config.toml"))
         path = folder / "run" / name
         if name == "metrics.jsonl" and random.random() < 0.5:
@@ -276,7 +286,7 @@ SURFACES = {
     "prepare_flags": prepare.main,
     "plots": plot.main,
 }
-MADE_OF = {"runs": "tiny_run", "plots": "tiny_run",
+MADE_OF = {"runs": "short_run", "plots": "short_run",
            "manifests": "prepared", "manifests_in_training": "prepared"}  # fmt: skip
 
 
