@@ -5,7 +5,6 @@ Its Conv1D matrices are stored (in, out), the transpose of ours; names are other
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
+from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.weights import parameter_shapes
 
 from .foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
@@ -49,19 +49,6 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     return ForeignCheckpoint(
         "Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError if it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
 
 
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:
@@ -222,7 +209,7 @@ def write_gpt2(
         for i in range(config.n_layer):
             state[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * config.n_embd, np.float32)
     save_file(state, str(folder / "model.safetensors"), {"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes its files private
+    give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
     fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()
     values = {n: getattr(config, n) for n in fields}
     eos = tokenizer.eos_token_id

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_json
 from mlx_mla.hub import find_model
 
 from . import hf, karpathy, llmc
@@ -56,7 +57,7 @@ def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
         return _own(find_model(str(path)), name)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json; known are {KNOWN}")
-    if hf.read_json(path / "config.json").get("model_type") == "mla_gpt2":
+    if read_json(path / "config.json").get("model_type") == "mla_gpt2":
         return _own(find_model(str(path)), name)
     return hf.read_gpt2(path, name)
 

@@ -5,6 +5,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -61,6 +62,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
         fault of ours escapes as a traceback, which Python ends with 1.
     """
     hints.drop()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see mlx_mla/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main(sys.argv[1:] if argv is None else argv)
         if code == 0:

@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes
 
 from mlx_mla.attention import KINDS, Attention, AttentionName, meaningless_fields
 from mlx_mla.errors import UserError, flag
+from mlx_mla.fields import Bounds, at_least_1, check_bounds, not_negative, positive, typed
 
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
@@ -18,6 +19,47 @@ TokenizerName = Literal["bytes", "gpt2"]
 
 TOKENIZER_IDS: dict[TokenizerName, int] = {"bytes": 257, "gpt2": 50257}
 """Token ids of each tokenizer: the 256 bytes, or GPT-2's byte pairs, and <|endoftext|>."""
+
+MAX_SEED = 2**63 - 1
+"""Largest seed that every generator and TOML take."""
+
+_width = at_least_1(2**20)
+MODEL_BOUNDS = {
+    "n_layer": at_least_1(1000),
+    **dict.fromkeys(("n_head", "n_embd", "n_inner", "n_positions", "vocab_size"), _width),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), _width),
+    **dict.fromkeys(("head_dim", "num_key_value_heads"), _width),
+    "num_kv_shared_layers": not_negative(1000),
+    "kv_lora_ranks": Bounds(
+        "", -math.inf, 2**20
+    ),  # that they are positive is said with their count
+    "qk_rope_head_dim": Bounds("be even and not negative", 0, 2**20),
+    "rope_theta": Bounds("be at least 1", 1, 1e12),
+    "layer_norm_epsilon": Bounds("be at least 1e-12", 1e-12, 1),
+}
+"""What the model's numbers may be, wherever they come from. A larger model than the upper bounds
+allow is a damaged file or a slip of the hand."""
+
+TRAIN_BOUNDS = {
+    **dict.fromkeys(("steps", "eval_limit", "log_every"), at_least_1(2**31 - 1)),
+    **dict.fromkeys(("batch_size", "grad_accum_steps"), at_least_1(2**20)),
+    "tokens_per_step": at_least_1(2**28),
+    **dict.fromkeys(
+        (
+            *("warmup_steps", "eval_every", "eval_batches", "final_eval_batches", "save_every"),
+            *("keep", "sample_tokens", "sample_every", "checkpoint_every", "loss_chunk"),
+        ),
+        not_negative(2**31 - 1),
+    ),
+    **dict.fromkeys(("grad_clip", "adam_epsilon"), not_negative(1e30)),
+    "weight_decay": not_negative(1000),
+    # Far above any use, and such that their products stay within float32.
+    **dict.fromkeys(("learning_rate", "muon_learning_rate"), positive(1e30)),
+    "initializer_range": not_negative(100),
+    "seed": not_negative(MAX_SEED),
+    "teacher_temperature": Bounds("be at least 0.001", 0.001, 1000),
+}
+"""The same for the numbers of a training run."""
 
 LARGE_LOGITS = 64 * 2**20
 """Bytes of a pass's float32 logits above which the loss takes them in chunks."""
@@ -97,9 +139,7 @@ class ModelConfig:
             UserError: For an impossible value; the message names the option.
         """
         c = dataclasses.replace(self)
-        for name in ("n_layer", "n_head", "n_embd", "n_positions"):
-            if getattr(c, name) < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
+        check_bounds(c, MODEL_BOUNDS)
         if c.head_dim is None and c.n_embd % c.n_head:
             raise UserError(
                 f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; "
@@ -129,9 +169,6 @@ class ModelConfig:
                     f"{flag(name)} has no meaning with --attention {c.attention}; leave it out"
                 )
         KINDS[c.attention].resolve(c)
-        for name in ("n_inner", "vocab_size"):
-            if getattr(c, name) < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
         return c
 
     @property
@@ -144,10 +181,25 @@ class ModelConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Read the model's fields out of a config.json, ignoring what other tools keep there."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in names})
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
+        """Read the model's fields out of a config.json, ignoring what other tools keep there.
+
+        Args:
+            where: Name of the file, for messages.
+
+        Raises:
+            UserError: For a value of another type.
+        """
+        return cls(**typed(cls, values, where))
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str) -> "ModelConfig":
+        """As `from_dict`, and resolved; every error names the file."""
+        config = cls.from_dict(values, where)
+        try:
+            return config.resolved()
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -290,40 +342,7 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""
-        for name in (
-            "steps",
-            "batch_size",
-            "tokens_per_step",
-            "grad_accum_steps",
-            "log_every",
-            "eval_limit",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "grad_clip",
-            "eval_every",
-            "eval_batches",
-            "final_eval_batches",
-            "save_every",
-            "keep",
-            "sample_tokens",
-            "sample_every",
-            "seed",
-            "adam_epsilon",
-            "initializer_range",
-            "checkpoint_every",
-            "loss_chunk",
-        ):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{flag(name)} must not be negative, not {value}")
-        for name in ("learning_rate", "muon_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{flag(name)} must be positive, not {value}")
+        check_bounds(self, TRAIN_BOUNDS)
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction must be between 0 and 1, not {self.val_fraction}")
         for name in ("min_lr_ratio", "beta1", "beta2"):
@@ -410,6 +429,4 @@ class TrainConfig:
         temperature = 1.0 if self.teacher_temperature is None else self.teacher_temperature
         if not 0 <= weight <= 1:
             raise UserError(f"--teacher-weight must be from 0 to 1, not {weight}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise UserError(f"--teacher-temperature must be positive, not {temperature}")
         return weight, temperature

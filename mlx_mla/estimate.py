@@ -3,9 +3,13 @@
 import dataclasses
 
 from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.errors import UserError
+from mlx_mla.machine import physical_memory
 from mlx_mla.weights import is_hidden_matrix, num_parameters, parameter_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
+BEYOND = 4
+"""Times the machine's memory that a step may take by estimate; less than that it may well swap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,23 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
         cache_bytes_per_token=cache_bytes_per_token(m, 2),
         mha_cache_bytes_per_token=2 * m.n_layer * m.n_embd * BYTES["bfloat16"],
     )
+
+
+def check_memory(config: TrainConfig, fused_attention: bool) -> None:
+    """UserError for a resolved configuration that needs many times the memory of this machine,
+    where no swapping helps: its weights could not even be drawn.
+
+    Args:
+        fused_attention: As for `estimate`.
+    """
+    needed, there = estimate(config, fused_attention).total_bytes, physical_memory()
+    # Token ids and places of the batches of a step, which are read before it.
+    needed += (8 + 200 // config.context) * config.step_tokens
+    if needed > BEYOND * there:
+        raise UserError(
+            f"a step takes about {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:.0f}; "
+            "give a smaller model, --batch-size or --seq-len (--dry-run says what takes how much)"
+        )
 
 
 def report(config: TrainConfig) -> str:

@@ -1,9 +1,10 @@
 """Evaluate models: `python -m mlx_mla.evaluate`."""
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -12,6 +13,7 @@ from rich.progress import Progress
 
 from mlx_mla import cli
 from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Backend
 from mlx_mla.config import BackendName, DeviceName, DType
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation import report
@@ -28,6 +30,7 @@ from mlx_mla.evaluation.runner import (
 from mlx_mla.evaluation.scoring import Scorer
 from mlx_mla.evaluation.tasks import TASKS, Measured, Task
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
+from mlx_mla.locks import locked
 
 PROG = "python -m mlx_mla.evaluate"
 SPEED = "speed"
@@ -93,6 +96,21 @@ def _main(argv: Sequence[str]) -> int:
         name: load(TASKS[name], command.protocol, command.data_dir, command.limit, command.seed)
         for name in names if name != SPEED
     }  # fmt: skip
+    with contextlib.ExitStack() as lock:
+        if (out := command.out) is not None:
+            lock.enter_context(locked(out, out.with_suffix(".md"), out.with_suffix(".png")))
+        _evaluate(command, names, folders, backend, documents)
+    return 0
+
+
+def _evaluate(
+    command: EvaluateCommand,
+    names: Sequence[str],
+    folders: Sequence[Path],
+    backend: Backend,
+    documents: Mapping[str, Sequence[Any]],
+) -> None:
+    """Score every model on every task, print the results and write them."""
     evaluation = Evaluation(command)
     try:
         for name, folder in zip(command.model, folders):
@@ -109,7 +127,6 @@ def _main(argv: Sequence[str]) -> int:
     finally:  # what was finished is shown, whatever ended the run
         if any(row["tasks"] for row in evaluation.document["models"]):
             print(report.tables(evaluation.document), flush=True)
-    return 0
 
 
 def _check(command: EvaluateCommand) -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.files import atomic_file
 from mlx_mla.metrics import read_metrics
 
 
@@ -18,13 +19,14 @@ def pyplot() -> Any:
 
 
 def save(fig: Any, out: Path) -> None:
-    """Replace a picture in one step."""
+    """Replace a picture in one step; UserError if it cannot be written."""
     import matplotlib.pyplot as plt
 
-    temporary = out.with_name(f".{out.name}")
-    fig.savefig(temporary, dpi=120, format=out.suffix[1:].lower())
-    plt.close(fig)
-    temporary.replace(out)
+    try:
+        with atomic_file(out) as file:
+            fig.savefig(file, dpi=120, format=out.suffix[1:].lower())
+    finally:
+        plt.close(fig)
 
 
 def loss_axis(ax: Any) -> None:
@@ -56,7 +58,9 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
         ("val", {"lw": 1.8, "marker": "o", "ms": 4}),
     ):
         points = [
-            (r["step"], r["loss"]) for r in rows if r["split"] == split and math.isfinite(r["loss"])
+            (r["step"], r["loss"])
+            for r in rows
+            if r.get("split") == split and math.isfinite(r["loss"])
         ]
         if points:
             ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)

@@ -13,9 +13,9 @@ import tyro
 
 from mlx_mla import cli
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_toml
 from mlx_mla.metrics import METRICS, read_metrics
 from mlx_mla.pictures import loss_axis, pyplot, save
-from mlx_mla.presets import read_toml
 
 PROG = "python -m mlx_mla.plot"
 CONFIG = "config.toml"
@@ -55,10 +55,7 @@ def _main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {command.out}: there is no folder {command.out.parent}")
     runs = read_runs(command.runs)
     print(table(runs))
-    try:
-        plot_runs(runs, command.out, command.smooth)
-    except OSError as e:
-        raise UserError(f"--out {command.out}: could not be written: {e.strerror or e}") from e
+    plot_runs(runs, command.out, command.smooth)
     print(f"\npicture: {command.out}")
     return 0
 
@@ -206,7 +203,8 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
-    """Draw loss against tokens and against time, speed, and peak memory of runs into a file."""
+    """Draw loss against tokens and against time, speed, and peak memory of runs into a file;
+    UserError if it cannot be written."""
     plt = pyplot()
     from matplotlib.lines import Line2D
 

@@ -16,7 +16,8 @@ from mlx_mla.attention import meaningless_fields
 from mlx_mla.backends import get_engine
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError, flag
-from mlx_mla.presets import overlay, preset, read_toml
+from mlx_mla.files import read_toml
+from mlx_mla.presets import overlay, preset
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ def _find_rate(config: TrainConfig, out: Path | None) -> int:
 
 
 def _exit_code(result: "RunResult") -> int:
-    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for
-    SIGTERM."""
+    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for SIGTERM,
+    129 for SIGHUP."""
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from mlx_mla.cli import EXIT_USER
 from mlx_mla.config import BackendName
 from mlx_mla.errors import UserError
+from mlx_mla.files import parse_json, read_text
 
 EngineName = Literal["auto", "ring", "jaccl", "mpi", "nccl", "gloo"]
 LOST = 1
@@ -209,12 +210,8 @@ def launched_by() -> BackendName | None:
         return "torch"
     for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):  # ring, jaccl: a list of hosts
         if "MLX_RANK" in env and name in env:
-            text = (
-                env[name]
-                if env[name].lstrip().startswith("[")
-                else Path(env[name]).read_text(encoding="utf-8")
-            )
-            if text.strip() and len(json.loads(text)) > 1:
+            text = env[name] if env[name].lstrip().startswith("[") else read_text(Path(env[name]))
+            if text.strip() and len(parse_json(text, name)) > 1:
                 return "mlx"
     sizes = (env.get("MLX_WORLD_SIZE"), env.get("OMPI_COMM_WORLD_SIZE"))  # NCCL, MPI
     return "mlx" if any(size and int(size) > 1 for size in sizes) else None

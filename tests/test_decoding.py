@@ -26,6 +26,7 @@ from mlx_mla.config import ModelConfig
 from mlx_mla.decoding import cache_choice
 from mlx_mla.decoding.cache_choice import choose_cache
 from mlx_mla.decoding.request import GenerationOptions
+from mlx_mla.errors import UserError
 from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights
 
@@ -148,6 +149,23 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
     if bits is None:
         assert after["token_ids"] == expected
     assert load_prompt_cache(str(more))[0].offset == len(context) + 4 + 5
+
+
+def test_a_prompt_cache_whose_tokens_or_values_were_changed_is_refused(folder, tmp_path, capfd):
+    file = tmp_path / "context.safetensors"
+    objects(capfd, "--model", folder, "--prompt", "The st", "--save-prompt-cache", file)
+    whole = file.read_bytes()
+    at = whole.index(b"[84, 104, 101")
+    swapped = whole.replace(b"[84, 104, 101", b"[84, 101, 104")
+    later = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]
+    assert at > 0
+    for damaged in (swapped, later):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged \(its sha256 differs"):
+            prompt_cache.load(file, checkpoint.model_folder(folder))
+    file.write_bytes(whole)
+    _, tokens = prompt_cache.load(file, checkpoint.model_folder(folder))
+    assert bytes(tokens[:6]) == b"The st"
 
 
 def test_a_text_that_stops_early_is_saved_up_to_there(folder, tmp_path, capfd):

@@ -181,3 +181,23 @@ def test_memory_estimate_is_near_the_measured_peak(change):
     finally:
         mx.set_memory_limit(limit)
     assert peak == pytest.approx(estimate(config, fused_attention=False).total_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--n-embd", "1000000", "--n-head", "10"),
+        ("--batch-size", "1000000"),
+        ("--grad-accum-steps", "1000000", "--batch-size", "100000"),
+        ("--vocab-size", "1000000", "--n-embd", "1000000", "--n-head", "10"),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_anything_is_made_of_it(tmp_path, capsys, flags):
+    out = tmp_path / "run"
+    assert train.main(["--out", str(out), *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a step takes about ") and said.count("\n") == 1
+    assert not out.exists()
+    assert (
+        train.main(["--dry-run", *flags]) == 0
+    )  # which is where one looks for what takes how much

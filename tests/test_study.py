@@ -29,7 +29,8 @@ from bench.studying.settings import settings
 from bench.studying.summary import stair, summarise
 from bench.studying.trainer import make_room, run_toml
 from mlx_mla.errors import UserError
-from mlx_mla.presets import overlay, parse_toml, preset
+from mlx_mla.files import parse_toml
+from mlx_mla.presets import overlay, preset
 from mlx_mla.training.run_folder import claim
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from bench.studying.plan import Run
 from bench.studying.results import Record, thinned
 from bench.studying.settings import settings
 from mlx_mla.errors import UserError
-from mlx_mla.files import write_text
+from mlx_mla.files import parse_toml, write_text
 from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.presets import overlay, parse_toml, preset, to_toml
+from mlx_mla.presets import overlay, preset, to_toml
 from mlx_mla.training.run_folder import CONFIG, run_config
 
 THREADS = (

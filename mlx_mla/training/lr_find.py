@@ -70,7 +70,7 @@ def table(points: Sequence[Point], rows: int = 12) -> str:
 
 
 def plot(points: Sequence[Point], suggested: float, path: Path) -> None:
-    """Loss against learning rate as a PNG."""
+    """Loss against learning rate as a PNG; UserError if it cannot be written."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     ax.plot([p.rate for p in points], [p.loss for p in points])

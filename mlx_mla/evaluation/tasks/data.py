@@ -1,12 +1,12 @@
 """Reading evaluation files, with what is wrong told by file, line and field."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_mla.errors import UserError
+from mlx_mla.files import parse_json_object
 
 # Of the published files; another content is used, but said.
 SHA256 = {
@@ -34,13 +34,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where}: not JSON ({e.msg})") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: must be an object with named fields")
-        yield where, value
+        yield where, parse_json_object(line, where)
 
 
 def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
