@@ -8,6 +8,7 @@ file but the README.
 
 import contextlib
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,7 +136,8 @@ def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any
     """Optimiser tensors and `train_state.json` of a training checkpoint."""
     if not (folder / STATE).is_file():
         raise UserError(
-            f"{folder}: has no {STATE}, so training cannot resume from it; use --init {folder}"
+            f"{folder}: has no {STATE}, so training cannot resume from it; use --init "
+            f"{shlex.quote(str(folder))}"
         )
     return _load_tensors(folder / STATE), _read_json(folder / STATE_INFO)
 

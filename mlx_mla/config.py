@@ -29,6 +29,9 @@ MLA_ONLY = (
 """Fields of the model that mean nothing to multi-head attention."""
 
 
+MAX_SEED = 2**63 - 1
+"""Largest seed that every generator and TOML take."""
+
 LARGE_LOGITS = 64 * 2**20
 """Bytes of a pass's float32 logits above which the loss takes them in chunks."""
 
@@ -357,6 +360,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{flag(name)} must not be negative, not {value}")
+        if self.seed > MAX_SEED:
+            raise UserError(f"--seed must be at most {MAX_SEED}, not {self.seed}")
         for name in ("learning_rate", "muon_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

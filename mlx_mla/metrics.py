@@ -1,6 +1,7 @@
 """`metrics.jsonl`: a line for each logged step of a run; and `samples.jsonl`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                     )
                 rows.append(row)
     return rows
+
+
+def perplexity_text(loss: float) -> str:
+    """The perplexity of a loss in nats, with the figures that mean something."""
+    if loss >= math.log(1e6):  # of a model that has learned nothing, the order of magnitude
+        return f"{math.exp(loss):.2g}" if loss < 700 else "over 1e304"
+    return f"{math.exp(loss):.2f}"

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -156,7 +157,7 @@ class _Run:
         newest = checkpoint.latest(self.out)
         if newest is None:
             return "no checkpoint was saved before"
-        remedy = f"set things right and add --resume --out {self.out}"
+        remedy = f"set things right and add --resume --out {shlex.quote(str(self.out))}"
         return f"the newest good checkpoint is {newest}; {remedy}"
 
 
@@ -305,11 +306,8 @@ class _Loop:
         checkpoint.prune(self.out, config.keep, self.done)
         try:
             plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
-        except OSError as e:
-            raise UserError(
-                f"{self.out / PLOT}: could not be written: {e.strerror or e}; "
-                f"{self.parts.how_to_go_on()}"
-            ) from e
+        except UserError as e:
+            raise UserError(f"{e}; {self.parts.how_to_go_on()}") from e
 
     def _sample(self) -> str | None:
         """A text from the weights as they are, a function of the seed and the step; also written to

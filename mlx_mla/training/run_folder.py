@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 from mlx_mla import checkpoint
@@ -105,7 +106,7 @@ def resume_point(
     if info["step"] >= config.steps:
         raise UserError(
             f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, "
-            f"or generate from it with --model {out}"
+            f"or generate from it with --model {shlex.quote(str(out))}"
         )
     weights = checkpoint.read_weights(folder, config.model)
     return Start(weights, info["step"], optimizer_state, info["val_loss"])
