@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,7 +157,8 @@ def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any
     """Optimiser tensors and `train_state.json` of a training checkpoint."""
     if not (folder / STATE).is_file():
         raise UserError(
-            f"{folder}: has no {STATE}, so training cannot resume from it; use --init {folder}"
+            f"{folder}: has no {STATE}, so training cannot resume from it; use --init "
+            f"{shlex.quote(str(folder))}"
         )
     info = read_json(folder / STATE_INFO)
     if info.get("format") != STATE_FORMAT:

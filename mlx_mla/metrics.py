@@ -1,5 +1,6 @@
 """`metrics.jsonl`: a line for each logged step of a run; and `samples.jsonl`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,10 @@ def _is_row(row: dict[str, Any]) -> bool:
         and (split not in ("train", "val") or "loss" in row)
         and all(type(value) in (int, float) for value in figures)
     )
+
+
+def perplexity_text(loss: float) -> str:
+    """The perplexity of a loss in nats, with the figures that mean something."""
+    if loss >= math.log(1e6):  # of a model that has learned nothing, the order of magnitude
+        return f"{math.exp(loss):.2g}" if loss < 700 else "over 1e304"
+    return f"{math.exp(loss):.2f}"

@@ -29,7 +29,7 @@ Shape legend, used as suffixes of array names:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,6 +84,7 @@ class ModelArgs(BaseModelArgs):
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
+    eos_token_id: Any = None  # an id, or several in a list
 
     def __post_init__(self) -> None:
         if self.attention not in ("mla", "mha"):
@@ -492,13 +493,15 @@ class Transformer(nn.Module):
             offset = (
                 offset + 0
             )  # mlx-lm before 0.32 moves a batch's offsets in place at the first layer
-        check_positions(cache[0], L, self.n_positions)
+        if isinstance(offset, int):
+            check_positions(offset + L, self.n_positions)
 
         h = self.wte(inputs)
         if "wpe" in self:
             positions = mx.arange(L) + (offset if isinstance(offset, int) else offset[..., None])
             if not isinstance(offset, int):
-                # Padding of a batch has positions outside the table; its results are masked away.
+                # Outside the table are padding, whose results are masked away, and rows that
+                # have become too long, which `Model` ends.
                 positions = mx.clip(positions, 0, self.n_positions - 1)
             h = h + self.wpe(positions)
         h = self.drop(h)
@@ -509,30 +512,26 @@ class Transformer(nn.Module):
         return self.ln_f(h)
 
 
-def check_positions(cache: Any, length: int, n_positions: int) -> None:
-    """Refuse tokens past the position table, which MLX would read as garbage.
-
-    Args:
-        cache: An mlx-lm cache of one layer, or None.
-        length: Number of new tokens.
-        n_positions: Rows of the position table.
-
-    Raises:
-        ValueError: If a token that is not padding would stand at a position >= n_positions.
-    """
-    end = length
-    if cache is not None and isinstance(cache.offset, int):
-        end += cache.offset
-    elif cache is not None and cache.size() + length > n_positions:
-        # Batched: offsets differ by row and live on the device, so look only when it may matter.
-        right_padding = getattr(cache, "_right_padding", None)
-        ends = cache.offset + length - (0 if right_padding is None else right_padding)
-        end = cast(int, mx.max(ends).item())
+def check_positions(end: int, n_positions: int) -> None:
+    """Refuse tokens past the position table, which MLX would read as garbage; raises ValueError."""
     if end > n_positions:
         raise ValueError(
             f"{end} tokens of context do not fit this model's n_positions={n_positions}; "
             "shorten the prompt or generate fewer tokens"
         )
+
+
+def past_positions(cache: Any, length: int, n_positions: int) -> Optional[mx.array]:
+    """Which of the next tokens of a batch stand past the position table, bool (B, L); None where
+    no row can be that long.
+
+    Args:
+        cache: A layer's mlx-lm cache before the tokens, or None.
+        length: Number of new tokens.
+    """
+    if cache is None or isinstance(cache.offset, int) or cache.size() + length <= n_positions:
+        return None
+    return cache.offset[:, None] + mx.arange(length) >= n_positions
 
 
 class Model(nn.Module):
@@ -552,7 +551,22 @@ class Model(nn.Module):
             self.make_cache = self._make_cache
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        return self.transformer.wte.as_linear(self.transformer(inputs, cache))
+        past = past_positions(cache[0] if cache else None, inputs.shape[1], self.args.n_positions)
+        logits = self.transformer.wte.as_linear(self.transformer(inputs, cache))
+        return logits if past is None else self._end_of_text(past, logits)
+
+    def _end_of_text(self, past: mx.array, logits: mx.array) -> mx.array:
+        """Leave rows of a batch that are too long (past, (B, L)) one likely token, the end of text.
+
+        An exception would end the batch, and with it mlx-lm's server for all of its clients.
+        """
+        ends = self.args.eos_token_id
+        end = ends[0] if isinstance(ends, (list, tuple)) else ends
+        if end is None:
+            return logits
+        never = mx.finfo(logits.dtype).min
+        only = mx.where(mx.arange(logits.shape[-1]) == end, 0, never).astype(logits.dtype)
+        return mx.where(past[..., None], only, logits)
 
     def materialize_cache(self, on: bool) -> None:
         """Cache expanded keys and values (True) or latents (False). No effect on MHA."""

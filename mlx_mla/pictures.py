@@ -1,11 +1,14 @@
 """What pictures share, and the picture of a run's loss."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 from mlx_mla.files import atomic_file
 from mlx_mla.metrics import read_metrics
+
+LONGEST_NAME = 60
 
 
 def pyplot() -> Any:
@@ -18,12 +21,21 @@ def pyplot() -> Any:
     return plt
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it: dollars are no formula, and one line is not too long."""
+    line = "".join(c if c.isprintable() else "?" for c in name)
+    if len(line) > LONGEST_NAME:
+        line = f"...{line[3 - LONGEST_NAME :]}"  # the end of a path tells most
+    return line.replace("$", r"\$")
+
+
 def save(fig: Any, out: Path) -> None:
     """Replace a picture in one step; UserError if it cannot be written."""
     import matplotlib.pyplot as plt
 
     try:
-        with atomic_file(out) as file:
+        with atomic_file(out) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fonts lack characters of some names
             fig.savefig(file, dpi=120, format=out.suffix[1:].lower())
     finally:
         plt.close(fig)
@@ -65,7 +77,7 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
         if points:
             ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)
     loss_axis(ax)
-    ax.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    ax.set(xlabel="step", ylabel="loss (nats per token)", title=plain(title))
     ax.grid(alpha=0.3, which="major")
     if ax.lines:
         ax.legend()

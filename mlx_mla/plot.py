@@ -15,7 +15,7 @@ from mlx_mla import cli
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_toml
 from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.pictures import loss_axis, pyplot, save
+from mlx_mla.pictures import loss_axis, plain, pyplot, save
 
 PROG = "python -m mlx_mla.plot"
 CONFIG = "config.toml"
@@ -215,7 +215,7 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
     handles = []
     for run, (color, dashes) in zip(runs, _styles(runs)):
         line: dict[str, Any] = {"color": color, "linestyle": dashes}
-        handles.append(Line2D([], [], **line, lw=2, label=run.name))
+        handles.append(Line2D([], [], **line, lw=2, label=plain(run.name)))
         for axes, key, scale in ((by_tokens, "tokens", 1), (by_time, "seconds", divisor)):
             train, val = (
                 [
@@ -247,7 +247,7 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
         by_time.text(
             0.5,
             0.5,
-            "no times logged by\n" + "\n".join(without),
+            "no times logged by\n" + "\n".join(map(plain, without)),
             transform=by_time.transAxes,
             ha="center",
         )
@@ -291,9 +291,10 @@ def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
 def _memory_bars(axes: Any, runs: Sequence[RunMetrics]) -> None:
     sizes = [run.peak_memory_bytes / 2**20 for run in runs]
     bars = axes.barh(
-        [run.name for run in runs], sizes, color=[color for color, _ in _styles(runs)], height=0.45
+        range(len(runs)), sizes, color=[color for color, _ in _styles(runs)], height=0.45
     )
     axes.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=3)
+    axes.set_yticks(range(len(runs)), [plain(run.name) for run in runs])
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set(xlabel="MiB", title="peak memory")

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from mlx_mla.data.documents import Block, Reading, Source, find_sources
 from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.data.shards import SUFFIXES, Format, open_listed, write_shard
 from mlx_mla.data.tokenizer import TextEncoder, get_encoder
-from mlx_mla.display import PrepareDisplay
+from mlx_mla.display import PrepareDisplay, plain_console
 from mlx_mla.errors import UserError, flag, shown
 from mlx_mla.fields import at_least_1, check_bounds, not_negative
 from mlx_mla.files import clear_leftovers, write_text
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     command = cli.parse(PrepareCommand, argv, PROG)
-    summary = prepare(command, Console(stderr=False))
+    summary = prepare(command, plain_console())
     print(summary)
     return 0
 
@@ -243,8 +244,8 @@ class _Job:
             f"validation  {tokens['val']:,} tokens, {documents['val']:,} documents\n"
             f"left out    {m['empty_documents']:,} empty documents\n"
             f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
-            f"train with:\n  python -m mlx_mla.train --data {self.out} --tokenizer "
-            f"{self.command.tokenizer}"
+            f"train with:\n  python -m mlx_mla.train --data {shlex.quote(str(self.out))} "
+            f"--tokenizer {self.command.tokenizer}"
         )
 
     def _encoded(

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +15,10 @@ from mlx_mla import cli, estimate
 from mlx_mla.attention import meaningless_fields
 from mlx_mla.backends import get_engine
 from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError, flag
 from mlx_mla.files import read_toml
+from mlx_mla.metrics import perplexity_text
 from mlx_mla.presets import overlay, preset
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
@@ -57,7 +59,7 @@ class TrainCommand(TrainConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
+    return cli.run(_main, argv, needs_reader=False)
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -103,7 +105,7 @@ def _run(argv: Sequence[str], world: World) -> int:
         train,
     )  # imports the framework, which --help and mistakes need not wait for
 
-    console = Console(stderr=False)
+    console = plain_console()
     if command.lr_find:
         if world.engine is not None:
             raise UserError("--lr-find takes one process; start it without a launcher")
@@ -127,18 +129,19 @@ def _run(argv: Sequence[str], world: World) -> int:
     )
     if result.signal is not None:
         print(f"stopped after step {result.step} and saved {result.checkpoint}; go on with:")
-        print(f"  {PROG} --resume --out {out}")
+        print(f"  {PROG} --resume --out {shlex.quote(str(out))}")
         return _exit_code(result)
     if result.sample is not None:
         print(f"\n--- sample ---\n{result.sample}\n--------------")
     assert result.val_loss is not None
     print(
         f"\nvalidation loss {result.val_loss:.4f} nats per token, perplexity "
-        f"{math.exp(result.val_loss):.2f}"
+        f"{perplexity_text(result.val_loss)}"
     )
     print(f"run folder      {out}  (loss.png, metrics.jsonl, config.toml, checkpoints/)")
     print("generate with:")
-    print(f'  python -m mlx_mla.generate --model {out} --prompt "{config.sample_prompt}"')
+    model, prompt = shlex.quote(str(out)), shlex.quote(config.sample_prompt)
+    print(f"  python -m mlx_mla.generate --model {model} --prompt {prompt}")
     return 0
 
 

@@ -129,6 +129,7 @@ def test_model_args_are_the_configs_fields():
     fields["vocab_size"] = 50257  # for a config.json of GPT-2's; here a tokenizer says it
     mlx = {f.name: f.default for f in dataclasses.fields(ModelArgs)}
     assert mlx.pop("model_type") == MLAGPT2Config.model_type == "mla_gpt2"
+    del mlx["eos_token_id"]  # config.json's; PretrainedConfig has it
     assert mlx == fields
     parameters = inspect.signature(MLAGPT2Config).parameters.values()
     theirs = {"initializer_range", "use_cache", "kwargs"}  # of transformers' own tools
@@ -359,12 +360,23 @@ def test_positions_past_the_table_are_refused(rope):
     model(token_ids(config, 1, 16), cache=cache)
     with pytest.raises(ValueError, match="17 tokens of context"):
         model(token_ids(config, 1, 1), cache=cache)
-    # A batch: the padded length passes 16 before any row does, and only a row that does is refused.
-    cache = [BatchKVCache([4, 4])]
-    model(token_ids(config, 2, 16), cache=cache)
-    model(token_ids(config, 2, 4), cache=cache)
-    with pytest.raises(ValueError, match="17 tokens of context"):
-        model(token_ids(config, 2, 1), cache=cache)
+
+
+@pytest.mark.parametrize("rope", [0, 8])
+def test_a_row_past_the_table_ends_without_touching_its_batch(rope):
+    config = ModelConfig(
+        n_layer=2, n_embd=32, n_head=2, n_positions=16, vocab_size=20, qk_rope_head_dim=rope
+    ).resolved()
+    model = build_model(config, random_weights(config, 0))
+    model.args.eos_token_id = 19
+    short, long = token_ids(config, 1, 12, 1), token_ids(config, 1, 18, 2)
+    padded = mx.concatenate([mx.concatenate([mx.zeros((1, 6), short.dtype), short], axis=1), long])
+    logits = in_chunks(model, padded, [10, 15], [BatchKVCache([6, 0]) for _ in model.layers])
+    assert difference(logits[:1, 6:], model(short)) <= TOLERANCE
+    assert difference(logits[1:, :16], model(long[:, :16])) <= TOLERANCE
+    likely = mx.softmax(logits[1, 16:], axis=-1)
+    assert likely[:, 19].tolist() == [1.0, 1.0]
+    assert mx.isfinite(logits).all()
 
 
 def test_bad_shapes_are_refused_by_the_model_file_itself():

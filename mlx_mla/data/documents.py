@@ -85,7 +85,9 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
     if path.is_file():
         return [_file(path, path.name, reading, TEXT[0])], []
     if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", src):
+        from mlx_mla.hub import is_hub_id  # imports transformers, which only this needs
+
+        if not (re.fullmatch(r"[^:]+(:[\w.-]+)?", src) and is_hub_id(src.partition(":")[0])):
             raise UserError(
                 f"{src}: no such file or folder, and not a dataset's name (OWNER/NAME:CONFIG)"
             )

@@ -14,6 +14,7 @@ import dataclasses
 from typing import Literal
 
 from mlx_mla.config import ModelConfig
+from mlx_mla.decoding.request import CacheKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,11 @@ RATES = {
     ("mlx", "cpu"): Rates(multiply=0.083, read=0.165, store=26, step=-150_000),
     ("torch", "cpu"): Rates(multiply=0.016, read=0.11, store=5, step=0),
 }
+
+
+def cache_of(config: ModelConfig, cache: CacheKind) -> CacheKind:
+    """What a model keeps where `cache` is asked for: multi-head attention has no latents."""
+    return "materialized" if config.attention == "mha" and cache == "latent" else cache
 
 
 def choose_cache(

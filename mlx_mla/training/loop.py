@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -176,7 +177,7 @@ class _Run:
         newest = checkpoint.latest(self.out)
         if newest is None:
             return "no checkpoint was saved before"
-        remedy = f"set things right and add --resume --out {self.out}"
+        remedy = f"set things right and add --resume --out {shlex.quote(str(self.out))}"
         return f"the newest good checkpoint is {newest}; {remedy}"
 
 

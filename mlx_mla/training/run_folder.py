@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def resume_point(
     if info["step"] >= config.steps:
         raise UserError(
             f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, "
-            f"or generate from it with --model {out}"
+            f"or generate from it with --model {shlex.quote(str(out))}"
         )
     weights = checkpoint.read_weights(folder, config.model)
     return Start(weights, info["step"], optimizer_state, info["val_loss"])

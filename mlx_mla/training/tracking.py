@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,7 +156,7 @@ class Tracking:
             raise UserError(
                 f"--track {name}: could not start: {e}; set it right, or leave it out with "
                 "--track '', "
-                f"and add --resume --out {out}"
+                f"and add --resume --out {shlex.quote(str(out))}"
             ) from e
         self._trackers[name] = tracker
         self._sent.setdefault(name, {})

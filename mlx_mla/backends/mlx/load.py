@@ -1,6 +1,9 @@
 """Models in MLX, from weights or from a folder."""
 
-from collections.abc import Mapping
+import contextlib
+import glob
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,12 @@ def load(folder: Path) -> Model:
     """
     checkpoint.read_config(folder)  # refuses other kinds of model
     try:
-        model, _ = load_model(
-            folder,
-            model_config={"model_file": None},
-            get_model_classes=lambda config: (Model, ModelArgs),
-        )
+        with _without_wildcards(folder) as path:
+            model, _ = load_model(
+                path,
+                model_config={"model_file": None},
+                get_model_classes=lambda config: (Model, ModelArgs),
+            )
     except (ValueError, RuntimeError, KeyError) as e:
         raise UserError(f"{folder}: the weights do not fit config.json: {_first_line(e)}") from e
     assert isinstance(model, Model)
@@ -58,6 +62,18 @@ def not_finite(tree: Any) -> str | None:
         if not np.isfinite(total) and not mx.isfinite(values).all().item():
             return name
     return None
+
+
+@contextlib.contextmanager
+def _without_wildcards(folder: Path) -> Iterator[Path]:
+    """A path of the folder that mlx-lm finds the weights by: it takes the name for a pattern."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx-mla-") as place:
+        link = Path(place) / "model"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def _first_line(error: Exception) -> str:
