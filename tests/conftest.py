@@ -38,6 +38,11 @@ TINY = [
 ]
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Packed bytes hold the time, and the workers of one run must give a test the same name."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs PyTorch where it is not installed: marked so, or with "torch" among its
     parameters."""
