@@ -637,3 +637,33 @@ def test_impossible_settings(many, tmp_path, capsys):
 def test_errors_are_ours(many):
     with pytest.raises(UserError):
         list(documents.find_sources("no/such/thing", documents.Reading())[0])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"open": [], "file": 99},
+        {"open": [[0, [0, 0]], [0, [0, 0]]], "file": 2},
+        {"open": [[5, None]], "file": 2},
+        {"open": [[0, [-1, 0]]], "file": 2},
+        {"open": [[0, "x"]], "file": 2},
+        {"open": [[i, {"rows": 3}] for i in range(8)], "file": 8},
+        {"open": {}, "file": 0},
+        None,
+    ],
+)
+def test_a_manifest_that_goes_on_nowhere_is_refused(many, prepared, tmp_path, capsys, place):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest |= {"complete": False, "parts": [], "next": place}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    said = refused(capsys, many, out, *SHARDS)
+    assert any(
+        words in said
+        for words in (
+            "its 'next' is",
+            "it goes on after its last source",
+            "the manifest goes on at {",
+        )
+    )

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlx_mla.data.corpus import COMPRESSED, JSON_LINES, PARQUET, TEXT
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, shown
 from mlx_mla.files import parse_json
 
 LONGEST = 16 << 20
@@ -152,6 +152,7 @@ class _StreamSource(_FileSource):
     refused: int | None = None
 
     def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        _check_place(start, list, self.name)
         offset, count = start or (0, 0)
         try:
             with self.path.open("rb") as raw:
@@ -238,6 +239,7 @@ class ParquetSource(_FileSource):
     """A column of a parquet file; a position is a number of rows."""
 
     def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        _check_place(start, int, self.name)
         skip, column = start or 0, self.reading.column
         position = skip
         try:
@@ -301,6 +303,7 @@ class HubSource:
 
     def blocks(self, start: Any, limit: int) -> Iterator[Block]:
         done = 0
+        _check_place(start, dict, self.name)
         if start is not None:
             self.dataset.load_state_dict(start["state"])
             done = start["rows"]
@@ -324,6 +327,11 @@ class HubSource:
                 "with --text-column"
             )
         return row[self.column]
+
+
+def _check_place(start: Any, kind: type, name: str) -> None:
+    if start is not None and not isinstance(start, kind):
+        raise UserError(f"{name}: the manifest goes on at {shown(start)}, which is no place in it")
 
 
 def _hub(src: str, reading: Reading) -> list[Source]:

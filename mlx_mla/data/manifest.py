@@ -35,6 +35,8 @@ def read_manifest(folder: Path, to_go_on: bool = False) -> dict[str, Any]:
                 f"{path}: not a manifest of mlx_mla.prepare (its {name!r} is "
                 f"{shown(values.get(name))}); remove it"
             )
+    if unfinished and values["next"]["file"] > len(values["sources"]):
+        raise UserError(f"{path}: damaged, it goes on after its last source; remove it")
     return values
 
 
@@ -63,12 +65,22 @@ def _are_sources(rows: Any) -> bool:
 
 
 def _is_place(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("open"), list):
+        return False
+    following, opened = value.get("file"), value["open"]
     return (
-        isinstance(value, dict)
-        and _is_count(value.get("file"))
-        and isinstance(value.get("open"), list)
-        and all(isinstance(o, list) and len(o) == 2 and _is_count(o[0]) for o in value["open"])
+        _is_count(following)
+        and all(isinstance(o, list) and len(o) == 2 and _is_count(o[0]) for o in opened)
+        and all(file < following and _is_position(position) for file, position in opened)
+        and len({file for file, _ in opened}) == len(opened)
     )
+
+
+def _is_position(value: Any) -> bool:
+    """Whether a source may have said that its next block begins there (documents.py)."""
+    if isinstance(value, list):
+        return len(value) == 2 and all(map(_is_count, value))
+    return value is None or _is_count(value) or isinstance(value, dict)
 
 
 _MANIFEST: dict[str, Callable[[Any], bool]] = {
