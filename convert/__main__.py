@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
     from .to_mla import Calibration
 
+NO_END_OF_TEXT = (
+    "vocabulary: has no end-of-text token, so generation ends at its length, needs a prompt, and "
+    "evaluation is refused"
+)
+
 PROG = f"python -m {__package__}"
 
 
@@ -62,9 +67,11 @@ class ConvertCommand:
     revision: Optional[str] = None
     """Branch, tag or commit, for a hub id."""
     tokenizer: Optional[str] = None
-    """"gpt2", "bytes", or a folder with tokenizer.json. None: the source's own, else GPT-2's."""
+    """"gpt2", "bytes", a folder with tokenizer.json, or nanoGPT's meta.pkl. None: the source's own,
+    else GPT-2's."""
     bpe_dir: Optional[Path] = None
-    """Folder with GPT-2's encoder.json and vocab.bpe. None: tiktoken downloads them once."""
+    """Folder with GPT-2's encoder.json and vocab.bpe, for where its tokenizer is needed. None:
+    tiktoken downloads them once."""
     n_head: Optional[int] = None
     """Heads, for a bare state dict of MLA-Transformer, which does not say. None: n_embd / 64."""
 
@@ -98,6 +105,8 @@ def _main(argv: Sequence[str]) -> int:
             f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are kept, and never "
             "sampled"
         )
+    if tokenizer.eos_token_id is None:
+        print(NO_END_OF_TEXT)
     rank = check_rank(config, command.rank, command.rank_budget) if command.to == "mla" else None
     with locked(command.out), files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
@@ -113,7 +122,8 @@ def _main(argv: Sequence[str]) -> int:
                 steps = report.sentences()
                 print("\n".join(steps))
                 report.write(folder)
-            card = converted_card(config, source.name, source.kind, len(tokenizer), steps)
+            has_end = tokenizer.eos_token_id is not None
+            card = converted_card(config, source.name, source.kind, len(tokenizer), has_end, steps)
             checkpoint.write_model(folder, config, weights, tokenizer, card)
     print(f"wrote {command.out}")
     return 0

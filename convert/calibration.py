@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_mla.data.corpus import BUILTIN, read_documents
 from mlx_mla.data.shards import training_part
+from mlx_mla.data.tokenizer import encode
 from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2LMHeadModel
 
@@ -67,7 +68,7 @@ class Text:
         eos = self.tokenizer.eos_token_id
         buffer, given = [] if eos is None else [eos], 0
         for text in self._blocks(start, stop):
-            buffer += self.tokenizer.encode(text, add_special_tokens=False)
+            buffer += encode(self.tokenizer, text)
             while len(buffer) > rows * T:
                 yield _windows(buffer, rows, T)
                 given += rows * T

@@ -5,13 +5,16 @@ from mlx_mla.estimate import cache_bytes_per_token
 from mlx_mla.weights import num_parameters
 
 
-def converted_card(config: ModelConfig, name: str, kind: str, tokens: int, steps: list[str]) -> str:
+def converted_card(
+    config: ModelConfig, name: str, kind: str, tokens: int, has_end: bool, steps: list[str]
+) -> str:
     """Text of README.md; like every card it has no dates and no paths.
 
     Args:
         name: What the source is called.
         kind: What the source was recognised as.
         tokens: Ids of the tokenizer; the embedding may have more rows.
+        has_end: Whether the tokenizer has an end-of-text token.
         steps: What was done to the weights beyond renaming, a sentence each.
     """
     c = config
@@ -20,6 +23,9 @@ def converted_card(config: ModelConfig, name: str, kind: str, tokens: int, steps
         f" (of which {c.vocab_size - tokens} pad the {tokens} tokens)"
         if c.vocab_size > tokens
         else ""
+    )
+    endless = (
+        "" if has_end else "\nThe tokenizer has no end-of-text token: texts end at their length.\n"
     )
     done = (
         "".join(f"- {step}\n" for step in steps)
@@ -36,7 +42,7 @@ A GPT-2-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_head} 
 {c.n_embd} wide, context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding},
 {num_parameters(c):,} parameters. Decoding caches
 {cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.
-
+{endless}
 Converted from {kind} (`{name}`). What was done to the weights:
 
 {done}

@@ -38,6 +38,9 @@ class LazyTensor:
 
 Tensors = dict[str, LazyTensor]
 
+WRAPPERS = ("_orig_mod.", "module.")
+"""Prefixes by torch.compile and DistributedDataParallel."""
+
 
 def zeros(shape: tuple[int, ...]) -> LazyTensor:
     """Zeros of a shape, for a bias that the source does without."""
@@ -58,6 +61,8 @@ class ForeignCheckpoint:
     """Those that `parameter_shapes(config)` names."""
     folder: Path | None = None
     """Where it may have tokenizer files."""
+    eos_token_id: int | None = None
+    """Id of the end of text, where its configuration says one."""
 
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors, contiguous float32.
@@ -74,6 +79,23 @@ class ForeignCheckpoint:
                 )
             weights[name] = values
         return weights
+
+
+def unwrapped(where: object, tensors: Tensors) -> Tensors:
+    """Tensors without the prefixes of wrapping modules, which may be nested in any order.
+
+    Raises:
+        UserError: If two names then are the same.
+    """
+    out: Tensors = {}
+    for name, tensor in tensors.items():
+        while name.startswith(WRAPPERS):
+            for prefix in WRAPPERS:
+                name = name.removeprefix(prefix)
+        if name in out:
+            raise UserError(f"{where}: has tensor {name} twice, by names that wrappers gave it")
+        out[name] = tensor
+    return out
 
 
 def check_tensors(

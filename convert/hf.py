@@ -4,9 +4,10 @@ Its Conv1D matrices are stored (in, out), the transpose of ours; names are other
 (transformers, modeling_gpt2.py).
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,22 @@ import ml_dtypes  # noqa: F401  (gives NumPy bfloat16, which safetensors then re
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.weights import parameter_shapes
 
-from .foreign import ForeignCheckpoint, LazyTensor, Tensors, check_tensors, check_tied, resolved
+from .foreign import (
+    ForeignCheckpoint,
+    LazyTensor,
+    Tensors,
+    check_tensors,
+    check_tied,
+    resolved,
+    unwrapped,
+)
 from .pickles import open_pickle, state_dict
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -46,13 +55,18 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     where = folder / "config.json"
     values = read_json(where)
     config = _config(values, where)
-    return ForeignCheckpoint(
-        "Hugging Face GPT-2", name, config, _tensors(folder, values, config), folder
-    )
+    tensors = _tensors(folder, values, config)
+    eos = values.get("eos_token_id")
+    eos = eos if isinstance(eos, int) and not isinstance(eos, bool) and eos >= 0 else None
+    return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, eos)
 
 
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     architectures = values.get("architectures") or ["GPT2LMHeadModel"]
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise UserError(
+            f"{where}: architectures is {architectures!r}, and should be a list of names"
+        )
     if values.get("model_type") != "gpt2" or not set(architectures) & {
         "GPT2LMHeadModel",
         "GPT2Model",
@@ -70,10 +84,11 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
             f"{where}: tie_word_embeddings false is not supported; the head must be the embedding"
         )
     c = GPT2Config().to_dict() | values
-    activation = ACTIVATIONS.get(c["activation_function"])
+    named = c["activation_function"]
+    activation = ACTIVATIONS.get(named) if isinstance(named, str) else None
     if activation is None:
         raise UserError(
-            f"{where}: activation_function {c['activation_function']!r} is not supported; "
+            f"{where}: activation_function {named!r} is not supported; "
             f"supported are {', '.join(ACTIVATIONS)}"
         )
     names = (
@@ -163,12 +178,18 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
 
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
+    with _readable(path), safe_open(str(path), "np") as file:
+        tensors = {
+            n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
+            for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
+        }
+    return unwrapped(path, tensors)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with safe_open(str(path), "np") as file:
-            return {
-                n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
-                for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
-            }
+        yield
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
 
@@ -177,7 +198,7 @@ def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
         # Opened anew for each tensor: one mapping for all would keep the whole file in memory
         # beside the copies.
-        with safe_open(str(path), "np") as file:
+        with _readable(path), safe_open(str(path), "np") as file:
             return file.get_tensor(name).astype(np.float32, copy=False)
 
     return read
@@ -199,6 +220,7 @@ def write_gpt2(
     Raises:
         UserError: If the attention is one that GPT-2 has no name for.
     """
+    assert config.vocab_size
     if beyond := config.kind.beyond_gpt2:
         raise UserError(
             f"--to hf needs GPT-2's own attention, and this model has {' '.join(beyond)}; "
@@ -224,5 +246,10 @@ def write_gpt2(
         dtype="float32",
     )
     hf.save_pretrained(str(folder))
+    # GPT-2's own configuration has no field for rows that pad the vocabulary.
+    padding = list(range(len(tokenizer), config.vocab_size))
+    GenerationConfig(
+        bos_token_id=eos, eos_token_id=eos, suppress_tokens=padding or None
+    ).save_pretrained(str(folder))
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(str(folder))

@@ -93,7 +93,8 @@ def _multi_head(
     )
     # Only the projections that read x may lack a bias in our layout.
     tensors = {n: tensors[n] if n in tensors else zeros(s) for n, s in shapes.items()}
-    return ForeignCheckpoint(kind, path.name, config, tensors)
+    folder = path.parent if kind == "nanoGPT" else None
+    return ForeignCheckpoint(kind, path.name, config, tensors, folder)
 
 
 def _latent(

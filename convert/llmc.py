@@ -47,11 +47,12 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
             for.
     """
     with path.open("rb") as f:
-        header = np.frombuffer(f.read(HEADER_BYTES), "<i4")
-    if len(header) < 256:
+        start = f.read(HEADER_BYTES)
+    if len(start) < HEADER_BYTES:
         raise UserError(
             f"{path}: shorter than llm.c's header of {HEADER_BYTES} bytes; it is truncated"
         )
+    header = np.frombuffer(start, "<i4")
     _, version, n_positions, vocab_size, n_layer, n_head, n_embd, padded = map(int, header[:8])
     if version not in VERSIONS:
         raise UserError(

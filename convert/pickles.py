@@ -11,11 +11,8 @@ import numpy as np
 
 from mlx_mla.errors import UserError
 
-from .foreign import LazyTensor, Tensors
+from .foreign import LazyTensor, Tensors, unwrapped
 from .framework import require_torch
-
-WRAPPERS = ("_orig_mod.", "module.")
-"""Prefixes by torch.compile and DistributedDataParallel."""
 
 
 class PickledConfig:
@@ -41,13 +38,18 @@ def open_pickle(path: Path) -> Any:
     import torch
 
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip and _is_compressed(path):
+            raise UserError(
+                f"{path}: a compressed archive, which torch.save does not write; it is refused"
+            )
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # it remarks on protocols other than torch.save's, and then says why it stops
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise
     except pickle.UnpicklingError as e:
         reason = str(e)
         if "GLOBAL" in reason or "global" in reason or "REDUCE" in reason or "reduce" in reason:
@@ -67,6 +69,12 @@ def open_pickle(path: Path) -> Any:
         ) from None
 
 
+def _is_compressed(path: Path) -> bool:
+    """Whether a zip archive unpacks to more than it is."""
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+
+
 def state_dict(values: Any, where: Path) -> Tensors:
     """The tensors of a state dict, without the prefixes of wrapping modules.
 
@@ -83,19 +91,41 @@ def state_dict(values: Any, where: Path) -> Tensors:
             raise UserError(
                 f"{where}: {name!r} is no tensor; this is no state dict that is known here"
             )
-        tensors[_unwrapped(name)] = LazyTensor(tuple(value.shape), _reader(value))
-    return tensors
+        _check_storage(name, value, where)
+        tensors[name] = LazyTensor(tuple(value.shape), _reader(value, name, where))
+    stored = sum({s.data_ptr(): s.nbytes() for s in map(_storage, values.values())}.values())
+    if sum(v.numel() * v.element_size() for v in values.values()) > 2 * stored:
+        raise UserError(f"{where}: its tensors share their values, more than a tied head does")
+    return unwrapped(where, tensors)
 
 
-def _unwrapped(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        for prefix in WRAPPERS:
-            name = name.removeprefix(prefix)
-    return name
+def _storage(value: Any) -> Any:
+    return value.untyped_storage()
 
 
-def _reader(value: Any) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        return value.detach().float().numpy()
+def _check_storage(name: str, value: Any, where: Path) -> None:
+    """Refuse a tensor that is not numbers in the file: repeated, sparse, or on another device."""
+    import torch
 
-    return read
+    plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise UserError(
+            f"{where}: tensor {name} is no plain array with all its values in the file; save it "
+            "with torch.save of contiguous CPU tensors"
+        )
+
+
+def as_float32(value: Any, name: str, where: Path) -> np.ndarray:
+    """Values of a PyTorch tensor; UserError if they are no floating-point numbers."""
+    try:
+        if value.dtype.is_floating_point:
+            values: np.ndarray = value.detach().float().numpy()
+            return values
+    except (RuntimeError, NotImplementedError):
+        pass  # a type that PyTorch can store and not convert
+    kind = str(value.dtype).removeprefix("torch.")
+    raise UserError(f"{where}: tensor {name} holds {kind}, not floating-point numbers")
+
+
+def _reader(value: Any, name: str, where: Path) -> Callable[[], np.ndarray]:
+    return lambda: as_float32(value, name, where)

@@ -1,14 +1,32 @@
 """The tokenizer that goes with a converted model."""
 
+import pickle
+import pickletools
 from pathlib import Path
+from typing import Any
 
-from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from mlx_mla import checkpoint
-from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, get_encoder, told
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_json
 
 from .foreign import ForeignCheckpoint
+
+CHARACTERS = "meta.pkl"
+"""nanoGPT's file of a vocabulary of characters (data/shakespeare_char/prepare.py): `stoi` and
+`itos`."""
+
+PLAIN = {
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
+    "LONG_BINGET", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND",
+    "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE",
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT", "UNICODE", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+"""Operations of a pickle that make plain values. None of them names code, let alone calls any."""
 
 
 def find_tokenizer(
@@ -17,44 +35,126 @@ def find_tokenizer(
     """A tokenizer with no more ids than the model has rows.
 
     Args:
-        choice: "bytes", "gpt2" or a folder with tokenizer files. None: the source's own, else
+        choice: "bytes", "gpt2", or a folder or file with a tokenizer. None: the source's own, else
             GPT-2's.
-        bpe_dir: Folder with GPT-2's encoder.json and vocab.bpe. None: tiktoken downloads them once.
+        bpe_dir: Folder with GPT-2's encoder.json and vocab.bpe, should they be needed. None:
+            tiktoken downloads them once.
 
     Raises:
         UserError: If the files are missing or damaged, or the vocabulary is larger than the
             model's.
     """
-    if choice is None and source.folder is not None:
-        tokenizer = _read(source.folder)
-        if tokenizer is not None and bpe_dir is None:
-            return _fitting(tokenizer, source, f"the tokenizer of {source.folder}")
+    if choice is None and (own := _own(source)) is not None:
+        return own
     if choice in (None, "gpt2", "bytes"):
         tokenizer = get_encoder("bytes" if choice == "bytes" else "gpt2", bpe_dir).fast_tokenizer()
         return _fitting(tokenizer, source, f"the {choice or 'gpt2'} tokenizer")
-    tokenizer = _read(Path(choice)) if Path(choice).is_dir() else None
-    if tokenizer is None:
+    path = Path(choice)
+    given = _read(path) if path.is_dir() else characters(path) if path.is_file() else None
+    if given is None:
         raise UserError(
-            f"--tokenizer {choice}: no folder with tokenizer.json; give one, or gpt2, or bytes"
+            f"--tokenizer {choice}: no folder with tokenizer.json and no {CHARACTERS}; give one, "
+            "or gpt2, or bytes"
         )
-    return _fitting(tokenizer, source, f"the tokenizer of {choice}")
+    return _fitting(given, source, f"the tokenizer of {choice}")
+
+
+def _own(source: ForeignCheckpoint) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that lies in or beside the source."""
+    folder = source.folder
+    if folder is None:
+        return None
+    if source.kind == "nanoGPT":
+        path = folder / CHARACTERS
+        if not path.is_file():
+            return None
+        tokenizer = characters(path)
+        if len(tokenizer) != source.config.vocab_size:
+            raise UserError(
+                f"{path}: has {len(tokenizer)} characters and the model beside it "
+                f"{source.config.vocab_size} rows, so it is another model's; give --tokenizer gpt2"
+            )
+        return tokenizer
+    own = _read(folder)
+    return None if own is None else _fitting(own, source, f"the tokenizer of {folder}")
 
 
 def _read(folder: Path) -> PreTrainedTokenizerFast | None:
-    if (folder / "tokenizer.json").is_file():
-        return checkpoint.read_tokenizer(folder)
-    if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+    """The tokenizer of a folder, with all its special tokens; None if it has none."""
+    is_whole = (folder / "tokenizer.json").is_file()
+    if not is_whole and not all((folder / n).is_file() for n in ("vocab.json", "merges.txt")):
         return None
-    try:
-        slow = GPT2TokenizerFast.from_pretrained(str(folder))
-    except Exception as e:  # tokenizers raises bare Exceptions
-        raise UserError(
-            f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})"
-        ) from None
-    eos = slow.eos_token
+    config = folder / "config.json"
+    values = read_json(config) if config.is_file() else {}
+    is_gpt2 = values.get("model_type") == "gpt2"
+    if is_whole and not is_gpt2:
+        return checkpoint.read_tokenizer(folder)
+    with told(f"{folder}: its tokenizer cannot be read"):
+        # transformers completes what a GPT-2's files leave out, and OpenAI's leave out nearly all.
+        read = (AutoTokenizer if is_gpt2 else GPT2TokenizerFast).from_pretrained(str(folder))
+    check_tokenizer(read, folder)
+    if is_whole:
+        as_it_is = checkpoint.read_tokenizer(folder)
+        if END_OF_TEXT not in as_it_is.get_vocab():  # it was made up, and no model has its row
+            return as_it_is
+    with told(f"{folder}: its tokenizer cannot be read"):
+        return _rewrapped(read)
+
+
+def _rewrapped(read: Any) -> PreTrainedTokenizerFast:
+    """The same tokenizer as the class that needs no defaults, so that every tool reads it alike."""
+    template = read.chat_template if isinstance(read.chat_template, str) else None
     return PreTrainedTokenizerFast(
-        tokenizer_object=slow.backend_tokenizer, bos_token=eos, eos_token=eos, unk_token=None
+        tokenizer_object=read.backend_tokenizer,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=read.extra_special_tokens,
+        chat_template=template,
+        **read.special_tokens_map,
     )
+
+
+def characters(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of nanoGPT's `meta.pkl`: a token for every character that its data had.
+
+    Raises:
+        UserError: If the file holds anything else; nothing in it is executed.
+    """
+    values = _plain_values(path)
+    itos = values.get("itos") if isinstance(values, dict) else None
+    if not isinstance(itos, dict) or not itos or set(itos) != set(range(len(itos))):
+        raise UserError(f"{path}: has no itos with a character for every id; it is no {CHARACTERS}")
+    tokens = [itos[i] for i in range(len(itos))]
+    if not all(isinstance(t, str) and len(t) == 1 for t in tokens) or len(set(tokens)) < len(itos):
+        raise UserError(f"{path}: its itos is no list of different characters")
+    with told(f"{path}: its characters cannot make a tokenizer"):
+        # Without an unknown token, a text with another character is refused, as in nanoGPT.
+        tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?m:.)"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False
+        )
+
+
+def _plain_values(path: Path) -> Any:
+    """What a pickle of plain values holds."""
+    try:
+        data = path.read_bytes()
+        for operation, argument, _ in pickletools.genops(data):
+            if operation.name not in PLAIN:
+                raise UserError(
+                    f"{path}: refused, since it holds more than plain values ({operation.name})"
+                )
+            if operation.name.endswith("PUT") and int(argument or 0) > len(data):
+                raise UserError(f"{path}: not readable as a pickle; it is damaged")
+        return pickle.loads(data)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except UserError:
+        raise
+    except Exception as e:  # a damaged pickle fails in as many ways as it has bytes
+        kind = type(e).__name__
+        raise UserError(f"{path}: not readable as a pickle ({kind}); it is damaged") from None
 
 
 def _fitting(
@@ -67,4 +167,8 @@ def _fitting(
             f"{source.name}: {which} has {len(tokenizer)} ids, the model {rows} rows; "
             "give --tokenizer bytes, gpt2, or a folder with the model's own"
         )
+    if tokenizer.eos_token_id is None and source.eos_token_id is not None:
+        token = tokenizer.convert_ids_to_tokens(source.eos_token_id)
+        if token is not None:
+            tokenizer.eos_token = token
     return tokenizer

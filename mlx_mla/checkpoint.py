@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
+from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, told
 from mlx_mla.errors import UserError, shown
 from mlx_mla.files import (
     LARGEST_TEXT,
@@ -64,7 +65,7 @@ def write_model(
         card: Text of the model card, README.md.
     """
     _save_tensors(folder / WEIGHTS, weights)
-    _write_json(folder / "config.json", model_config_json(config, tokenizer.eos_token_id))
+    _write_json(folder / "config.json", model_config_json(config, tokenizer))
     (folder / "README.md").write_text(card, encoding="utf-8")
     for name in (MLX_FILE, TORCH_FILE, CONFIGURATION_FILE):
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
@@ -72,9 +73,11 @@ def write_model(
     tokenizer.save_pretrained(str(folder))
 
 
-def model_config_json(config: ModelConfig, eos_token_id: int | None) -> dict[str, Any]:
+def model_config_json(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """config.json: our fields, and the few by which other tools find their way."""
-    return {
+    assert config.vocab_size
+    eos = tokenizer.eos_token_id
+    values = {
         "model_type": "mla_gpt2",
         "architectures": ["MLAGPT2LMHeadModel"],
         "model_file": MLX_FILE,
@@ -89,10 +92,14 @@ def model_config_json(config: ModelConfig, eos_token_id: int | None) -> dict[str
         "num_attention_heads": config.n_head,
         "max_position_embeddings": config.n_positions,
         "tie_word_embeddings": True,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
+        "bos_token_id": eos,
+        "eos_token_id": eos,
         "dtype": "float32",
     }
+    if len(tokenizer) < config.vocab_size:
+        # The model files give the rows beyond no probability, so no tool samples them.
+        values["tokenizer_size"] = len(tokenizer)
+    return values
 
 
 def write_train_state(
@@ -117,13 +124,20 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder."""
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as e:  # tokenizers raises bare Exceptions
-        raise UserError(
-            f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})"
-        ) from None
+    """The tokenizer of a model folder.
+
+    Where its files name no end of text, that is GPT-2's `<|endoftext|>` if the vocabulary has it,
+    as transformers reads the files that OpenAI published.
+
+    Raises:
+        UserError: If there is none, or none that can be used.
+    """
+    with told(f"{folder}: its tokenizer cannot be read"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    check_tokenizer(tokenizer, folder)
+    if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TEXT
+    return tokenizer
 
 
 def is_quantized(folder: Path) -> bool:

@@ -49,6 +49,7 @@ class MLAGPT2Config(PretrainedConfig):
         dropout: float = 0.0,
         initializer_range: float = 0.02,
         use_cache: bool = True,
+        tokenizer_size: int | None = None,
         **kwargs: Any,
     ):
         if attention not in ("mla", "mha"):
@@ -106,4 +107,5 @@ class MLAGPT2Config(PretrainedConfig):
         self.dropout = dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.tokenizer_size = tokenizer_size
         super().__init__(**{"tie_word_embeddings": True, **kwargs})

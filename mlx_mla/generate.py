@@ -11,6 +11,7 @@ from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Decoder, Piece
 from mlx_mla.config import BackendName, DeviceName
+from mlx_mla.data import tokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.text import decoded
@@ -89,9 +90,10 @@ def read_prompts(command: GenerateCommand) -> list[str]:
 
 def encode(decoder: Decoder, prompt: str) -> list[int]:
     """Token ids of a prompt; an empty one becomes the end-of-text token, which starts documents."""
-    return decoder.tokenizer.encode(prompt, add_special_tokens=False) or [
-        decoder.tokenizer.eos_token_id
-    ]
+    ids = tokenizer.encode(decoder.tokenizer, prompt)
+    if not ids and decoder.tokenizer.eos_token_id is None:
+        raise UserError("this model has no end-of-text token to start from; give a --prompt")
+    return ids or [decoder.tokenizer.eos_token_id]
 
 
 def _one(command: GenerateCommand, decoder: Decoder, prompt: list[int]) -> None:

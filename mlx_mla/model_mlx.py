@@ -85,6 +85,7 @@ class ModelArgs(BaseModelArgs):
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
     eos_token_id: Any = None  # an id, or several in a list
+    tokenizer_size: Optional[int] = None  # rows past it pad the vocabulary
 
     def __post_init__(self) -> None:
         if self.attention not in ("mla", "mha"):
@@ -553,6 +554,10 @@ class Model(nn.Module):
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         past = past_positions(cache[0] if cache else None, inputs.shape[1], self.args.n_positions)
         logits = self.transformer.wte.as_linear(self.transformer(inputs, cache))
+        if self.args.tokenizer_size is not None:
+            # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
+            padding = mx.arange(logits.shape[-1]) >= self.args.tokenizer_size
+            logits = mx.where(padding, mx.finfo(logits.dtype).min, logits)
         return logits if past is None else self._end_of_text(past, logits)
 
     def _end_of_text(self, past: mx.array, logits: mx.array) -> mx.array:

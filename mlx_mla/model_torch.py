@@ -415,6 +415,11 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers'; every row is then a token's, and none is padding."""
+        self.config.tokenizer_size = None
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -435,6 +440,9 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
+        if self.config.tokenizer_size is not None:
+            # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
+            logits[..., self.config.tokenizer_size :] = torch.finfo(logits.dtype).min
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

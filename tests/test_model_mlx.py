@@ -129,10 +129,16 @@ def test_model_args_are_the_configs_fields():
     fields["vocab_size"] = 50257  # for a config.json of GPT-2's; here a tokenizer says it
     mlx = {f.name: f.default for f in dataclasses.fields(ModelArgs)}
     assert mlx.pop("model_type") == MLAGPT2Config.model_type == "mla_gpt2"
-    del mlx["eos_token_id"]  # config.json's; PretrainedConfig has it
+    # Of the folder, not of the model's shape: config.json alone has them.
+    del mlx["eos_token_id"], mlx["tokenizer_size"]
     assert mlx == fields
     parameters = inspect.signature(MLAGPT2Config).parameters.values()
-    theirs = {"initializer_range", "use_cache", "kwargs"}  # of transformers' own tools
+    theirs = {
+        "initializer_range",
+        "use_cache",
+        "tokenizer_size",
+        "kwargs",
+    }  # of transformers' own tools
     assert {p.name: p.default for p in parameters if p.name not in theirs} == fields
 
 

@@ -4,12 +4,16 @@ Both are byte-level: any text encodes, and decoding gives it back exactly. `<|en
 before every document; it is never produced from text that merely spells it.
 """
 
+import contextlib
 import hashlib
 import itertools
+import os
 import re
+import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
@@ -36,6 +40,10 @@ _GPT2_PATTERN = (
 # White space as tiktoken's regular expressions have it, which do not count four control characters
 # that Python's do.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")
+
+
+# What a regular expression of a tokenizer may run into: long runs of one character.
+_RUNS = " ".join(chr(c) * 40 for c in range(0x21, 0x7F))
 
 
 class TextEncoder(Protocol):
@@ -115,6 +123,72 @@ class GPT2Encoder:
 def get_encoder(name: TokenizerName, bpe_dir: str | Path | None = None) -> TextEncoder:
     """The encoder by its command-line name."""
     return ByteEncoder() if name == "bytes" else GPT2Encoder(bpe_dir)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text by a transformers tokenizer, without special tokens added.
+
+    Raises:
+        UserError: If the tokenizer has no token for a character of it, or gives up on it.
+    """
+    with told("the text cannot be encoded by this model's tokenizer"):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong in transformers or tokenizers into one UserError.
+
+    tokenizers raises bare Exceptions; where its Rust code panics, it writes to standard error and
+    raises something that is no Exception.
+
+    Args:
+        what: The message's beginning; the first line of the reason follows in brackets.
+    """
+    try:
+        with _quiet():
+            yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{what} ({reason[:150]})") from None
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, where: object) -> None:
+    """Refuse a tokenizer whose ids have gaps, or whose pattern takes for ever on long runs.
+
+    Ids index arrays, here and in other tools: one of 2^31 asks for gigabytes.
+
+    Raises:
+        UserError: Saying `where` it is from.
+    """
+    ids = tokenizer.get_vocab().values()
+    if ids and (min(ids) < 0 or max(ids) >= len(tokenizer)):
+        raise UserError(
+            f"{where}: its tokenizer has {len(tokenizer)} tokens and ids up to {max(ids)}; ids "
+            "must go from 0 without gaps"
+        )
+    with told(f"{where}: its tokenizer's regular expression fails on ordinary text"):
+        try:
+            tokenizer.decode(tokenizer.encode(_RUNS, add_special_tokens=False, verbose=False))
+        except Exception:
+            return  # no token for some character: said where a text has that character
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what is written to the process's standard error from being seen."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 @lru_cache(maxsize=2)

@@ -5,6 +5,7 @@ import difflib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from mlx_mla import hints
 from mlx_mla.backends.contract import Backend
+from mlx_mla.data.tokenizer import encode
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.item_store import ItemStore
@@ -75,13 +77,18 @@ def check_tokenizer(scorer: Scorer, folder: Path) -> None:
 def context_of(
     tokenizer: Any, n_positions: int, window: int, limit: int | None, seed: int
 ) -> Context:
-    """How a model's tokenizer (transformers) turns documents into requests."""
+    """How a model's tokenizer (transformers) turns documents into requests.
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    return Context(encode, tokenizer.eos_token_id, n_positions, window, limit, seed)
+    Raises:
+        UserError: If it has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the model's tokenizer has no end-of-text token, with which every task begins documents"
+        )
+    return Context(
+        partial(encode, tokenizer), tokenizer.eos_token_id, n_positions, window, limit, seed
+    )
 
 
 class PreparedTask:
