@@ -10,13 +10,18 @@ COMMANDS = {"train", "generate", "evaluate", "prepare", "plot", "doctor"}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere in it, `from a import b` also as `a.b`."""
+    """Modules that a file imports anywhere in it, `from a import b` also as `a.b`; not those that
+    only annotations name."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    waiting = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+                waiting.append(node)
     return found
 
 
