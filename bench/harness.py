@@ -193,12 +193,17 @@ def rewrite(report: Report, document: Document, path: Path) -> None:
     pictures = {}
     for name, figure in report.figures(document).items():
         pictures[name] = f"{prefix}{name}.png"
-        try:
-            save(figure, path.with_name(pictures[name]))
-        except OSError as e:
-            raise UserError(f"{pictures[name]}: could not be written: {e.strerror or e}") from e
+        save_figure(figure, path.with_name(pictures[name]))
     text = path.with_name(REPORT_FILE) if alone else path.with_suffix(".md")
     files.write_text(text, markdown(report, document, pictures))
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Replace a picture in one step; UserError if it cannot be written."""
+    try:
+        save(figure, path)
+    except OSError as e:
+        raise UserError(f"{path}: could not be written: {e.strerror or e}") from e
 
 
 @dataclasses.dataclass(kw_only=True)

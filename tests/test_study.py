@@ -376,15 +376,33 @@ def test_runs_on_other_data_do_not_count(tmp_path):
     assert len(results.others(study)) == 14
 
 
-def test_results_from_before_a_setting_existed_still_count(tmp_path):
+@pytest.mark.parametrize(
+    "fields", [["model.rope_theta"], ["model.position_embedding_type", "model.head_dim"], []]
+)
+def test_results_from_before_a_setting_existed_still_count(tmp_path, fields):
     study, results = read_study(written(tmp_path)), Results(tmp_path)
     results.use_data("d")
     pretend(study, results, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0}))
     path = tmp_path / RESULTS
     document = json.loads(path.read_text())
-    assert document["settings"].pop("model.rope_theta") == 10000.0
+    for field in fields:
+        tables = [document["settings"], *(r["settings"] for r in document["runs"])]
+        assert sum(table.pop(field, "absent") != "absent" for table in tables) >= 1
     path.write_text(json.dumps(document))
     assert not agenda(study, Results(tmp_path)).ready
+
+
+def test_results_with_a_setting_that_is_gone_are_kept_apart(tmp_path):
+    study, results = read_study(written(tmp_path)), Results(tmp_path)
+    results.use_data("d")
+    pretend(study, results, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0}))
+    path = tmp_path / RESULTS
+    document = json.loads(path.read_text())
+    document["settings"]["model.gated"] = True
+    path.write_text(json.dumps(document))
+    later = Results(tmp_path)
+    assert len(later.others(study)) == len(later.records) == 14
+    assert len(agenda(study, later).ready) == 8
 
 
 def test_a_diverged_seed_is_reported_and_not_averaged_away(tmp_path):

@@ -25,11 +25,11 @@ def evaluate(study: Study, results: Results, runs: Path, console: Console) -> No
     Raises:
         UserError: If mlx_mla.evaluate refuses something.
     """
-    done = {row["run"]: row for row in results.measured.get("evaluate", [])}
+    done = {row["key"]: row for row in results.measured.get("evaluate", [])}
     options = {"tasks": "wikitext2,lambada,hellaswag", **study.evaluate}
     for cell in study.cells:
         run = best_run(study, results, cell)
-        if run is None or run.key in {row["key"] for row in done.values()}:
+        if run is None or run.key in done:
             continue
         folder = runs / run.name
         if checkpoint.latest(folder) is None:
@@ -40,6 +40,7 @@ def evaluate(study: Study, results: Results, runs: Path, console: Console) -> No
         command = [sys.executable, "-m", "mlx_mla.evaluate", "--model", str(folder)]
         command += ["--out", str(report), "--backend", run.config.backend]
         command += ["--device", run.config.device]
+        command += ["--resume"] if report.exists() else []
         for name, value in options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -47,7 +48,7 @@ def evaluate(study: Study, results: Results, runs: Path, console: Console) -> No
             said = ended.stderr.strip().splitlines() or ["it said nothing"]
             raise UserError(f"{run.name}: {said[-1].removeprefix('error: ')}")
         tasks = json.loads(report.read_text(encoding="utf-8"))["models"][0]["tasks"]
-        done[run.name] = {"run": run.name, "key": run.key, **_place(cell), "tasks": tasks}
+        done[run.key] = {"run": run.name, "key": run.key, **_place(cell), "tasks": tasks}
         results.measured["evaluate"] = list(done.values())
         results.save()
 
@@ -86,6 +87,7 @@ def decode(study: Study, results: Results, console: Console) -> None:
             rows.append(
                 {
                     **_place(cell),
+                    "key": cell.key,
                     "cache": kinds[arm],
                     "tokens_per_second": values[len(values) // 2],
                     "min": values[0],

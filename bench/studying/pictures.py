@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness import save_figure
 from bench.labels import label_ends, style
 from bench.studying.plan import Study
 from bench.studying.summary import Row
-from mlx_mla.pictures import pyplot, save
+from mlx_mla.pictures import pyplot
 from mlx_mla.weights import num_parameters
 
 Names = dict[str, str]
@@ -58,7 +59,7 @@ def _axes() -> tuple[Any, Any]:
 
 
 def _save(fig: Any, out: Path, name: str) -> str:
-    save(fig, out / name)
+    save_figure(fig, out / name)
     return name
 
 

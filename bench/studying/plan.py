@@ -55,6 +55,11 @@ class Cell:
         """Tokens of a final run."""
         return self.config.steps * self.config.step_tokens
 
+    @property
+    def key(self) -> str:
+        """What makes the cell what it is, its rate and seed apart."""
+        return key(settings(self.config))
+
     def final(self, rate: float, seed: int) -> Run:
         """The run of a seed at the rate that was found."""
         return self._run(rate, seed, self.config.steps)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.studying.agenda import best_run
 from bench.studying.intervals import Interval
 from bench.studying.plan import Cell, Study
 from bench.studying.results import Record, Results
@@ -32,7 +33,7 @@ def markdown(
         lines += [f"## {size}: {here[0].cell.tokens:,} tokens", ""]
         lines += [*_losses(study, here), "", *_costs(here, results), ""]
     lines += _stair(steps)
-    lines += _evaluations(results)
+    lines += _evaluations(study, results)
     if pictures:
         lines += ["## Pictures", ""]
         for caption, name in pictures.items():
@@ -110,8 +111,8 @@ def _by_difference(row: Row) -> float:
 
 
 def _costs(rows: Sequence[Row], results: Results) -> list[str]:
-    decoded = {(r["arm"], r["size"]): r for r in results.measured.get("decode", [])}
-    with_decode = any((r.cell.arm, r.cell.size) in decoded for r in rows)
+    decoded = {r["key"]: r for r in results.measured.get("decode", [])}
+    with_decode = any(r.cell.key in decoded for r in rows)
     head = ["arm", "parameters", "non-embedding", "forward FLOPs a token", "cache bytes a token"]
     head += ["training tok/s"]
     head += ["decoding tok/s at 1000 tokens", "cache bytes at 1000 tokens"] if with_decode else []
@@ -124,7 +125,7 @@ def _costs(rows: Sequence[Row], results: Results) -> list[str]:
             f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "-",
         ]  # fmt: skip
         if with_decode:
-            d: Record | None = decoded.get((row.cell.arm, row.cell.size))
+            d: Record | None = decoded.get(row.cell.key)
             cells += (
                 ["-", "-"]
                 if d is None
@@ -151,8 +152,10 @@ def _stair(steps: Sequence[Step]) -> list[str]:
     return [*lines, ""]
 
 
-def _evaluations(results: Results) -> list[str]:
-    measured = results.measured.get("evaluate", [])
+def _evaluations(study: Study, results: Results) -> list[str]:
+    best = (best_run(study, results, cell) for cell in study.cells)
+    asked = {run.key for run in best if run is not None}
+    measured = [r for r in results.measured.get("evaluate", []) if r["key"] in asked]
     if not measured:
         return []
     lines = ["## Tasks", "", "| run | task | metric | value | standard error |"]

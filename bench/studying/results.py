@@ -1,5 +1,6 @@
 """results.json of a study: every finished run, so that none is ever repeated, on any machine."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -41,6 +42,8 @@ class Results:
         ]
         self.machines: dict[str, dict[str, str]] = document["machines"]
         self.measured: dict[str, list[dict[str, Any]]] = document["measured"]
+        for row in itertools.chain(*self.measured.values()):
+            row["key"] = key(filled(json.loads(row["key"])))
         self.summary: dict[str, Any] = document["summary"]
         self.data: str | None = None
         """Fingerprint of the data that count; None: those of any."""

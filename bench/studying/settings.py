@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.errors import UserError
 
 Settings = dict[str, Any]
 """Names (`model.n_embd` for the model's own) to values, of a resolved configuration."""
@@ -30,11 +31,17 @@ def settings(config: TrainConfig) -> Settings:
 
 
 def filled(values: Mapping[str, Any]) -> Settings:
-    """Settings that were written down before a field was there: the field had its default."""
-    defaults = dataclasses.asdict(TrainConfig())
-    model = {f"model.{k}": v for k, v in dataclasses.asdict(ModelConfig()).items()}
-    defaults = {k: v for k, v in defaults.items() if k != "model" and k not in NEUTRAL}
-    return {**defaults, **model, **values}
+    """Settings that were written down before a field was there: the field is at its default, or at
+    what that default comes to beside the others.
+
+    Settings that the present version cannot have are returned as they are, and then match none.
+    """
+    model = {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
+    others = {k: v for k, v in values.items() if not k.startswith("model.")}
+    try:
+        return settings(TrainConfig(model=ModelConfig(**model), **others).resolved())
+    except (TypeError, UserError):  # a field that is gone, or a value that is refused by now
+        return dict(values)
 
 
 def key(values: Mapping[str, Any]) -> str:
