@@ -143,12 +143,11 @@ def _known_flags(command: type, prog: str, default: object) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message in the box that tyro draws around an error: what stands before its first rule."""
-    text = []
-    for raw in box.splitlines():
-        line = raw.strip("│╭╮╰╯─ \t")
-        if raw.startswith("│") and not line:
+    """The message in tyro's box, drawn in Unicode or ASCII: between its title and its next rule."""
+    text: list[str] = []
+    for line in box.splitlines()[1:]:
+        if line.strip("│╰╯─- \t"):
+            text.append(line.strip("│ \t"))
+        elif text:
             break
-        if line and not raw.startswith("╭"):
-            text.append(line)
     return " ".join(text).rstrip(".")

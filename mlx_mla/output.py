@@ -92,7 +92,7 @@ def shortened(text: str, inputs: Sequence[str] = (), longest: int = LONGEST_LINE
         if len(value) > LONG_INPUT:
             line = line.replace(value, _ends(value, SHOWN_INPUT))
     line = re.sub(rf"\S{{{LONG_INPUT + 1},}}", lambda m: _ends(m[0], SHOWN_INPUT), line)
-    if len(line) <= longest or (line == whole and len(line) <= 2 * longest):
+    if len(line) <= longest or (line == whole and len(line) <= 5 * longest):
         return line
     before, semicolon, remedy = line.rpartition("; ")
     if semicolon and len(remedy) <= longest // 2:

@@ -103,7 +103,7 @@ def test_every_comparison_is_one_flag_apart():
         ({"vocab_size": 100}, "--vocab-size 100 is smaller than the tokenizer's 257"),
         ({"dropout": 1.0}, "--dropout"),
         ({"num_kv_shared_layers": 12}, "--num-kv-shared-layers must be from 0 to 11"),
-        ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers must be from 0 to 11"),
+        ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers must not be negative"),
         (
             {"n_layer": 3, "num_kv_shared_layers": 1, "kv_lora_ranks": [8] * 3},
             "--kv-lora-ranks needs 2 widths",
@@ -115,7 +115,10 @@ def test_every_comparison_is_one_flag_apart():
             {"attention": "mha", "num_key_value_heads": 5},
             "--num-key-value-heads 5 does not divide --n-head 12; use one of 1, 2, 3, 4, 6, 12",
         ),
-        ({"attention": "mha", "num_key_value_heads": -1}, "--num-key-value-heads -1 does not"),
+        (
+            {"attention": "mha", "num_key_value_heads": -1},
+            "--num-key-value-heads must be at least 1",
+        ),
         (
             {"attention": "mha", "head_dim": 5, "position_embedding_type": "rope"},
             "a head is 5 wide; use --head-dim 6",

@@ -158,7 +158,7 @@ def test_uv_is_used_where_it_is_and_pip_after_it(make, checkout, path):
         .startswith("pip install -c constraints.txt -e . --python .venv/bin/python")
     )
     assert (checkout / ".venv" / ".core").exists()
-    assert "No module named 'mlx_mla'" in done.stderr  # the job itself was begun
+    assert "ModuleNotFoundError" in done.stderr  # the job itself was begun
 
     (checkout / ".venv" / ".core").unlink()
     tool(path, "uv", "echo 'error: Failed to fetch: dns error'; exit 2")

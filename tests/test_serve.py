@@ -8,9 +8,12 @@ import json
 import math
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from typing import TextIO
 
 import pytest
 from conftest import python
@@ -32,13 +35,17 @@ def serving(*command: str):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    process = subprocess.Popen(
-        python(*command, "--port", str(port), "--log-level", "ERROR"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    with tempfile.TemporaryFile("w+") as log:  # a pipe would fill, and stop the server
+        yield from _started(
+            python(*command, "--port", str(port), "--log-level", "ERROR"), port, log
+        )
+
+
+def _started(command: list[str], port: int, log: TextIO) -> Iterator[int]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
     try:
         for _ in range(600):
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, (log.seek(0), log.read())[1]
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
@@ -47,7 +54,6 @@ def serving(*command: str):
     finally:
         process.terminate()
         process.wait(30)
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The study: rates, pairing, verdicts, and that no finished run is ever repeated."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -456,17 +457,17 @@ def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):
     study = read_study(written(tmp_path))
     mha, mla = (study.cell(arm, "tiny", 1280).final(4e-3, 1) for arm in ("mha", "mla"))
     folder = tmp_path / "runs" / "4e-3"
-    claim(folder, mha.config)
+    claim(folder, mha.config, contextlib.ExitStack())
     make_room(folder, mha)
     assert (folder / "config.toml").is_file()
     for aside in ("4e-3.other-1", "4e-3.other-2"):
         make_room(folder, mla)
         assert not folder.exists()
         assert (folder.with_name(aside) / "config.toml").is_file()
-        claim(folder, mha.config)
+        claim(folder, mha.config, contextlib.ExitStack())
     (folder / "config.toml").rename(folder / ".config.toml.tmp-7")  # killed while it was written
     make_room(folder, mha)
-    claim(folder, mha.config)
+    claim(folder, mha.config, contextlib.ExitStack())
 
 
 # --- real runs ---

@@ -82,7 +82,7 @@ def test_the_end_of_a_run_says_where_it_is_and_how_to_go_on(tmp_path, text_file,
     assert train.main(argv) == 0
     said = capfd.readouterr().out
     assert "--- sample ---\nAb" in said
-    assert f'python -m mlx_mla.generate --model {out} --prompt "Ab"' in said
+    assert f"python -m mlx_mla.generate --model {out} --prompt Ab" in said
     assert generate.main(["--model", str(out), "--prompt", "Ab", "--max-tokens", "3"]) == 0
 
 

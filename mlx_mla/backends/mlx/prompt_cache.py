@@ -79,7 +79,7 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
     about = {
         key[2:]: value
         for key, value in about.items()
-        if key[2:] in ("fingerprint", "model", "shape", "tokens")
+        if key[2:] in ("fingerprint", "model", "sha256", "shape", "tokens")
     }
     if "fingerprint" not in about or "tokens" not in about:
         raise UserError(
