@@ -5,10 +5,7 @@ from unittest import mock
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mlx_lm.models.cache import BatchKVCache, QuantizedKVCache, make_prompt_cache
-from test_model_mlx import (
+from helpers import (
     TOLERANCE,
     difference,
     in_chunks,
@@ -16,6 +13,9 @@ from test_model_mlx import (
     random_weights,
     token_ids,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import BatchKVCache, QuantizedKVCache, make_prompt_cache
 
 from mlx_mla import model_mlx
 from mlx_mla.backends.mlx.load import build_model

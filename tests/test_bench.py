@@ -135,7 +135,7 @@ def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monk
 
 
 def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
-    from test_train import refused
+    from helpers import refused
 
     def no(*argv):
         return refused(capsys, *argv, command=compare.main)
@@ -206,11 +206,11 @@ def test_core_bench_runs(capfd, tmp_path):
 @pytest.mark.slow
 def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
-    from eval_models import write
+    from helpers import write_gpt2_model
 
     from bench import evaluation
 
-    folder = write(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
+    folder = write_gpt2_model(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
     argv = [
         "--data-dir",
         str(shared_data),
@@ -235,7 +235,7 @@ def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
 
 def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
-    from test_train import refused
+    from helpers import refused
 
     from bench import evaluation
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import python
+from helpers import python
 
 from mlx_mla import blas
 

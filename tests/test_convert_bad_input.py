@@ -15,11 +15,11 @@ torch = pytest.importorskip("torch")
 
 import foreign
 import numpy as np
-from conftest import python
+from helpers import python
+from helpers import refused as _refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_train import refused as _refused
 
 from convert import __main__ as convert
 

@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers import TINY, objects, refused
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
     QuantizedKVCache,
@@ -15,8 +15,6 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
-from test_generate import objects
-from test_train import refused
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend

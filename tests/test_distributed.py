@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, python
+from helpers import TINY, python
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from eval_models import write
+from helpers import write_gpt2_model
 from transformers import AutoModelForCausalLM
 
 torch = pytest.importorskip("torch")
@@ -20,7 +20,7 @@ N = 200
 
 @pytest.fixture(scope="module")
 def folder(shared_data, tmp_path_factory):
-    return write(tmp_path_factory.mktemp("referee") / "model", shared_data)
+    return write_gpt2_model(tmp_path_factory.mktemp("referee") / "model", shared_data)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 from mlx_mla import estimate, plot, prepare, train
 from mlx_mla.data.manifest import MANIFEST

@@ -7,8 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import TINY, python
-from test_train import refused
+from helpers import TINY, objects, python, refused
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
@@ -37,12 +36,6 @@ def learned_run(tmp_path_factory, text_file):
     ]
     assert train.main([*argv, "--steps", "15"]) == 0
     return out
-
-
-def objects(capfd, *argv: str) -> list[dict]:
-    capfd.readouterr()
-    assert generate.main([*map(str, argv), "--json"]) == 0
-    return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
 
 
 @pytest.mark.parametrize("run", ["tiny_run", "learned_run"])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import python
+from helpers import python
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {

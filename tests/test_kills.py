@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, python
+from helpers import TINY, python
 
 from mlx_mla import checkpoint
 from mlx_mla.metrics import read_metrics

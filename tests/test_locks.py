@@ -11,8 +11,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import TINY, python
-from test_train import refused
+from helpers import TINY, python, refused
 
 from mlx_mla import checkpoint, evaluate, files, prepare, train
 from mlx_mla.errors import UserError

@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
+from helpers import BASE, batch, largest_difference
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backend_mlx import BASE, batch, largest_difference
 
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start

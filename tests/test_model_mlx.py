@@ -8,6 +8,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
+from helpers import (
+    KINDS,
+    TOLERANCE,
+    difference,
+    in_chunks,
+    model_configs,
+    random_weights,
+    token_ids,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -26,87 +35,6 @@ from mlx_mla.configuration_mla_gpt2 import MLAGPT2Config
 from mlx_mla.model_mlx import Model, ModelArgs
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
-
-TOLERANCE = 1e-4
-
-KINDS = {
-    "mla": {},
-    "mla-rope": {"qk_rope_head_dim": 8},
-    "mla-shared": {"num_kv_shared_layers": 1},
-    "mla-rope-shared": {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
-    "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
-    "gqa-rope": {
-        "attention": "mha",
-        "position_embedding_type": "rope",
-        "num_key_value_heads": 2,
-    },
-    "mqa": {"attention": "mha", "num_key_value_heads": 1},
-}
-
-
-@st.composite
-def model_configs(draw) -> ModelConfig:
-    """Small models with every feature on and off."""
-    heads = draw(st.sampled_from([1, 2, 3, 4]))
-    width = heads * draw(st.sampled_from([8, 16, 20]))
-    common = {
-        "n_layer": draw(st.integers(1, 3)),
-        "n_head": heads,
-        "n_embd": width,
-        "n_positions": 96,
-        "vocab_size": draw(st.integers(2, 70)),
-        "activation_function": draw(st.sampled_from(["gelu_new", "gelu"])),
-        "attention_bias": draw(st.booleans()),
-        "head_dim": draw(st.sampled_from([None, None, 6, 24])),
-    }
-    if draw(st.integers(0, 2)) == 0:
-        return ModelConfig(
-            attention="mha",
-            position_embedding_type=draw(st.sampled_from(["learned", "rope"])),
-            num_key_value_heads=draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0])),
-            **common,
-        ).resolved()
-    shared = draw(st.integers(0, common["n_layer"] - 1))
-    ranks = st.integers(1, width)
-    latents = common["n_layer"] - shared
-    return ModelConfig(
-        kv_lora_ranks=draw(st.none() | st.lists(ranks, min_size=latents, max_size=latents)),
-        num_kv_shared_layers=shared,
-        q_lora_rank=draw(st.sampled_from([None, 5, 16])),
-        qk_rope_head_dim=draw(st.sampled_from([0, 0, 4, 8])),
-        v_head_dim=draw(st.sampled_from([None, 6, 24])),
-        latent_norm=draw(st.booleans()),
-        **common,
-    ).resolved()
-
-
-def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """Weights large enough that attention is far from uniform, and biases and gains that matter."""
-    rng = np.random.default_rng(seed)
-    weights = initial_weights(config, seed, 0.25)
-    for name, w in weights.items():
-        if w.ndim == 1:
-            weights[name] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
-    return weights
-
-
-def token_ids(config: ModelConfig, batch: int, length: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)))
-
-
-def in_chunks(model, x: mx.array, sizes, cache) -> mx.array:
-    """Logits of feeding x through a cache in chunks of the given sizes, then token by token."""
-    out, at = [], 0
-    for size in [*sizes, *[1] * x.shape[1]]:
-        if at < x.shape[1]:
-            out.append(model(x[:, at : at + size], cache=cache))
-            mx.eval(out[-1])
-            at += size
-    return mx.concatenate(out, axis=1)
-
-
-def difference(a: mx.array, b: mx.array) -> float:
-    return mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item()
 
 
 def test_parameter_counts_are_the_published_ones():

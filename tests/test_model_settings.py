@@ -9,7 +9,7 @@ import subprocess
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import python
+from helpers import model_configs, python, random_weights, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import load as mlx_lm_load
@@ -24,7 +24,6 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
-from test_model_mlx import model_configs, random_weights, token_ids
 
 from convert import hf
 from mlx_mla import checkpoint, train

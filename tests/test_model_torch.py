@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
+from helpers import TOLERANCE, model_configs, random_weights, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model_mlx import TOLERANCE, model_configs, random_weights, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mlx_mla import checkpoint, generate, model_torch

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_train import refused
+from helpers import refused
 
 from mlx_mla import plot
 from mlx_mla.metrics import read_metrics

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import python
+from helpers import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

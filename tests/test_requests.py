@@ -5,9 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TINY
-from test_generate import objects
-from test_train import refused
+from helpers import TINY, objects, refused
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend

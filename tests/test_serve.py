@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 import pytest
-from conftest import python
-from test_train import refused
+from helpers import python, refused
 
 from mlx_mla import checkpoint, serve
 from mlx_mla.data.tokenizer import ByteEncoder

@@ -8,9 +8,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import TINY
-from test_resume_is_exact import MEASURED
-from test_train import refused
+from helpers import MEASURED, TINY, refused
 
 from mlx_mla import prepare, train
 from mlx_mla.data import shards

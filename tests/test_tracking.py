@@ -5,11 +5,10 @@ import sys
 import types
 
 import pytest
-from conftest import TINY
+from helpers import TINY, refused
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
-from test_train import refused
 
 from mlx_mla import train
 from mlx_mla.errors import UserError

@@ -11,24 +11,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import TINY, python
-from test_resume_is_exact import MEASURED
+from helpers import MEASURED, TINY, python, refused
 
 from mlx_mla import checkpoint, files, generate, train
 from mlx_mla.metrics import read_metrics
 from mlx_mla.presets import preset
 from mlx_mla.schedule import learning_rate
-
-
-def refused(capsys, *argv: str, command=train.main) -> str:
-    """Run a command that must be refused; returns its one line."""
-    capsys.readouterr()
-    assert command([str(a) for a in argv]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
 
 
 def test_a_run_leaves_the_documented_files(tiny_run):

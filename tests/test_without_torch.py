@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, python
+from helpers import TINY, python
 
 from mlx_mla import checkpoint, train
 from mlx_mla.backends import get_backend
