@@ -151,6 +151,9 @@ def parse_only(module: str, argv: list[str], monkeypatch, folder: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(presets.to_toml(presets.preset("nano")), encoding="utf-8")
         monkeypatch.setattr(train, "parse", then_stop(train.parse))
+    elif module == "mlx_mla.serve":
+        serve = importlib.import_module(module)
+        monkeypatch.setattr(serve, "_flags", then_stop(serve._flags))
     elif module == "mlx_mla.doctor":
         monkeypatch.setattr(doctor, "examine", then_stop(lambda *args, **kwargs: None))
     else:
