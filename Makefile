@@ -4,9 +4,10 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python3.10; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
-VENV := .venv
+VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What tests need; EXTRAS=dev leaves PyTorch out, and the tests that need it skip.
+EXTRAS ?= dev,torch,referees
 # Extra arguments: make train ARGS="--steps 100"
 ARGS ?=
 
@@ -19,21 +20,21 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      make $(VENV) and install the project with what tests need"
 
-# The stamps record what was installed, so that set-up runs again only when these files change.
-$(VENV)/.made:
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 or newer found; install one, or: make PYTHON=/path/to/python3"; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: sudo apt-get install python3-venv"; exit 2; }
+# The stamps record what was installed, so that set-up runs again only when these files change, and when
+# the environment is not whole.
+$(shell test -x $(PY) -a ! -e $(VENV)/.installing || rm -f $(VENV)/.core $(VENV)/.dev)
+
+INSTALL = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
+	"error: no Python 3.10 or newer found; install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }; \
+	"$(PYTHON)" tools/install.py $(VENV)
+
+$(VENV)/.core: pyproject.toml setup.py constraints.txt
+	@$(INSTALL)
 	@touch $@
 
-$(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
-	@echo "installing mlx_mla into $(VENV) ..."
-	@$(PIP_INSTALL) -e .
-	@touch $@
-
-$(VENV)/.dev: $(VENV)/.core
-	@echo "installing the tools for tests into $(VENV) ..."
-	@$(PIP_INSTALL) -e '.[dev,torch]'
-	@touch $@
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt
+	@$(INSTALL) $(EXTRAS)
+	@touch $(VENV)/.core $@
 
 setup: $(VENV)/.dev
 
@@ -56,4 +57,4 @@ format: $(VENV)/.dev
 	@$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,31 +4,26 @@
     python bench/compare_backends.py --out bench/results/my-mac
 
 Method: the same weights go into both backends, and their logits must agree before anything is
-    timed;
-every subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart);
-then all subjects of a measurement take turns, so that drift of the machine hits them alike. Figures
-are the median, smallest and largest of the repetitions.
+timed; every subject is warmed up until two runs agree within a tenth (the first, cold run is kept
+apart); then all subjects of a measurement take turns, so that drift of the machine hits them alike.
+Figures are the median, smallest and largest of the repetitions.
 
 Writes results.json after every measurement, and at the end report.md and plots. results.json:
-{"machine": {...}, "settings": {...}, "baseline": the model that ratios are against (absent without
-MHA), "rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]}, a row being one
-measurement of one
-subject: measure (forward, first token, decoding, training), backend, model, cache (latent,
-    materialized,
-none or null), batch, context (tokens), status ("ok" or why not), tokens_per_sec: {median, min, max,
-cold, values}, ms (of the whole call, median), peak_memory_bytes (null where the framework does not
-say), cache_bytes, cache_bytes_per_token, weight_bytes, flops and bytes (that one call must compute
-and move), roofline (the time that these need at the rates, as a share of the time taken). The rates
-are the best that the device showed at the beginning and at the end of every run into the file.
+{"command", "machine": {...}, "settings": {...}, "baseline": the model that ratios are against
+(absent without MHA), "rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]}, a row
+being one measurement of one subject: measure (forward, first token, decoding, training), backend,
+model, cache (latent, materialized, none or null), batch, context (tokens), status ("ok" or why
+not), tokens_per_sec: {median, min, max, cold, values}, ms (of the whole call, median),
+peak_memory_bytes (null where the framework does not say), cache_bytes, cache_bytes_per_token,
+weight_bytes, flops and bytes (that one call must compute and move), roofline (the time that these
+need at the rates, as a share of the time taken). The rates are the best that the device showed at
+the beginning and at the end of every run into the file.
 """
 
 import dataclasses
 import functools
 import gc
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -39,10 +34,13 @@ if not __package__:  # started as a file, which puts this folder on the path ins
 import numpy as np
 
 from bench import subjects
-from bench.compare_report import set_rooflines, write_report
-from bench.machine import machine
-from bench.subjects import Subject
-from mlx_mla import checkpoint, cli, files
+from bench.compare_report import REPORT
+from bench.harness import Row, document, markdown, rewrite
+from bench.rows import Results
+from bench.subjects import costs
+from bench.subjects.contract import Subject, Weights
+from bench.timing import Case, time_cases
+from mlx_mla import checkpoint, cli
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import forward_flops_per_token
@@ -52,7 +50,6 @@ from mlx_mla.weights import initial_weights
 PROG = "python bench/compare_backends.py"
 PARITY = {"float32": 1e-3, "bfloat16": 0.5}
 ORIGINAL = "original's decoding"
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -97,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(Compare, argv, PROG)
     _check(settings)
-    results = Results(settings, settings.out and settings.out / "results.json")
+    found = document("bench.compare_report", PROG, argv, settings, settings.backends)
+    path = settings.out and settings.out / "results.json"
+    results = Results(found, path, settings.resume)
     bench = Bench(settings, results)
     bench.parity()
     bench.rates()
@@ -110,7 +109,9 @@ def _main(argv: Sequence[str]) -> int:
         }[measure]()
     bench.rates()
     results.save()
-    print(write_report(results.document, settings.out))
+    print(markdown(REPORT, results.document, {}))
+    if path:
+        rewrite(REPORT, results.document, path)
     return 0
 
 
@@ -132,67 +133,6 @@ def _check(s: Compare) -> None:
         raise UserError(
             f"{s.out}: holds results; add --resume to complete them, or give --out a new name"
         )
-
-
-class Results:
-    """The rows so far, on disk after every change.
-
-    Args:
-        settings: With `backends` and `resume`; shown in the file.
-        path: The file. None: keep nothing.
-    """
-
-    def __init__(self, settings: Any, path: Path | None):
-        self.path = path
-        shown = {
-            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
-        }
-        self.document: dict[str, Any] = {
-            "machine": machine(settings.backends), "settings": shown, "rates": {}, "rows": [],
-        }  # fmt: skip
-        if settings.resume and self.path and self.path.exists():
-            try:
-                stored = json.loads(self.path.read_text(encoding="utf-8"))
-                if different := [
-                    k
-                    for k, v in self.document["machine"].items()
-                    if stored["machine"].get(k, v) != v
-                ]:
-                    raise UserError(
-                        f"{self.path}: measured with another {different[0]}; give --out a new name"
-                    )
-                self.document["rows"], self.document["rates"] = stored["rows"], stored["rates"]
-                if "baseline" in stored:
-                    self.document["baseline"] = stored["baseline"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as e:
-                raise UserError(
-                    f"{self.path}: not results of this benchmark ({e}); give --out a new name"
-                ) from None
-
-    def has(self, **key: Any) -> bool:
-        return any(all(row.get(k) == v for k, v in key.items()) for row in self.document["rows"])
-
-    def add(self, rows: list[Row]) -> None:
-        self.document["rows"] += rows
-        self.save()
-
-    def save(self) -> None:
-        set_rooflines(self.document)
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One subject of a measurement: what to run, and what it costs."""
-
-    key: Row
-    run: Callable[[], Any]
-    tokens: int
-    flops: float
-    bytes: float
-    subject: Subject
 
 
 class Bench:
@@ -219,8 +159,8 @@ class Bench:
             self.configs[name] = config
             how = (config, weights, settings.dtype, settings.device)
             self.subjects += [subjects.load(backend, name, *how) for backend in settings.backends]
-            if config.attention == "mha" and all(
-                c.attention == "mla" for c in list(self.configs.values())[:-1]
+            if not config.kind.beyond_gpt2 and all(
+                c.kind.beyond_gpt2 for c in list(self.configs.values())[:-1]
             ):
                 results.document.setdefault("baseline", name)
                 if references:
@@ -243,12 +183,8 @@ class Bench:
     def parity(self) -> None:
         """Compare logits of every subject with the first of the same weights; those that differ are
         not timed."""
-        for name, config in self.configs.items():
-            same = [
-                s
-                for s in self.subjects
-                if s.model == name or (config.attention == "mha" and s.config is config)
-            ]
+        for config in self.configs.values():
+            same = [s for s in self.subjects if s.config is config]  # references, too
             ids = np.random.default_rng(0).integers(
                 0, config.vocab_size, (2, min(48, config.n_positions))
             )
@@ -312,7 +248,7 @@ class Bench:
                     if kind == "none":
                         flops = batch * context * forward_flops_per_token(s.config, context)
                     else:
-                        flops = batch * subjects.decode_flops(s.config, kind, context)
+                        flops = batch * costs.decode_flops(s.config, kind, context)
                     run: Any = lambda s=s, k=kind, b=batch, c=context, n=steps: s.decode(b, c, n, k)  # noqa: E731
                     cases.append(
                         self._case("decoding", s, kind, batch, context, run, steps * flops, steps)
@@ -360,12 +296,11 @@ class Bench:
         shape."""
         pairs = []
         for s in self._timed():
-            pairs.append((s, "latent" if s.config.attention == "mla" else "materialized"))
-            if s.config.attention == "mla":
-                pairs.append((s, "materialized"))
-        first_mla = next((n for n, c in self.configs.items() if c.attention == "mla"), None)
+            kinds = ["latent", "materialized"] if s.config.kind.latent_widths else ["materialized"]
+            pairs += [(s, kind) for kind in kinds]
+        first_latent = next((n for n, c in self.configs.items() if c.kind.latent_widths), None)
         pairs += [
-            (s, "none") for s in self._timed() if s.backend == "torch" and s.model == first_mla
+            (s, "none") for s in self._timed() if s.backend == "torch" and s.model == first_latent
         ]
         return pairs
 
@@ -391,96 +326,22 @@ class Bench:
         flops: float,
         steps: int = 1,
     ) -> Case:
-        weights = subjects.weight_bytes(s.config, self.s.dtype)
-        cached = subjects.cache_bytes(s.config, kind, self.s.dtype) * context * batch if kind else 0
+        weights = costs.weight_bytes(s.config, self.s.dtype)
+        width = costs.cache_bytes(s.config, kind, self.s.dtype) if kind else None
+        cached = (width or 0) * context * batch
         moved = steps * (weights + (cached if measure == "decoding" else 0))
         tokens = batch * (steps if measure == "decoding" else context)
-        return Case(self._key(measure, s, kind, batch, context), run, tokens, flops, moved, s)
+        sizes = {"weight_bytes": weights, "cache_bytes_per_token": width}
+        key = self._key(measure, s, kind, batch, context)
+        return Case(key, run, tokens, flops, moved, s.peak_memory_bytes, sizes)
 
     def _measure(self, cases: list[Case]) -> None:
-        """Warm up and time the cases that have no row yet, in turns."""
-        cases = [c for c in cases if not self.results.has(**c.key)]
-        cold: dict[int, float] = {}
-        status: dict[int, str] = {}
-        seconds: dict[int, list[float]] = {i: [] for i in range(len(cases))}
-        extra: dict[int, dict[str, Any]] = {i: {"cache_bytes": None} for i in range(len(cases))}
-
-        def once(i: int) -> float | None:
-            cases[i].subject.peak_memory_bytes()
-            began = time.perf_counter()
-            try:
-                outcome = cases[i].run()
-            except (MemoryError, RuntimeError) as e:
-                if not isinstance(e, MemoryError) and "memory" not in str(e).lower():
-                    raise
-                status[i] = "out of memory"
-                return None
-            took = time.perf_counter() - began
-            if isinstance(
-                outcome, tuple
-            ):  # decoding times its own steps, without the filling of the cache
-                took, extra[i]["cache_bytes"] = outcome
-            extra[i]["peak_memory_bytes"] = cases[i].subject.peak_memory_bytes()
-            return took
-
-        for i in range(len(cases)):
-            last: float | None = None
-            for _ in range(3):
-                took = once(i)
-                if took is None:
-                    break
-                cold.setdefault(i, took)
-                if last is not None and abs(took - last) <= 0.1 * last:
-                    break
-                last = took
-        for _ in range(self.s.repetitions):
-            for i in range(len(cases)):
-                if i not in status and (took := once(i)) is not None:
-                    seconds[i].append(took)
-        rows = []
-        for i, case in enumerate(cases):
-            row = {**case.key, "status": status.get(i, "ok"), **extra[i]}
-            if i not in status:
-                row |= self._figures(case, seconds[i], cold[i])
-            rows.append(row)
-            shown = (
-                f"{row['tokens_per_sec']['median']:,.1f} tok/s"
-                if "tokens_per_sec" in row
-                else row["status"]
-            )
-            k = case.key
-            where = f"batch {k['batch']}, {k['context']} tokens"
-            print(
-                f"{k['measure']:<12} {k['backend']:<6} {k['model']:<36} "
-                f"{k['cache'] or '':<13}{where}: {shown}",
-                flush=True,
-            )
-        self.results.add(rows)
-
-    def _figures(self, case: Case, seconds: list[float], cold: float) -> Row:
-        median = statistics.median(seconds)
-        config, kind = case.subject.config, case.key["cache"]
-        return {
-            "tokens_per_sec": {
-                "median": case.tokens / median,
-                "min": case.tokens / max(seconds),
-                "max": case.tokens / min(seconds),
-                "cold": case.tokens / cold,
-                "values": [case.tokens / t for t in seconds],
-            },
-            "ms": median * 1e3,
-            "weight_bytes": subjects.weight_bytes(config, self.s.dtype),
-            "cache_bytes_per_token": subjects.cache_bytes(config, kind, self.s.dtype)
-            if kind
-            else None,
-            "flops": case.flops,
-            "bytes": case.bytes,
-        }
+        """Time the cases that have no row yet, in turns."""
+        missing = [c for c in cases if not self.results.has(**c.key)]
+        self.results.add(time_cases(missing, self.s.repetitions))
 
 
-def _model(
-    name: str, quick: bool, n_positions: int | None = None
-) -> tuple[ModelConfig, subjects.Weights]:
+def _model(name: str, quick: bool, n_positions: int | None = None) -> tuple[ModelConfig, Weights]:
     """A preset with random weights, or a model folder with its own; `quick` shrinks presets."""
     if name not in PRESETS and Path(name).exists():
         folder = checkpoint.model_folder(Path(name))
@@ -494,14 +355,9 @@ def _model(
     config = preset(name).resolved().model
     if quick:
         rank = None if config.kv_lora_rank is None else max(8, config.kv_lora_rank // 8)
-        config = ModelConfig(
-            attention=config.attention,
-            n_layer=2,
-            n_head=3,
-            n_embd=96,
-            n_positions=128,
-            vocab_size=512,
-            kv_lora_rank=rank,
+        small: dict[str, Any] = {"n_layer": 2, "n_head": 3, "n_embd": 96, "n_positions": 128}
+        config = dataclasses.replace(
+            preset(name).model, **small, vocab_size=512, kv_lora_rank=rank
         ).resolved()
     config = dataclasses.replace(config, n_positions=n_positions or config.n_positions)
     return config, initial_weights(config, 0)

@@ -1,13 +1,13 @@
 """Report and plots of compare_backends' results."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-Row = dict[str, Any]
+from bench.harness import Document, Report, Row
+from mlx_mla.pictures import pyplot
 
 
-def set_rooflines(document: dict[str, Any]) -> None:
+def set_rooflines(document: Document) -> None:
     """Give every timed row the share of its time that its FLOPs or bytes need at the document's
     rates."""
     for row in document["rows"]:
@@ -17,30 +17,19 @@ def set_rooflines(document: dict[str, Any]) -> None:
             row["roofline"] = need / (row["ms"] / 1e3)
 
 
-def write_report(document: dict[str, Any], out: Path | None) -> str:
-    """The report as Markdown; with `out`, also written there with its plots."""
-    plots = {} if out is None else write_plots(document, out)
-    text = markdown(document, plots)
-    if out is not None:
-        (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    return text
+def rate_lines(document: Document) -> list[str]:
+    """What each backend does on the machine at best, as a list."""
+    return [
+        f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x 2048 "
+        f"product, {r['memory_bytes'] / 1e9:,.1f} GB/s copying or in a matrix-vector product"
+        for backend, r in document["rates"].items()
+    ]
 
 
-def machine_lines(document: dict[str, Any]) -> list[str]:
-    """The machine, and what each backend does on it at best, as a list."""
-    lines = [f"- {key}: {value}" for key, value in document["machine"].items()]
-    for backend, r in document["rates"].items():
-        lines.append(
-            f"- {backend} at its best here: {r['matmul_flops'] / 1e9:,.0f} GFLOP/s in a 2048 x "
-            "2048 product, "
-            f"{r['memory_bytes'] / 1e9:,.1f} GB/s copying or in a matrix-vector product"
-        )
-    return lines
-
-
-def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
+def body(document: Document, plots: Mapping[str, str]) -> list[str]:
+    """A table and a picture a measure."""
     rows: list[Row] = document["rows"]
-    lines = ["# MLX and PyTorch side by side", "", *machine_lines(document)]
+    lines = rate_lines(document)
     s = document["settings"]
     lines += [f"- {s['dtype']}, median of {s['repetitions']} runs in turns (smallest - largest)"]
     lines += [
@@ -69,7 +58,7 @@ def markdown(document: dict[str, Any], plots: dict[str, str]) -> str:
             lines += [f"![{measure}]({plots[measure]})", ""] if measure in plots else []
     if "cache" in plots:
         lines += ["## Cache memory", "", f"![cache]({plots['cache']})"]
-    return "\n".join(lines).rstrip()
+    return lines
 
 
 def table(rows: list[Row], baseline: str | None) -> list[str]:
@@ -122,21 +111,11 @@ def _mb(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:,.1f}"
 
 
-def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
-    """Draw what the rows allow; returns file names by measure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def figures(document: Document) -> dict[str, Any]:
+    """What the rows allow, by measure."""
+    plt = pyplot()
     ok = [r for r in document["rows"] if r["status"] == "ok"]
-    names: dict[str, str] = {}
-
-    def finish(fig: Any, measure: str) -> None:
-        names[measure] = f"{measure.replace(' ', '-')}.png"
-        fig.savefig(out / names[measure], dpi=110)
-        plt.close(fig)
-
+    drawn: dict[str, Any] = {}
     for measure in ("forward", "training"):
         rows = [r for r in ok if r["measure"] == measure]
         if rows:
@@ -149,10 +128,10 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
                 lambda r: f"{r['backend']}: {r['model']}",
             )
             ax.set(xlabel=f"{measure} tok/s, batch {batch}, {context} tokens")
-            finish(fig, measure)
+            drawn[measure] = fig
     decoded = [r for r in ok if r["measure"] == "decoding"]
     if decoded:
-        finish(decoding_figure(decoded), "decoding")
+        drawn["decoding"] = decoding_figure(decoded)
         fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
         widths = {
             (r["model"], r["cache"]): r["cache_bytes_per_token"]
@@ -160,10 +139,10 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
             if r["cache_bytes_per_token"]
         }
         end = max(r["context"] for r in decoded)
-        drawn: set[int] = set()
+        shown: set[int] = set()
         for (model, cache), width in sorted(widths.items(), key=lambda item: -item[1]):
-            if width not in drawn:
-                drawn.add(width)
+            if width not in shown:
+                shown.add(width)
                 ax.plot(
                     [0, end],
                     [0, end * width / 1e6],
@@ -172,18 +151,13 @@ def write_plots(document: dict[str, Any], out: Path) -> dict[str, str]:
         ax.set(xlabel="context (tokens)", ylabel="cache of one sequence (MB)")
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
-        finish(fig, "cache")
-    return names
+        drawn["cache"] = fig
+    return drawn
 
 
 def decoding_figure(decoded: list[Row]) -> Any:
     """Decoding speed against context, a panel for each backend and batch; bars where there is one
     context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [
         (b, n)
         for n in sorted({r["batch"] for r in decoded})
@@ -191,7 +165,7 @@ def decoding_figure(decoded: list[Row]) -> Any:
     ]
     columns = len({b for b, _ in panels})
     height = len(panels) // columns
-    fig, axes = plt.subplots(
+    fig, axes = pyplot().subplots(
         height, columns, figsize=(5.5 * columns, 3.4 * height), layout="constrained", squeeze=False
     )
     color_of = {
@@ -241,3 +215,6 @@ def _bars(ax: Any, rows: list[Row], label: Callable[[Row], str]) -> None:
     colors = ["C0" if r["backend"] == "mlx" else "C1" for r in rows]
     ax.barh([label(r) for r in rows], speeds, xerr=errors, color=colors, ecolor="0.4")
     ax.invert_yaxis()
+
+
+REPORT = Report("backends", "MLX and PyTorch side by side", body, figures)

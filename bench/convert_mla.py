@@ -5,10 +5,9 @@ healing.
 
 RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for example
 
-    python -m mlx_mla.train --attention mha --n-layer 4 --n-head 4 --n-embd 256 --n-positions 128
-    --batch-size 16 \\
-        --steps 3200 --warmup-steps 100 --learning-rate 3e-3 --initializer-range 0.06 --backend
-        torch \\ --data TEXT --out RUN
+    python -m mlx_mla.train --attention mha --n-layer 4 --n-head 4 --n-embd 256 \\
+        --n-positions 128 --batch-size 16 --steps 3200 --warmup-steps 100 --learning-rate 3e-3 \\
+        --initializer-range 0.06 --backend torch --data TEXT --out RUN
 
 Calibration and healing read what the model was trained on, perplexity is of the part it held out.
 Every loss is compared window by window with the MHA model's, so the difference has a standard error
@@ -21,17 +20,16 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
-import matplotlib
 import numpy as np
 import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from bench.machine import machine, report_name
+from bench.harness import Document, Report, Row, document, publish
 from convert.calibration import Text, collect_moments
 from convert.latent import Method, Moments, share_ranks
 from convert.to_mla import assemble, factorise
@@ -45,11 +43,9 @@ from mlx_mla.data.shards import training_part
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
+from mlx_mla.pictures import pyplot
 from mlx_mla.schedule import learning_rate
 from mlx_mla.training.run_folder import run_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 PROG = "python -m bench.convert_mla"
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -116,9 +112,9 @@ class Bench:
         self.run = run_config(options.model)
         self.folder = checkpoint.model_folder(options.model)
         self.config = checkpoint.read_config(self.folder)
-        if self.config.attention != "mha":
+        if beyond := self.config.kind.beyond_gpt2:
             raise UserError(
-                f"--model {options.model}: is latent already; give a run of --attention mha"
+                f"--model {options.model}: has {beyond[0]}; give a run of --attention mha"
             )
         self.weights = checkpoint.read_weights(self.folder, self.config)
         encoder = get_encoder(self.run.tokenizer, self.run.bpe_dir)
@@ -143,7 +139,7 @@ class Bench:
                 )
         return torch.cat(losses).double().numpy()
 
-    def measure(self) -> list[dict[str, Any]]:
+    def measure(self) -> list[Row]:
         o, rows = self.options, []
         D = self.config.n_embd
         cells = [
@@ -241,7 +237,7 @@ def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
     }
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row of the Markdown table."""
     healed = f"{row['heal']:.0%}{', teacher' if row['teacher'] else ''}" if row["heal"] else "-"
     method = f"{row['method']}{', budget' if row['budget'] else ''}"
@@ -251,33 +247,31 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def report(bench: Bench, rows: list[dict[str, Any]]) -> str:
-    """The Markdown page."""
-    run, m, base = bench.run, bench.config, math.exp(bench.base.mean())
-    tokens = run.steps * run.step_tokens
-    facts = "\n".join(f"- {k}: {v}" for k, v in machine(["torch"]).items())
-    head = (
-        f"# MHA made latent: perplexity by rank and method\n\n`{PROG}`, on\n\n{facts}\n\n"
-        f"The model: {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context "
-        f"{run.context}, trained on "
-        f"{tokens:,} tokens ({run.tokenizer}); perplexity {base:.4f} on {len(bench.base):,} "
-        "held-out windows. "
-        f"Calibrated on {bench.options.calibration_tokens:,} tokens of its training text. Healed: "
-        "so much of the "
-        "training tokens, with the text's cross-entropy or the divergence from the MHA teacher "
-        "alone; the MHA model "
-        "itself with the same tokens for comparison. Change: "
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+    """What was trained, calibrated and healed, and the table."""
+    m = found["model"]
+    return [
+        "",
+        f"The model: {m['n_layer']} layers, {m['n_head']} heads, {m['n_embd']} wide, context "
+        f"{m['context']}, trained on {m['tokens']:,} tokens ({m['tokenizer']}); perplexity "
+        f"{found['mha_perplexity']:.4f} on {m['held_out_windows']:,} held-out windows. Calibrated "
+        f"on {found['settings']['calibration_tokens']:,} tokens of its training text. Healed: so "
+        "much of the training tokens, with the text's cross-entropy or the divergence from the MHA "
+        "teacher alone; the MHA model itself with the same tokens for comparison. Change: "
         "perplexity against the MHA model in per cent, ± the standard error of the paired "
-        "difference over windows.\n\n"
-        "| rank | method | healed | perplexity | change, % |\n|---|---|---|---|---|\n"
-    )
-    return head + "\n".join(map(line, rows)) + "\n"
+        "difference over windows.",
+        "",
+        "| rank | method | healed | perplexity | change, % |",
+        "|---|---|---|---|---|",
+        *map(line, found["cells"]),
+    ]
 
 
-def draw(bench: Bench, rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    series: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+def figures(found: Document) -> dict[str, Any]:
+    """Change of perplexity against rank, a line a method."""
+    figure, axes = pyplot().subplots(figsize=(7, 4.5))
+    series: dict[str, list[Row]] = {}
+    for row in found["cells"]:
         healed = (
             f", healed {row['heal']:.0%}{' with teacher' if row['teacher'] else ''}"
             if row["heal"]
@@ -294,14 +288,16 @@ def draw(bench: Bench, rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(
         xlabel="rank of the latent",
         ylabel="change of perplexity, %",
-        title=f"n_embd = {bench.config.n_embd}",
+        title=f"n_embd = {found['model']['n_embd']}",
     )
     axes.set_yscale("symlog", linthresh=0.1)
     axes.axhline(0, color="gray", lw=0.5)
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return {"convert": figure}
+
+
+REPORT = Report("convert", "MHA made latent: perplexity by rank and method", body, figures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -313,19 +309,17 @@ def _main(argv: Sequence[str]) -> int:
     options = cli.parse(ConvertBench, argv, PROG)
     bench = Bench(options)
     rows = bench.measure()
-    page = report(bench, rows)
-    print(page)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        name = str(options.out / report_name("convert"))
-        values = {
-            "machine": machine(["torch"]),
-            "mha_perplexity": math.exp(bench.base.mean()),
-            "cells": rows,
-        }
-        files.write_text(Path(name + ".json"), json.dumps(values, indent=1) + "\n")
-        files.write_text(Path(name + ".md"), page)
-        draw(bench, rows, Path(name + ".png"))
+    shape, run = bench.config, bench.run
+    model = {
+        **{name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")},
+        "context": run.context,
+        "tokens": run.steps * run.step_tokens,
+        "tokenizer": run.tokenizer,
+        "held_out_windows": len(bench.base),
+    }
+    measured: dict[str, Any] = {"mha_perplexity": math.exp(bench.base.mean()), "model": model}
+    found = document("bench.convert_mla", PROG, argv, options, ["torch"], **measured, cells=rows)
+    publish(REPORT, found, options.out)
     return 0
 
 

@@ -9,12 +9,10 @@ NAME.png, NAME being the machine and the date.
 """
 
 import dataclasses
-import json
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -24,7 +22,7 @@ import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from bench.machine import machine, report_name
+from bench.harness import Document, Report, Row, document, publish, row, take_turns
 from mlx_mla import checkpoint, cli, files
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -35,6 +33,7 @@ from mlx_mla.config import TrainConfig
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model
+from mlx_mla.pictures import pyplot
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters
 
@@ -78,45 +77,13 @@ def _main(argv: Sequence[str]) -> int:
     if bench.repetitions < 1 or bench.new_tokens < 2 or min(bench.contexts, default=0) < 2:
         raise UserError("--repetitions must be at least 1, --new-tokens and --contexts at least 2")
     rows = training(bench) + decoding(bench) + saving(bench)
-    facts = machine(["mlx"], ("mlx", "mlx-lm", "numpy"))
-    report = markdown(bench, rows, facts)
-    print(report)
-    if bench.out is not None:
-        write(bench.out, rows, facts, report)
+    packages = ("mlx", "mlx-lm", "numpy")
+    found = document("bench.core", PROG, argv, bench, ["mlx"], packages, rows=rows)
+    publish(REPORT, found, bench.out)
     return 0
 
 
-def take_turns(
-    actions: Mapping[str, Callable[[], float]], repetitions: int
-) -> dict[str, list[float]]:
-    """Run every action once unmeasured, then `repetitions` rounds of all; returns what each
-    returned."""
-    for action in actions.values():
-        action()
-    results: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repetitions):
-        for name, action in actions.items():
-            results[name].append(action())
-    return results
-
-
-def row(
-    what: str, name: str, case: str, unit: str, values: list[float], **more: Any
-) -> dict[str, Any]:
-    return {
-        "what": what,
-        "preset": name,
-        "case": case,
-        "unit": unit,
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "repetitions": len(values),
-        **more,
-    }
-
-
-def training(bench: CoreBench) -> list[dict[str, Any]]:
+def training(bench: CoreBench) -> list[Row]:
     """Steps per second of nano's training step, compiled and eager."""
     config = resolved("nano")
     weights = initial_weights(config.model, 0, config.initializer_range)
@@ -144,7 +111,7 @@ def training(bench: CoreBench) -> list[dict[str, Any]]:
     ]
 
 
-def decoding(bench: CoreBench) -> list[dict[str, Any]]:
+def decoding(bench: CoreBench) -> list[Row]:
     """Decoded tokens per second at batch 1, after a prompt, by kind of cache."""
     rows = []
     for name in bench.presets:
@@ -191,7 +158,7 @@ def decode(
     return count / (time.perf_counter() - began)
 
 
-def saving(bench: CoreBench) -> list[dict[str, Any]]:
+def saving(bench: CoreBench) -> list[Row]:
     """Seconds that a training checkpoint takes: weights, optimiser state, checksums, sync,
     rename."""
     rows = []
@@ -223,16 +190,13 @@ def resolved(name: str) -> TrainConfig:
     return dataclasses.replace(preset(name).resolved(), dtype="float32")
 
 
-def markdown(bench: CoreBench, rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
-    """The report: the machine, then a table a measurement with ratios within this run."""
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
-    lines += [
-        f"- command: `{PROG} {' '.join(sys.argv[1:])}`; median of {bench.repetitions} (smallest - "
-        "largest)",
-        "",
-    ]
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+    """A table a measurement, with ratios within this run."""
+    rows: list[Row] = found["rows"]
+    repetitions = found["settings"]["repetitions"]
+    lines = [f"- median of {repetitions} (smallest - largest)", ""]
 
-    def figure(r: dict[str, Any]) -> str:
+    def figure(r: Row) -> str:
         return f"{r['median']:.3g} ({r['min']:.3g} - {r['max']:.3g})"
 
     by_case = {(r["what"], r["preset"], r["case"], r.get("context")): r for r in rows}
@@ -267,32 +231,17 @@ def markdown(bench: CoreBench, rows: list[dict[str, Any]], facts: dict[str, str]
                 f"| {r['preset']} | {figure(r)} | {r['bytes'] / 1e6:.0f} | "
                 f"{r['bytes'] / 1e6 / r['median']:.0f} |"
             )
-    return "\n".join(lines)
+    return lines
 
 
-def write(out: Path, rows: list[dict[str, Any]], facts: dict[str, str], report: str) -> None:
-    """Write the report's three files."""
-    out.mkdir(parents=True, exist_ok=True)
-    name = report_name("core")
-    (out / f"{name}.json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-    (out / f"{name}.md").write_text(f"# bench/core.py\n\n{report}\n")
-    plot(rows, out / f"{name}.png")
-    print(f"\nwritten: {out / name}.json, .md, .png")
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def figures(found: Document) -> dict[str, Any]:
     """Decoding speed against context, a panel a preset."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    decoded = [r for r in rows if r["what"] == "decoding"]
+    decoded = [r for r in found["rows"] if r["what"] == "decoding"]
     # One context makes no line.
     names = [n for n in PRESETS if len({r["context"] for r in decoded if r["preset"] == n}) > 1]
     if not names:
-        return
-    fig, axes = plt.subplots(
+        return {}
+    fig, axes = pyplot().subplots(
         1, len(names), figsize=(4 * len(names), 3.6), layout="constrained", squeeze=False
     )
     for ax, name in zip(axes[0], names):
@@ -316,8 +265,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ax.xaxis.set_minor_formatter("")
         ax.grid(alpha=0.3)
     axes[0][0].legend(title="cache")
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    return {"core": fig}
+
+
+REPORT = Report("core", "The training step, decoding by cache, and a save", body, figures)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 Python costs.
 
     python -m bench.decode --quick
-    python -m bench.decode --out bench/results                         # the whole grid: hours on a
-    CPU python -m bench.decode --out bench/results --resume --batch 1 4    # in parts
+    python -m bench.decode --out bench/results                             # hours on a CPU
+    python -m bench.decode --out bench/results --resume --batch 1 4        # in parts
 
 Method, rates and rooflines are those of compare_backends.py: the same weights in both backends,
 logits that agree, subjects in turns. A cell is greedy steps after a context that is in the cache;
@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 from unittest import mock
 
-from bench import subjects
-from bench.compare_backends import Bench, Results, Row
-from bench.decode_report import write_report
-from bench.machine import report_name
-from bench.subjects import Subject
+from bench.compare_backends import Bench
+from bench.decode_report import REPORT
+from bench.harness import Row, document, markdown, report_name, rewrite
+from bench.rows import Results
+from bench.subjects import costs
+from bench.subjects.contract import Subject
 from mlx_mla import cli
 from mlx_mla.decoding.cache_choice import choose_cache
 from mlx_mla.errors import UserError
@@ -91,7 +92,8 @@ def _main(argv: Sequence[str]) -> int:
         raise UserError(
             f"{path}: is there already; add --resume to complete it, or give --out a new name"
         )
-    results = Results(s, path)
+    found = document("bench.decode_report", PROG, argv, s, s.backends)
+    results = Results(found, path, s.resume)
     bench = Decoding(s, results)
     bench.parity()
     bench.rates()
@@ -99,7 +101,9 @@ def _main(argv: Sequence[str]) -> int:
         {"overhead": bench.overhead, "decoding": bench.decoding, "chunks": bench.chunks}[measure]()
     bench.rates()
     results.save()
-    print(write_report(results.document, path))
+    print(markdown(REPORT, results.document, {}))
+    if path:
+        rewrite(REPORT, results.document, path)
     return 0
 
 
@@ -118,12 +122,10 @@ class Decoding(Bench):
                 steps = 8 if batch == 1 else 2
                 cases = []
                 for subject, kind in self._decoders():
-                    size = (
-                        subjects.cache_bytes(subject.config, kind, self.s.dtype) * context * batch
-                    )
+                    size = costs.cache_bytes(subject.config, kind, self.s.dtype) * context * batch
                     if kind == "none" or size > self.s.max_cache_gb * 1e9:
                         continue
-                    flops = batch * subjects.decode_flops(subject.config, kind, context)
+                    flops = batch * costs.decode_flops(subject.config, kind, context)
                     run = functools.partial(subject.decode, batch, context, steps, kind)
                     cases.append(
                         self._case(
@@ -131,7 +133,7 @@ class Decoding(Bench):
                         )
                     )
                 self._measure(cases)
-        latent = {(s.backend, s.model): s for s in self._timed() if s.config.attention == "mla"}
+        latent = {(s.backend, s.model): s for s in self._timed() if s.config.kind.latent_widths}
         for row in self.results.document["rows"]:
             found = latent.get((row["backend"], row["model"]))
             if row["measure"] == "decoding" and found:
@@ -145,7 +147,7 @@ class Decoding(Bench):
             for new in CHUNKS:
                 cases = []
                 for subject in self._timed():
-                    if subject.config.attention != "mla":
+                    if not subject.config.kind.latent_widths:
                         continue
                     for path, on in (("absorbed", True), ("expanded", False), ("chosen", None)):
                         run: Any = lambda s=subject, c=context, n=new, on=on: _read_on(s, c, n, on)  # noqa: E731
@@ -157,7 +159,7 @@ class Decoding(Bench):
     def overhead(self) -> None:
         """Python's time and MLX's for a step at batch 1, eager and compiled."""
         for subject in self._timed():
-            if subject.backend != "mlx" or subject.config.attention != "mla":
+            if subject.backend != "mlx" or not subject.config.kind.latent_widths:
                 continue
             for context in (c for c in self.s.context if c <= 1000):
                 for how in ("eager", "compiled"):

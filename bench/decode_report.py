@@ -1,35 +1,29 @@
 """Report and plot of bench/decode.py's results."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from bench.compare_report import decoding_figure, machine_lines, table
+from bench.compare_report import decoding_figure, rate_lines, table
+from bench.harness import Document, Report, Row
 
-Row = dict[str, Any]
 
-
-def write_report(document: dict[str, Any], path: Path | None) -> str:
-    """The report as Markdown; with `path`, the JSON's, also written beside it with its plot."""
+def figures(document: Document) -> dict[str, Any]:
+    """Decoding speed against context."""
     decoded = [r for r in document["rows"] if r["measure"] == "decoding" and r["status"] == "ok"]
-    plot = path.with_suffix(".png") if path and decoded else None
-    text = markdown(document, plot)
-    if path is not None:
-        path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    if plot:
-        decoding_figure(decoded).savefig(plot, dpi=110)
-    return text
+    return {"decode": decoding_figure(decoded)} if decoded else {}
 
 
-def markdown(document: dict[str, Any], plot: Path | None) -> str:
+def body(document: Document, pictures: Mapping[str, str]) -> list[str]:
+    """What was chosen, then every cell."""
     rows: list[Row] = document["rows"]
-    lines = ["# Decoding by kind of cache", "", *machine_lines(document)]
+    lines = rate_lines(document)
     s = document["settings"]
     lines += [
         f"- {s['dtype']}, random weights, median of {s['repetitions']} runs in turns (smallest - "
         "largest)",
         "",
     ]
-    lines += [f"![decoding]({plot.name})", ""] if plot else []
+    lines += [f"![decoding]({pictures['decode']})", ""] if "decode" in pictures else []
     for title, part in (
         ("What `--cache auto` chooses", _auto(rows)),
         ("Several tokens on a latent cache", _chunks(rows)),
@@ -46,7 +40,7 @@ def markdown(document: dict[str, Any], plot: Path | None) -> str:
             "",
         ]
         lines += table(decoded, document.get("baseline"))
-    return "\n".join(lines).rstrip()
+    return lines
 
 
 def _auto(rows: list[Row]) -> list[str]:
@@ -134,3 +128,6 @@ def _room(rows: list[Row]) -> list[str]:
     ]
     head += ["| model, cache | bytes a token | 2 GB | 8 GB | 32 GB |", "|---|---|---|---|---|"]
     return [*head, *lines] if lines else []
+
+
+REPORT = Report("decode", "Decoding by kind of cache", body, figures)

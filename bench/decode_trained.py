@@ -11,11 +11,10 @@ is, so each difference has a standard error.
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-from bench.machine import machine, report_name
+from bench.harness import Document, Report, Row, document, publish
 from mlx_mla import checkpoint, cli
 from mlx_mla.backends.mlx.decode import MLXDecoder
 from mlx_mla.backends.mlx.load import load
@@ -74,21 +73,9 @@ def _main(argv: Sequence[str]) -> int:
         if s.draft
         else []
     )
-    report = markdown(s, quality, speed)
-    print(report)
-    if s.out is not None:
-        s.out.mkdir(parents=True, exist_ok=True)
-        path = s.out / f"{report_name('decode-trained')}.json"
-        document = {
-            "machine": machine(["mlx"]),
-            "command": sys.argv,
-            "quality": quality,
-            "speed": speed,
-        }
-        path.write_text(json.dumps(document, indent=1, default=str) + "\n")
-        path.with_suffix(".md").write_text(
-            f"# Quantised caches and weights, and a draft model\n\n{report}\n"
-        )
+    measured = {"quality": quality, "speed": speed}
+    found = document("bench.decode_trained", PROG, argv, s, ["mlx"], ("mlx", "mlx-lm"), **measured)
+    publish(REPORT, found, s.out)
     return 0
 
 
@@ -100,7 +87,7 @@ def held_out(s: TrainedBench, folder: Path) -> np.ndarray:
     )
 
 
-def quantised(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
+def quantised(s: TrainedBench, name: str, folder: Path) -> list[Row]:
     """Perplexity by bits of the cache and of the weights."""
     tokens, length = held_out(s, folder), checkpoint.read_config(folder).n_positions
     starts = np.linspace(0, len(tokens) - length - 1, s.windows).astype(int)
@@ -123,10 +110,10 @@ def quantised(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
                     "model": name,
                     "weight_bits": weight_bits,
                     "cache_bits": cache_bits,
-                    "loss": losses.mean(),
+                    "loss": float(losses.mean()),
                     "perplexity": math.exp(losses.mean()),
                     "change": math.expm1(change.mean()),
-                    "error": change.std(ddof=1) / math.sqrt(len(change)),
+                    "error": float(change.std(ddof=1)) / math.sqrt(len(change)),
                     "bytes": cache_bytes(model, cache_bits),
                 }
             )
@@ -182,7 +169,7 @@ def cache_bytes(model: Any, bits: int | None) -> float:
     return sum(c.nbytes for c in cache) / len(cache) / cache[0].step
 
 
-def drafted(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
+def drafted(s: TrainedBench, name: str, folder: Path) -> list[Row]:
     """Tokens per second and accepted guesses, greedy, by number of guessed tokens."""
     decoder, tokens = MLXDecoder(mx.default_device(), folder), held_out(s, folder)
     room = decoder.n_positions - s.tokens
@@ -190,7 +177,7 @@ def drafted(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
         tokens[a : a + room // 2].tolist()
         for a in np.linspace(0, len(tokens) - room, 8).astype(int)
     ]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     alone: list[list[int]] = []
     for guesses in (0, 2, 3, 4, 6):
         options = GenerationOptions(temp=0, max_tokens=s.tokens)
@@ -215,10 +202,13 @@ def drafted(s: TrainedBench, name: str, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(s: TrainedBench, quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> str:
-    lines = [f"- {key}: {value}" for key, value in machine(["mlx"], ("mlx", "mlx-lm")).items()]
-    lines += [
-        f"- {s.windows} windows of held-out text, the second half of each scored; float32 where "
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+    """The tables."""
+    quality: list[Row] = found["quality"]
+    speed: list[Row] = found["speed"]
+    s = found["settings"]
+    lines = [
+        f"- {s['windows']} windows of held-out text, the second half of each scored; float32 where "
         "not quantised",
         "",
     ]
@@ -237,8 +227,8 @@ def markdown(s: TrainedBench, quality: list[dict[str, Any]], speed: list[dict[st
     if speed:
         lines += [
             "",
-            f"Greedy text of {s.tokens} tokens after 8 prompts, with `--draft-model` "
-            f"{s.draft and s.draft.name}.",
+            f"Greedy text of {s['tokens']} tokens after 8 prompts, with `--draft-model` "
+            f"{Path(s['draft']).name}.",
             "",
         ]
         lines += [
@@ -254,7 +244,10 @@ def markdown(s: TrainedBench, quality: list[dict[str, Any]], speed: list[dict[st
                 f"{r['tokens_per_sec'] / base[r['model']]:.2f}x | {r['accepted']:.0%} | "
                 f"{'yes' if r['same_text'] else 'NO'} |"
             )
-    return "\n".join(lines)
+    return lines
+
+
+REPORT = Report("decode-trained", "Quantised caches and weights, and a draft model", body)
 
 
 if __name__ == "__main__":

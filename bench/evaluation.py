@@ -6,20 +6,18 @@ Both read the same items of the same model folder in batches of the same size on
 and take turns. HellaSwag is timed without its completion form, which `evaluate` also scores and
 lm_eval does not. Timed is all but loading the model: reading and tokenising the items, scoring,
 metrics. The scores of all are set beside each other, since only equal work may be compared. Memory
-is the process's resident memory, by half of the
-run: it is flat if the second half needs no more than the first. Prints a table; writes NAME.json
-    and NAME.md.
+is the process's resident memory, by half of the run: it is flat if the second half needs no more
+than the first. Prints a table; writes NAME.json and NAME.md.
 """
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -28,7 +26,7 @@ import psutil
 from lm_eval.models.huggingface import HFLM
 
 from bench import referee
-from bench.machine import PACKAGES, machine, report_name
+from bench.harness import PACKAGES, Document, Report, Row, document, publish
 from mlx_mla import checkpoint, cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.torch.backend import TorchBackend
@@ -107,26 +105,15 @@ def _main(argv: Sequence[str]) -> int:
         )
     if min(bench.batch_size, bench.repetitions, 1 if bench.limit is None else bench.limit) < 1:
         raise UserError("--batch-size, --repetitions and --limit must be at least 1")
-    facts = machine(bench.backends, (*PACKAGES, "lm_eval"))
     with tempfile.TemporaryDirectory() as temporary:
         rows = measure(bench, names, Path(temporary))
-    text = report(bench, rows, facts)
-    print(text)
-    if bench.out is not None:
-        bench.out.mkdir(parents=True, exist_ok=True)
-        name = report_name("evaluation")
-        settings = json.loads(json.dumps(dataclasses.asdict(bench), default=str))
-        document = {"machine": facts, "settings": settings, "rows": rows}
-        (bench.out / f"{name}.json").write_text(
-            json.dumps(document, indent=1) + "\n", encoding="utf-8"
-        )
-        (bench.out / f"{name}.md").write_text(
-            f"# bench/evaluation.py\n\n{text}\n", encoding="utf-8"
-        )
+    packages = (*PACKAGES, "lm_eval")
+    found = document("bench.evaluation", PROG, argv, bench, bench.backends, packages, rows=rows)
+    publish(REPORT, found, bench.out)
     return 0
 
 
-def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> list[dict[str, Any]]:
+def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> list[Row]:
     """A row of each task and subject."""
     folder = model_folder(bench, temporary)
     data = {name: sample(bench, name, temporary) for name in names}
@@ -240,13 +227,13 @@ def sample(bench: EvaluationBench, name: str, temporary: Path) -> Path:
     return folder
 
 
-def report(bench: EvaluationBench, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> str:
-    """The machine and the table."""
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
-    lines.append(f"- command: `{PROG} {' '.join(sys.argv[1:])}`")
-    lines += [
-        f"- {bench.model}, float32, batches of {bench.batch_size} rows, median of "
-        f"{bench.repetitions}", "",
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+    """The table."""
+    rows: list[Row] = found["rows"]
+    bench = found["settings"]
+    lines = [
+        f"- {bench['model']}, float32, batches of {bench['batch_size']} rows, median of "
+        f"{bench['repetitions']}", "",
         "| task | subject | items | items/s | against lm_eval | accuracy | memory, first half | "
         "second half |",
         "|---|---|---|---|---|---|---|---|",
@@ -259,7 +246,10 @@ def report(bench: EvaluationBench, rows: Sequence[dict[str, Any]], facts: dict[s
             f"| {r['items_per_second'] / reference[r['task']]:.2f}x | {r['acc']:.4f} | {first} | "
             f"{second} |"
         )
-    return "\n".join(lines)
+    return lines
+
+
+REPORT = Report("evaluation", "Evaluation beside lm_eval", body)
 
 
 if __name__ == "__main__":

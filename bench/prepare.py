@@ -20,15 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from rich.console import Console
 from tyro.conf import Positional
 
-from bench.machine import machine, report_name
+from bench.harness import Document, Report, Row, document, publish
 from mlx_mla import cli, prepare
 from mlx_mla.data.documents import Reading, find_sources
 from mlx_mla.data.tokenizer import GPT2Encoder
@@ -86,18 +86,10 @@ def _main(argv: Sequence[str]) -> int:
                     bench, int(factor * bench.megabytes * 1e6), Path(temporary) / f"memory-{factor}"
                 )
             )
-    facts = machine((), ("tiktoken", "numpy", "pyarrow"))
-    text = report(bench, rows, memory, facts)
-    print(text)
-    if bench.out is not None:
-        bench.out.mkdir(parents=True, exist_ok=True)
-        name = report_name("prepare")
-        settings = json.loads(json.dumps(dataclasses.asdict(bench), default=str))
-        document = {"machine": facts, "settings": settings, "speed": rows, "memory": memory}
-        (bench.out / f"{name}.json").write_text(
-            json.dumps(document, indent=1) + "\n", encoding="utf-8"
-        )
-        (bench.out / f"{name}.md").write_text(f"# bench/prepare.py\n\n{text}\n", encoding="utf-8")
+    measured = {"speed": rows, "memory": memory, "threads": CORES}
+    packages = ("tiktoken", "numpy", "pyarrow")
+    found = document("bench.prepare", PROG, argv, bench, (), packages, **measured)
+    publish(REPORT, found, bench.out)
     return 0
 
 
@@ -129,7 +121,7 @@ def write(documents: Iterator[str] | Sequence[str], folder: Path, files: int = F
     return size
 
 
-def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list[dict[str, Any]]:
+def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list[Row]:
     """A row for each subject."""
     documents = list(texts(bench.src, int(bench.megabytes * 1e6), cut))
     size = write(documents, folder / "plain")
@@ -182,7 +174,7 @@ def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list
     ]  # fmt: skip
 
 
-def peak(bench: PrepareBench, size: int, folder: Path) -> dict[str, Any]:
+def peak(bench: PrepareBench, size: int, folder: Path) -> Row:
     """Peak memory of a preparation of so many bytes of text, in a process of its own."""
     size = write(texts(bench.src, size, bench.web_page), folder / "plain")
     argv = [
@@ -204,18 +196,12 @@ def peak(bench: PrepareBench, size: int, folder: Path) -> dict[str, Any]:
     return {"bytes": size, "peak_bytes": int(done.stdout.splitlines()[-1]) * unit}
 
 
-def report(
-    bench: PrepareBench,
-    rows: Sequence[dict[str, Any]],
-    memory: Sequence[dict[str, Any]],
-    facts: dict[str, str],
-) -> str:
-    """The machine and the tables."""
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
-    lines.append(f"- command: `{PROG} {' '.join(sys.argv[1:])}`")
-    lines += [
-        f"- GPT-2's tokenizer, {CORES} threads, median of {bench.repetitions} in turns; MB are "
-        "10^6 bytes of text", "",
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+    """The tables."""
+    rows: list[Row] = found["speed"]
+    lines = [
+        f"- GPT-2's tokenizer, {found['threads']} threads, median of "
+        f"{found['settings']['repetitions']} in turns; MB are 10^6 bytes of text", "",
         "| documents | subject | MB/s | slowest - fastest | against tiktoken | MB by CPU second | "
         "against tiktoken |",
         "|---|---|---|---|---|---|---|",
@@ -236,15 +222,19 @@ def report(
         )
     lines += [
         "",
-        f"Memory with `--shard-tokens {bench.memory_shard_tokens}`:",
+        f"Memory with `--shard-tokens {found['settings']['memory_shard_tokens']}`:",
         "",
         "| text | peak |",
         "|---|---|",
     ]
     lines += [
-        f"| {m['bytes'] / 1e6:,.4g} MB | {m['peak_bytes'] / 2**20:,.0f} MiB |" for m in memory
+        f"| {m['bytes'] / 1e6:,.4g} MB | {m['peak_bytes'] / 2**20:,.0f} MiB |"
+        for m in found["memory"]
     ]
-    return "\n".join(lines)
+    return lines
+
+
+REPORT = Report("prepare", "Preparing data beside tiktoken alone", body)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mlx_mla import cli
-from mlx_mla.backends import get_backend
+from mlx_mla.backends import get_backend, get_engine
 from mlx_mla.backends.contract import Start
 from mlx_mla.config import BackendName
 from mlx_mla.errors import UserError
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    with join(argv) as world:
+    with join(argv, get_engine) as world:
         options = cli.parse(ReductionBench, argv, PROG)
         if world.size == 1:
             raise UserError("start this by mlx.launch -n 2 or torchrun --nproc-per-node 2")

@@ -23,14 +23,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from safetensors.numpy import save_file
 
-from bench.machine import machine, report_name
-from bench.subjects import gpt2_shape
+from bench.harness import Document, Report, Row, document, publish
+from bench.subjects.contract import gpt2_shape
 from mlx_mla import checkpoint, cli
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
@@ -81,21 +81,9 @@ def _main(argv: Sequence[str]) -> int:
             rows += [
                 measure(s, label, model) for label, model in models(Path(folder), name, s.layers)
             ]
-    report = markdown(s, rows)
-    print(report)
-    if s.out is not None:
-        s.out.mkdir(parents=True, exist_ok=True)
-        path = s.out / f"{report_name('serve')}.json"
-        settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(s).items()
-        }
-        path.write_text(
-            json.dumps({"machine": machine(["mlx"]), "settings": settings, "rows": rows}, indent=1)
-            + "\n"
-        )
-        path.with_suffix(".md").write_text(
-            f"# mlx_lm.server under {s.clients} clients\n\n{report}\n"
-        )
+    packages = ("mlx", "mlx-lm")
+    found = document("bench.serve", PROG, argv, s, ["mlx"], packages, rows=rows)
+    publish(REPORT, found, s.out)
     return 0
 
 
@@ -109,7 +97,7 @@ def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
     weights = initial_weights(config, 0, 0.06)
     checkpoint.write_model(ours, config, weights, ByteEncoder().fast_tokenizer(), "")
     yield name, ours
-    if config.attention == "mha":
+    if not config.kind.beyond_gpt2:
         shutil.copytree(ours, theirs)
         (theirs / "config.json").write_text(
             json.dumps({"model_type": "gpt2", **gpt2_shape(config)})
@@ -119,7 +107,7 @@ def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
         yield THEIRS, theirs
 
 
-def measure(s: ServeBench, label: str, folder: Path) -> dict[str, Any]:
+def measure(s: ServeBench, label: str, folder: Path) -> Row:
     """Answers, errors and speeds of one model."""
     text = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz     "
@@ -212,12 +200,14 @@ def serving(folder: Path) -> Iterator[int]:
         process.wait(30)
 
 
-def markdown(s: ServeBench, rows: list[dict[str, Any]]) -> str:
-    lines = [f"- {key}: {value}" for key, value in machine(["mlx"], ("mlx", "mlx-lm")).items()]
-    lines += [
-        f"- {s.layers} layers, random weights, float32; {s.clients} clients for {s.seconds:g} s, "
-        "prompts of "
-        f"{s.prompt_bytes // 8} to {s.prompt_bytes} tokens, {s.max_tokens} tokens an answer",
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+    """The table."""
+    rows: list[Row] = found["rows"]
+    s = found["settings"]
+    lines = [
+        f"- {s['layers']} layers, random weights, float32; {s['clients']} clients for "
+        f"{s['seconds']:g} s, prompts of {s['prompt_bytes'] // 8} to {s['prompt_bytes']} tokens, "
+        f"{s['max_tokens']} tokens an answer",
         "",
         "| model | requests | errors | unlike the answer given alone | tok/s | against mlx-lm's | "
         "latency, s |",
@@ -231,7 +221,10 @@ def markdown(s: ServeBench, rows: list[dict[str, Any]]) -> str:
             f"{r['tokens_per_sec']:.1f} | "
             f"{ratio} | {r['median_latency']:.2f}, worst {r['worst_latency']:.2f} |"
         )
-    return "\n".join(lines)
+    return lines
+
+
+REPORT = Report("serve", "mlx_lm.server under many clients", body)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bench.subject_torch import reference_network
+from bench.subjects.torch import reference_network
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.backends.torch.load import build_model
@@ -24,13 +24,12 @@ Step = Callable[[np.ndarray, np.ndarray], None]
 def plain_step(config: TrainConfig) -> Step:
     """All logits at once, F.cross_entropy, clipping, torch.optim.AdamW; compiled and fused on CUDA.
 
-    The network is transformers' GPT-2 for multi-head attention, and this project's for latent
-    attention.
+    The network is transformers' GPT-2 where the attention is GPT-2's, else this project's.
     """
     device = _device(config)
     weights = initial_weights(config.model, 0)
     network: Any
-    if config.model.attention == "mha":
+    if not config.model.kind.beyond_gpt2:
         network = reference_network(config.model, weights).to(device)
     else:
         network = build_model(config.model, weights, device)

@@ -12,9 +12,8 @@ looks for the largest batch that the estimate puts into memories of some sizes.
 
 import dataclasses
 import gc
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -22,8 +21,7 @@ from typing import Any, Literal, Optional
 import mlx.core as mx
 import numpy as np
 
-from bench.core import row, take_turns
-from bench.machine import machine, report_name
+from bench.harness import Document, Report, Row, document, publish, row, take_turns
 from mlx_mla import cli
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -91,17 +89,9 @@ def _main(argv: Sequence[str]) -> int:
     backend = MLXBackend(bench.device)
     rows = memory(bench, backend) if "memory" in bench.parts else []
     rows += speed(bench) if "speed" in bench.parts else []
-    facts = machine(["mlx", "torch"])
-    report = markdown(bench, rows, facts)
-    print(report)
-    if bench.out is not None:
-        bench.out.mkdir(parents=True, exist_ok=True)
-        path = bench.out / report_name("training")
-        path.with_suffix(".json").write_text(
-            json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n"
-        )
-        path.with_suffix(".md").write_text(f"# bench/training.py\n\n{report}\n")
-        print(f"\nwritten: {path}.json, .md")
+    rows += plan(bench) if "plan" in bench.parts else []
+    found = document("bench.training", PROG, argv, bench, ["mlx", "torch"], rows=rows)
+    publish(REPORT, found, bench.out)
     return 0
 
 
@@ -111,7 +101,7 @@ def settings(name: str, **changes: Any) -> TrainConfig:
     return dataclasses.replace(base, **changes).resolved()
 
 
-def memory(bench: TrainingBench, backend: MLXBackend) -> list[dict[str, Any]]:
+def memory(bench: TrainingBench, backend: MLXBackend) -> list[Row]:
     """Bytes that one step holds, by component, and the estimate of each."""
     rows = []
     for name in bench.models:
@@ -174,7 +164,7 @@ def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate)
     }
 
 
-def speed(bench: TrainingBench) -> list[dict[str, Any]]:
+def speed(bench: TrainingBench) -> list[Row]:
     """Training tokens per second of every session and of the plain loop."""
     from bench import torch_loop
 
@@ -227,15 +217,36 @@ def largest_batch(config: TrainConfig, limit: float) -> int:
     return batch
 
 
-def markdown(bench: TrainingBench, rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
-    """The report."""
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
-    lines += [f"- command: `{PROG} {' '.join(sys.argv[1:])}`", ""]
+def plan(bench: TrainingBench) -> list[Row]:
+    """The largest batch for every memory, without and with gradient checkpointing."""
+    rows = []
+    for name in bench.models:
+        for dtype in ("float32", "bfloat16"):
+            for gb in bench.memory_gb:
+                plain, saving = (
+                    largest_batch(
+                        settings(name, dtype=dtype, seq_len=bench.seq_len, checkpoint_every=every),
+                        bench.usable * gb * 1e9,
+                    )
+                    for every in (0, 1)
+                )
+                rows.append({
+                    "what": "plan", "preset": name, "dtype": dtype, "memory_gb": gb,
+                    "batch": plain, "batch_checkpointed": saving,
+                })  # fmt: skip
+    return rows
+
+
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+    """A table a part."""
+    rows: list[Row] = found["rows"]
+    bench = found["settings"]
+    lines = [""]
     held = [r for r in rows if r["what"] == "memory"]
     if held:
         lines += [
-            f"Memory of one step in MLX, batch {bench.batch_size} x {bench.seq_len}, in MB, "
-            "measured / estimated:", "",
+            f"Memory of one step in MLX, batch {bench['batch_size']} x {bench['seq_len']}, in "
+            "MB, measured / estimated:", "",
             "| model | type | checkpointing | weights, optimiser | gradients | activations | peak "
             "| estimate off by |",
             "|---|---|---|---|---|---|---|---|", *map(memory_line, held), "",
@@ -243,7 +254,8 @@ def markdown(bench: TrainingBench, rows: list[dict[str, Any]], facts: dict[str, 
     timed = [r for r in rows if r["what"] == "speed"]
     if timed:
         lines += [
-            f"Training tok/s, median of {bench.repetitions} steps in turns (smallest - largest):",
+            f"Training tok/s, median of {bench['repetitions']} steps in turns (smallest - "
+            "largest):",
             "",
         ]
         lines += ["| model | type | tokens a step | subject | tok/s | against the plain loop |"]
@@ -257,19 +269,25 @@ def markdown(bench: TrainingBench, rows: list[dict[str, Any]], facts: dict[str, 
                 f"({r['min']:,.0f} - {r['max']:,.0f}) | {r['median'] / plain['median']:.2f}x |"
             )
         lines.append("")
-    if "plan" in bench.parts:
+    planned = [r for r in rows if r["what"] == "plan"]
+    if planned:
+        memories = list(dict.fromkeys(r["memory_gb"] for r in planned))
         lines += [
-            f"Largest batch of sequences of {bench.seq_len} tokens whose step the estimate fits "
-            f"into {bench.usable:.0%}"
+            f"Largest batch of sequences of {bench['seq_len']} tokens whose step the estimate fits "
+            f"into {bench['usable']:.0%}"
             " of a memory (fused attention; with gradient checkpointing at every block in "
             "brackets):", "",
-            "| model | type | " + " | ".join(f"{gb} GB" for gb in bench.memory_gb) + " |",
-            "|---|---|" + "---|" * len(bench.memory_gb), *plan_lines(bench),
+            "| model | type | " + " | ".join(f"{gb} GB" for gb in memories) + " |",
+            "|---|---|" + "---|" * len(memories),
         ]  # fmt: skip
-    return "\n".join(lines)
+        for name, dtype in dict.fromkeys((r["preset"], r["dtype"]) for r in planned):
+            own = [r for r in planned if (r["preset"], r["dtype"]) == (name, dtype)]
+            cells = (f"{r['batch']} ({r['batch_checkpointed']})" for r in own)
+            lines.append(f"| {name} | {dtype} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def memory_line(r: dict[str, Any]) -> str:
+def memory_line(r: Row) -> str:
     measured, e = r["measured"], r["estimate"]
 
     def pair(name: str, expected: int) -> str:
@@ -285,22 +303,7 @@ def memory_line(r: dict[str, Any]) -> str:
     )
 
 
-def plan_lines(bench: TrainingBench) -> list[str]:
-    lines = []
-    for name in bench.models:
-        for dtype in ("float32", "bfloat16"):
-            cells = []
-            for gb in bench.memory_gb:
-                plain, saving = (
-                    largest_batch(
-                        settings(name, dtype=dtype, seq_len=bench.seq_len, checkpoint_every=every),
-                        bench.usable * gb * 1e9,
-                    )
-                    for every in (0, 1)
-                )
-                cells.append(f"{plain} ({saving})")
-            lines.append(f"| {name} | {dtype} | " + " | ".join(cells) + " |")
-    return lines
+REPORT = Report("training", "Memory and speed of training", body)
 
 
 if __name__ == "__main__":

@@ -4,3 +4,5 @@
 so that it takes no name of others; hence the relative imports. PyTorch is imported only where a
 pickle is read or a text is run through the model.
 """
+
+import mlx_mla  # noqa: F401  (first, for what it does about Ctrl-C while modules are imported)

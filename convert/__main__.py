@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from mlx_mla import checkpoint, cli, files
 from mlx_mla.errors import UserError
+from mlx_mla.locks import locked
 from mlx_mla.weights import num_parameters
 
 from .framework import require_torch
@@ -107,7 +108,7 @@ def _main(argv: Sequence[str]) -> int:
     if tokenizer.eos_token_id is None:
         print(NO_END_OF_TEXT)
     rank = check_rank(config, command.rank, command.rank_budget) if command.to == "mla" else None
-    with files.atomic_folder(command.out) as folder:
+    with locked(command.out), files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
         if command.to == "hf":
             hf.write_gpt2(folder, config, weights, tokenizer)

@@ -38,7 +38,7 @@ tags: [mlx, mla_gpt2]
 ---
 # {name}, converted
 
-A GPT-2-style language model with {c.attention_text}: {c.n_layer} layers, {c.n_head} heads,
+A GPT-2-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_head} heads,
 {c.n_embd} wide, context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding},
 {num_parameters(c):,} parameters. Decoding caches
 {cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.

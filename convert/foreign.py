@@ -41,9 +41,6 @@ Tensors = dict[str, LazyTensor]
 WRAPPERS = ("_orig_mod.", "module.")
 """Prefixes by torch.compile and DistributedDataParallel."""
 
-LARGEST = {"n_layer": 1000}
-"""Bounds that a damaged header would break; other sizes must stay below 2^20."""
-
 
 def zeros(shape: tuple[int, ...]) -> LazyTensor:
     """Zeros of a shape, for a bias that the source does without."""
@@ -149,21 +146,4 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
 
 def resolved(where: object, **values: object) -> ModelConfig:
     """A resolved configuration; UserError naming the file if its values are impossible."""
-    whole = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner")
-    for name in whole:
-        value = values.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise UserError(f"{where}: {name} is {value!r}, and should be a whole number")
-        if value is not None and value > LARGEST.get(name, 1 << 20):
-            raise UserError(
-                f"{where}: {name} is {value:,}, which is beyond any GPT-2; the file is damaged"
-            )
-    epsilon = values.get("layer_norm_epsilon", 1e-5)
-    if not isinstance(epsilon, float) or not 0 <= epsilon < 1:
-        raise UserError(
-            f"{where}: layer_norm_epsilon is {epsilon!r}, and should be a small positive number"
-        )
-    try:
-        return ModelConfig.from_dict(values).resolved()
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+    return ModelConfig.read(values, str(where))

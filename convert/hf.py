@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives NumPy bfloat16, which safetensors then reads)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -18,7 +19,7 @@ from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
-from mlx_mla.files import read_json
+from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.weights import parameter_shapes
 
 from .foreign import (
@@ -30,7 +31,7 @@ from .foreign import (
     resolved,
     unwrapped,
 )
-from .pickles import as_float32, open_pickle, state_dict
+from .pickles import open_pickle, state_dict
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = ("attn.bias", "attn.masked_bias")
@@ -177,7 +178,7 @@ def _open_shards(index: Path, opener: Any) -> Tensors:
 
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
-    with _readable(path), safe_open(str(path), "pt") as file:
+    with _readable(path), safe_open(str(path), "np") as file:
         tensors = {
             n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
             for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
@@ -197,8 +198,8 @@ def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
         # Opened anew for each tensor: one mapping for all would keep the whole file in memory
         # beside the copies.
-        with _readable(path), safe_open(str(path), "pt") as file:
-            return as_float32(file.get_tensor(name), name, path)
+        with _readable(path), safe_open(str(path), "np") as file:
+            return file.get_tensor(name).astype(np.float32, copy=False)
 
     return read
 
@@ -213,24 +214,24 @@ def write_gpt2(
 
     Args:
         folder: Exists, and is empty.
-        config: Resolved; multi-head attention.
+        config: Resolved; GPT-2's own attention.
         weights: Tensors in our layout, float32.
 
     Raises:
-        UserError: If the model has latent attention, for which GPT-2 has no name.
+        UserError: If the attention is one that GPT-2 has no name for.
     """
     assert config.vocab_size
-    if config.attention != "mha":
+    if beyond := config.kind.beyond_gpt2:
         raise UserError(
-            "--to hf needs multi-head attention; this model's is latent (transformers loads it as "
-            "it is)"
+            f"--to hf needs GPT-2's own attention, and this model has {' '.join(beyond)}; "
+            "transformers loads it as it is"
         )
     state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
     if not config.attention_bias:
         for i in range(config.n_layer):
             state[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * config.n_embd, np.float32)
     save_file(state, str(folder / "model.safetensors"), {"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes its files private
+    give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
     fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()
     values = {n: getattr(config, n) for n in fields}
     eos = tokenizer.eos_token_id

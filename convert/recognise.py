@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_json
-from mlx_mla.hub import find_model
+from mlx_mla.hub import find_model, is_hub_id
 
 from . import hf, karpathy, llmc
 from .foreign import ForeignCheckpoint, check_tensors
@@ -43,7 +43,7 @@ def open_source(
         source = (
             _open_folder(path, path.resolve().name) if path.is_dir() else _open_file(path, n_head)
         )
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".pt":
+    elif is_hub_id(name) and path.suffix != ".pt":
         source = _open_folder(_download(name, revision), name)
     else:
         raise UserError(f"{name}: no such file or folder, and not a hub id of the form owner/name")

@@ -53,10 +53,9 @@ class Rank:
 def check_rank(config: ModelConfig, rank: int | None, budget: int | None = None) -> Rank:
     """The latent width of --rank or --rank-budget, if it is possible for a model; UserError
     otherwise."""
-    if config.attention != "mha":
+    if beyond := config.kind.beyond_gpt2:
         raise UserError(
-            "--to mla needs multi-head attention; this model is latent already (rank "
-            f"{config.kv_lora_rank})"
+            f"--to mla needs GPT-2's own attention, and this model has {' '.join(beyond)}"
         )
     if rank is not None and budget is not None:
         raise UserError("--rank and --rank-budget exclude each other; leave one out")

@@ -75,15 +75,19 @@ def _load_packaged() -> str:
     for folder in _cache_folders():
         copy = folder / f"libopenblas-{version}-{digest}.so"
         try:
-            if not copy.is_file():
-                _rename_symbols(patchelf, source, copy)
+            with contextlib.suppress(OSError):  # not made yet, or damaged since
+                ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
+                return f"scipy-openblas32 {version}"
+            _rename_symbols(patchelf, source, copy)
             ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
             return f"scipy-openblas32 {version}"
         except OSError as e:
-            problem = (
-                f"its copy {copy} cannot be made or loaded ({e.strerror or e}); "
+            remedy = (
                 "set XDG_CACHE_HOME to a folder that can be written"
+                if e.errno
+                else "install its newest version"
             )
+            problem = f"its copy {copy} cannot be made or loaded ({e.strerror or e}); {remedy}"
     raise _Unusable(problem)
 
 
@@ -120,14 +124,9 @@ def _rename_symbols(patchelf: Path, source: Path, copy: Path) -> None:
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".making-") as folder:
         table, made = Path(folder, "names"), Path(folder, copy.name)
         table.write_bytes(b"".join(b"scipy_%s %s\n" % pair for pair in zip(names, new)))
-        argv: list[str | Path] = [
-            patchelf,
-            "--rename-dynamic-symbols",
-            table,
-            "--output",
-            made,
-            source,
-        ]
+        argv: list[str | Path] = [patchelf, "--rename-dynamic-symbols", table]
+        # Some versions have a libgfortran beside them.
+        argv += ["--set-rpath", source.parent, "--output", made, source]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise OSError(f"patchelf says: {' '.join(done.stderr.split())}")

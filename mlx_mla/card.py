@@ -23,7 +23,7 @@ tags: [mlx, mla_gpt2]
 ---
 # {config.preset}, step {step:,}
 
-A GPT-2-style language model with {m.attention_text}: {m.n_layer} layers, {m.n_head} heads,
+A GPT-2-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_head} heads,
 {m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size} ({config.tokenizer}),
 {num_parameters(m):,} parameters. Decoding caches
 {cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.

@@ -8,6 +8,9 @@ file but the README.
 
 import contextlib
 import json
+import math
+import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +23,30 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_mla.config import ModelConfig
 from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, told
-from mlx_mla.errors import UserError
-from mlx_mla.files import SUMS, sha256
-from mlx_mla.weights import parameter_shapes
+from mlx_mla.errors import UserError, shown
+from mlx_mla.files import (
+    LARGEST_TEXT,
+    SUMS,
+    clear_leftovers,
+    give_usual_mode,
+    read_json,
+    read_text,
+    sha256,
+)
+from mlx_mla.weights import not_finite, parameter_shapes
 
 WEIGHTS = "model.safetensors"
 STATE = "train_state.safetensors"
 STATE_INFO = "train_state.json"
+STATE_FORMAT = 1
 MLX_FILE, TORCH_FILE, CONFIGURATION_FILE = (
     "model_mlx.py",
     "model_torch.py",
     "configuration_mla_gpt2.py",
 )
+_OURS = ("config.json", "model*.safetensors", "model_*.py", "configuration_*.py", "tokenizer*.json",
+         "train_state.*")  # fmt: skip
+"""Files of a model folder without which, in its SHA256SUMS, that list is not whole."""
 
 
 def write_model(
@@ -98,13 +113,14 @@ def write_train_state(
 
 def read_config(folder: Path) -> ModelConfig:
     """The resolved model configuration of a folder; UserError if it is not one of ours."""
-    values = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = read_json(path)
     if values.get("model_type") != "mla_gpt2":
         raise UserError(
-            f"{folder}: config.json says model_type {values.get('model_type')!r}, and this needs "
-            "'mla_gpt2'"
+            f"{folder}: config.json says model_type {shown(values.get('model_type'))}, and this "
+            "needs 'mla_gpt2'"
         )
-    return ModelConfig.from_dict(values).resolved()
+    return ModelConfig.read(values, str(path))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -126,7 +142,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def is_quantized(folder: Path) -> bool:
     """Whether mlx-lm has quantised the weights of a folder."""
-    return "quantization" in _read_json(folder / "config.json")
+    return "quantization" in read_json(folder / "config.json")
 
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -142,16 +158,37 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
                 f"{folder / WEIGHTS}: tensor {name} has shape {tensors[name].shape}, "
                 f"config.json asks for {expected[name]}"
             )
-    return {name: tensors[name].astype(np.float32, copy=False) for name in expected}
+    weights = {name: tensors[name].astype(np.float32, copy=False) for name in expected}
+    if spoilt := not_finite(weights):
+        raise UserError(
+            f"{folder / WEIGHTS}: tensor {spoilt} has values that are not finite; the model is "
+            "spoilt, and no use can be made of it"
+        )
+    return weights
 
 
 def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Optimiser tensors and `train_state.json` of a training checkpoint."""
     if not (folder / STATE).is_file():
         raise UserError(
-            f"{folder}: has no {STATE}, so training cannot resume from it; use --init {folder}"
+            f"{folder}: has no {STATE}, so training cannot resume from it; use --init "
+            f"{shlex.quote(str(folder))}"
         )
-    return _load_tensors(folder / STATE), _read_json(folder / STATE_INFO)
+    info = read_json(folder / STATE_INFO)
+    if info.get("format") != STATE_FORMAT:
+        raise UserError(
+            f"{folder / STATE_INFO}: format {shown(info.get('format'))}, and this version reads "
+            f"{STATE_FORMAT}; resume with the version of mlx_mla that wrote it, or start a new run "
+            "with --init"
+        )
+    step, loss = info.get("step"), info.get("val_loss", "missing")
+    measured = loss is None or (type(loss) in (int, float) and math.isfinite(loss))
+    if type(step) is not int or step < 0 or not measured:
+        raise UserError(f"{folder / STATE_INFO}: damaged, it names no step and loss")
+    tensors = _load_tensors(folder / STATE)
+    if spoilt := not_finite(tensors):
+        raise UserError(f"{folder / STATE}: tensor {spoilt} has values that are not finite")
+    return tensors, info
 
 
 def damage(folder: Path, training: bool = True) -> str | None:
@@ -166,21 +203,44 @@ def damage(folder: Path, training: bool = True) -> str | None:
     sums = folder / SUMS
     if not sums.is_file():
         return None
-    for line in sums.read_text(encoding="utf-8").splitlines():
-        expected, _, name = line.partition("  ")
+    try:
+        lines = read_text(sums, LARGEST_TEXT).splitlines()
+    except UserError:
+        return f"{SUMS} cannot be read"
+    listed = dict(line.partition("  ")[::2][::-1] for line in lines)
+    for pattern in _OURS:
+        for path in folder.glob(pattern):
+            if path.name not in listed:
+                return f"{SUMS} is truncated ({path.name} is not in it)"
+    for name, expected in listed.items():
         path = folder / name
         if name in (STATE, STATE_INFO) and not training:
             continue
-        if not path.is_file():
+        if path.name != name or not path.is_file():
             return f"{name} is missing"
         if sha256(path) != expected:
             return f"{name} is truncated or changed (its sha256 differs)"
     return None
 
 
+def spoilt(folder: Path) -> str | None:
+    """Which tensor of a training checkpoint holds values that are not finite, in a few words; None
+    if none does. No run saves such, but an earlier version could."""
+    for name in (WEIGHTS, STATE):
+        if tensor := not_finite(_load_tensors(folder / name)):
+            return f"{tensor} in {name} is not finite"
+    return None
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first."""
-    return sorted((p for p in (run / "checkpoints").glob("step-*") if p.is_dir()), key=step_of)
+    """The checkpoints of a run folder, oldest first; other folders there, such as copies of them,
+    are none."""
+    folders = (p for p in (run / "checkpoints").glob("step-*") if _is_checkpoint(p))
+    return sorted(folders, key=step_of)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"step-[0-9]{6,18}", path.name) is not None and path.is_dir()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -193,9 +253,10 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def latest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder, or None if it has none."""
-    with contextlib.suppress(OSError):
-        named = run / "checkpoints" / (run / "latest").read_text(encoding="utf-8").strip()
-        if named.is_dir():
+    with contextlib.suppress(UserError):
+        name = read_text(run / "latest", 100).strip()
+        named = run / "checkpoints" / name
+        if named.name == name and _is_checkpoint(named):
             return named
     # The run died between the rename and the update of `latest`; a checkpoint is whole if it is
     # there.
@@ -210,9 +271,7 @@ def prune(run: Path, keep: int, newest: int) -> None:
         newest: Step just saved. Checkpoints after it, of a run that was resumed from an earlier
             step, do not count and stay until they are written anew.
     """
-    folder = run / "checkpoints"
-    for leftover in [*folder.glob(".step-*.tmp-*"), *folder.glob(".step-*.old-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    clear_leftovers(run / "checkpoints", "step-*")
     if keep:
         for old in [c for c in checkpoints(run) if step_of(c) <= newest][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -246,7 +305,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     save_file(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()}, str(path), {"format": "mlx"}
     )
-    path.chmod(0o644)  # safetensors makes its files private
+    give_usual_mode(path)  # safetensors makes its files private
 
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -254,21 +313,9 @@ def _load_tensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the folder has no weights") from None
-    except (SafetensorError, OSError, KeyError) as e:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values

@@ -5,14 +5,22 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 from mlx_mla import hints
 from mlx_mla.errors import UserError
+from mlx_mla.output import Output, shortened
+from mlx_mla.text import encodable
+
+# What libraries have to say is not for the readers of our lines; whoever wants it sets these.
+for _library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+    os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
 T = TypeVar("T")
 
@@ -50,33 +58,80 @@ def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = 
     return result
 
 
-def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+def run(
+    main: Callable[[Sequence[str]], int],
+    argv: Sequence[str] | None = None,
+    *,
+    needs_reader: bool = True,
+) -> int:
     """Run a command's body and turn what it raises into the documented exit codes.
 
     Hints that the body has added (`mlx_mla.hints`) are printed once it has succeeded, and only
     then.
 
+    Args:
+        main: The body; gets the arguments.
+        argv: The arguments; None: those of the process.
+        needs_reader: Whether the command ends once nobody reads its output. Training goes on.
+
     Returns:
-        0 done; 2 the user's input was wrong, told in one line on stderr; 130 stopped by Ctrl-C. A
-        fault of ours escapes as a traceback, which Python ends with 1.
+        0 done; 2 the user's input was wrong or the system refused a file, told in one line on
+        stderr; 130 stopped by Ctrl-C. A fault of ours escapes as a traceback, which Python ends
+        with 1.
     """
     hints.drop()
-    try:
-        code = main(sys.argv[1:] if argv is None else argv)
-        if code == 0:
-            hints.say()
-        return code
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see mlx_mla/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    argv = sys.argv[1:] if argv is None else argv
+    with _streams(needs_reader):
+        try:
+            _check_text(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            if code == 0:
+                hints.say()
+            return code
+        except BrokenPipeError:
+            return 0  # the reader of our output (head, less) has gone, which is no error
+        except UserError as e:
+            problem = str(e)
+        except OSError as e:
+            if e.errno is None:
+                raise
+            where = "" if e.filename is None else f"{e.filename}: "
+            problem = f"{where}{e.strerror or e}"
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        print(shortened(f"error: {problem}", argv), file=sys.stderr)
         return EXIT_USER
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone, which is no error; Python must not flush
-        # to it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _streams(needs_reader: bool) -> Iterator[None]:
+    """Print what a terminal lacks as escapes, and libraries' warnings not at all."""
+    out = Output(sys.stdout, "standard output", go_on=not needs_reader)
+    err = Output(sys.stderr, "standard error", go_on=True)
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        if not sys.warnoptions:  # -W and PYTHONWARNINGS ask for them
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _check_text(argv: Sequence[str]) -> None:
+    """Refuse arguments that are no text: neither a tokenizer nor a settings file takes their
+    bytes."""
+    for argument in argv:
+        if not encodable(argument):
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            raise UserError(
+                f"the argument {shown} is not text in UTF-8; "
+                "encode it anew, or give the file a name in UTF-8"
+            )
 
 
 def _known_flags(command: type, prog: str, default: object) -> list[str]:
@@ -88,12 +143,11 @@ def _known_flags(command: type, prog: str, default: object) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message in the box that tyro draws around an error: what stands before its first rule."""
-    text = []
-    for raw in box.splitlines():
-        line = raw.strip("│╭╮╰╯─ \t")
-        if raw.startswith("│") and not line:
+    """The message in tyro's box, drawn in Unicode or ASCII: between its title and its next rule."""
+    text: list[str] = []
+    for line in box.splitlines()[1:]:
+        if line.strip("│╰╯─- \t"):
+            text.append(line.strip("│ \t"))
+        elif text:
             break
-        if line and not raw.startswith("╭"):
-            text.append(line)
     return " ".join(text).rstrip(".")

@@ -8,7 +8,9 @@ from typing import Any, Literal, Optional
 
 from tyro.conf import OmitArgPrefixes
 
-from mlx_mla.errors import UserError
+from mlx_mla.attention import KINDS, Attention, AttentionName, meaningless_fields
+from mlx_mla.errors import UserError, flag
+from mlx_mla.fields import Bounds, at_least_1, check_bounds, not_negative, positive, typed
 
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
@@ -18,16 +20,46 @@ TokenizerName = Literal["bytes", "gpt2"]
 TOKENIZER_IDS: dict[TokenizerName, int] = {"bytes": 257, "gpt2": 50257}
 """Token ids of each tokenizer: the 256 bytes, or GPT-2's byte pairs, and <|endoftext|>."""
 
-MLA_ONLY = (
-    "kv_lora_rank",
-    "kv_lora_ranks",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "latent_norm",
-)
-"""Fields of the model that mean nothing to multi-head attention."""
+MAX_SEED = 2**63 - 1
+"""Largest seed that every generator and TOML take."""
 
+_width = at_least_1(2**20)
+MODEL_BOUNDS = {
+    "n_layer": at_least_1(1000),
+    **dict.fromkeys(("n_head", "n_embd", "n_inner", "n_positions", "vocab_size"), _width),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), _width),
+    **dict.fromkeys(("head_dim", "num_key_value_heads"), _width),
+    "num_kv_shared_layers": not_negative(1000),
+    "kv_lora_ranks": Bounds(
+        "", -math.inf, 2**20
+    ),  # that they are positive is said with their count
+    "qk_rope_head_dim": Bounds("be even and not negative", 0, 2**20),
+    "rope_theta": Bounds("be at least 1", 1, 1e12),
+    "layer_norm_epsilon": Bounds("be at least 1e-12", 1e-12, 1),
+}
+"""What the model's numbers may be, wherever they come from. A larger model than the upper bounds
+allow is a damaged file or a slip of the hand."""
+
+TRAIN_BOUNDS = {
+    **dict.fromkeys(("steps", "eval_limit", "log_every"), at_least_1(2**31 - 1)),
+    **dict.fromkeys(("batch_size", "grad_accum_steps"), at_least_1(2**20)),
+    "tokens_per_step": at_least_1(2**28),
+    **dict.fromkeys(
+        (
+            *("warmup_steps", "eval_every", "eval_batches", "final_eval_batches", "save_every"),
+            *("keep", "sample_tokens", "sample_every", "checkpoint_every", "loss_chunk"),
+        ),
+        not_negative(2**31 - 1),
+    ),
+    **dict.fromkeys(("grad_clip", "adam_epsilon"), not_negative(1e30)),
+    "weight_decay": not_negative(1000),
+    # Far above any use, and such that their products stay within float32.
+    **dict.fromkeys(("learning_rate", "muon_learning_rate"), positive(1e30)),
+    "initializer_range": not_negative(100),
+    "seed": not_negative(MAX_SEED),
+    "teacher_temperature": Bounds("be at least 0.001", 0.001, 1000),
+}
+"""The same for the numbers of a training run."""
 
 LARGE_LOGITS = 64 * 2**20
 """Bytes of a pass's float32 logits above which the loss takes them in chunks."""
@@ -40,22 +72,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
-
-
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
     """Shape of the transformer, in the names of GPT-2 and DeepSeek; this is what config.json
     holds."""
 
-    attention: Literal["mla", "mha"] = "mla"
+    attention: AttentionName = "mla"
     """"mla" caches one latent per token; "mha" is GPT-2's own attention."""
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
-    """Attention heads; must divide n_embd."""
+    """Attention heads; must divide n_embd, or come with head_dim."""
     n_embd: int = 768
     """Width of the residual stream."""
     n_inner: Optional[int] = None
@@ -64,24 +91,37 @@ class ModelConfig:
     """Longest context, in tokens."""
     vocab_size: Optional[int] = None
     """Rows of the embedding. None: as many as the tokenizer has."""
+    position_embedding_type: Optional[Literal["learned", "rope"]] = None
+    """"learned" adds a table of positions to the embedding; "rope" rotates queries and keys: whole
+    with "mha", a part beside the latent with "mla". None: "rope" where qk_rope_head_dim > 0."""
+    head_dim: Optional[int] = None
+    """Width of a head: of queries, keys and values; with "mla" of the part without RoPE (DeepSeek's
+    qk_nope_head_dim). None: n_embd / n_head."""
+    num_key_value_heads: Optional[int] = None
+    """MHA: heads of keys and values, each for as many heads of queries: grouped-query attention,
+    and with 1 multi-query attention. None: n_head."""
     kv_lora_rank: Optional[int] = None
     """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of
     kv_lora_ranks."""
     kv_lora_ranks: Optional[list[int]] = None
-    """MLA: that width for every layer, where they differ. None: kv_lora_rank for all."""
+    """MLA: that width for every layer with a latent of its own, where they differ. None:
+    kv_lora_rank for all."""
+    num_kv_shared_layers: int = 0
+    """MLA: the last so many layers cache nothing and read the latent (and the RoPE key) of the last
+    layer before them, each with its own up-projection (Gemma 3n's name). 0: none."""
     q_lora_rank: Optional[int] = None
     """MLA: width of a query latent, as in DeepSeek-V2. None: queries are projected directly."""
     qk_rope_head_dim: int = 0
     """MLA: width of the decoupled RoPE part of queries and keys; it replaces the learned positions.
     0: off."""
     v_head_dim: Optional[int] = None
-    """MLA: width of a value head. None: n_embd / n_head."""
+    """MLA: width of a value head. None: head_dim."""
     latent_norm: bool = False
     """MLA: RMSNorm on the latents, as in DeepSeek-V2."""
     attention_bias: Optional[bool] = None
     """Bias on the projections that read x. None: only for "mha", as in GPT-2."""
     rope_theta: float = 10000.0
-    """Base wavelength of the RoPE part; used only where qk_rope_head_dim > 0."""
+    """Base of RoPE's wavelengths."""
     activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
     """"gelu_new" is GPT-2's tanh approximation, "gelu" the exact function."""
     layer_norm_epsilon: float = 1e-5
@@ -99,14 +139,14 @@ class ModelConfig:
             UserError: For an impossible value; the message names the option.
         """
         c = dataclasses.replace(self)
-        for name in ("n_layer", "n_head", "n_embd", "n_positions"):
-            if getattr(c, name) < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
-        if c.n_embd % c.n_head:
+        check_bounds(c, MODEL_BOUNDS)
+        if c.head_dim is None and c.n_embd % c.n_head:
             raise UserError(
                 f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; "
                 f"try {flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
             )
+        if c.head_dim is not None and c.head_dim < 1:
+            raise UserError(f"--head-dim must be at least 1, not {c.head_dim}")
         if not 0 <= c.dropout < 1:
             raise UserError(f"--dropout must be in [0, 1), not {c.dropout}")
         if c.n_inner is None:
@@ -122,69 +162,44 @@ class ModelConfig:
                 f"use at least {tokenizer_size}, or leave it out"
             )
         if c.attention_bias is None:
-            c.attention_bias = c.attention == "mha"
-        self._resolve_mha(c) if c.attention == "mha" else self._resolve_mla(c)
-        for name in ("n_inner", "vocab_size"):
-            if getattr(c, name) < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {getattr(c, name)}")
+            c.attention_bias = KINDS[c.attention].biased
+        for name in meaningless_fields(c.attention):
+            if getattr(c, name):
+                raise UserError(
+                    f"{flag(name)} has no meaning with --attention {c.attention}; leave it out"
+                )
+        KINDS[c.attention].resolve(c)
         return c
 
-    @staticmethod
-    def _resolve_mha(c: "ModelConfig") -> None:
-        for name in MLA_ONLY:
-            if getattr(c, name):
-                raise UserError(f"{flag(name)} has no meaning with --attention mha; leave it out")
-
-    @staticmethod
-    def _resolve_mla(c: "ModelConfig") -> None:
-        if c.kv_lora_ranks is not None:
-            if len(c.kv_lora_ranks) != c.n_layer or min(c.kv_lora_ranks) < 1:
-                raise UserError(
-                    f"--kv-lora-ranks needs {c.n_layer} widths of at least 1, one for each layer, "
-                    f"not {' '.join(map(str, c.kv_lora_ranks))}"
-                )
-            if c.kv_lora_rank not in (None, max(c.kv_lora_ranks)):
-                raise UserError(
-                    f"--kv-lora-rank {c.kv_lora_rank} is not the largest of --kv-lora-ranks; "
-                    f"use {max(c.kv_lora_ranks)}, or leave out one of the two"
-                )
-            c.kv_lora_rank = max(c.kv_lora_ranks)
-        if c.kv_lora_rank is None:
-            c.kv_lora_rank = max(1, c.n_embd // 2)
-        if c.v_head_dim is None:
-            c.v_head_dim = c.n_embd // c.n_head
-        for name in ("kv_lora_rank", "v_head_dim", "q_lora_rank"):
-            value = getattr(c, name)
-            if value is not None and value < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {value}")
-        if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
-            raise UserError(
-                f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}"
-            )
-
     @property
-    def latent_ranks(self) -> list[int]:
-        """Width of the key/value latent of every layer of a resolved MLA configuration."""
-        assert self.attention == "mla" and self.kv_lora_rank
-        return self.kv_lora_ranks or [self.kv_lora_rank] * self.n_layer
-
-    @property
-    def attention_text(self) -> str:
-        """The kind of attention in a few words."""
-        if self.attention == "mha":
-            return "multi-head attention"
-        ranks = ", ".join(map(str, self.kv_lora_ranks)) if self.kv_lora_ranks else self.kv_lora_rank
-        return f"Multi-head Latent Attention, kv_lora_rank {ranks}"
+    def kind(self) -> Attention:
+        """The attention of a resolved configuration: its shapes, widths, costs and words."""
+        return KINDS[self.attention](self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, without those that are None."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Read the model's fields out of a config.json, ignoring what other tools keep there."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in names})
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
+        """Read the model's fields out of a config.json, ignoring what other tools keep there.
+
+        Args:
+            where: Name of the file, for messages.
+
+        Raises:
+            UserError: For a value of another type.
+        """
+        return cls(**typed(cls, values, where))
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str) -> "ModelConfig":
+        """As `from_dict`, and resolved; every error names the file."""
+        config = cls.from_dict(values, where)
+        try:
+            return config.resolved()
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -192,8 +207,8 @@ class TrainConfig:
     """Settings of a training run; `config.toml` in the run folder holds them all."""
 
     preset: str = "nano"
-    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128 or
-    gpt2-124m."""
+    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128,
+    mla-124m-rope, gpt2-124m or gpt2-124m-rope."""
     data: str = "builtin"
     """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one;
     also those of build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with
@@ -327,40 +342,7 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""
-        for name in (
-            "steps",
-            "batch_size",
-            "tokens_per_step",
-            "grad_accum_steps",
-            "log_every",
-            "eval_limit",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "grad_clip",
-            "eval_every",
-            "eval_batches",
-            "final_eval_batches",
-            "save_every",
-            "keep",
-            "sample_tokens",
-            "sample_every",
-            "seed",
-            "adam_epsilon",
-            "initializer_range",
-            "checkpoint_every",
-            "loss_chunk",
-        ):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{flag(name)} must not be negative, not {value}")
-        for name in ("learning_rate", "muon_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{flag(name)} must be positive, not {value}")
+        check_bounds(self, TRAIN_BOUNDS)
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction must be between 0 and 1, not {self.val_fraction}")
         for name in ("min_lr_ratio", "beta1", "beta2"):
@@ -447,6 +429,4 @@ class TrainConfig:
         temperature = 1.0 if self.teacher_temperature is None else self.teacher_temperature
         if not 0 <= weight <= 1:
             raise UserError(f"--teacher-weight must be from 0 to 1, not {weight}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise UserError(f"--teacher-temperature must be positive, not {temperature}")
         return weight, temperature

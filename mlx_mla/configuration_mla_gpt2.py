@@ -32,8 +32,12 @@ class MLAGPT2Config(PretrainedConfig):
         n_head: int = 12,
         n_inner: int | None = None,
         attention: str = "mla",
+        position_embedding_type: str | None = None,
+        head_dim: int | None = None,
+        num_key_value_heads: int | None = None,
         kv_lora_rank: int | None = None,
         kv_lora_ranks: list[int] | None = None,
+        num_kv_shared_layers: int = 0,
         q_lora_rank: int | None = None,
         qk_rope_head_dim: int = 0,
         v_head_dim: int | None = None,
@@ -54,8 +58,28 @@ class MLAGPT2Config(PretrainedConfig):
             raise ValueError(
                 f"activation_function must be 'gelu_new' or 'gelu', not {activation_function!r}"
             )
-        if n_embd % n_head:
+        if head_dim is None and n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
+        if num_key_value_heads and n_head % num_key_value_heads:
+            raise ValueError(
+                f"n_head {n_head} is not divisible by num_key_value_heads {num_key_value_heads}"
+            )
+        if not 0 <= num_kv_shared_layers < n_layer:
+            raise ValueError(
+                f"num_kv_shared_layers must be from 0 to {n_layer - 1}, not {num_kv_shared_layers}"
+            )
+        if position_embedding_type is None:
+            position_embedding_type = "rope" if qk_rope_head_dim else "learned"
+        if position_embedding_type not in ("learned", "rope"):
+            raise ValueError(
+                "position_embedding_type must be 'learned' or 'rope', not "
+                f"{position_embedding_type!r}"
+            )
+        if attention == "mla" and (position_embedding_type == "rope") != bool(qk_rope_head_dim):
+            raise ValueError(
+                f"position_embedding_type {position_embedding_type!r} does not go with "
+                f"qk_rope_head_dim {qk_rope_head_dim}"
+            )
         self.vocab_size = vocab_size
         self.n_positions = n_positions
         self.n_embd = n_embd
@@ -63,13 +87,18 @@ class MLAGPT2Config(PretrainedConfig):
         self.n_head = n_head
         self.n_inner = n_inner or 4 * n_embd
         self.attention = attention
+        self.position_embedding_type = position_embedding_type
+        self.head_dim = head_dim or n_embd // n_head
+        if attention == "mha":
+            self.num_key_value_heads = num_key_value_heads or n_head
         self.kv_lora_rank = (
             n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
         )
         self.kv_lora_ranks = kv_lora_ranks
+        self.num_kv_shared_layers = num_kv_shared_layers
         self.q_lora_rank = q_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
-        self.v_head_dim = v_head_dim or n_embd // n_head
+        self.v_head_dim = v_head_dim or self.head_dim
         self.latent_norm = latent_norm
         self.attention_bias = attention == "mha" if attention_bias is None else attention_bias
         self.rope_theta = rope_theta

@@ -17,6 +17,11 @@ from rich.progress import (
 )
 
 
+def plain_console(stderr: bool = False) -> Console:
+    """A console that shows text as it is: no markup, whatever names have in them, and no breaks."""
+    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+
+
 class TrainDisplay:
     """Progress of a training run.
 
@@ -85,8 +90,12 @@ class TrainDisplay:
 
     def task(self, step: int, name: str, metrics: Mapping[str, Any]) -> None:
         """Report a task's metrics with their standard errors."""
-        names = [key for key in metrics if f"{key}_stderr" in metrics]
-        values = [f"{key} {metrics[key]:.4g} ± {metrics[f'{key}_stderr']:.2g}" for key in names]
+        values = []
+        for key in (key for key in metrics if f"{key}_stderr" in metrics):
+            spread = f"± {metrics[f'{key}_stderr']:.2g}"
+            if f"{key}_low" in metrics:  # a share, whose interval is never empty
+                spread = f"({metrics[f'{key}_low']:.3g} - {metrics[f'{key}_high']:.3g})"
+            values.append(f"{key} {metrics[key]:.4g} {spread}")
         self.say(f"step {step}/{self._total}  {name}  {'  '.join(values)}")
 
     def say(self, text: str) -> None:

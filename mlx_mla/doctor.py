@@ -4,6 +4,7 @@ MLX and PyTorch are measured in a process each, so that neither sees the other's
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -59,6 +60,11 @@ def examine() -> tuple[list[str], list[str]]:
     ]
     advice = []
     for name in get_args(BackendName):
+        if name == "torch" and importlib.util.find_spec(name) is None:
+            lines.append(
+                _row("PyTorch", "not installed; only what names it needs it (pip install torch)")
+            )
+            continue
         found = _run_probe(name)
         if "error" in found:
             lines.append(_row(name, f"does not work: {found['error']}"))
@@ -68,7 +74,8 @@ def examine() -> tuple[list[str], list[str]]:
                 )
             else:
                 advice.append(
-                    "for the PyTorch side of comparisons: pip install torch (not needed for MLX)"
+                    "install PyTorch again, for --backend torch: "
+                    "pip install --force-reinstall torch"
                 )
             continue
         lines += [_row(key, value) for key, value in found["facts"].items()]

@@ -1,4 +1,17 @@
-"""The one exception that means "the user's input was wrong"."""
+"""The one exception that means "the user's input was wrong", and how its messages quote a value."""
+
+import reprlib
+from typing import Any
+
+_LONGEST = 60
+_quote = reprlib.Repr()
+_quote.maxstring = _quote.maxother = _quote.maxlong = _LONGEST
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: short, however long or deep it is."""
+    text = _quote.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 class UserError(ValueError):
@@ -7,3 +20,8 @@ class UserError(ValueError):
     Commands print the message to stderr and exit with code 2, without a traceback. Anything else
     that escapes is a fault of this project.
     """
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting, for messages."""
+    return "--" + name.replace("_", "-")

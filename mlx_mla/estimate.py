@@ -3,9 +3,13 @@
 import dataclasses
 
 from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.errors import UserError
+from mlx_mla.machine import physical_memory
 from mlx_mla.weights import is_hidden_matrix, num_parameters, parameter_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
+BEYOND = 4
+"""Times the machine's memory that a step may take by estimate; less than that it may well swap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,25 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
         gradient_bytes=gradients,
         activation_bytes=max(0, _peak_of_pass(config, fused_attention) - 4 * n),
         cache_bytes_per_token=cache_bytes_per_token(m, 2),
-        mha_cache_bytes_per_token=2 * m.n_layer * m.n_embd * 2,
+        mha_cache_bytes_per_token=2 * m.n_layer * m.n_embd * BYTES["bfloat16"],
     )
+
+
+def check_memory(config: TrainConfig, fused_attention: bool) -> None:
+    """UserError for a resolved configuration that needs many times the memory of this machine,
+    where no swapping helps: its weights could not even be drawn.
+
+    Args:
+        fused_attention: As for `estimate`.
+    """
+    needed, there = estimate(config, fused_attention).total_bytes, physical_memory()
+    # Token ids and places of the batches of a step, which are read before it.
+    needed += (8 + 200 // config.context) * config.step_tokens
+    if needed > BEYOND * there:
+        raise UserError(
+            f"a step takes about {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:.0f}; "
+            "give a smaller model, --batch-size or --seq-len (--dry-run says what takes how much)"
+        )
 
 
 def report(config: TrainConfig) -> str:
@@ -71,9 +92,8 @@ def report(config: TrainConfig) -> str:
     unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
     m = config.model
     tokens = config.steps * config.step_tokens
-    ratio = unfused.mha_cache_bytes_per_token / unfused.cache_bytes_per_token
     rows = {
-        "model": f"{config.preset}: {m.attention_text}, {m.n_layer} layers, {m.n_head} heads, "
+        "model": f"{config.preset}: {m.kind.text}, {m.n_layer} layers, {m.n_head} heads, "
         f"{m.n_embd} wide, "
         f"context {m.n_positions}, vocabulary {m.vocab_size}",
         "parameters": f"{unfused.parameters:,}",
@@ -83,8 +103,7 @@ def report(config: TrainConfig) -> str:
         f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
         "memory, CPU": _memory(unfused),
         "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",
-        "cache per token": f"{unfused.cache_bytes_per_token:,} bytes in 16 bits, "
-        f"{ratio:.3g}x smaller than MHA's {unfused.mha_cache_bytes_per_token:,}",
+        "cache per token": _cache(unfused),
     }
     return (
         "\n".join(f"{name:<21}{value}" for name, value in rows.items())
@@ -98,6 +117,15 @@ def _memory(e: Estimate) -> str:
         f"{_size(e.gradient_bytes)}, "
         f"AdamW {_size(e.optimizer_bytes)}, activations {_size(e.activation_bytes)}"
     )
+
+
+def _cache(e: Estimate) -> str:
+    ratio = e.mha_cache_bytes_per_token / e.cache_bytes_per_token
+    size = f"{e.cache_bytes_per_token:,} bytes in 16 bits"
+    if ratio == 1:
+        return f"{size}, as MHA's"
+    than = f"{ratio:.3g}x smaller" if ratio > 1 else f"{1 / ratio:.3g}x larger"
+    return f"{size}, {than} than MHA's {e.mha_cache_bytes_per_token:,}"
 
 
 def _size(n: int) -> str:
@@ -144,18 +172,13 @@ def forward_flops_per_token(m: ModelConfig, context: int) -> int:
         for name, shape in parameter_shapes(m).items()
         if len(shape) == 2 and "wpe" not in name  # wte is the head's matrix
     )
-    key_width = m.n_embd // m.n_head + m.qk_rope_head_dim
-    value_width = m.v_head_dim or m.n_embd // m.n_head
     mean_keys = (context + 1) / 2
-    attention = 2 * m.n_layer * m.n_head * (key_width + value_width) * mean_keys
-    return int(2 * matrices + attention)
+    return int(2 * matrices + m.kind.score_flops() * mean_keys)
 
 
 def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
     """Bytes that decoding caches for one token of context, over all layers."""
-    if m.attention == "mha":
-        return m.n_layer * 2 * m.n_embd * bytes_per_value
-    return sum(rank + m.qk_rope_head_dim for rank in m.latent_ranks) * bytes_per_value
+    return m.kind.cached_values() * bytes_per_value
 
 
 def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
@@ -172,15 +195,8 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     n, half = num_parameters(m), config.dtype != "float32"
     # In bfloat16 some values of a block stay float32.
     width = 2.15 if half else 4
-    value_width = m.n_head * (m.v_head_dim or m.n_embd // m.n_head)
-    key_width = m.n_head * (m.n_embd // m.n_head + m.qk_rope_head_dim)
-    latent = cache_bytes_per_token(m, 1) / m.n_layer if m.attention == "mla" else 0
     scores = 0 if fused else m.n_head * config.context
-    kept = (
-        (8.5 * m.n_embd + latent + 2 * key_width + 2 * value_width + 3.75 * m.n_inner + scores)
-        * width
-        * tokens
-    )
+    kept = (8.5 * m.n_embd + m.kind.kept_values() + 3.75 * m.n_inner + scores) * width * tokens
     working = (
         max(5 * m.n_inner + scores, 22 * m.n_embd + 2 * scores) * width * tokens
     )  # MLP, attention

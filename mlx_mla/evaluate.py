@@ -1,18 +1,22 @@
 """Evaluate models: `python -m mlx_mla.evaluate`."""
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from mlx_mla import cli
 from mlx_mla.backends import get_backend
+from mlx_mla.backends.contract import Backend
 from mlx_mla.config import BackendName, DeviceName, DType
+from mlx_mla.decoding.request import outside
+from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation import report
 from mlx_mla.evaluation.item_store import ItemStore
@@ -28,6 +32,7 @@ from mlx_mla.evaluation.runner import (
 from mlx_mla.evaluation.scoring import Scorer
 from mlx_mla.evaluation.tasks import TASKS, Measured, Task
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
+from mlx_mla.locks import locked
 
 PROG = "python -m mlx_mla.evaluate"
 SPEED = "speed"
@@ -70,7 +75,7 @@ class EvaluateCommand:
     """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
     where there is one."""
     out: Optional[Path] = None
-    """File for the results. None: only print."""
+    """File for the results, ending in .json. None: only print."""
     resume: bool = False
     """Go on with an interrupted run into the same --out."""
 
@@ -93,6 +98,21 @@ def _main(argv: Sequence[str]) -> int:
         name: load(TASKS[name], command.protocol, command.data_dir, command.limit, command.seed)
         for name in names if name != SPEED
     }  # fmt: skip
+    with contextlib.ExitStack() as lock:
+        if (out := command.out) is not None:
+            lock.enter_context(locked(out, out.with_suffix(".md"), out.with_suffix(".png")))
+        _evaluate(command, names, folders, backend, documents)
+    return 0
+
+
+def _evaluate(
+    command: EvaluateCommand,
+    names: Sequence[str],
+    folders: Sequence[Path],
+    backend: Backend,
+    documents: Mapping[str, Sequence[Any]],
+) -> None:
+    """Score every model on every task, print the results and write them."""
     evaluation = Evaluation(command)
     try:
         for name, folder in zip(command.model, folders):
@@ -109,7 +129,6 @@ def _main(argv: Sequence[str]) -> int:
     finally:  # what was finished is shown, whatever ended the run
         if any(row["tasks"] for row in evaluation.document["models"]):
             print(report.tables(evaluation.document), flush=True)
-    return 0
 
 
 def _check(command: EvaluateCommand) -> None:
@@ -123,10 +142,10 @@ def _check(command: EvaluateCommand) -> None:
         raise UserError("--model names a model twice")
     if command.resume and command.out is None:
         raise UserError("--resume needs --out, the file of the interrupted run")
-    if command.out is not None and command.out.exists() and not command.resume:
-        raise UserError(
-            f"{command.out}: exists; add --resume to go on with it, or give --out a new name"
-        )
+    if problem := outside("seed", command.seed):
+        raise UserError(f"--seed {problem}")
+    if command.out is not None:
+        report.claim(command.out, command.resume)
     if command.data_dir is not None and not command.data_dir.is_dir():
         raise UserError(f"--data-dir {command.data_dir}: no such folder")
 
@@ -160,10 +179,10 @@ class Evaluation:
         store = None
         if command.out is not None:
             settings = [row["model"], command.backend, command.dtype, task.name, command.protocol]
-            store = ItemStore(Path(f"{command.out}.items"), settings)
-        console = Console(stderr=True)
+            store = ItemStore(report.items_folder(command.out), settings)
+        console = plain_console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            shown = bar.add_task(f"{row['model']} {task.name}")
+            shown = bar.add_task(escape(f"{row['model']} {task.name}"))
             measured = prepared.run(
                 scorer, command.batch_size, store,
                 lambda finished, total: bar.update(shown, completed=finished, total=total),

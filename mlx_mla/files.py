@@ -1,17 +1,113 @@
-"""Files and folders that appear whole or not at all, with the checksums that tell."""
+"""Files read with what is wrong told, and written whole or not at all, with the checksums that
+tell."""
 
 import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlx_mla.errors import UserError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 SUMS = "SHA256SUMS"
+
+LARGEST_TEXT = 64 << 20
+"""Bytes of a settings file, index or manifest: far more than any of them has."""
+
+
+def read_text(path: Path, largest: int | None = None) -> str:
+    """A text file in UTF-8, without the byte-order mark that some editors put in front.
+
+    Args:
+        largest: Refuse more bytes than these.
+
+    Raises:
+        UserError: If it is missing, cannot be read, is larger, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(-1 if largest is None else largest + 1)
+        if largest is not None and len(data) > largest:
+            raise UserError(f"{path}: is larger than {largest:,} bytes; it is another kind of file")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return decoded(data, str(path))
+
+
+def decoded(data: bytes, where: str) -> str:
+    """UTF-8 bytes as text, without a byte-order mark; UserError naming the first byte that is not
+    UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {e.start:,})"
+        ) from None
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value that JSON text spells.
+
+    Args:
+        where: Name of its source, for messages.
+
+    Raises:
+        UserError: If it is no JSON, is nested too deeply, or has an integer of thousands of digits.
+    """
+    if isinstance(text, bytes):
+        text = decoded(text, where)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid JSON ({_fault(e)})") from None
+
+
+def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """As `parse_json`, for text that must spell an object."""
+    values = parse_json(text, where)
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: not a JSON object, but {type(values).__name__}")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; UserError naming the file and the fault."""
+    return parse_json_object(read_text(path, LARGEST_TEXT), str(path))
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The values in TOML text; UserError with the place of the fault."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid TOML: {_fault(e)}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file; UserError naming the file and the fault."""
+    return parse_toml(read_text(path, LARGEST_TEXT), str(path))
+
+
+def _fault(error: Exception) -> str:
+    """What a parser found, in words that make sense in a message."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if "set_int_max_str_digits" in str(error):
+        return "a number of thousands of digits"
+    return str(error)
 
 
 @contextlib.contextmanager
@@ -20,14 +116,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     The caller fills the temporary folder it is given. On leaving, its files are listed in
     SHA256SUMS, synced, and the folder is renamed to `target`, replacing one that is there. On an
-    error the temporary folder is removed and `target` is left as it was.
+    error the temporary folder is removed and `target` is left as it was. What a kill leaves behind
+    is cleared by `clear_leftovers`.
 
     Raises:
         UserError: If the disk is full or refuses to be written; the message names `target`.
     """
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    temporary = _temporary(target)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         files = sorted(p for p in temporary.iterdir() if p.is_file())
@@ -36,7 +132,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         for path in [*files, temporary / SUMS, temporary]:
             _fsync(path)
         if target.exists():
-            old = target.with_name(f".{target.name}.old-{os.getpid()}")
+            old = _temporary(target, "old")
             os.rename(target, old)
             os.rename(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
@@ -55,43 +151,68 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name, or replaces the one there, only once it is whole
+    and on disk; with the mode that the umask gives.
+
+    Raises:
+        UserError: If the disk is full or refuses to be written; the message names `path`.
+    """
+    temporary = _temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _fsync(temporary)
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync(path.parent)
     except OSError as e:
         raise UserError(f"{path}: could not be written: {e.strerror or e}") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, in UTF-8.
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
 
-    Raises:
-        UserError: Naming the file, if it cannot be read or holds something else.
+
+def clear_leftovers(folder: Path, *names: str) -> None:
+    """Remove what killed commands left half-written beside files or folders, and put back what they
+    were about to replace. Only for who holds the lock of `folder`.
+
+    Args:
+        names: Of the files and folders, or patterns of them.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 (at byte {e.start}), as JSON must be") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    except RecursionError:
-        raise UserError(f"{path}: its JSON is nested too deeply to be read") from None
-    except ValueError:
-        raise UserError(f"{path}: holds a number of thousands of digits") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object, but {type(values).__name__}")
-    return values
+    for name in names:
+        for old in folder.glob(f".{name}.old-*"):
+            replaced = folder / old.name[1:].rpartition(".old-")[0]
+            if not replaced.exists():
+                with contextlib.suppress(OSError):
+                    os.rename(old, replaced)
+        for leftover in [*folder.glob(f".{name}.tmp-*"), *folder.glob(f".{name}.old-*")]:
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    leftover.unlink(missing_ok=True)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Give a file the mode that the umask gives new ones; some libraries make theirs private."""
+    probe = _temporary(path)
+    with probe.open("xb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    probe.unlink()
+    path.chmod(stat.S_IMODE(mode))
+
+
+def _temporary(path: Path, kind: str = "tmp") -> Path:
+    """A name beside a path that nobody can guess, for what becomes that path or was it."""
+    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(8)}")
 
 
 def sha256(path: Path) -> str:

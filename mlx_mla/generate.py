@@ -14,6 +14,7 @@ from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.data import tokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
+from mlx_mla.text import decoded
 
 PROG = "python -m mlx_mla.generate"
 
@@ -66,8 +67,10 @@ def read_prompts(command: GenerateCommand) -> list[str]:
     """The prompts that the flags name; raises UserError if there is none, or two sources."""
     if (command.prompt is None) == (command.prompts_file is None):
         raise UserError("give either --prompt TEXT or --prompts-file FILE")
+    if command.prompt == "-":
+        return [decoded(sys.stdin.buffer.read(), "the prompt on standard input")]
     if command.prompt is not None:
-        return [sys.stdin.read() if command.prompt == "-" else command.prompt]
+        return [command.prompt]
     if command.prompt_cache or command.save_prompt_cache:
         raise UserError(
             "--prompt-cache and --save-prompt-cache take one --prompt, not --prompts-file"
@@ -75,9 +78,11 @@ def read_prompts(command: GenerateCommand) -> list[str]:
     path = command.prompts_file
     assert path is not None
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+        text = decoded(path.read_bytes(), f"{path}:")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; name a file of prompts") from None
+    # Lines as editors count them: Python's splitlines ends them at form feeds and U+2028, too.
+    prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{path}: has no prompts; put one on each line")
     return prompts

@@ -1,5 +1,7 @@
 """Find a model: a run folder, a model folder, or a repository on the Hugging Face hub."""
 
+import difflib
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -26,10 +28,12 @@ def find_model(name: str, revision: str | None = None) -> Path:
     path = Path(name)
     if path.exists():
         folder = checkpoint.model_folder(path)
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    elif is_hub_id(name):
         folder = checkpoint.model_folder(_download(name, revision))
     else:
-        raise UserError(f"{name}: no such folder, and not a hub id of the form owner/name")
+        raise UserError(
+            f"{name}: no such folder, and not a hub id of the form owner/name; {_near(path)}"
+        )
     if problem := checkpoint.damage(folder, training=False):
         older = (
             checkpoint.checkpoints(path)
@@ -40,6 +44,25 @@ def find_model(name: str, revision: str | None = None) -> Path:
         advice = f"the one before is {others[-1]}" if others else "restore it from a copy"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no local path is the hub's: owner/name, in its letters, and the owner
+    is no folder here, nor the one that runs go into."""
+    owner, slash, rest = name.partition("/")
+    letters = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)
+    local = owner == "runs" or owner.startswith(".") or Path(owner).exists()
+    return bool(slash and letters and rest.strip(".")) and not local
+
+
+def _near(path: Path) -> str:
+    """What the user may have meant by a path that is not there."""
+    try:
+        there = [p.name for p in path.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return "check the path"
+    close = difflib.get_close_matches(path.name, there, 1)
+    return f"did you mean {path.parent / close[0]}?" if close else "check the path"
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -18,14 +18,18 @@ output, so that the cached latents are read as they are:
 So do a few queries over many cached latents (the next part of a prompt, the check of a draft),
 where that is cheaper than expanding all of those.
 
+The last `num_kv_shared_layers` (Gemma 3n's name) have no W_down and cache nothing: each expands the
+latents of the last layer before them with a W_up of its own.
+
 Shape legend, used as suffixes of array names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
     N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
+    G num_key_value_heads (of multi-head attention)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +39,7 @@ from mlx_lm.models.base import (
     create_causal_mask,
     scaled_dot_product_attention,
 )
+from mlx_lm.models.cache import KVCache
 
 # (key, value) widths for which Metal's fused decode kernel takes many query heads on one shared key
 # head (MLX 0.32). Elsewhere the heads go in as rows of one matrix, so that unfused attention reads
@@ -64,8 +69,12 @@ class ModelArgs(BaseModelArgs):
     n_head: int = 12
     n_inner: Optional[int] = None
     attention: str = "mla"
+    position_embedding_type: Optional[str] = None
+    head_dim: Optional[int] = None
+    num_key_value_heads: Optional[int] = None
     kv_lora_rank: Optional[int] = None
     kv_lora_ranks: Optional[list[int]] = None
+    num_kv_shared_layers: int = 0
     q_lora_rank: Optional[int] = None
     qk_rope_head_dim: int = 0
     v_head_dim: Optional[int] = None
@@ -75,7 +84,8 @@ class ModelArgs(BaseModelArgs):
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
-    tokenizer_size: Optional[int] = None
+    eos_token_id: Any = None  # an id, or several in a list
+    tokenizer_size: Optional[int] = None  # rows past it pad the vocabulary
 
     def __post_init__(self) -> None:
         if self.attention not in ("mla", "mha"):
@@ -85,38 +95,89 @@ class ModelArgs(BaseModelArgs):
                 "activation_function must be 'gelu_new' or 'gelu', not "
                 f"{self.activation_function!r}"
             )
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
+        self.num_key_value_heads = self.num_key_value_heads or self.n_head
+        if self.n_head % self.num_key_value_heads:
+            raise ValueError(
+                f"n_head {self.n_head} is not divisible by num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.position_embedding_type is None:
+            self.position_embedding_type = "rope" if self.qk_rope_head_dim else "learned"
+        if self.position_embedding_type not in ("learned", "rope"):
+            raise ValueError(
+                "position_embedding_type must be 'learned' or 'rope', not "
+                f"{self.position_embedding_type!r}"
+            )
+        rope = self.position_embedding_type == "rope"
+        if self.attention == "mla" and rope != bool(self.qk_rope_head_dim):
+            raise ValueError(
+                f"position_embedding_type {self.position_embedding_type!r} does not go with "
+                f"qk_rope_head_dim {self.qk_rope_head_dim}"
+            )
+        latent_layers = self.n_layer - self.num_kv_shared_layers
+        if not 0 < latent_layers <= self.n_layer:
+            raise ValueError(
+                f"num_kv_shared_layers must be from 0 to {self.n_layer - 1}, not "
+                f"{self.num_kv_shared_layers}"
+            )
         if self.attention == "mla" and self.kv_lora_ranks is None:
-            self.kv_lora_ranks = [self.kv_lora_rank or self.n_embd // 2] * self.n_layer
+            self.kv_lora_ranks = [self.kv_lora_rank or self.n_embd // 2] * latent_layers
         if self.attention_bias is None:
             self.attention_bias = self.attention == "mha"
         self.n_inner = self.n_inner or 4 * self.n_embd
-        self.v_head_dim = self.v_head_dim or self.n_embd // self.n_head
+        self.v_head_dim = self.v_head_dim or self.head_dim
 
 
 class MultiHeadAttention(nn.Module):
-    """GPT-2's attention: keys and values of every head are computed once and cached."""
+    """GPT-2's attention: keys and values of every head are computed once and cached.
 
-    def __init__(self, args: ModelArgs):
+    With fewer heads of keys and values than of queries it is grouped-query attention
+    (arXiv:2305.13245), with one multi-query attention (arXiv:1911.02150).
+    """
+
+    def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        self.n_head = args.n_head
-        self.scale = (args.n_embd // args.n_head) ** -0.5
-        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.attention_bias)
-        self.c_proj = nn.Linear(args.n_embd, args.n_embd)
+        assert args.head_dim and args.num_key_value_heads  # ModelArgs fills them in
+        self.cache_index = layer
+        self.head_dim = args.head_dim
+        self.scale = args.head_dim**-0.5
+        self.rope_theta = args.rope_theta if args.position_embedding_type == "rope" else None
+        self.q_width = args.n_head * args.head_dim
+        self.kv_width = args.num_key_value_heads * args.head_dim
+        # One matmul reads x: [q | k | v].
+        self.c_attn = nn.Linear(
+            args.n_embd, self.q_width + 2 * self.kv_width, bias=args.attention_bias
+        )
+        self.c_proj = nn.Linear(self.q_width, args.n_embd)
 
     def __call__(
-        self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0
-    ) -> mx.array:
+        self,
+        x_BLD: mx.array,
+        mask: Any = None,
+        cache: Any = None,
+        offset: Any = 0,
+        latent: Optional[mx.array] = None,
+    ) -> tuple[mx.array, Optional[mx.array]]:
         B, L, _ = x_BLD.shape
-        q, k, v = (
-            a.reshape(B, L, self.n_head, -1).transpose(0, 2, 1, 3)
-            for a in mx.split(self.c_attn(x_BLD), 3, axis=-1)
+        q_BHLN, k_BGLN, v_BGLN = (
+            a.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)
+            for a in mx.split(
+                self.c_attn(x_BLD), [self.q_width, self.q_width + self.kv_width], axis=-1
+            )
         )
+        if self.rope_theta is not None:
+            q_BHLN = rotate(q_BHLN, self.rope_theta, offset)
+            k_BGLN = rotate(k_BGLN, self.rope_theta, offset)
         if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        out_BHLV = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
-        return self.c_proj(out_BHLV.transpose(0, 2, 1, 3).reshape(B, L, -1))
+            k_BGLN, v_BGLN = cache.update_and_fetch(k_BGLN, v_BGLN)
+        out_BHLV = scaled_dot_product_attention(
+            q_BHLN, k_BGLN, v_BGLN, cache=cache, scale=self.scale, mask=mask
+        )
+        return self.c_proj(out_BHLV.transpose(0, 2, 1, 3).reshape(B, L, -1)), latent
 
 
 class LatentAttention(nn.Module):
@@ -124,16 +185,23 @@ class LatentAttention(nn.Module):
 
     The cache holds the latent, followed by the shared RoPE key where there is one, as keys of shape
     (B, 1, T, R + P) beside values of width 0, so every mlx-lm cache and tool works unchanged.
+
+    Attributes:
+        layer: This layer's number.
+        latent_layer: Number of the layer whose latents it reads: its own, or the last before the
+            layers that share.
     """
 
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        assert args.kv_lora_ranks and args.v_head_dim  # ModelArgs fills them in
+        assert args.kv_lora_ranks and args.head_dim and args.v_head_dim  # ModelArgs fills them in
         self.n_head = args.n_head
-        self.qk_nope_head_dim = args.n_embd // args.n_head
+        self.qk_nope_head_dim = args.head_dim
         self.qk_rope_head_dim = args.qk_rope_head_dim
         self.v_head_dim = args.v_head_dim
-        self.kv_lora_rank = args.kv_lora_ranks[layer]
+        self.layer = layer
+        self.latent_layer = min(layer, args.n_layer - args.num_kv_shared_layers - 1)
+        self.kv_lora_rank = args.kv_lora_ranks[self.latent_layer]
         self.rope_theta = args.rope_theta
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
@@ -141,18 +209,16 @@ class LatentAttention(nn.Module):
 
         q_width = args.n_head * qk_head_dim
         self.q_width = args.q_lora_rank or q_width
+        has_latent = self.layer == self.latent_layer
+        latent_width = self.kv_lora_rank + self.qk_rope_head_dim if has_latent else 0
         # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
-        self.c_attn = nn.Linear(
-            args.n_embd,
-            self.q_width + self.kv_lora_rank + self.qk_rope_head_dim,
-            bias=args.attention_bias,
-        )
+        self.c_attn = nn.Linear(args.n_embd, self.q_width + latent_width, bias=args.attention_bias)
         if args.q_lora_rank:
             self.q_b_proj = nn.Linear(args.q_lora_rank, q_width, bias=False)
-        if args.latent_norm:
-            self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=args.layer_norm_epsilon)
-            if args.q_lora_rank:
+            if args.latent_norm:
                 self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=args.layer_norm_epsilon)
+        if args.latent_norm and has_latent:
+            self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=args.layer_norm_epsilon)
         # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's
         # kv_b_proj).
         self.kv_b_proj = nn.Linear(
@@ -160,23 +226,40 @@ class LatentAttention(nn.Module):
         )
         self.c_proj = nn.Linear(args.n_head * self.v_head_dim, args.n_embd)
 
+    @property
+    def cache_index(self) -> int:
+        """Which of the model's caches is this layer's."""
+        return self.layer if self.materialize_cache else self.latent_layer
+
     def __call__(
-        self, x_BLD: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0
-    ) -> mx.array:
+        self,
+        x_BLD: mx.array,
+        mask: Any = None,
+        cache: Any = None,
+        offset: Any = 0,
+        latent: Any = None,
+    ) -> tuple[mx.array, Any]:
+        """Attend from x.
+
+        Args:
+            offset: Position of the first token, an int or one for each row.
+            latent: What the layer before returned, which a layer without its own latents reads.
+
+        Returns:
+            The output (B, L, D), and the latents (B, 1, T, R + P): with a cache of latents all that
+            are in it, as it returned them (quantised or not), else those of x.
+        """
         B, L, _ = x_BLD.shape
-        q, c_BLR, k_rope_BLP = mx.split(
-            self.c_attn(x_BLD), [self.q_width, self.q_width + self.kv_lora_rank], axis=-1
-        )
-        if "kv_a_layernorm" in self:
-            c_BLR = self.kv_a_layernorm(c_BLR)
+        q, latent_BLW = mx.split(self.c_attn(x_BLD), [self.q_width], axis=-1)
         if "q_b_proj" in self:
             q = self.q_b_proj(self.q_a_layernorm(q) if "q_a_layernorm" in self else q)
         q_BHLN = q.reshape(B, L, self.n_head, -1).transpose(0, 2, 1, 3)
-        latent = c_BLR[:, None]
         if self.qk_rope_head_dim:
             q_BHLN, q_rope = mx.split(q_BHLN, [self.qk_nope_head_dim], axis=-1)
-            q_BHLN = mx.concatenate([q_BHLN, self._rope(q_rope, offset)], axis=-1)
-            latent = mx.concatenate([latent, self._rope(k_rope_BLP[:, None], offset)], axis=-1)
+            q_rope = rotate(q_rope, self.rope_theta, offset)
+            q_BHLN = mx.concatenate([q_BHLN, q_rope], axis=-1)
+        if self.layer == self.latent_layer:
+            latent = self._latent(latent_BLW, offset)
 
         if self.materialize_cache:
             k, v = self._expand(latent)
@@ -186,7 +269,7 @@ class LatentAttention(nn.Module):
                 q_BHLN, k, v, cache=cache, scale=self.scale, mask=mask
             )
         else:
-            if cache is not None:
+            if cache is not None and self.layer == self.latent_layer:
                 latent, _ = cache.update_and_fetch(latent, mx.zeros((B, 1, L, 0), latent.dtype))
             w_up = None
             if cache is not None and self._absorbing_is_cheaper(L, _length(latent)):
@@ -194,26 +277,27 @@ class LatentAttention(nn.Module):
             if w_up is not None:
                 out = self._attend_absorbed(q_BHLN, latent, cache, mask, *w_up)
             else:
+                whole = latent
                 if hasattr(cache, "bits"):
                     w, scales, biases = latent
-                    latent = mx.dequantize(
+                    whole = mx.dequantize(
                         w, scales, biases, group_size=cache.group_size, bits=cache.bits
                     )
-                k, v = self._expand(latent)
+                k, v = self._expand(whole)
                 out = mx.fast.scaled_dot_product_attention(
                     q_BHLN, k, v, scale=self.scale, mask=mask
                 )
-        return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)), latent
 
-    def _rope(self, x: mx.array, offset: Any) -> mx.array:
-        return mx.fast.rope(
-            x,
-            self.qk_rope_head_dim,
-            traditional=True,
-            base=self.rope_theta,
-            scale=1.0,
-            offset=offset,
-        )
+    def _latent(self, latent_BLW: mx.array, offset: Any) -> mx.array:
+        """Latents and RoPE keys (B, 1, L, R + P) of what c_attn gives for them."""
+        c_BLR, k_rope_BLP = mx.split(latent_BLW, [self.kv_lora_rank], axis=-1)
+        if "kv_a_layernorm" in self:
+            c_BLR = self.kv_a_layernorm(c_BLR)
+        if not self.qk_rope_head_dim:
+            return c_BLR[:, None]
+        k_rope = rotate(k_rope_BLP[:, None], self.rope_theta, offset)
+        return mx.concatenate([c_BLR[:, None], k_rope], axis=-1)
 
     def _expand(self, latent: mx.array) -> tuple[mx.array, mx.array]:
         """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
@@ -313,6 +397,17 @@ class LatentAttention(nn.Module):
         return _by_head(from_latent, out[..., :R].reshape(B, H, L, R))
 
 
+def rotate(x: mx.array, theta: float, offset: Any) -> mx.array:
+    """Rotate the pairs (2i, 2i + 1) of the last axis by the position (RoFormer, arXiv:2104.09864).
+
+    Args:
+        x: (B, heads, L, width).
+        theta: Base of the wavelengths.
+        offset: Position of the first token, an int or one for each row of the batch.
+    """
+    return mx.fast.rope(x, x.shape[-1], traditional=True, base=theta, scale=1.0, offset=offset)
+
+
 def _by_head(apply: Callable, x_BHLN: mx.array) -> mx.array:
     """Apply a function of (H, rows, N) to the rows of all sequences, head by head."""
     B, H, L, _ = x_BHLN.shape
@@ -359,18 +454,25 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
-        self.attn = (
-            LatentAttention(args, layer) if args.attention == "mla" else MultiHeadAttention(args)
+        self.attn = (LatentAttention if args.attention == "mla" else MultiHeadAttention)(
+            args, layer
         )
         self.ln_2 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
         self.mlp = MLP(args)
         self.drop = nn.Dropout(args.dropout)
 
     def __call__(
-        self, x: mx.array, mask: Any = None, cache: Any = None, offset: Any = 0
-    ) -> mx.array:
-        x = x + self.drop(self.attn(self.ln_1(x), mask, cache, offset))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        self,
+        x: mx.array,
+        mask: Any = None,
+        cache: Any = None,
+        offset: Any = 0,
+        latent: Any = None,
+    ) -> tuple[mx.array, Any]:
+        """The new x, and the latents for a next block that has none of its own."""
+        attended, latent = self.attn(self.ln_1(x), mask, cache, offset, latent)
+        x = x + self.drop(attended)
+        return x + self.drop(self.mlp(self.ln_2(x))), latent
 
 
 class Transformer(nn.Module):
@@ -378,8 +480,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.n_positions = args.n_positions
         self.wte = nn.Embedding(args.vocab_size, args.n_embd)
-        # With decoupled RoPE the positions live in the attention, as in DeepSeek.
-        if not args.qk_rope_head_dim:
+        if args.position_embedding_type == "learned":  # RoPE lives in the attention
             self.wpe = nn.Embedding(args.n_positions, args.n_embd)
         self.drop = nn.Dropout(args.dropout)
         self.h = [Block(args, i) for i in range(args.n_layer)]
@@ -393,46 +494,45 @@ class Transformer(nn.Module):
             offset = (
                 offset + 0
             )  # mlx-lm before 0.32 moves a batch's offsets in place at the first layer
-        check_positions(cache[0], L, self.n_positions)
+        if isinstance(offset, int):
+            check_positions(offset + L, self.n_positions)
 
         h = self.wte(inputs)
         if "wpe" in self:
             positions = mx.arange(L) + (offset if isinstance(offset, int) else offset[..., None])
             if not isinstance(offset, int):
-                # Padding of a batch has positions outside the table; its results are masked away.
+                # Outside the table are padding, whose results are masked away, and rows that
+                # have become too long, which `Model` ends.
                 positions = mx.clip(positions, 0, self.n_positions - 1)
             h = h + self.wpe(positions)
         h = self.drop(h)
         mask = create_attention_mask(h, cache[0])
-        for block, c in zip(self.h, cache):
-            h = block(h, mask, c, offset)
+        latent = None
+        for block in self.h:
+            h, latent = block(h, mask, cache[block.attn.cache_index], offset, latent)
         return self.ln_f(h)
 
 
-def check_positions(cache: Any, length: int, n_positions: int) -> None:
-    """Refuse tokens past the position table, which MLX would read as garbage.
-
-    Args:
-        cache: An mlx-lm cache of one layer, or None.
-        length: Number of new tokens.
-        n_positions: Rows of the position table.
-
-    Raises:
-        ValueError: If a token that is not padding would stand at a position >= n_positions.
-    """
-    end = length
-    if cache is not None and isinstance(cache.offset, int):
-        end += cache.offset
-    elif cache is not None and cache.size() + length > n_positions:
-        # Batched: offsets differ by row and live on the device, so look only when it may matter.
-        right_padding = getattr(cache, "_right_padding", None)
-        ends = cache.offset + length - (0 if right_padding is None else right_padding)
-        end = cast(int, mx.max(ends).item())
+def check_positions(end: int, n_positions: int) -> None:
+    """Refuse tokens past the position table, which MLX would read as garbage; raises ValueError."""
     if end > n_positions:
         raise ValueError(
             f"{end} tokens of context do not fit this model's n_positions={n_positions}; "
             "shorten the prompt or generate fewer tokens"
         )
+
+
+def past_positions(cache: Any, length: int, n_positions: int) -> Optional[mx.array]:
+    """Which of the next tokens of a batch stand past the position table, bool (B, L); None where
+    no row can be that long.
+
+    Args:
+        cache: A layer's mlx-lm cache before the tokens, or None.
+        length: Number of new tokens.
+    """
+    if cache is None or isinstance(cache.offset, int) or cache.size() + length <= n_positions:
+        return None
+    return cache.offset[:, None] + mx.arange(length) >= n_positions
 
 
 class Model(nn.Module):
@@ -447,20 +547,41 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.transformer = Transformer(args)
+        if args.num_kv_shared_layers:
+            # Models without this method have a cache a layer, which mlx-lm can also let rotate.
+            self.make_cache = self._make_cache
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        past = past_positions(cache[0] if cache else None, inputs.shape[1], self.args.n_positions)
         logits = self.transformer.wte.as_linear(self.transformer(inputs, cache))
-        if self.args.tokenizer_size is None:
+        if self.args.tokenizer_size is not None:
+            # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
+            padding = mx.arange(logits.shape[-1]) >= self.args.tokenizer_size
+            logits = mx.where(padding, mx.finfo(logits.dtype).min, logits)
+        return logits if past is None else self._end_of_text(past, logits)
+
+    def _end_of_text(self, past: mx.array, logits: mx.array) -> mx.array:
+        """Leave rows of a batch that are too long (past, (B, L)) one likely token, the end of text.
+
+        An exception would end the batch, and with it mlx-lm's server for all of its clients.
+        """
+        ends = self.args.eos_token_id
+        end = ends[0] if isinstance(ends, (list, tuple)) else ends
+        if end is None:
             return logits
-        # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
-        padding = mx.arange(logits.shape[-1]) >= self.args.tokenizer_size
-        return mx.where(padding, mx.finfo(logits.dtype).min, logits)
+        never = mx.finfo(logits.dtype).min
+        only = mx.where(mx.arange(logits.shape[-1]) == end, 0, never).astype(logits.dtype)
+        return mx.where(past[..., None], only, logits)
 
     def materialize_cache(self, on: bool) -> None:
         """Cache expanded keys and values (True) or latents (False). No effect on MHA."""
         for block in self.layers:
             if isinstance(block.attn, LatentAttention):
                 block.attn.materialize_cache = on
+
+    def _make_cache(self) -> list[KVCache]:
+        """A cache for each layer that keeps something."""
+        return [KVCache() for _ in {block.attn.cache_index for block in self.layers}]
 
     def sanitize(self, weights: dict) -> dict:
         """Drop the output head where a file repeats it: it is tied to the embedding."""

@@ -11,11 +11,13 @@ MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per to
 and values per head. Training and prefill expand the latents; a step that decodes one token, or a
 few over many cached latents, absorbs the up projection into the query and the output, and reads the
 latents as they are. The cache is transformers' own: keys hold the latents (and the shared RoPE
-key), values have width 0.
+key), values have width 0. The last `num_kv_shared_layers` (Gemma 3n's name) cache nothing: each
+expands the latents of the last layer before them with an up projection of its own.
 
 Shape legend, used as suffixes of tensor names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
     N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
+    G num_key_value_heads (of multi-head attention)
 """
 
 from typing import Any
@@ -27,9 +29,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_mla_gpt2 import (
-    MLAGPT2Config,
-)  # by this form transformers finds it in a model folder
+# In this form transformers finds it in a model folder.
+from .configuration_mla_gpt2 import MLAGPT2Config
 
 # The cost of writing a value that the next product reads, in multiply-adds (as in model_mlx.py).
 WRITTEN_VALUE = 100
@@ -38,65 +39,97 @@ WRITTEN_VALUE = 100
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Scaled dot-product attention; causal where there is no mask and more than one query."""
-    if (
-        q.device.type == "mps"
-    ):  # it has given silently wrong results for strided inputs (pytorch#163597)
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    causal = mask is None and q.shape[-2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    """Scaled dot-product attention; causal where there is no mask and more than one query.
+
+    Keys and values may have fewer heads than queries, by a whole factor.
+    """
+    if q.device.type == "mps":
+        # It has given silently wrong results for strided inputs (pytorch#163597).
+        groups = q.shape[1] // k.shape[1]
+        q, k, v = q.contiguous(), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[-2] > 1,
+        scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
 
 
 class MultiHeadAttention(nn.Module):
-    """GPT-2's attention: keys and values of every head are computed once and cached."""
+    """GPT-2's attention: keys and values of every head are computed once and cached.
+
+    With fewer heads of keys and values than of queries it is grouped-query attention
+    (arXiv:2305.13245), with one multi-query attention (arXiv:1911.02150).
+    """
 
     def __init__(self, config: MLAGPT2Config, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
-        self.scale = (config.n_embd // config.n_head) ** -0.5
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.attention_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        q_width = config.n_head * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        # One matmul reads x: [q | k | v].
+        self.widths = [q_width, kv_width, kv_width]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
+        self.c_proj = nn.Linear(q_width, config.n_embd)
 
-    def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
+    def forward(
+        self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
+    ) -> tuple[torch.Tensor, Any]:
         B, L, _ = x_BLD.shape
-        q, k, v = (
-            a.view(B, L, self.n_head, -1).transpose(1, 2)
-            for a in self.c_attn(x_BLD).chunk(3, dim=-1)
+        q_BHLN, k_BGLN, v_BGLN = (
+            a.view(B, L, -1, self.head_dim).transpose(1, 2)
+            for a in self.c_attn(x_BLD).split(self.widths, dim=-1)
         )
+        if rotation is not None:
+            q_BHLN, k_BGLN = rotate(q_BHLN, rotation), rotate(k_BGLN, rotation)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        return self.c_proj(attend(q, k, v, mask, self.scale).transpose(1, 2).reshape(B, L, -1))
+            k_BGLN, v_BGLN = cache.update(k_BGLN, v_BGLN, self.layer)
+        out_BHLV = attend(q_BHLN, k_BGLN, v_BGLN, mask, self.scale)
+        return self.c_proj(out_BHLV.transpose(1, 2).reshape(B, L, -1)), latent
 
 
 class LatentAttention(nn.Module):
-    """Multi-head Latent Attention; the cache holds latents (B, 1, T, R + P) and values of width
-    0."""
+    """Multi-head Latent Attention; the cache holds latents (B, 1, T, R + P) and values of width 0.
+
+    Attributes:
+        layer: This layer's number.
+        latent_layer: Number of the layer whose latents it reads: its own, or the last before the
+            layers that share.
+    """
 
     def __init__(self, config: MLAGPT2Config, layer: int):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
-        self.qk_nope_head_dim = config.n_embd // config.n_head
+        self.qk_nope_head_dim = config.head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
-        self.kv_lora_rank = (
-            config.kv_lora_ranks[layer] if config.kv_lora_ranks else config.kv_lora_rank or 0
-        )
+        self.latent_layer = min(layer, config.n_layer - config.num_kv_shared_layers - 1)
+        ranks = config.kv_lora_ranks
+        self.kv_lora_rank = ranks[self.latent_layer] if ranks else config.kv_lora_rank or 0
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
         self.materialize_cache = False
 
         q_width = config.n_head * qk_head_dim
+        has_latent = self.layer == self.latent_layer
+        latent_width = self.kv_lora_rank + self.qk_rope_head_dim if has_latent else 0
         # One matmul reads x: [q (or its latent) | kv latent | shared RoPE key].
-        self.widths = [config.q_lora_rank or q_width, self.kv_lora_rank, self.qk_rope_head_dim]
+        self.widths = [config.q_lora_rank or q_width, latent_width]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
         self.q_b_proj = (
             nn.Linear(config.q_lora_rank, q_width, bias=False) if config.q_lora_rank else None
         )
         norms = config.latent_norm
         self.kv_a_layernorm = (
-            nn.RMSNorm(self.kv_lora_rank, eps=config.layer_norm_epsilon) if norms else None
+            nn.RMSNorm(self.kv_lora_rank, eps=config.layer_norm_epsilon)
+            if norms and has_latent
+            else None
         )
         self.q_a_layernorm = (
             nn.RMSNorm(config.q_lora_rank, eps=config.layer_norm_epsilon)
@@ -109,19 +142,28 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_width, bias=False)
         self.c_proj = nn.Linear(config.n_head * self.v_head_dim, config.n_embd)
 
-    def forward(self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
+    def forward(
+        self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend from x.
+
+        Args:
+            latent: What the layer before returned, which a layer without its own latents reads.
+
+        Returns:
+            The output (B, L, D), and the latents (B, 1, T, R + P): with a cache of latents all that
+            are in it, else those of x.
+        """
         B, L, _ = x_BLD.shape
-        q, c_BLR, k_rope_BLP = self.c_attn(x_BLD).split(self.widths, dim=-1)
-        if self.kv_a_layernorm is not None:
-            c_BLR = self.kv_a_layernorm(c_BLR)
+        q, latent_BLW = self.c_attn(x_BLD).split(self.widths, dim=-1)
         if self.q_b_proj is not None:
             q = self.q_b_proj(q if self.q_a_layernorm is None else self.q_a_layernorm(q))
         q_BHLN = q.view(B, L, self.n_head, -1).transpose(1, 2)
-        latent = c_BLR[:, None]
         if self.qk_rope_head_dim:
             q_nope, q_rope = q_BHLN.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
             q_BHLN = torch.cat([q_nope, rotate(q_rope, rotation)], dim=-1)
-            latent = torch.cat([latent, rotate(k_rope_BLP[:, None], rotation)], dim=-1)
+        if self.layer == self.latent_layer:
+            latent = self._latent(latent_BLW, rotation)
 
         if self.materialize_cache:
             k, v = self._expand(latent)
@@ -129,7 +171,7 @@ class LatentAttention(nn.Module):
                 k, v = cache.update(k, v, self.layer)
             out = attend(q_BHLN, k, v, mask, self.scale)
         else:
-            if cache is not None:
+            if cache is not None and self.layer == self.latent_layer:
                 latent, _ = cache.update(latent, latent.new_zeros(B, 1, L, 0), self.layer)
             # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
             absorb = cache is not None and type(self.kv_b_proj) is nn.Linear
@@ -137,7 +179,16 @@ class LatentAttention(nn.Module):
                 out = self._attend_absorbed(q_BHLN, latent, mask)
             else:
                 out = attend(q_BHLN, *self._expand(latent), mask, self.scale)
-        return self.c_proj(out.transpose(1, 2).reshape(B, L, -1))
+        return self.c_proj(out.transpose(1, 2).reshape(B, L, -1)), latent
+
+    def _latent(self, latent_BLW: torch.Tensor, rotation: Any) -> torch.Tensor:
+        """Latents and RoPE keys (B, 1, L, R + P) of what c_attn gives for them."""
+        c_BLR, k_rope_BLP = latent_BLW.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        if self.kv_a_layernorm is not None:
+            c_BLR = self.kv_a_layernorm(c_BLR)
+        if not self.qk_rope_head_dim:
+            return c_BLR[:, None]
+        return torch.cat([c_BLR[:, None], rotate(k_rope_BLP[:, None], rotation)], dim=-1)
 
     def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
@@ -196,7 +247,7 @@ def by_head(x_BHLN: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def rotation_of(
     positions: torch.Tensor, width: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of the RoPE angles, (B, 1, L, P / 2), in float32."""
+    """Cosine and sine of the RoPE angles, (B, 1, L, width / 2), in float32."""
     frequency = theta ** (
         -torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     )
@@ -237,9 +288,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: Any, cache: Any, rotation: Any) -> torch.Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), mask, cache, rotation))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(
+        self, x: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
+    ) -> tuple[torch.Tensor, Any]:
+        """The new x, and the latents for a next block that has none of its own."""
+        attended, latent = self.attn(self.ln_1(x), mask, cache, rotation, latent)
+        x = x + self.drop(attended)
+        return x + self.drop(self.mlp(self.ln_2(x))), latent
 
 
 class MLAGPT2PreTrainedModel(PreTrainedModel):
@@ -269,10 +324,8 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
     def __init__(self, config: MLAGPT2Config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        # With decoupled RoPE the positions live in the attention, as in DeepSeek.
-        self.wpe = (
-            None if config.qk_rope_head_dim else nn.Embedding(config.n_positions, config.n_embd)
-        )
+        learned = config.position_embedding_type == "learned"  # RoPE lives in the attention
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if learned else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -312,17 +365,22 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotation = None
         if self.wpe is not None:
             h = h + self.wpe(position_ids)
-        else:
-            rotation = rotation_of(
-                position_ids, self.config.qk_rope_head_dim, self.config.rope_theta
-            )
+        rotation = self.rotation(position_ids)
         h = self.drop(h)
+        latent = None
         for block in self.h:
-            h = block(h, mask, past_key_values, rotation)
+            h, latent = block(h, mask, past_key_values, rotation, latent)
         return self.ln_f(h), past_key_values
+
+    def rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `rotate` needs at these positions (B, L); None where positions are learned."""
+        c = self.config
+        if self.wpe is not None:
+            return None
+        width = c.qk_rope_head_dim if c.attention == "mla" else c.head_dim
+        return rotation_of(position_ids, width, c.rope_theta)
 
 
 def check_positions(end: int, n_positions: int) -> None:

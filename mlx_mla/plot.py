@@ -1,5 +1,4 @@
-"""Compare runs in one picture and one table: `python -m mlx_mla.plot`; and the loss of one run, for
-its folder."""
+"""Compare runs in one picture and one table: `python -m mlx_mla.plot`."""
 
 import dataclasses
 import itertools
@@ -14,8 +13,9 @@ import tyro
 
 from mlx_mla import cli
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_toml
 from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.presets import read_toml
+from mlx_mla.pictures import loss_axis, plain, pyplot, save
 
 PROG = "python -m mlx_mla.plot"
 CONFIG = "config.toml"
@@ -55,10 +55,7 @@ def _main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {command.out}: there is no folder {command.out.parent}")
     runs = read_runs(command.runs)
     print(table(runs))
-    try:
-        plot_runs(runs, command.out, command.smooth)
-    except OSError as e:
-        raise UserError(f"--out {command.out}: could not be written: {e.strerror or e}") from e
+    plot_runs(runs, command.out, command.smooth)
     print(f"\npicture: {command.out}")
     return 0
 
@@ -206,8 +203,9 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
-    """Draw loss against tokens and against time, speed, and peak memory of runs into a file."""
-    plt = _pyplot()
+    """Draw loss against tokens and against time, speed, and peak memory of runs into a file;
+    UserError if it cannot be written."""
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     fig, ((by_tokens, by_time), (speed, memory)) = plt.subplots(
@@ -217,7 +215,7 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
     handles = []
     for run, (color, dashes) in zip(runs, _styles(runs)):
         line: dict[str, Any] = {"color": color, "linestyle": dashes}
-        handles.append(Line2D([], [], **line, lw=2, label=run.name))
+        handles.append(Line2D([], [], **line, lw=2, label=plain(run.name)))
         for axes, key, scale in ((by_tokens, "tokens", 1), (by_time, "seconds", divisor)):
             train, val = (
                 [
@@ -242,14 +240,14 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
                 lw=1.1,
             )
     for axes in (by_tokens, by_time):
-        _loss_axis(axes)
+        loss_axis(axes)
     by_tokens.set(xlabel="tokens", ylabel="loss (nats per token)", title="loss against tokens")
     by_time.set(xlabel=f"time in the run ({unit})", title="loss against time")
     if without := [run.name for run in runs if "seconds" not in run.last]:
         by_time.text(
             0.5,
             0.5,
-            "no times logged by\n" + "\n".join(without),
+            "no times logged by\n" + "\n".join(map(plain, without)),
             transform=by_time.transAxes,
             ha="center",
         )
@@ -268,68 +266,7 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
     fig.legend(
         handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False
     )
-    _save(fig, out)
-
-
-def plot_loss(metrics: Path, out: Path, title: str) -> None:
-    """Draw training and validation loss against steps into a PNG.
-
-    Both axes are logarithmic where the run is long enough for that to read better: most of the fall
-    is in the first steps.
-    """
-    plt = _pyplot()
-    rows = read_metrics(metrics)
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for split, style in (
-        ("train", {"lw": 1.2, "alpha": 0.8}),
-        ("val", {"lw": 1.8, "marker": "o", "ms": 4}),
-    ):
-        points = [
-            (r["step"], r["loss"]) for r in rows if r["split"] == split and math.isfinite(r["loss"])
-        ]
-        if points:
-            ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)
-    _loss_axis(ax)
-    ax.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    ax.grid(alpha=0.3, which="major")
-    if ax.lines:
-        ax.legend()
-    _save(fig, out)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(fig: Any, out: Path) -> None:
-    """Replace a picture in one step."""
-    import matplotlib.pyplot as plt
-
-    temporary = out.with_name(f".{out.name}")
-    fig.savefig(temporary, dpi=120, format=out.suffix[1:].lower())
-    plt.close(fig)
-    temporary.replace(out)
-
-
-def _loss_axis(ax: Any) -> None:
-    """A logarithmic axis of losses with plain numbers, and a logarithmic x where it spans two
-    decades."""
-    from matplotlib.ticker import MaxNLocator, NullFormatter
-
-    xs = [x for line in ax.lines for x in line.get_xdata() if x > 0]
-    if xs and max(xs) >= 100 * min(xs):
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
-    ax.set_yscale("log")
-    # Losses rarely span a decade, so plain numbers read better than powers of ten.
-    ax.yaxis.set_major_locator(MaxNLocator(8))
-    ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    save(fig, out)
 
 
 def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
@@ -354,9 +291,10 @@ def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
 def _memory_bars(axes: Any, runs: Sequence[RunMetrics]) -> None:
     sizes = [run.peak_memory_bytes / 2**20 for run in runs]
     bars = axes.barh(
-        [run.name for run in runs], sizes, color=[color for color, _ in _styles(runs)], height=0.45
+        range(len(runs)), sizes, color=[color for color, _ in _styles(runs)], height=0.45
     )
     axes.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=3)
+    axes.set_yticks(range(len(runs)), [plain(run.name) for run in runs])
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set(xlabel="MiB", title="peak memory")

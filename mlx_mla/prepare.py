@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,13 +20,16 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mlx_mla import cli
-from mlx_mla.config import TokenizerName, flag
+from mlx_mla.config import MAX_SEED, TokenizerName
 from mlx_mla.data.documents import Block, Reading, Source, find_sources
-from mlx_mla.data.shards import MANIFEST, SUFFIXES, Format, open_shard, read_manifest, write_shard
+from mlx_mla.data.manifest import MANIFEST, read_manifest
+from mlx_mla.data.shards import SUFFIXES, Format, open_listed, write_shard
 from mlx_mla.data.tokenizer import TextEncoder, get_encoder
-from mlx_mla.display import PrepareDisplay
-from mlx_mla.errors import UserError
-from mlx_mla.files import write_text
+from mlx_mla.display import PrepareDisplay, plain_console
+from mlx_mla.errors import UserError, flag, shown
+from mlx_mla.fields import at_least_1, check_bounds, not_negative
+from mlx_mla.files import clear_leftovers, write_text
+from mlx_mla.locks import LOCK, locked
 
 PROG = "python -m mlx_mla.prepare"
 
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     command = cli.parse(PrepareCommand, argv, PROG)
-    summary = prepare(command, Console(stderr=False))
+    summary = prepare(command, plain_console())
     print(summary)
     return 0
 
@@ -102,24 +106,35 @@ def prepare(command: PrepareCommand, console: Console) -> str:
     sources, others = find_sources(
         command.src, Reading(command.text_column, command.separator, command.revision)
     )
-    job = _Job(command, encoder, sources)
-    if not job.manifest["complete"]:
-        if others:
-            console.print(
-                f"left out {len(others)} other files, such as {others[0]}",
-                markup=False,
-                highlight=False,
-            )
-        try:
-            with PrepareDisplay(console, sum(source.size for source in sources)) as display:
-                job.run(workers, display)
-        except KeyboardInterrupt:
-            console.print(
-                f"stopped; run it again to go on: the finished shards are in {command.out}",
-                markup=False,
-            )
-            raise
-    return job.summary()
+    _make(command.out)
+    with locked(command.out, inside=True):
+        job = _Job(command, encoder, sources)
+        if not job.manifest["complete"]:
+            if others:
+                console.print(
+                    f"left out {len(others)} other files, such as {others[0]}",
+                    markup=False,
+                    highlight=False,
+                )
+            try:
+                with PrepareDisplay(console, sum(source.size for source in sources)) as display:
+                    job.run(workers, display)
+            except KeyboardInterrupt:
+                console.print(
+                    f"stopped; run it again to go on: the finished shards are in {command.out}",
+                    markup=False,
+                )
+                raise
+        return job.summary()
+
+
+def _make(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is not an empty folder; give --out a new name")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +244,8 @@ class _Job:
             f"validation  {tokens['val']:,} tokens, {documents['val']:,} documents\n"
             f"left out    {m['empty_documents']:,} empty documents\n"
             f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
-            f"train with:\n  python -m mlx_mla.train --data {self.out} --tokenizer "
-            f"{self.command.tokenizer}"
+            f"train with:\n  python -m mlx_mla.train --data {shlex.quote(str(self.out))} "
+            f"--tokenizer {self.command.tokenizer}"
         )
 
     def _encoded(
@@ -323,7 +338,7 @@ class _Job:
     def _merge(self, parts: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
         name = f"{self.command.prefix}_val_{number:06d}{SUFFIXES[self.command.format]}"
         count = sum(part["tokens"] for part in parts)
-        pieces = (open_shard(self.out / part["file"]).tokens for part in parts)
+        pieces = (open_listed(self.out, part).tokens for part in parts)
         digest = write_shard(self.out / name, self.command.format, pieces, count)
         documents = sum(part["documents"] for part in parts)
         return _row(name, "val", count, documents, digest)
@@ -347,9 +362,8 @@ class _Job:
             "parts": [],
             "next": {"open": [], "file": 0},
         }
-        for leftover in out.glob(".*.tmp-*"):
-            leftover.unlink(missing_ok=True)
-        old = read_manifest(out) if (out / MANIFEST).is_file() else None
+        clear_leftovers(out, MANIFEST, *(f"*{suffix}" for suffix in SUFFIXES.values()))
+        old = read_manifest(out, to_go_on=True) if (out / MANIFEST).is_file() else None
         if old is not None and (old["shards"] or old.get("parts")):
             for name, value in settings.items():
                 before = old["settings"].get(name)
@@ -360,24 +374,19 @@ class _Job:
                         "give --out a new name"
                     )
             if old["sources"] != new["sources"]:
-                changed = [s for s in new["sources"] if s not in old["sources"]] + [
-                    s for s in old["sources"] if s not in new["sources"]
-                ]
+                both = (old["sources"], new["sources"])
+                changed = next((s for a, b in (both, both[::-1]) for s in b if s not in a), None)
+                how = f"{shown(changed[0])} differs" if changed else "in another order"
                 raise UserError(
-                    f"{out}: was prepared from other files ({changed[0][0]} differs); give --out "
-                    "a new name"
+                    f"{out}: was prepared from other files ({how}); give --out a new name"
                 )
             for row in old["shards"] + old.get("parts", []):
-                open_shard(out / row["file"])
+                open_listed(out, row)
             if old["complete"]:
                 self._remove_parts()
             return old
-        if old is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if old is None and any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"{out}: is not an empty folder; give --out a new name")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
         self.manifest = new
         self._write()
         return new
@@ -409,6 +418,13 @@ def _row(name: str, split: str, tokens: int, documents: int, sha256: str) -> dic
         "documents": documents,
         "sha256": sha256,
     }
+
+
+_BOUNDS = {
+    "shard_tokens": at_least_1(2**31 - 1),  # llm.c's header counts in int32
+    "workers": at_least_1(1024),
+    "seed": not_negative(MAX_SEED),
+}
 
 
 class _Turn(NamedTuple):
@@ -463,14 +479,7 @@ def _blocks(
 def _check(command: PrepareCommand) -> int:
     if not 0 < command.val_fraction < 1:
         raise UserError(f"--val-fraction must be between 0 and 1, not {command.val_fraction}")
-    for name in ("shard_tokens", "workers"):
-        value = getattr(command, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag(name)} must be at least 1, not {value}")
-    if command.shard_tokens >= 2**31:  # llm.c's header counts in int32
-        raise UserError(f"--shard-tokens must be below {2**31}, not {command.shard_tokens}")
-    if command.seed < 0:
-        raise UserError(f"--seed must not be negative, not {command.seed}")
+    check_bounds(command, _BOUNDS)
     if command.bpe_dir is not None and command.tokenizer != "gpt2":
         raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
     if not command.separator:

@@ -1,20 +1,14 @@
 """Where settings come from: presets, TOML files, and how one overlays another."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 
 from mlx_mla.config import TOKENIZER_IDS, ModelConfig, TrainConfig, nearest
-from mlx_mla.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mlx_mla.errors import UserError, shown
+from mlx_mla.fields import typed
 
 _MLA_124M: dict[str, Any] = {
     "tokenizer": "gpt2",
@@ -63,10 +57,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mla-124m": _with_model(_MLA_124M, kv_lora_rank=384),
     "mla-124m-r256": _with_model(_MLA_124M, kv_lora_rank=256),
     "mla-124m-r128": _with_model(_MLA_124M, kv_lora_rank=128),
+    # Widths that Metal's fused decode kernel takes, and an eighth of multi-head attention's cache.
+    "mla-124m-rope": _with_model(
+        _MLA_124M, position_embedding_type="rope", kv_lora_rank=128, qk_rope_head_dim=64
+    ),
     "gpt2-124m": _with_model(_MLA_124M, attention="mha"),
+    "gpt2-124m-rope": _with_model(_MLA_124M, attention="mha", position_embedding_type="rope"),
 }
 """Named starting points: `nano` for seconds on a Mac, the original's 124M shape at three latent
-widths (384 is the original's), and GPT-2 itself."""
+widths (384 is the original's), GPT-2 itself, and of both kinds one with rotated positions."""
 
 
 def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
@@ -91,49 +90,15 @@ def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
 
 
 def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "model"}
-    for name, value in values.items():
+    fields = [f.name for f in dataclasses.fields(cls) if f.name != "model"]
+    for name in values:
         if name not in fields:
             home = (
                 "model" if cls is TrainConfig and name in ModelConfig.__dataclass_fields__ else None
             )
             advice = f"it belongs under [{home}]" if home else nearest(name, fields)
-            raise UserError(f"{where}: unknown key {name!r}; {advice}")
-        expected = (
-            str(fields[name].type) if isinstance(fields[name].type, str) else fields[name].type
-        )
-        if not _is_instance(value, expected):
-            raise UserError(f"{where}: {name} = {value!r} is not {_describe(expected)}")
-    return {k: float(v) if fields[k].type is float else v for k, v in values.items()}
-
-
-def _is_instance(value: Any, expected: Any) -> bool:
-    from typing import get_args, get_origin
-
-    if get_origin(expected) is Literal:
-        return value in get_args(expected)
-    if isinstance(value, list):
-        return any(
-            get_origin(t) is list and all(_is_instance(v, get_args(t)[0]) for v in value)
-            for t in get_args(expected)
-        )
-    options = tuple(t for t in get_args(expected) or (expected,) if get_origin(t) is not list)
-    if bool not in options and isinstance(value, bool):
-        return False
-    if float in options and isinstance(value, int):
-        return True
-    return isinstance(value, options)
-
-
-def _describe(expected: Any) -> str:
-    from typing import get_args, get_origin
-
-    if get_origin(expected) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(expected)))
-    options = [t for t in (get_args(expected) or (expected,)) if t is not type(None)]
-    return "a value of type " + " or ".join(
-        str(t) if get_origin(t) else t.__name__ for t in options
-    )
+            raise UserError(f"{where}: unknown key {shown(name)}; {advice}")
+    return typed(cls, values, where)
 
 
 def preset(name: str) -> TrainConfig:
@@ -142,26 +107,6 @@ def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
     return overlay(TrainConfig(preset=name), PRESETS[name], f"preset {name}")
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; UserError with the place of the fault where it cannot be read."""
-    try:
-        return parse_toml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not valid TOML: {e}") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-
-
-def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The values in TOML text; UserError with the place of the fault."""
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(f"{where}: not valid TOML: {e}") from None
 
 
 def to_toml(config: TrainConfig) -> str:

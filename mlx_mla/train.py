@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Optional
 from rich.console import Console
 
 from mlx_mla import cli, estimate
-from mlx_mla.config import MLA_ONLY, ModelConfig, TrainConfig, flag
-from mlx_mla.errors import UserError
-from mlx_mla.presets import overlay, preset, read_toml
+from mlx_mla.attention import meaningless_fields
+from mlx_mla.backends import get_engine
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.display import plain_console
+from mlx_mla.errors import UserError, flag
+from mlx_mla.files import read_toml
+from mlx_mla.metrics import perplexity_text
+from mlx_mla.presets import overlay, preset
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
 if TYPE_CHECKING:
@@ -54,11 +59,11 @@ class TrainCommand(TrainConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
+    return cli.run(_main, argv, needs_reader=False)
 
 
 def _main(argv: Sequence[str]) -> int:
-    with join(argv) as world:
+    with join(argv, get_engine) as world:
         same_everywhere(world, json.dumps(list(argv)), "other arguments")
         if world.rank:
             return _follow(world)
@@ -100,7 +105,7 @@ def _run(argv: Sequence[str], world: World) -> int:
         train,
     )  # imports the framework, which --help and mistakes need not wait for
 
-    console = Console(stderr=False)
+    console = plain_console()
     if command.lr_find:
         if world.engine is not None:
             raise UserError("--lr-find takes one process; start it without a launcher")
@@ -124,18 +129,19 @@ def _run(argv: Sequence[str], world: World) -> int:
     )
     if result.signal is not None:
         print(f"stopped after step {result.step} and saved {result.checkpoint}; go on with:")
-        print(f"  {PROG} --resume --out {out}")
+        print(f"  {PROG} --resume --out {shlex.quote(str(out))}")
         return _exit_code(result)
     if result.sample is not None:
         print(f"\n--- sample ---\n{result.sample}\n--------------")
     assert result.val_loss is not None
     print(
         f"\nvalidation loss {result.val_loss:.4f} nats per token, perplexity "
-        f"{math.exp(result.val_loss):.2f}"
+        f"{perplexity_text(result.val_loss)}"
     )
     print(f"run folder      {out}  (loss.png, metrics.jsonl, config.toml, checkpoints/)")
     print("generate with:")
-    print(f'  python -m mlx_mla.generate --model {out} --prompt "{config.sample_prompt}"')
+    model, prompt = shlex.quote(str(out)), shlex.quote(config.sample_prompt)
+    print(f"  python -m mlx_mla.generate --model {model} --prompt {prompt}")
     return 0
 
 
@@ -161,8 +167,8 @@ def _find_rate(config: TrainConfig, out: Path | None) -> int:
 
 
 def _exit_code(result: "RunResult") -> int:
-    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for
-    SIGTERM."""
+    """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for SIGTERM,
+    129 for SIGHUP."""
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -207,11 +213,11 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     )
     command = cli.parse(TrainCommand, argv, PROG, default)
     command.resume = known.resume
-    if command.model.attention == "mha" and base.model.attention == "mla" and not command.resume:
-        # Every comparison is one flag apart: what the preset says of latents goes, what a flag says
-        # stays.
-        defaults = ModelConfig()
-        same = [n for n in MLA_ONLY if getattr(command.model, n) == getattr(base.model, n)]
+    if command.model.attention != base.model.attention and not command.resume:
+        # Every comparison is one flag apart: what the preset says of its own kind of attention
+        # goes, what a flag says stays.
+        defaults, others = ModelConfig(), meaningless_fields(command.model.attention)
+        same = [n for n in others if getattr(command.model, n) == getattr(base.model, n)]
         command.model = dataclasses.replace(
             command.model, **{n: getattr(defaults, n) for n in same}
         )

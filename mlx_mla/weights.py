@@ -1,6 +1,7 @@
 """The model's tensors by name and shape, and their first values; the same for every backend."""
 
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,45 +17,37 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     c = config
     assert c.n_inner and c.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (c.vocab_size, c.n_embd)}
-    if not c.qk_rope_head_dim:
+    if c.position_embedding_type == "learned":
         shapes["transformer.wpe.weight"] = (c.n_positions, c.n_embd)
 
-    def linear(name: str, width_in: int, width_out: int, bias: bool) -> None:
+    def linear(name: str, width_in: int, width_out: int) -> None:
         shapes[f"{name}.weight"] = (width_out, width_in)
-        if bias:
-            shapes[f"{name}.bias"] = (width_out,)
+        shapes[f"{name}.bias"] = (width_out,)
 
-    def norm(name: str, width: int, bias: bool = True) -> None:
+    def norm(name: str, width: int) -> None:
         shapes[f"{name}.weight"] = (width,)
-        if bias:
-            shapes[f"{name}.bias"] = (width,)
+        shapes[f"{name}.bias"] = (width,)
 
     for i in range(c.n_layer):
         block = f"transformer.h.{i}"
         norm(f"{block}.ln_1", c.n_embd)
-        if c.attention == "mha":
-            linear(f"{block}.attn.c_attn", c.n_embd, 3 * c.n_embd, bool(c.attention_bias))
-            linear(f"{block}.attn.c_proj", c.n_embd, c.n_embd, True)
-        else:
-            assert c.v_head_dim
-            rank = c.latent_ranks[i]
-            q_width = c.n_head * (c.n_embd // c.n_head + c.qk_rope_head_dim)
-            width = (c.q_lora_rank or q_width) + rank + c.qk_rope_head_dim
-            linear(f"{block}.attn.c_attn", c.n_embd, width, bool(c.attention_bias))
-            if c.latent_norm:
-                norm(f"{block}.attn.kv_a_layernorm", rank, bias=False)
-            if c.q_lora_rank:
-                linear(f"{block}.attn.q_b_proj", c.q_lora_rank, q_width, False)
-                if c.latent_norm:
-                    norm(f"{block}.attn.q_a_layernorm", c.q_lora_rank, bias=False)
-            up_width = c.n_head * (c.n_embd // c.n_head + c.v_head_dim)
-            linear(f"{block}.attn.kv_b_proj", rank, up_width, False)
-            linear(f"{block}.attn.c_proj", c.n_head * c.v_head_dim, c.n_embd, True)
+        shapes.update((f"{block}.attn.{name}", shape) for name, shape in c.kind.tensors(i))
         norm(f"{block}.ln_2", c.n_embd)
-        linear(f"{block}.mlp.c_fc", c.n_embd, c.n_inner, True)
-        linear(f"{block}.mlp.c_proj", c.n_inner, c.n_embd, True)
+        linear(f"{block}.mlp.c_fc", c.n_embd, c.n_inner)
+        linear(f"{block}.mlp.c_proj", c.n_inner, c.n_embd)
     norm("transformer.ln_f", c.n_embd)
     return shapes
+
+
+def not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """Name of a tensor with a value that is NaN or infinite; None if there is none."""
+    for name, values in tensors.items():
+        # A sum takes no memory and a tenth of the time; where it overflows, it says nothing.
+        with np.errstate(all="ignore"):
+            total = values.sum()
+        if not np.isfinite(total) and not np.isfinite(values).all():
+            return name
+    return None
 
 
 def is_hidden_matrix(name: str, ndim: int) -> bool:

@@ -20,7 +20,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from mlx_mla.cli import EXIT_USER
+from mlx_mla.config import BackendName
 from mlx_mla.errors import UserError
+from mlx_mla.files import parse_json, read_text
 
 EngineName = Literal["auto", "ring", "jaccl", "mpi", "nccl", "gloo"]
 LOST = 1
@@ -201,30 +203,26 @@ def _padded(block: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([block, np.zeros(size - len(block), np.uint8)])
 
 
-def launched_by() -> Literal["mlx", "torch"] | None:
+def launched_by() -> BackendName | None:
     """Which framework's launcher has started this process as one of several; None: none has."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", "1")) > 1:
         return "torch"
     for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):  # ring, jaccl: a list of hosts
         if "MLX_RANK" in env and name in env:
-            text = (
-                env[name]
-                if env[name].lstrip().startswith("[")
-                else Path(env[name]).read_text(encoding="utf-8")
-            )
-            if text.strip() and len(json.loads(text)) > 1:
+            text = env[name] if env[name].lstrip().startswith("[") else read_text(Path(env[name]))
+            if text.strip() and len(parse_json(text, name)) > 1:
                 return "mlx"
     sizes = (env.get("MLX_WORLD_SIZE"), env.get("OMPI_COMM_WORLD_SIZE"))  # NCCL, MPI
     return "mlx" if any(size and int(size) > 1 for size in sizes) else None
 
 
-def join(argv: Sequence[str]) -> World:
-    """The world that a launcher has made this process part of; `SOLO` without one, which imports no
-    framework.
+def join(argv: Sequence[str], get_engine: Callable[[BackendName, str], Engine]) -> World:
+    """The world that a launcher has made this process part of; `SOLO` without one.
 
     Args:
         argv: The command line; --distributed-backend is read here, before all other settings.
+        get_engine: Makes a framework's engine, by that setting's value.
 
     Raises:
         UserError: If the engine asked for is not there, or ranks were started with different
@@ -236,16 +234,7 @@ def join(argv: Sequence[str]) -> World:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--distributed-backend", default="auto")
     name = early.parse_known_args(list(argv))[0].distributed_backend
-    engine: Engine
-    if launcher == "torch":
-        from mlx_mla.backends.torch.ranks import TorchEngine
-
-        engine = TorchEngine(name)
-    else:
-        from mlx_mla.backends.mlx.ranks import MLXEngine
-
-        engine = MLXEngine(name)
-    return World(engine)
+    return World(get_engine(launcher, name))
 
 
 def same_everywhere(world: World, fact: str, what: str) -> None:

@@ -1,40 +1,44 @@
 """Shared fixtures. Tests never reach the network."""
 
+import importlib.util
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports first)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
 import numpy as np
 import pytest
+from helpers import TINY
 from hypothesis import settings
 
-import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports first)
 from mlx_mla import train
 
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("default")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-# A model small enough for a training step in milliseconds.
-TINY = [
-    *(
-        "--n-layer",
-        "2",
-        "--n-head",
-        "2",
-        "--n-embd",
-        "32",
-        "--n-positions",
-        "48",
-        "--qk-rope-head-dim",
-        "8",
-    ),
-    *("--batch-size", "4", "--eval-batches", "2", "--sample-tokens", "8", "--no-compile"),
-]
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Packed bytes hold the time, and the workers of one run must give a test the same name."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs PyTorch where it is not installed: marked so, or with "torch" among its
+    parameters."""
+    if importlib.util.find_spec("torch") is not None:
+        return
+    skip = pytest.mark.skip(reason="needs PyTorch, which is optional: pip install torch")
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if item.get_closest_marker("torch") or any(
+            isinstance(p, str) and p == "torch" for p in parameters
+        ):
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +81,3 @@ def tiny_run(tmp_path_factory, text_file) -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def python(*args: str) -> list[str]:
-    """Command line of this interpreter."""
-    return [sys.executable, *args]

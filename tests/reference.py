@@ -36,37 +36,46 @@ def head(q, k, v):
     return p / p.sum(-1, keepdims=True) @ v
 
 
-def attention(x, weights, name, c: ModelConfig):
-    width = c.n_embd // c.n_head
+def attention(x, weights, name, c: ModelConfig, shared=None):
+    """Output (T, D), and the latent and RoPE key for a layer that has none of its own.
+
+    Args:
+        shared: That latent and key, for such a layer; None for one with its own.
+    """
+    width = c.head_dim or c.n_embd // c.n_head
     if c.attention == "mha":
-        q, k, v = np.split(linear(x, weights, f"{name}.c_attn"), 3, axis=-1)
-        heads = [
-            head(*(a[:, h * width : (h + 1) * width] for a in (q, k, v))) for h in range(c.n_head)
-        ]
-        return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj")
-    P, R, V = c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim
-    q, latent, k_rope = np.split(
-        linear(x, weights, f"{name}.c_attn"), [-(R + P), -P or None], axis=-1
-    )
-    if P == 0:
-        k_rope = np.zeros((len(x), 0))
-    if c.latent_norm:
-        latent = rms_norm(latent, weights[f"{name}.kv_a_layernorm.weight"], c.layer_norm_epsilon)
+        kv_heads = c.num_key_value_heads or c.n_head
+        cuts = [c.n_head * width, (c.n_head + kv_heads) * width]
+        q, k, v = np.split(linear(x, weights, f"{name}.c_attn"), cuts, axis=-1)
+        q, k, v = (a.reshape(len(x), -1, width).transpose(1, 0, 2) for a in (q, k, v))
+        if c.position_embedding_type == "rope":
+            q, k = ([rope(one, c.rope_theta) for one in a] for a in (q, k))
+        of = [h * kv_heads // c.n_head for h in range(c.n_head)]  # a query head's keys and values
+        heads = [head(q[h], k[g], v[g]) for h, g in enumerate(of)]
+        return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj"), None
+    P, V = c.qk_rope_head_dim, c.v_head_dim
+    q_rows = c.q_lora_rank or c.n_head * (width + P)
+    q, down = np.split(linear(x, weights, f"{name}.c_attn"), [q_rows], axis=-1)
+    if shared is None:
+        R = down.shape[1] - P
+        latent, k_rope = down[:, :R], rope(down[:, R:], c.rope_theta)
+        if c.latent_norm:
+            gain = weights[f"{name}.kv_a_layernorm.weight"]
+            latent = rms_norm(latent, gain, c.layer_norm_epsilon)
+        shared = latent, k_rope
+    latent, k_rope = shared
     if c.q_lora_rank:
         if c.latent_norm:
             q = rms_norm(q, weights[f"{name}.q_a_layernorm.weight"], c.layer_norm_epsilon)
         q = linear(q, weights, f"{name}.q_b_proj")
-    up = weights[f"{name}.kv_b_proj.weight"].reshape(c.n_head, width + V, R)
-    k_rope = rope(k_rope, c.rope_theta) if P else k_rope
+    up = weights[f"{name}.kv_b_proj.weight"].reshape(c.n_head, width + V, -1)
     heads = []
     for h in range(c.n_head):
         q_h = q[:, h * (width + P) : (h + 1) * (width + P)]
-        q_h = np.concatenate(
-            [q_h[:, :width], rope(q_h[:, width:], c.rope_theta) if P else q_h[:, width:]], -1
-        )
+        q_h = np.concatenate([q_h[:, :width], rope(q_h[:, width:], c.rope_theta)], -1)
         k_h = np.concatenate([latent @ up[h, :width].T, k_rope], -1)
         heads.append(head(q_h, k_h, latent @ up[h, width:].T))
-    return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj")
+    return linear(np.concatenate(heads, -1), weights, f"{name}.c_proj"), shared
 
 
 def gelu(x, kind):
@@ -81,13 +90,15 @@ def logits(ids, weights, c: ModelConfig):
     """Logits (T, vocab_size) of token ids (T,), in float64."""
     weights = {k: v.astype(np.float64) for k, v in weights.items()}
     x = weights["transformer.wte.weight"][ids]
-    if not c.qk_rope_head_dim:
+    if c.position_embedding_type == "learned":
         x = x + weights["transformer.wpe.weight"][: len(ids)]
+    shared = None
     for i in range(c.n_layer):
         h = f"transformer.h.{i}"
-        x = x + attention(
-            layer_norm(x, weights, f"{h}.ln_1", c.layer_norm_epsilon), weights, f"{h}.attn", c
-        )
+        x1 = layer_norm(x, weights, f"{h}.ln_1", c.layer_norm_epsilon)
+        own = i < c.n_layer - c.num_kv_shared_layers
+        attended, shared = attention(x1, weights, f"{h}.attn", c, None if own else shared)
+        x = x + attended
         y = linear(
             layer_norm(x, weights, f"{h}.ln_2", c.layer_norm_epsilon), weights, f"{h}.mlp.c_fc"
         )

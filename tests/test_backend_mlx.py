@@ -6,21 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from helpers import BASE, batch, largest_difference
 
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.session import MLXTrainSession
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.weights import initial_weights
-
-MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, qk_rope_head_dim=4)
-BASE = TrainConfig(batch_size=4, learning_rate=1e-2, compile=False, model=MODEL).resolved()
-
-
-def batch(step: int, size: int = 4):
-    rows = np.random.default_rng(step).integers(0, 60, (size, 25)).astype(np.int32)
-    return rows[:, :-1], rows[:, 1:]
 
 
 def session(**changes) -> MLXTrainSession:
@@ -28,11 +20,6 @@ def session(**changes) -> MLXTrainSession:
     config = dataclasses.replace(BASE, **changes)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
     return get_backend("mlx").train_session(config, Start(initial_weights(config.model, 0, 0.1)))
-
-
-def largest_difference(a: MLXTrainSession, b: MLXTrainSession) -> float:
-    first, second = a.weights(), b.weights()
-    return max(np.abs(first[k] - second[k]).max() for k in first)
 
 
 def test_loss_is_the_cross_entropy_of_the_formulas():

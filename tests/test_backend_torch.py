@@ -9,10 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import numpy as np
-from conftest import TINY
-from test_backend_mlx import BASE, batch
-from test_generate import objects
-from test_train import refused
+from helpers import BASE, TINY, batch, objects, refused
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend

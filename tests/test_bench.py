@@ -118,7 +118,7 @@ def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, 
 
 @pytest.mark.slow
 def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monkeypatch, capfd):
-    from bench import subject_torch
+    from bench.subjects import torch as subject_torch
 
     def full(self, ids):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -135,7 +135,7 @@ def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monk
 
 
 def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
-    from test_train import refused
+    from helpers import refused
 
     def no(*argv):
         return refused(capsys, *argv, command=compare.main)
@@ -155,6 +155,43 @@ def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
     assert "which only MLX reads; compare the folder it was made from" in no("--models", folder)
 
 
+STORED = Path(__file__).parent.parent / "bench" / "results"
+
+
+@pytest.mark.parametrize(
+    "path",
+    # A study keeps its runs; what holds for those is in test_study.py.
+    sorted(p for p in STORED.glob("**/*.json") if '"runs":' not in p.read_text()),
+    ids=lambda path: str(path.relative_to(STORED)),
+)
+def test_stored_reports_say_what_their_results_say(path, tmp_path):
+    from bench import harness
+
+    stored = harness.read(path)
+    copy = tmp_path / path.name
+    harness.write(harness.report_of(stored, path), stored, copy)
+    assert json.loads(copy.read_text()) == stored
+    for written in tmp_path.iterdir():
+        assert path.with_name(written.name).is_file()
+        if written.suffix == ".md":
+            assert written.read_text() == path.with_name(written.name).read_text()
+
+
+def test_the_harness_refuses_what_is_no_report(tmp_path, capsys):
+    from bench import harness
+
+    for text, said in (("{", "not results"), ("[]", "not results"), (None, "cannot be read")):
+        path = tmp_path / "some.json"
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+        assert harness.main([str(path)]) == 2
+        assert said in capsys.readouterr().err
+    path.write_text('{"machine": {}, "report": "os.path"}')
+    assert harness.main([str(path)]) == 2
+    assert "does not name its benchmark" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_core_bench_runs(capfd, tmp_path):
     from bench import core
@@ -168,12 +205,12 @@ def test_core_bench_runs(capfd, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
-    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
-    from eval_models import write
+    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
+    from helpers import write_gpt2_model
 
     from bench import evaluation
 
-    folder = write(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
+    folder = write_gpt2_model(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
     argv = [
         "--data-dir",
         str(shared_data),
@@ -197,8 +234,8 @@ def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
 
 
 def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
-    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
-    from test_train import refused
+    pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
+    from helpers import refused
 
     from bench import evaluation
 

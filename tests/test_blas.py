@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import python
+from helpers import python
 
 from mlx_mla import blas
 
@@ -176,6 +176,16 @@ def test_the_copy_is_made_once_and_whole_by_many_at_once(tmp_path):
     made = copy.stat()
     run(code, XDG_CACHE_HOME=str(tmp_path))
     assert copy.stat() == made
+
+
+def test_a_damaged_copy_is_made_anew(cache):
+    assert blas._load_packaged().startswith("scipy-openblas32")
+    [copy] = cache.iterdir()
+    whole = copy.read_bytes()
+    copy.unlink()  # this process has it mapped
+    copy.write_bytes(b"\x7fELF, once")
+    assert run("import sys; sys.prefix = sys.base_prefix;" + LOAD).startswith("scipy-openblas32")
+    assert copy.read_bytes() == whole
 
 
 def test_a_copy_that_cannot_be_written_leaves_nothing(cache, monkeypatch):

@@ -6,12 +6,15 @@ import subprocess
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from mlx_mla import checkpoint, files
+from mlx_mla import checkpoint, files, hub
 from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
+from mlx_mla.weights import not_finite
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -35,6 +38,17 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
         (folder / "b").write_text("3")
     assert set(contents(target)) == {"b", "SHA256SUMS"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_what_is_downloaded_from_the_hub_is_whole(tiny_run, tmp_path):
+    """The patterns of files take all that SHA256SUMS names beside the training state."""
+    folder = checkpoint.latest(tiny_run)
+    for name in filter_repo_objects([p.name for p in folder.iterdir()], allow_patterns=hub.FILES):
+        if name not in (checkpoint.STATE, checkpoint.STATE_INFO):
+            shutil.copy(folder / name, tmp_path)
+    assert checkpoint.damage(tmp_path, training=False) is None
+    assert "configuration_mla_gpt2.py" in (tmp_path / checkpoint.SUMS).read_text()
+    assert (tmp_path / "configuration_mla_gpt2.py").is_file()
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum on this system")
@@ -71,6 +85,58 @@ def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
     assert (checkpoint.damage(folder, training=False) is None) == name.startswith("train_state")
     (folder / name).unlink()
     assert checkpoint.damage(folder) == f"{name} is missing"
+
+
+def test_a_list_of_checksums_that_was_cut_is_no_proof(tiny_run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint.latest(tiny_run), folder)
+    path = folder / "SHA256SUMS"
+    lines = path.read_text().splitlines(keepends=True)
+    for end in range(len(lines)):
+        path.write_text("".join(lines[:end]))
+        assert "SHA256SUMS is truncated" in checkpoint.damage(folder), end
+    path.write_bytes(b"\xff" * 100)
+    assert checkpoint.damage(folder) == "SHA256SUMS cannot be read"
+    path.write_text("".join(lines) + "0" * 64 + "  ../../../etc/hostname\n")
+    assert checkpoint.damage(folder) == "../../../etc/hostname is missing"
+    path.write_text("".join(lines))
+    (folder / "notes.txt").write_text("of the user's own")
+    assert checkpoint.damage(folder) is None
+
+
+def test_values_that_are_not_finite_are_found_wherever_they_are(rng):
+    weights = {"a": np.full((3, 5), 3e38, np.float32), "b": np.zeros((4, 1000), np.float32)}
+    assert not_finite(weights) is None  # the sum of the first overflows
+    for value in (np.nan, np.inf, -np.inf):
+        spoilt = weights["b"].copy()
+        spoilt[rng.integers(4), rng.integers(1000)] = value
+        assert not_finite({**weights, "b": spoilt}) == "b"
+    both = weights["b"].copy()
+    both[0, :2] = np.inf, -np.inf
+    assert not_finite({"b": both}) == "b"
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_models_with_weights_that_are_not_finite_are_refused(tiny_run, tmp_path, backend):
+    from mlx_mla.backends import get_backend
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.latest(tiny_run), folder)
+    weights = checkpoint.read_weights(folder, checkpoint.read_config(folder))
+    weights["transformer.ln_f.bias"][3] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "mlx"})
+    for load in (get_backend(backend, "cpu").decoder, get_backend(backend, "cpu").scorer):
+        with pytest.raises(UserError, match=r"transformer\.ln_f\.bias has values that are not"):
+            load(folder)
+
+
+@pytest.mark.parametrize("text", ["../../elsewhere", "..", "", "step-000020-backup", "x" * 10_000])
+def test_latest_never_leads_out_of_the_run(tiny_run, tmp_path, text):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.copytree(run / "checkpoints" / "step-000020", run.parent / "elsewhere")
+    (run / "latest").write_text(text)
+    assert checkpoint.latest(run) == run / "checkpoints" / "step-000040"
 
 
 def test_weights_come_back_bit_for_bit(tiny_run):

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import foreign
-from conftest import python
+from helpers import python
 
 from convert import __main__ as convert
 from mlx_mla.backends import get_backend

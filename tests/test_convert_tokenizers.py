@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import foreign
-from test_train import refused as refusal
+from helpers import refused as refusal
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from convert import __main__ as convert

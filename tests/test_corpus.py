@@ -1,5 +1,9 @@
 """Reading training text."""
 
+import gzip
+import lzma
+import struct
+
 import numpy as np
 import pytest
 
@@ -36,6 +40,43 @@ def test_unreadable_text_is_refused(content, message, tmp_path):
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_documents(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n', "is JSON lines, not text; make token shards of it with"),
+        ("a.json", b"{}", "is JSON lines, not text"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text"),
+            "is compressed, not text; .*python -m mlx_mla.prepare",
+        ),
+        ("a", gzip.compress(b"text"), "is compressed, not text"),
+        ("a.txt.xz", lzma.compress(b"text"), "is compressed, not text"),
+        ("a.txt.zst", b"", "is compressed, not text"),
+        ("a.parquet", b"PAR1", "is a parquet file, not text"),
+        ("train.bin", np.arange(99, dtype="<u2").tobytes(), "is a token shard; give --data the f"),
+        ("a", struct.pack("<3i", 20240520, 1, 0), "is a token shard"),
+        ("tokens.npy", b"\x93NUMPY", "is a token shard"),
+        ("a.dat", np.arange(99, dtype="<u2").tobytes(), "has NUL characters, so it is no text"),
+    ],
+)
+def test_files_that_are_no_text_are_named_with_what_reads_them(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_documents(str(path))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("Ænima", encoding="utf-8-sig")
+    assert read_documents(str(tmp_path / "a.txt")) == ["Ænima"]
+
+
+def test_devices_are_refused():
+    with pytest.raises(UserError, match="is a device"):
+        read_documents("/dev/zero")
 
 
 def test_a_folder_is_refused(tmp_path):

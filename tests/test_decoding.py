@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers import TINY, objects, refused
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
     QuantizedKVCache,
@@ -15,8 +15,6 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
-from test_generate import objects
-from test_train import refused
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
@@ -26,6 +24,7 @@ from mlx_mla.config import ModelConfig
 from mlx_mla.decoding import cache_choice
 from mlx_mla.decoding.cache_choice import choose_cache
 from mlx_mla.decoding.request import GenerationOptions
+from mlx_mla.errors import UserError
 from mlx_mla.presets import preset
 from mlx_mla.weights import initial_weights
 
@@ -148,6 +147,23 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
     if bits is None:
         assert after["token_ids"] == expected
     assert load_prompt_cache(str(more))[0].offset == len(context) + 4 + 5
+
+
+def test_a_prompt_cache_whose_tokens_or_values_were_changed_is_refused(folder, tmp_path, capfd):
+    file = tmp_path / "context.safetensors"
+    objects(capfd, "--model", folder, "--prompt", "The st", "--save-prompt-cache", file)
+    whole = file.read_bytes()
+    at = whole.index(b"[84, 104, 101")
+    swapped = whole.replace(b"[84, 104, 101", b"[84, 101, 104")
+    later = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]
+    assert at > 0
+    for damaged in (swapped, later):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged \(its sha256 differs"):
+            prompt_cache.load(file, checkpoint.model_folder(folder))
+    file.write_bytes(whole)
+    _, tokens = prompt_cache.load(file, checkpoint.model_folder(folder))
+    assert bytes(tokens[:6]) == b"The st"
 
 
 def test_a_text_that_stops_early_is_saved_up_to_there(folder, tmp_path, capfd):
@@ -336,7 +352,7 @@ def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, cap
     GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(other))
     assert "has another vocabulary (50257 tokens, the model 257)" in no("--draft-model", other)
     assert "no such folder" in no("--draft-model", tmp_path / "none")
-    assert "--num-draft-tokens must be at least 1" in no(
+    assert "--num-draft-tokens must be from 1 to" in no(
         "--draft-model", draft, "--num-draft-tokens", "0"
     )
     assert "need a cache" in no("--draft-model", draft, "--cache", "none")

@@ -10,11 +10,9 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
-from conftest import TINY
+from helpers import BASE, TINY, batch, refused
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backend_mlx import BASE, batch
-from test_train import refused
 
 from mlx_mla import checkpoint, train
 from mlx_mla.backends import get_backend

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, python
+from helpers import TINY, python
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -155,6 +155,7 @@ def test_two_processes_by_mlx_launch_have_the_loss_curve_of_one(alone, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.torch
 def test_torchrun_goes_on_with_a_run_of_one_process(alone, tmp_path, text_file):
     """PyTorch's averaging, and resuming with more ranks than before (and in the other backend)."""
     out = tmp_path / "run"

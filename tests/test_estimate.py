@@ -19,7 +19,15 @@ from mlx_mla.weights import initial_weights
 
 
 @pytest.mark.parametrize(
-    "kind", [{"attention": "mha"}, {"kv_lora_rank": 24}, {"qk_rope_head_dim": 8}]
+    "kind",
+    [
+        {"attention": "mha"},
+        {"kv_lora_rank": 24},
+        {"qk_rope_head_dim": 8},
+        {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
+        {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
+    ],
+    ids=str,
 )
 def test_cache_bytes_are_those_of_a_real_cache(kind):
     config = ModelConfig(
@@ -38,20 +46,43 @@ def test_cache_bytes_of_the_presets():
         for name in PRESETS
         if (c := preset(name).resolved())
     }
-    assert per_layer["gpt2-124m"] == 3072
+    assert per_layer["gpt2-124m"] == per_layer["gpt2-124m-rope"] == 3072
+    assert per_layer["mla-124m-rope"] == 3072 / 8
     assert per_layer["mla-124m"] == 768
     assert per_layer["mla-124m-r256"] == 512
     assert per_layer["mla-124m-r128"] == 256
 
 
-def test_flops_are_those_of_the_matrix_products():
-    c = ModelConfig(
-        n_layer=2, n_embd=64, n_head=4, kv_lora_rank=24, n_positions=32, vocab_size=50
-    ).resolved()
-    D, R, T = 64, 24, 32
-    per_layer = 2 * (D * (D + R) + R * 2 * D + D * D + 2 * D * 4 * D)
-    scores = np.mean([2 * 2 * D * keys for keys in range(1, T + 1)])
-    assert forward_flops_per_token(c, T) == int(2 * (per_layer + scores) + 2 * 50 * D)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"attention": "mha"},
+        {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
+        {"kv_lora_rank": 24},
+        {"kv_lora_rank": 24, "num_kv_shared_layers": 1},
+        {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "q_lora_rank": 40, "v_head_dim": 12},
+    ],
+)
+def test_flops_are_those_that_pytorch_counts(model):
+    """Token by token on expanded keys, each query meets the keys that causality lets it see."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import DynamicCache
+
+    from mlx_mla.backends.torch.load import build_model
+
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 32, "vocab_size": 50}
+    config, T = ModelConfig(**sizes, **model).resolved(), 9
+    network = build_model(config, initial_weights(config, 0), torch.device("cpu"))
+    network.materialize_cache(True)
+    cache = DynamicCache()
+    # The counter knows the fused kernels of GPUs, not the CPU's.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
+        for _ in range(T):
+            network(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert counter.get_total_flops() == T * forward_flops_per_token(config, T)
 
 
 def test_published_ratios_of_forward_flops():
@@ -64,27 +95,28 @@ def test_published_ratios_of_forward_flops():
     assert mha / r128 == pytest.approx(1.09, abs=0.005)
 
 
-def test_memory_estimate_adds_up():
-    config = preset("mla-124m").resolved()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_and_moments_have_the_size_of_the_sessions(optimizer):
+    config = dataclasses.replace(preset("nano"), optimizer=optimizer).resolved()
+    session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
+    session.step(0, 1e-3, [(np.zeros((1, 8), np.int32), np.zeros((1, 8), np.int32))])
     e = estimate(config, fused_attention=True)
-    n = e.parameters
-    assert (e.weights_bytes, e.optimizer_bytes) == (4 * n, 8 * n)
-    assert e.gradient_bytes == 8 * n  # of the pass in hand, and the sum of those before
-    assert estimate(dataclasses.replace(config, grad_accum_steps=1), True).gradient_bytes == 4 * n
-    assert (
-        e.total_bytes == e.weights_bytes + e.optimizer_bytes + e.gradient_bytes + e.activation_bytes
-    )
-    matrices = 12 * (768 * (768 + 384) + 384 * 2 * 768 + 768 * 768 + 2 * 768 * 3072)
-    muon = estimate(dataclasses.replace(config, optimizer="muon"), True)
-    assert e.optimizer_bytes - muon.optimizer_bytes == 4 * matrices
-    unfused = estimate(config, fused_attention=False)
-    assert unfused.activation_bytes > e.activation_bytes
-    for saving in ({"checkpoint_every": 1}, {"dtype": "bfloat16"}, {"batch_size": 2}):
-        dear = dataclasses.replace(config, dtype="float32")
-        assert (
-            estimate(dataclasses.replace(dear, **saving), True).total_bytes
-            < estimate(dear, True).total_bytes
-        )
+    assert e.weights_bytes == sum(w.nbytes for w in session.weights().values())
+    assert e.optimizer_bytes == sum(w.nbytes for w in session.optimizer_state().values())
+
+
+def test_what_saves_memory_lowers_the_estimate():
+    config = dataclasses.replace(preset("mla-124m"), dtype="float32").resolved()
+    dear = estimate(config, True).total_bytes
+    assert estimate(config, fused_attention=False).total_bytes > dear
+    for saving in (
+        {"checkpoint_every": 1},
+        {"dtype": "bfloat16"},
+        {"batch_size": 2},
+        {"optimizer": "muon"},
+        {"grad_accum_steps": 1},  # no second set of gradients
+    ):
+        assert estimate(dataclasses.replace(config, **saving), True).total_bytes < dear
 
 
 def test_what_is_advised_fits():
@@ -107,10 +139,17 @@ CHANGES = [
     {"vocab_size": 4000},
     {"n_head": 4},
     {"kv_lora_rank": 16},
+    {"num_kv_shared_layers": 2},
     {"checkpoint_every": 1},
     {"checkpoint_every": 2, "n_layer": 6},
     {"loss_chunk": 256, "vocab_size": 8000},
     {"attention": "mha", "qk_rope_head_dim": 0},
+    {
+        "attention": "mha",
+        "qk_rope_head_dim": 0,
+        "position_embedding_type": "rope",
+        "num_key_value_heads": 1,
+    },
     {"dtype": "bfloat16"},
     {"optimizer": "muon"},
 ]
@@ -142,3 +181,23 @@ def test_memory_estimate_is_near_the_measured_peak(change):
     finally:
         mx.set_memory_limit(limit)
     assert peak == pytest.approx(estimate(config, fused_attention=False).total_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--n-embd", "1000000", "--n-head", "10"),
+        ("--batch-size", "1000000"),
+        ("--grad-accum-steps", "1000000", "--batch-size", "100000"),
+        ("--vocab-size", "1000000", "--n-embd", "1000000", "--n-head", "10"),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_anything_is_made_of_it(tmp_path, capsys, flags):
+    out = tmp_path / "run"
+    assert train.main(["--out", str(out), *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a step takes about ") and said.count("\n") == 1
+    assert not out.exists()
+    assert (
+        train.main(["--dry-run", *flags]) == 0
+    )  # which is where one looks for what takes how much

@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from eval_models import write
+from helpers import write_gpt2_model
 from transformers import AutoModelForCausalLM
+
+torch = pytest.importorskip("torch")
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
 
 from mlx_mla import evaluate
 from mlx_mla.backends import get_backend
 from mlx_mla.evaluation.tasks import TASKS
-
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named dev")
 
 pytestmark = pytest.mark.slow
 N = 200
@@ -20,7 +20,7 @@ N = 200
 
 @pytest.fixture(scope="module")
 def folder(shared_data, tmp_path_factory):
-    return write(tmp_path_factory.mktemp("referee") / "model", shared_data)
+    return write_gpt2_model(tmp_path_factory.mktemp("referee") / "model", shared_data)
 
 
 @pytest.fixture(scope="module")

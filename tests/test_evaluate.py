@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from eval_models import write
+from helpers import write_gpt2_model
 
 from mlx_mla import evaluate
 from mlx_mla.evaluation.tasks import TASKS
@@ -14,8 +14,10 @@ from mlx_mla.evaluation.tasks import TASKS
 def models(shared_data, tmp_path_factory):
     """Two models of one vocabulary, the second's padded."""
     folder = tmp_path_factory.mktemp("models")
-    write(folder / "a", shared_data, n_embd=16, kv_lora_rank=4)
-    write(folder / "b", shared_data, seed=1, n_embd=16, attention="mha", vocab_size=50304)
+    write_gpt2_model(folder / "a", shared_data, n_embd=16, kv_lora_rank=4)
+    write_gpt2_model(
+        folder / "b", shared_data, seed=1, n_embd=16, attention="mha", vocab_size=50304
+    )
     return [str(folder / "a"), str(folder / "b")]
 
 
@@ -39,6 +41,7 @@ def results(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.torch
 def test_both_backends_agree_item_by_item(models, data, tmp_path):
     found = {}
     for backend in ("mlx", "torch"):
@@ -71,6 +74,7 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
             assert logprobs == pytest.approx(found["torch"][task][i], abs=1e-3, rel=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("protocol", ["standard", "original"])
 def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol):
     out = tmp_path / "r.json"
@@ -159,6 +163,7 @@ def test_a_sample_is_of_the_asked_size_and_seeded(models, data, tmp_path):
     assert scores[0] == scores[1] != scores[2]
 
 
+@pytest.mark.torch
 def test_bfloat16_is_used(models, data, tmp_path):
     scores = []
     for dtype in ("float32", "bfloat16"):
@@ -200,10 +205,10 @@ def test_users_mistakes_are_one_line(models, data, tmp_path, capsys, shared_data
     assert "--model names a model twice" in no("--model", models[0], models[0])
     (tmp_path / "there.json").write_text("{}")
     assert "exists; add --resume" in no("--out", tmp_path / "there.json")
-    write(tmp_path / "short", shared_data, n_embd=16, kv_lora_rank=4, n_positions=64)
+    write_gpt2_model(tmp_path / "short", shared_data, n_embd=16, kv_lora_rank=4, n_positions=64)
     assert run("--model", tmp_path / "short", "--data-dir", data, "--tasks", "wikitext2") == 2
     assert "do not fit this model's n_positions=64; --window 64" in capsys.readouterr().err
-    write(tmp_path / "small", shared_data, n_embd=16, kv_lora_rank=4, vocab_size=300)
+    write_gpt2_model(tmp_path / "small", shared_data, n_embd=16, kv_lora_rank=4, vocab_size=300)
     assert run("--model", tmp_path / "small", "--data-dir", data, "--tasks", "lambada") == 2
     assert "tokenizer has 50257 tokens and the model 300" in capsys.readouterr().err
 

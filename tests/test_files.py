@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_mla.errors import UserError
-from mlx_mla.files import read_json
+from mlx_mla.files import LARGEST_TEXT, read_json, read_toml
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,9 @@ from mlx_mla.files import read_json
         (b"[]", "not a JSON object, but list"),
         (b"null", "not a JSON object, but NoneType"),
         (b"\xff\xfe{}", "not UTF-8"),
+        (b'{"a": "\xff"}', "not UTF-8 text .byte 0xff at offset 7"),
+        (b"\x00" * 8, "not valid JSON"),
+        (b"1" * (LARGEST_TEXT + 1), "is larger than 67,108,864 bytes"),
         (b'{"a": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"a": ' * 100_000, "nested too deeply"),
@@ -38,6 +41,12 @@ def test_files_that_cannot_be_read(tmp_path):
         read_json(tmp_path / "none.json")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_json(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_json_or_toml(tmp_path):
+    for name, text, read in (("a.json", '{"a": 1}', read_json), ("a.toml", "a = 1", read_toml)):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read(tmp_path / name) == {"a": 1}
 
 
 values = st.recursive(

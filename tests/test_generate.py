@@ -7,8 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import TINY, python
-from test_train import refused
+from helpers import TINY, objects, python, refused
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
@@ -37,12 +36,6 @@ def learned_run(tmp_path_factory, text_file):
     ]
     assert train.main([*argv, "--steps", "15"]) == 0
     return out
-
-
-def objects(capfd, *argv: str) -> list[dict]:
-    capfd.readouterr()
-    assert generate.main([*map(str, argv), "--json"]) == 0
-    return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
 
 
 @pytest.mark.parametrize("run", ["tiny_run", "learned_run"])
@@ -148,7 +141,7 @@ def test_a_batch_gives_each_prompt_its_own_text(folder, tmp_path, capfd):
 
 
 def test_prompts_may_come_from_stdin_or_be_empty(folder, monkeypatch, capfd):
-    monkeypatch.setattr("sys.stdin", io.StringIO("The st"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The st")))
     argv = ("--model", folder, "--max-tokens", "5", "--temp", "0")
     assert objects(capfd, *argv, "--prompt", "-")[0]["prompt_tokens"] == 6
     assert objects(capfd, *argv, "--prompt", "")[0]["prompt_tokens"] == 1
@@ -224,10 +217,12 @@ def test_bad_input_gets_one_line(folder, tiny_run, tmp_path, capsys):
     assert "n_positions=48; shorten it" in no(*model, "--prompt", "x" * 48)
     assert "--max-kv-size must be from 2 to n_positions (48)" in no(*prompt, "--max-kv-size", "49")
     assert "--max-tokens must be at least 1" in no(*prompt, "--max-tokens", "0")
-    assert "--temp must not be negative" in no(*prompt, "--temp", "-1")
-    assert "--top-p must be between 0 and 1" in no(*prompt, "--top-p", "2")
+    assert "--temp must be from 0 to 100, not -1.0; 0 is greedy" in no(*prompt, "--temp", "-1")
+    assert "--top-p must be from 1e-06 to 1, not 2.0; 1 is off" in no(*prompt, "--top-p", "2")
     assert "--top-k must be from 0 (off) to 256" in no(*prompt, "--top-k", "257")
-    assert "--repetition-penalty must be positive" in no(*prompt, "--repetition-penalty", "0")
+    assert "--repetition-penalty must be from 0.01 to 100" in no(
+        *prompt, "--repetition-penalty", "0"
+    )
     assert "takes multiples of 32; a width of 32 would fit, in groups of 32" in no(
         *prompt, "--kv-bits", "4"
     )

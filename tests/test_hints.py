@@ -1,7 +1,7 @@
 """A refusal is one line on stderr; advice comes once, and on success only."""
 
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 from mlx_mla import blas, evaluate, generate, train
 

@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
+from helpers import BASE, batch, largest_difference
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backend_mlx import BASE, batch, largest_difference
 
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
@@ -66,7 +66,12 @@ def session(backend: str, **changes):
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize(
-    "model", [{"n_layer": 3}, {"n_layer": 3, "attention": "mha", "qk_rope_head_dim": 0}]
+    "model",
+    [
+        {"n_layer": 3},
+        {"n_layer": 3, "num_kv_shared_layers": 2},
+        {"n_layer": 3, "attention": "mha", "qk_rope_head_dim": 0},
+    ],
 )
 def test_checkpointing_and_chunks_change_no_step(backend, every, model):
     plain = session(backend, model=model)

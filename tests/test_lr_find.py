@@ -5,8 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY
-from test_train import refused
+from helpers import TINY, refused
 
 from mlx_mla import train
 from mlx_mla.backends.mlx.backend import MLXBackend

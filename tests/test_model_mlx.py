@@ -1,10 +1,22 @@
 """The MLX model against numpy in float64, transformers, and itself on other paths."""
 
+import dataclasses
+import inspect
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
+from helpers import (
+    KINDS,
+    TOLERANCE,
+    difference,
+    in_chunks,
+    model_configs,
+    random_weights,
+    token_ids,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -16,68 +28,13 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mlx_mla import model_mlx
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
+from mlx_mla.configuration_mla_gpt2 import MLAGPT2Config
 from mlx_mla.model_mlx import Model, ModelArgs
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
-
-TOLERANCE = 1e-4
-
-
-@st.composite
-def model_configs(draw) -> ModelConfig:
-    """Small models with every feature on and off."""
-    heads = draw(st.sampled_from([1, 2, 3, 4]))
-    width = heads * draw(st.sampled_from([8, 16, 20]))
-    common = {
-        "n_layer": draw(st.integers(1, 3)),
-        "n_head": heads,
-        "n_embd": width,
-        "n_positions": 96,
-        "vocab_size": draw(st.integers(2, 70)),
-        "activation_function": draw(st.sampled_from(["gelu_new", "gelu"])),
-        "attention_bias": draw(st.booleans()),
-    }
-    if draw(st.integers(0, 3)) == 0:
-        return ModelConfig(attention="mha", **common).resolved()
-    return ModelConfig(
-        kv_lora_rank=draw(st.integers(1, width)),
-        q_lora_rank=draw(st.sampled_from([None, 5, 16])),
-        qk_rope_head_dim=draw(st.sampled_from([0, 0, 4, 8])),
-        v_head_dim=draw(st.sampled_from([None, 6, 24])),
-        latent_norm=draw(st.booleans()),
-        **common,
-    ).resolved()
-
-
-def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """Weights large enough that attention is far from uniform, and biases and gains that matter."""
-    rng = np.random.default_rng(seed)
-    weights = initial_weights(config, seed, 0.25)
-    for name, w in weights.items():
-        if w.ndim == 1:
-            weights[name] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
-    return weights
-
-
-def token_ids(config: ModelConfig, batch: int, length: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)))
-
-
-def in_chunks(model, x: mx.array, sizes, cache) -> mx.array:
-    """Logits of feeding x through a cache in chunks of the given sizes, then token by token."""
-    out, at = [], 0
-    for size in [*sizes, *[1] * x.shape[1]]:
-        if at < x.shape[1]:
-            out.append(model(x[:, at : at + size], cache=cache))
-            mx.eval(out[-1])
-            at += size
-    return mx.concatenate(out, axis=1)
-
-
-def difference(a: mx.array, b: mx.array) -> float:
-    return mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item()
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -96,9 +53,21 @@ def test_parameter_table_is_the_models(name):
 
 
 def test_model_args_are_the_configs_fields():
-    # Of the folder, not of the model: config.json alone says how many ids its tokenizer has.
-    fields = set(ModelArgs.__dataclass_fields__) - {"model_type", "tokenizer_size"}
-    assert fields == set(ModelConfig.__dataclass_fields__)
+    fields = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    fields["vocab_size"] = 50257  # for a config.json of GPT-2's; here a tokenizer says it
+    mlx = {f.name: f.default for f in dataclasses.fields(ModelArgs)}
+    assert mlx.pop("model_type") == MLAGPT2Config.model_type == "mla_gpt2"
+    # Of the folder, not of the model's shape: config.json alone has them.
+    del mlx["eos_token_id"], mlx["tokenizer_size"]
+    assert mlx == fields
+    parameters = inspect.signature(MLAGPT2Config).parameters.values()
+    theirs = {
+        "initializer_range",
+        "use_cache",
+        "tokenizer_size",
+        "kwargs",
+    }  # of transformers' own tools
+    assert {p.name: p.default for p in parameters if p.name not in theirs} == fields
 
 
 @given(config=model_configs(), length=st.integers(1, 40), seed=st.integers(0, 99))
@@ -183,6 +152,53 @@ def test_mha_is_transformers_gpt2():
     np.testing.assert_allclose(np.array(build_model(config, state)(x)), expected, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama import modeling_llama as llama
+
+    D, H, N, T = 48, 4, 16, 37
+    theirs = LlamaConfig(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=kv_heads,
+        head_dim=N,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    attention, rotary = llama.LlamaAttention(theirs, 0), llama.LlamaRotaryEmbedding(theirs)
+    x = torch.randn(2, T, D)
+    causal = torch.full((T, T), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        expected, _ = attention(x, rotary(x, torch.arange(T)[None]), causal)
+
+    # Llama rotates the pairs (i, i + N/2) of a head, this model (2i, 2i + 1).
+    halves = np.arange(N).reshape(2, N // 2).T.ravel()
+
+    def ours(part: str, name: str) -> np.ndarray:
+        w = getattr(getattr(attention, f"{part}_proj"), name).detach().numpy()
+        return w if part in "vo" else w.reshape(-1, N, *w.shape[1:])[:, halves].reshape(w.shape)
+
+    args = ModelArgs(
+        attention="mha",
+        n_embd=D,
+        n_head=H,
+        head_dim=N,
+        num_key_value_heads=kv_heads,
+        position_embedding_type="rope",
+        rope_theta=500.0,
+    )
+    mine = model_mlx.MultiHeadAttention(args, 0)
+    for name in ("weight", "bias"):
+        mine.c_attn[name] = mx.array(np.concatenate([ours(p, name) for p in "qkv"]))
+        mine.c_proj[name] = mx.array(ours("o", name))
+    got, _ = mine(mx.array(x.numpy()), "causal")
+    np.testing.assert_allclose(np.array(got), expected.numpy(), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("rope", [0, 32])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
@@ -204,16 +220,20 @@ def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
     assert difference(absorbed, model(x)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("rope", [0, 32])
-def test_quantised_cache_is_close_at_8_bits(rope):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kv_lora_rank": 96},
+        {"kv_lora_rank": 64, "qk_rope_head_dim": 32},
+        {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "num_kv_shared_layers": 2},
+        {"attention": "mha", "position_embedding_type": "rope"},
+        {"attention": "mha", "position_embedding_type": "rope", "num_key_value_heads": 2},
+    ],
+    ids=str,
+)
+def test_quantised_cache_is_close_at_8_bits(kind):
     config = ModelConfig(
-        n_layer=2,
-        n_embd=128,
-        n_head=2,
-        kv_lora_rank=96 - rope,
-        qk_rope_head_dim=rope,
-        n_positions=64,
-        vocab_size=50,
+        n_layer=3, n_embd=128, n_head=4, n_positions=64, vocab_size=50, **kind
     ).resolved()
     model = build_model(config, initial_weights(config, 0, 0.1))
     x = token_ids(config, 1, 40)
@@ -240,10 +260,10 @@ def test_lora_on_the_up_projection_is_not_bypassed():
     assert difference(in_chunks(model, x, [6], make_prompt_cache(model)), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("rope", [0, 8])
-def test_left_padded_batch_gives_each_row_its_own_logits(rope):
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_left_padded_batch_gives_each_row_its_own_logits(kind):
     config = ModelConfig(
-        n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=20, qk_rope_head_dim=rope
+        n_layer=3, n_embd=32, n_head=4, n_positions=32, vocab_size=20, **kind
     ).resolved()
     model = build_model(config, random_weights(config, 0))
     short, long = token_ids(config, 1, 9, 1), token_ids(config, 1, 14, 2)
@@ -274,12 +294,23 @@ def test_positions_past_the_table_are_refused(rope):
     model(token_ids(config, 1, 16), cache=cache)
     with pytest.raises(ValueError, match="17 tokens of context"):
         model(token_ids(config, 1, 1), cache=cache)
-    # A batch: the padded length passes 16 before any row does, and only a row that does is refused.
-    cache = [BatchKVCache([4, 4])]
-    model(token_ids(config, 2, 16), cache=cache)
-    model(token_ids(config, 2, 4), cache=cache)
-    with pytest.raises(ValueError, match="17 tokens of context"):
-        model(token_ids(config, 2, 1), cache=cache)
+
+
+@pytest.mark.parametrize("rope", [0, 8])
+def test_a_row_past_the_table_ends_without_touching_its_batch(rope):
+    config = ModelConfig(
+        n_layer=2, n_embd=32, n_head=2, n_positions=16, vocab_size=20, qk_rope_head_dim=rope
+    ).resolved()
+    model = build_model(config, random_weights(config, 0))
+    model.args.eos_token_id = 19
+    short, long = token_ids(config, 1, 12, 1), token_ids(config, 1, 18, 2)
+    padded = mx.concatenate([mx.concatenate([mx.zeros((1, 6), short.dtype), short], axis=1), long])
+    logits = in_chunks(model, padded, [10, 15], [BatchKVCache([6, 0]) for _ in model.layers])
+    assert difference(logits[:1, 6:], model(short)) <= TOLERANCE
+    assert difference(logits[1:, :16], model(long[:, :16])) <= TOLERANCE
+    likely = mx.softmax(logits[1, 16:], axis=-1)
+    assert likely[:, 19].tolist() == [1.0, 1.0]
+    assert mx.isfinite(logits).all()
 
 
 def test_bad_shapes_are_refused_by_the_model_file_itself():
@@ -287,6 +318,15 @@ def test_bad_shapes_are_refused_by_the_model_file_itself():
         ({"n_embd": 100, "n_head": 12}, "not divisible"),
         ({"attention": "gqa"}, "'mla' or 'mha'"),
         ({"activation_function": "relu"}, "gelu_new"),
+        ({"position_embedding_type": "alibi"}, "'learned' or 'rope'"),
+        ({"position_embedding_type": "rope"}, "does not go with qk_rope_head_dim 0"),
+        (
+            {"position_embedding_type": "learned", "qk_rope_head_dim": 8},
+            "does not go with qk_rope_head_dim 8",
+        ),
+        ({"attention": "mha", "num_key_value_heads": 5}, "num_key_value_heads 5"),
+        ({"num_kv_shared_layers": 12}, "from 0 to 11, not 12"),
     ):
-        with pytest.raises(ValueError, match=message):
-            ModelArgs.from_dict(values)
+        for configuration in (ModelArgs.from_dict, lambda v: MLAGPT2Config(**v)):
+            with pytest.raises(ValueError, match=message):
+                configuration(values)

@@ -1,5 +1,8 @@
 """The PyTorch model: the same folder gives the same logits, and transformers' tools work on it."""
 
+import json
+import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,14 +11,15 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
+from helpers import TOLERANCE, model_configs, random_weights, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model_mlx import TOLERANCE, model_configs, random_weights, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from mlx_mla import checkpoint, model_torch
+from mlx_mla import checkpoint, generate, model_torch
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
+from mlx_mla.files import atomic_folder
 from mlx_mla.weights import parameter_shapes
 
 
@@ -185,8 +189,30 @@ def test_positions_past_the_table_are_refused(loaded):
         loaded(torch.zeros((1, 49), dtype=torch.long))
 
 
-def test_the_copied_file_is_the_packages(folder):
-    from pathlib import Path
+def test_a_folder_with_its_configuration_in_the_model_file_loads_too(folder, loaded, tmp_path):
+    """As folders were written at first: one file for both classes, and `auto_map` naming it
+    twice."""
+    old = tmp_path / "old"
+    with atomic_folder(old) as making:
+        for path in folder.iterdir():
+            if path.name not in ("configuration_mla_gpt2.py", "SHA256SUMS"):
+                shutil.copy(path, making)
+        model_file, configuration = making / "model_torch.py", folder / "configuration_mla_gpt2.py"
+        line = "from .configuration_mla_gpt2 import MLAGPT2Config\n"
+        assert line in model_file.read_text()
+        model_file.write_text(model_file.read_text().replace(line, configuration.read_text()))
+        values = json.loads((making / "config.json").read_text())
+        values["auto_map"]["AutoConfig"] = "model_torch.MLAGPT2Config"
+        (making / "config.json").write_text(json.dumps(values))
+    again = AutoModelForCausalLM.from_pretrained(str(old), trust_remote_code=True).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=0, atol=0)
+    for backend in ("mlx", "torch"):
+        flags = ["--prompt", "x", "--max-tokens", "2", "--backend", backend]
+        assert generate.main(["--model", str(old), *flags]) == 0
+
+
+def test_the_copied_files_are_the_packages(folder):
 
     for name in ("model_mlx.py", "model_torch.py", "configuration_mla_gpt2.py"):
         assert (folder / name).read_bytes() == Path(checkpoint.__file__).with_name(

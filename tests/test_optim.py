@@ -8,11 +8,9 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
-from conftest import TINY
+from helpers import BASE, TINY, batch, refused
 from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
-from test_backend_mlx import BASE, batch
-from test_train import refused
 
 from mlx_mla import train
 from mlx_mla.backends import get_backend

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_train import refused
+from helpers import refused
 
 from mlx_mla import plot
 from mlx_mla.metrics import read_metrics
@@ -16,8 +16,8 @@ from mlx_mla.plot import read_runs, smoothed
 def figure(monkeypatch):
     """The figure that was saved last, still open."""
     saved = []
-    keep = plot._save
-    monkeypatch.setattr(plot, "_save", lambda fig, out: (saved.append(fig), keep(fig, out)))
+    keep = plot.save
+    monkeypatch.setattr(plot, "save", lambda fig, out: (saved.append(fig), keep(fig, out)))
     return saved
 
 

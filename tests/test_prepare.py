@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import python
+from helpers import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -464,7 +464,11 @@ def test_sources_that_are_not_there(tmp_path, capsys):
             b'{"text": "a"}\n\n{"text": "\xff"}\n',
             "a.jsonl, line 3: not UTF-8 text (byte 0xff at offset 10",
         ),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": ',
+            "a.jsonl, line 2: not valid JSON (Expecting value",
+        ),
         (
             "a.json",
             b'["a", "b"]',
@@ -504,12 +508,71 @@ def test_sources_that_are_not_there(tmp_path, capsys):
             "a.jsonl.zst: cannot be read",
         ),
         ("a.parquet", b"PAR1 not really", "a.parquet: cannot be read as parquet"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not valid JSON (nested too deeply)"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value,
 )
 def test_files_that_cannot_be_read(name, data, message, tmp_path, capsys):
     (tmp_path / name).write_bytes(data)
     assert message in refused(capsys, tmp_path / name, tmp_path / "out", "--val-fraction", "0.0001")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one<|endoftext|>two", encoding="utf-8-sig")
+    (tmp_path / "in" / "b.jsonl").write_text('{"text": "three"}\n', encoding="utf-8-sig")
+    fraction = ("--val-fraction", "0.5", "--seed", "3")
+    assert run(tmp_path / "in", tmp_path / "out", *fraction) == 0
+    found = [d for split in SPLITS for d in read_documents(tmp_path / "out", split)]
+    assert sorted(found) == ["one", "three", "two"]
+
+
+BOMB = """
+import resource, sys
+from mlx_mla import prepare
+code = prepare.main([sys.argv[1], "--out", sys.argv[2], "--tokenizer", "bytes"])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)  # MiB on Linux
+sys.exit(code)
+"""
+
+
+def peak_mib(src: Path, out: Path) -> tuple[int, str]:
+    """Most MiB that a preparation took, in a process of its own, and what it said on stderr."""
+    done = subprocess.run(python("-c", BOMB, str(src), str(out)), capture_output=True, text=True)
+    return int(done.stdout.split("peak ")[1]), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_a_line_of_gigabytes_in_a_small_file_is_refused(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    start, block = b'{"text": "', b"a" * (1 << 20)
+    if ending == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as file:
+            for data in (start, *[block] * 3000):
+                file.write(data)
+    else:
+        with (gzip if ending == ".gz" else lzma).open(path, "wb") as file:
+            for data in (start, *[block] * 3000):
+                file.write(data)
+    assert path.stat().st_size < 20e6
+    peak, said = peak_mib(path, tmp_path / "out")
+    assert "line 1: longer than 67,108,864 bytes; cut it into documents" in said
+    assert peak < 1000
+
+
+@pytest.mark.slow
+def test_large_texts_that_a_small_parquet_file_repeats_are_read_one_by_one(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = pa.DictionaryArray.from_arrays(
+        pa.array([0, 1] * 20, pa.int32()), ["a" * 40_000_000, "b"]
+    )
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd")
+    assert path.stat().st_size < 20_000
+    peak, said = peak_mib(path, tmp_path / "out")
+    assert said == "" or "validation" in said
+    assert peak < 2500
 
 
 def test_a_parquet_file_without_text_lists_its_columns(tmp_path, capsys):
@@ -574,3 +637,33 @@ def test_impossible_settings(many, tmp_path, capsys):
 def test_errors_are_ours(many):
     with pytest.raises(UserError):
         list(documents.find_sources("no/such/thing", documents.Reading())[0])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"open": [], "file": 99},
+        {"open": [[0, [0, 0]], [0, [0, 0]]], "file": 2},
+        {"open": [[5, None]], "file": 2},
+        {"open": [[0, [-1, 0]]], "file": 2},
+        {"open": [[0, "x"]], "file": 2},
+        {"open": [[i, {"rows": 3}] for i in range(8)], "file": 8},
+        {"open": {}, "file": 0},
+        None,
+    ],
+)
+def test_a_manifest_that_goes_on_nowhere_is_refused(many, prepared, tmp_path, capsys, place):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest |= {"complete": False, "parts": [], "next": place}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    said = refused(capsys, many, out, *SHARDS)
+    assert any(
+        words in said
+        for words in (
+            "its 'next' is",
+            "it goes on after its last source",
+            "the manifest goes on at {",
+        )
+    )

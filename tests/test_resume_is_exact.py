@@ -5,14 +5,13 @@ import subprocess
 import time
 
 import pytest
-from conftest import TINY, python
+from helpers import MEASURED, TINY, python
 
 from mlx_mla import checkpoint
 from mlx_mla.metrics import read_metrics
 
 STEPS = 30
 COMPILED = "compiled"  # no flag: compiling is the default that TINY switches off
-MEASURED = ("tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
 
 
 def launch(out, text_file, extra, resume: bool) -> subprocess.Popen:

@@ -1,9 +1,11 @@
 """Batched log-probabilities against a plain forward pass, one row at a time."""
 
+import pytest
+
+torch = pytest.importorskip("torch")
+
 import mlx.core as mx
 import numpy as np
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

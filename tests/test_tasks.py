@@ -139,7 +139,7 @@ def test_bad_rows_are_named(tmp_path, name, row, message):
         TASKS[name].documents_from_file(path, "standard")
     assert message in str(error.value)
     path.write_text(json.dumps(good) + "\n{")
-    with pytest.raises(UserError, match="line 2: not JSON"):
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
         TASKS[name].documents_from_file(path, "standard")
 
 

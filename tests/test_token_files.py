@@ -8,9 +8,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import TINY
-from test_resume_is_exact import MEASURED
-from test_train import refused
+from helpers import MEASURED, TINY, refused
 
 from mlx_mla import prepare, train
 from mlx_mla.data import shards
@@ -94,7 +92,13 @@ def test_resuming_sees_other_data_even_of_the_same_size(folders, tmp_path, capsy
         data, out = tmp_path / f"{layout}-data", tmp_path / layout
         shutil.copytree(folders / layout, data)
         assert train.main([*TINY, "--data", str(data), "--out", str(out), "--steps", "1"]) == 0
-        if layout == "npy":
+        if layout == "npy":  # overwritten in place
+            first = min(data.glob("*train*"))
+            tokens = first.read_bytes()
+            first.write_bytes(tokens[:-2] + b"\x01\x00")
+            again = ("--resume", "--out", out, "--steps", "2")
+            assert "is not the text that" in refused(capsys, *again)
+            first.write_bytes(tokens)
             manifest = json.loads((data / "manifest.json").read_text())
             manifest["shards"][0]["sha256"] = "0" * 64
             (data / "manifest.json").write_text(json.dumps(manifest))
@@ -167,6 +171,7 @@ def npy(array) -> bytes:
         ("a_train_1.npy", npy(np.array([{}], object)), "holds object, token shards"),
         ("a_train_1.npy", b"\x93NUMPY\x01\x00\x10", "not a NumPy array file"),
         ("a_train_1.npy", b"", "not a NumPy array file"),
+        ("a_train_1.npy", npy(TOKENS).replace(b"}", b"("), "not a NumPy array file"),
         ("a_train_1.npy", npy(TOKENS[:0]), "holds no tokens"),
         (
             "a_train_000001.bin",
@@ -180,6 +185,10 @@ def npy(array) -> bytes:
             "does not begin with llm.c's 20240520, and only nanoGPT's",
         ),
         ("a_train_000001.bin", llmc(TOKENS, version=2), "llm.c's version 2 with 1000 tokens"),
+        ("train.bin", TOKENS.astype("<i4").tobytes(), "every second of its 16-bit words is zero"),
+        ("train.bin", TOKENS.astype("<u4").tobytes(), "so its token ids have 32 or 64 bits"),
+        ("my_train.bin", TOKENS.astype("<i8").tobytes(), "every second of its 16-bit words"),
+        ("train.bin", TOKENS.astype(">u4").tobytes(), "every second of its 16-bit words is zero"),
         (
             "train.bin",
             TOKENS.tobytes()[:-1],
@@ -223,7 +232,7 @@ def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_dat
     manifest.write_text(json.dumps(values))
     assert "manifest.json says" in refused(capsys, *TINY, *out, "--data", tmp_path / "broken")
     manifest.write_text("{")
-    assert "not a manifest of mlx_mla.prepare" in refused(
+    assert "manifest.json: not valid JSON" in refused(
         capsys, *TINY, *out, "--data", tmp_path / "broken"
     )
     assert not (tmp_path / "run").exists()
@@ -273,3 +282,51 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         shards.write_shard(path, "npy", pieces, 2000)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "name"),
+    [
+        (("shards", 0, "file"), "../elsewhere/a_train_1.npy", "shards"),
+        (("shards", 0, "file"), "/etc/passwd", "shards"),
+        (("shards", 0, "split"), "test", "shards"),
+        (("shards", 0, "tokens"), -1, "shards"),
+        (("shards", 0, "tokens"), "9", "shards"),
+        (("shards",), {}, "shards"),
+        (("tokenizer",), "bytes", "tokenizer"),
+        (("complete",), 1, "complete"),
+        (("sources",), [1], "sources"),
+    ],
+)
+def test_a_manifest_that_prepare_did_not_write_is_refused(
+    folders, tmp_path, capsys, place, value, name
+):
+    data = tmp_path / "data"
+    shutil.copytree(folders / "npy", data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    *parents, last = place
+    node = manifest
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    said = refused(capsys, *TINY, "--data", data, "--out", tmp_path / "run")
+    assert f"manifest.json: not a manifest of mlx_mla.prepare (its '{name}' is" in said
+
+
+def test_small_uint16_files_are_read_as_they_are(tmp_path):
+    for tokens in ([5, 0] * 7, [0] * 100, [1] * 100, list(range(100))):
+        (tmp_path / "train.bin").write_bytes(np.array(tokens, "<u2").tobytes())
+        assert open_shard(tmp_path / "train.bin").tokens.tolist() == tokens
+
+
+def test_checkpoints_of_versions_that_kept_no_samples_of_the_data_go_on(folders, tmp_path):
+    out = tmp_path / "run"
+    argv = [*TINY, "--data", str(folders / "npy"), "--out", str(out)]
+    assert train.main([*argv, "--steps", "1"]) == 0
+    path = out / "checkpoints" / "step-000001" / "train_state.json"
+    (path.parent / "SHA256SUMS").unlink()
+    info = json.loads(path.read_text())
+    del info["data_samples_sha256"]
+    path.write_text(json.dumps(info))
+    assert train.main(["--resume", "--out", str(out), "--steps", "2"]) == 0

@@ -5,14 +5,15 @@ import sys
 import types
 
 import pytest
-from conftest import TINY
+from helpers import TINY, refused
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
-from test_train import refused
 
 from mlx_mla import train
+from mlx_mla.errors import UserError
 from mlx_mla.metrics import read_metrics
-from mlx_mla.training.tracking import scalars
+from mlx_mla.training.tracking import Tracking, scalars
 
 STEPS = (
     "--steps",
@@ -235,3 +236,21 @@ def test_the_real_trackio(tmp_path, text_file, monkeypatch):
     logs = SQLiteStorage.get_logs("mlx_mla", name)
     steps = [entry["step"] for entry in logs if "train/loss" in entry]
     assert steps == [1, 2, 4, 6, 8, 10, 12, 14, 16]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        ('{"id": 3}', "names no id and steps"),
+        ('{"id": "../../x"}', "names no id and steps"),
+        ('{"id": "a", "sent": []}', "names no id and steps"),
+        ('{"id": "a", "sent": {"wandb": {"train": "1"}}}', "names no id and steps"),
+    ],
+)
+def test_a_damaged_record_of_what_was_sent_is_named(tmp_path, text, message):
+    (tmp_path / "tracking.json").write_text(text)
+    with pytest.raises(UserError, match=message) as told:
+        Tracking(tmp_path, Console(quiet=True))
+    assert str(told.value).startswith(str(tmp_path / "tracking.json"))

@@ -9,24 +9,14 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
-from conftest import TINY, python
-from test_resume_is_exact import MEASURED
+from helpers import MEASURED, TINY, python, refused
 
-from mlx_mla import checkpoint, generate, train
+from mlx_mla import checkpoint, files, generate, train
 from mlx_mla.metrics import read_metrics
+from mlx_mla.presets import preset
 from mlx_mla.schedule import learning_rate
-
-
-def refused(capsys, *argv: str, command=train.main) -> str:
-    """Run a command that must be refused; returns its one line."""
-    capsys.readouterr()
-    assert command([str(a) for a in argv]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
 
 
 def test_a_run_leaves_the_documented_files(tiny_run):
@@ -80,7 +70,7 @@ def test_the_end_of_a_run_says_where_it_is_and_how_to_go_on(tmp_path, text_file,
     assert train.main(argv) == 0
     said = capfd.readouterr().out
     assert "--- sample ---\nAb" in said
-    assert f'python -m mlx_mla.generate --model {out} --prompt "Ab"' in said
+    assert f"python -m mlx_mla.generate --model {out} --prompt Ab" in said
     assert generate.main(["--model", str(out), "--prompt", "Ab", "--max-tokens", "3"]) == 0
 
 
@@ -121,11 +111,15 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path):
 
 
 def test_multi_head_attention_is_one_flag_apart(capsys):
-    for name in ("nano", "mla-124m", "mla-124m-r128"):
+    for name in ("nano", "mla-124m", "mla-124m-r128", "mla-124m-rope"):
         mla = train.parse(["--preset", name])
         mha = train.parse(["--preset", name, "--attention", "mha"])
         assert mha.resolved().model.attention == "mha"
         assert (mha.steps, mha.seed, mha.model.n_embd) == (mla.steps, mla.seed, mla.model.n_embd)
+    rope = train.parse(["--preset", "mla-124m-rope", "--attention", "mha"]).resolved().model
+    assert rope == preset("gpt2-124m-rope").resolved().model
+    grouped = ["--attention", "mha", "--num-key-value-heads", "1", "--n-embd", "126"]
+    assert train.parse(grouped).resolved().model.kind.cached_values() == 3 * 2 * 63
     assert "no meaning with --attention mha" in refused(
         capsys, "--attention", "mha", "--kv-lora-rank", "8"
     )
@@ -401,6 +395,144 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run_copy, capsys):
     weights = checkpoint.read_weights(newest, checkpoint.read_config(newest))
     assert all(abs(w).max() < float("inf") for w in weights.values())
     assert before
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_an_update_that_diverges_is_never_saved(tmp_path, text_file, capsys, backend):
+    # Positions that no sequence reaches have no gradient, and AdamW's step there is 0 / 0: the loss
+    # never shows it.
+    argv = (*TINY, "--data", text_file, "--backend", backend, "--qk-rope-head-dim", "0")
+    argv = (*argv, "--seq-len", "16", "--save-every", "1", "--out", tmp_path / "run")
+    said = refused(capsys, *argv, "--steps", "2", "--adam-epsilon", "0")
+    assert "diverged at step 1 (weights that are not finite)" in said
+    assert "no checkpoint was saved before" in said
+    assert checkpoint.latest(tmp_path / "run") is None
+    assert [r["split"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == ["train"]
+
+    good = ("--adam-epsilon", "1e-8", "--save-every", "1")
+    resume = ("--auto-resume", "--out", tmp_path / "run", "--backend", backend)
+    assert train.main([*map(str, resume), *good, "--steps", "2"]) == 0
+    said = refused(capsys, *resume, "--steps", "4", "--adam-epsilon", "0", "--save-every", "1")
+    assert "diverged at step 3 (weights that are not finite)" in said
+    newest = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert f"newest good checkpoint is {newest}" in said
+    assert checkpoint.latest(tmp_path / "run") == newest
+    assert checkpoint.spoilt(newest) is None
+    assert train.main([*map(str, resume), *good, "--steps", "4"]) == 0
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_a_validation_loss_that_is_no_number_is_never_reported(
+    tmp_path, text_file, capsys, backend
+):
+    spoiling = ("--learning-rate", "1e30", "--warmup-steps", "0", "--grad-clip", "0")
+    argv = (*TINY, "--data", text_file, "--out", tmp_path / "run", "--steps", "1")
+    said = refused(capsys, *argv, "--backend", backend, *spoiling)
+    assert "diverged at step 1 (validation loss nan)" in said
+    assert "--learning-rate must be at most 1e+30" in refused(
+        capsys, *argv, "--learning-rate", "1e38"
+    )
+
+
+def test_a_spoilt_checkpoint_of_an_earlier_version_is_passed_over(run_copy, capsys):
+    folder = run_copy / "checkpoints" / "step-000040"
+    config = checkpoint.read_config(folder)
+    weights = checkpoint.read_weights(folder, config)
+    state, info = checkpoint.read_train_state(folder)
+    weights["transformer.wte.weight"][256, 0] = np.inf
+    tokenizer = checkpoint.read_tokenizer(folder)
+    with files.atomic_folder(folder) as new:
+        checkpoint.write_model(new, config, weights, tokenizer, "")
+        checkpoint.write_train_state(new, state, info)
+    resume = ("--out", run_copy, "--steps", "42")
+    said = refused(capsys, "--resume", *resume)
+    assert "tensor transformer.wte.weight has values that are not finite" in said
+    assert train.main(["--auto-resume", *map(str, resume)]) == 0
+    assert "step-000040: damaged, transformer.wte.weight in model.safetensors" in (
+        capsys.readouterr().out
+    )
+    assert checkpoint.spoilt(checkpoint.latest(run_copy)) is None
+
+
+def test_a_copy_of_a_checkpoint_in_the_run_folder_is_in_nobodys_way(run_copy):
+    folder = run_copy / "checkpoints"
+    shutil.copytree(folder / "step-000020", folder / "step-000020-backup")
+    shutil.copytree(folder / "step-000020", folder / "step-x")
+    (folder / "step-000099").write_text("a file")
+    assert [p.name for p in checkpoint.checkpoints(run_copy)] == ["step-000020", "step-000040"]
+    assert train.main(["--resume", "--out", str(run_copy), "--steps", "41", "--keep", "1"]) == 0
+    assert {p.name for p in folder.iterdir()} == {
+        "step-000041", "step-000020-backup", "step-x", "step-000099",
+    }  # fmt: skip
+
+
+def test_a_training_state_of_a_newer_version_is_refused(run_copy, capsys):
+    path = run_copy / "checkpoints" / "step-000040" / "train_state.json"
+    (path.parent / "SHA256SUMS").unlink()
+    info = json.loads(path.read_text())
+    assert info["format"] == 1
+    for changes, message in (
+        ({"format": 2}, "train_state.json: format 2, and this version reads 1"),
+        ({"step": "40"}, "train_state.json: damaged"),
+        ({"val_loss": []}, "train_state.json: damaged"),
+    ):
+        path.write_text(json.dumps({**info, **changes}))
+        assert message in refused(capsys, "--resume", "--out", run_copy, "--steps", "41")
+
+
+@pytest.mark.parametrize("name", ["loss.png", "checkpoints", "latest"])
+def test_a_folder_or_file_where_the_run_writes_is_told(run_copy, capsys, name):
+    path = run_copy / name
+    shutil.move(path, run_copy / "moved")
+    path.write_text("") if name == "checkpoints" else path.mkdir()
+    said = (
+        refused(capsys, "--resume", "--out", run_copy, "--steps", "41", "--from-step", "40")
+        if (name != "checkpoints")
+        else refused(capsys, "--resume", "--out", run_copy, "--steps", "41")
+    )
+    assert f"{path}: c" in said  # "could not be written" or "cannot be made"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143)], ids=["SIGHUP", "SIGTERM"]
+)
+def test_a_closed_terminal_saves_as_a_termination_does(tmp_path, text_file, number, code):
+    out = tmp_path / "run"
+    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "100000"]
+    process = subprocess.Popen(
+        python("-m", "mlx_mla.train", *argv, "--save-every", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not read_metrics(out / "metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    step = int(re.search(r"stopped after step (\d+)", said).group(1))
+    assert checkpoint.latest(out).name == f"step-{step:06d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["mlx_mla.train", "convert"])
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(command):
+    for tenths in range(0, 15, 3):
+        process = subprocess.Popen(
+            python("-X", "importtime", "-m", command, "--out", "/dev/null/x", "/dev/null"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        # What is interrupted before the package itself has been read is Python's own start.
+        while (line := process.stderr.readline()).split("|")[-1].strip() != "mlx_mla":
+            assert line
+        time.sleep(tenths / 10)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGINT, 130, 2), err
+        assert "Traceback" not in err
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(run_copy):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 from mlx_mla import evaluate, train
 from mlx_mla.evaluation.tasks import TASKS

@@ -4,6 +4,7 @@ from mlx_mla import blas, hints
 from mlx_mla.backends.contract import Backend
 from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.errors import UserError
+from mlx_mla.world import Engine
 
 
 def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
@@ -27,3 +28,21 @@ def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
         raise UserError(
             f"--backend {name}: {e.name} is not installed; pip install {e.name}"
         ) from None
+
+
+def get_engine(name: BackendName, kind: str = "auto") -> Engine:
+    """A framework's communication between the processes that its launcher has started.
+
+    Args:
+        kind: A value of --distributed-backend.
+
+    Raises:
+        UserError: If the framework has no such engine, or it cannot start.
+    """
+    if name == "torch":
+        from mlx_mla.backends.torch.ranks import TorchEngine
+
+        return TorchEngine(kind)
+    from mlx_mla.backends.mlx.ranks import MLXEngine
+
+    return MLXEngine(kind)

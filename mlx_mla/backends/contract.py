@@ -73,6 +73,10 @@ class TrainSession(Protocol):
         """Summed cross-entropy of a batch in nats, without dropout."""
         ...
 
+    def is_finite(self) -> bool:
+        """Whether the weights and the optimiser's state hold no NaN and no infinity."""
+        ...
+
     def weights(self) -> dict[str, np.ndarray]:
         """The float32 weights by name."""
         ...

@@ -1,14 +1,30 @@
 """Training text: a file, or the prose that comes with Python."""
 
 import hashlib
+import shlex
+import struct
 from pathlib import Path
 
 import numpy as np
 
+from mlx_mla.data.shards import LLMC_MAGIC, SUFFIXES
 from mlx_mla.data.tokenizer import TextEncoder
 from mlx_mla.errors import UserError
+from mlx_mla.files import decoded
 
 BUILTIN = "builtin"
+
+TEXT, JSON_LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (".parquet",)
+COMPRESSED = (".gz", ".xz", ".zst")
+"""Ends of the names of the files that `mlx_mla.prepare` reads."""
+
+_KINDS = (
+    ("JSON lines", JSON_LINES, ()),
+    ("a parquet file", PARQUET, (b"PAR1",)),
+    ("compressed", COMPRESSED, (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")),
+)
+"""Those that are no text, by name or first bytes."""
+_SHARDS = (b"\x93NUMPY", struct.pack("<i", LLMC_MAGIC))
 
 
 def read_documents(source: str) -> list[str]:
@@ -19,7 +35,8 @@ def read_documents(source: str) -> list[str]:
             CPython carries for `help()`, one document a topic, about 465 KB in all.
 
     Raises:
-        UserError: If there is no such file, or it is empty or not UTF-8.
+        UserError: If there is no such file, or it is empty, not UTF-8, or of a kind that
+            `mlx_mla.prepare` reads.
     """
     if source == BUILTIN:
         try:
@@ -30,20 +47,39 @@ def read_documents(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a UTF-8 text file is needed here")
+    if path.is_char_device() or path.is_block_device():
+        raise UserError(f"{path}: is a device; a UTF-8 text file is needed here")
     try:
-        text = path.read_bytes().decode("utf-8")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --data takes text, shards or {BUILTIN!r}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{path}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {e.start}); "
-            "convert it, for example with iconv -f latin1 -t utf-8"
-        ) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    if advice := _no_text(path, data):
+        raise UserError(f"{path}: {advice}")
+    try:
+        text = decoded(data, str(path))
+    except UserError as e:
+        raise UserError(f"{e}; convert it, for example with iconv -f latin1 -t utf-8") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty; --data needs text to train on")
     return [text]
+
+
+def _no_text(path: Path, data: bytes) -> str | None:
+    """What a file is, if not text, and what to do with it; None for text."""
+    prepare = (
+        f"make token shards of it with python -m mlx_mla.prepare {shlex.quote(str(path))} --out "
+        "DIR, and give --data DIR"
+    )
+    for kind, suffixes, starts in _KINDS:
+        if path.suffix.lower() in suffixes or data.startswith(starts):
+            return f"is {kind}, not text; {prepare}"
+    if path.suffix in SUFFIXES.values() or data.startswith(_SHARDS):
+        return "is a token shard; give --data the folder it is in"
+    if b"\0" in data:
+        return "has NUL characters, so it is no text; token shards are given by their folder"
+    return None
 
 
 def tokenize(documents: list[str], encoder: TextEncoder) -> np.ndarray:

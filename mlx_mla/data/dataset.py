@@ -23,11 +23,11 @@ class TrainingData:
         if Path(config.data).is_dir():
             folder = open_folder(Path(config.data))
             folder.check_tokenizer(encoder.name)
-            self.fingerprint = folder.fingerprint
+            self.fingerprint, self.samples = folder.fingerprint, folder.samples
             train, val = folder.held_out(config.val_fraction)
         else:
             tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
-            self.fingerprint = corpus.fingerprint(tokens)
+            self.fingerprint = self.samples = corpus.fingerprint(tokens)
             cut = training_part(len(tokens), config.val_fraction)
             train, val = tokens[:cut], tokens[cut:]
         T, vocab = config.context, config.model.vocab_size

@@ -8,7 +8,6 @@ it.
 
 import dataclasses
 import gzip
-import json
 import lzma
 import os
 import re
@@ -20,13 +19,16 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlx_mla.errors import UserError
-
-TEXT, JSON_LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (".parquet",)
-COMPRESSED = (".gz", ".xz", ".zst")
+from mlx_mla.data.corpus import COMPRESSED, JSON_LINES, PARQUET, TEXT
+from mlx_mla.errors import UserError, shown
+from mlx_mla.files import parse_json
 
 LONGEST = 16 << 20
 """Bytes of a text file without a separator, after which it is cut at a line break."""
+
+LONGEST_DOCUMENT = 64 << 20
+"""Bytes of a JSON line, or of a parquet file's text, above which it is refused: a small compressed
+file can hold gigabytes of them, and a document is read as a whole."""
 
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -83,7 +85,9 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
     if path.is_file():
         return [_file(path, path.name, reading, TEXT[0])], []
     if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", src):
+        from mlx_mla.hub import is_hub_id  # imports transformers, which only this needs
+
+        if not (re.fullmatch(r"[^:]+(:[\w.-]+)?", src) and is_hub_id(src.partition(":")[0])):
             raise UserError(
                 f"{src}: no such file or folder, and not a dataset's name (OWNER/NAME:CONFIG)"
             )
@@ -145,23 +149,31 @@ class _StreamSource(_FileSource):
 
     delimiter: bytes
     longest: int | None = None
+    refused: int | None = None
 
     def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        _check_place(start, list, self.name)
         offset, count = start or (0, 0)
         try:
             with self.path.open("rb") as raw:
                 stream = _decompressed(raw, self.path.suffix.lower())
                 _skip(stream, offset)
-                for data in _pieces(stream, self.delimiter, limit, self.longest):
+                for data in _pieces(stream, self.delimiter, limit, self.longest, self.refused):
+                    if self.refused and len(data) > max(limit, self.refused):
+                        raise UserError(
+                            f"{self.path}, line {count + 1:,}: longer than {self.refused:,} bytes; "
+                            "cut it into documents"
+                        )
                     end = [offset + len(data), count + data.count(self.delimiter)]
                     yield Block(self._parser(data, offset, count), end, raw.tell())
                     offset, count = end
         except _DAMAGE as e:
-            reason = (
-                e.strerror
-                if isinstance(e, OSError) and e.strerror
-                else f"damaged or truncated ({e})"
-            )
+            if isinstance(e, OSError) and e.strerror:
+                reason = e.strerror
+            elif "too much memory" in str(e):
+                reason = "its zstd window is over 128 MiB; compress it again without --long"
+            else:
+                reason = f"damaged or truncated ({e})"
             raise UserError(f"{self.path}: cannot be read: {reason}") from None
 
     def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
@@ -180,7 +192,7 @@ class TextSource(_StreamSource):
     def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
         def parse() -> list[str | None]:
             try:
-                text = data.decode("utf-8")
+                text = data.decode("utf-8" if offset else "utf-8-sig")
             except UnicodeDecodeError as e:
                 raise UserError(
                     f"{self.path}: not UTF-8 text (byte {data[e.start]:#04x} at offset "
@@ -198,6 +210,7 @@ class JsonLinesSource(_StreamSource):
     """A JSON object a line."""
 
     delimiter = b"\n"
+    refused = LONGEST_DOCUMENT
 
     def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
         def parse() -> list[str | None]:
@@ -208,15 +221,7 @@ class JsonLinesSource(_StreamSource):
 
     def _document(self, line: bytes, number: int) -> str | None:
         where, column = f"{self.path}, line {number:,}", self.reading.column
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"{where}: not UTF-8 text (byte {line[e.start]:#04x} at offset {e.start} of the "
-                "line)"
-            ) from None
-        except ValueError as e:
-            raise UserError(f"{where}: not JSON ({e}); this needs one JSON object a line") from None
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object; this needs one object a line")
         if column not in row:
@@ -234,11 +239,13 @@ class ParquetSource(_FileSource):
     """A column of a parquet file; a position is a number of rows."""
 
     def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+        _check_place(start, int, self.name)
         skip, column = start or 0, self.reading.column
         position = skip
         try:
-            with pq.ParquetFile(self.path) as file:
-                self._check(file.schema_arrow)
+            self._check(pq.read_schema(self.path))
+            # As a dictionary, a text that a file repeats a million times is in memory once.
+            with pq.ParquetFile(self.path, read_dictionary=[column]) as file:
                 groups, first = list[int](), 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
@@ -249,7 +256,7 @@ class ParquetSource(_FileSource):
                 batches = (
                     file.iter_batches(256, row_groups=groups, columns=[column]) if groups else []
                 )
-                rows_of = (text for batch in batches for text in batch.column(0).to_pylist())
+                rows_of = (text for batch in batches for text in self._texts(batch.column(0)))
                 total = max(1, file.metadata.num_rows)
                 for texts, position in _grouped(rows_of, first, skip, limit):
                     yield Block(_constant(texts), position, self.size * position / total)
@@ -260,6 +267,16 @@ class ParquetSource(_FileSource):
         except (pa.ArrowException, OSError) as e:
             reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
             raise UserError(f"{self.path}: cannot be read as parquet: {reason}") from None
+
+    def _texts(self, rows: Any) -> Iterator[str | None]:
+        for row in rows:
+            text = row.as_py()
+            if text is not None and len(text) > LONGEST_DOCUMENT:
+                raise UserError(
+                    f"{self.path}: holds a text longer than {LONGEST_DOCUMENT:,} characters; cut "
+                    "it into documents"
+                )
+            yield text
 
     def _check(self, schema: pa.Schema) -> None:
         column = self.reading.column
@@ -286,6 +303,7 @@ class HubSource:
 
     def blocks(self, start: Any, limit: int) -> Iterator[Block]:
         done = 0
+        _check_place(start, dict, self.name)
         if start is not None:
             self.dataset.load_state_dict(start["state"])
             done = start["rows"]
@@ -309,6 +327,11 @@ class HubSource:
                 "with --text-column"
             )
         return row[self.column]
+
+
+def _check_place(start: Any, kind: type, name: str) -> None:
+    if start is not None and not isinstance(start, kind):
+        raise UserError(f"{name}: the manifest goes on at {shown(start)}, which is no place in it")
 
 
 def _hub(src: str, reading: Reading) -> list[Source]:
@@ -359,12 +382,16 @@ def _grouped(
         yield group, end
 
 
-def _pieces(stream: Any, delimiter: bytes, limit: int, longest: int | None) -> Iterator[bytes]:
+def _pieces(
+    stream: Any, delimiter: bytes, limit: int, longest: int | None, refused: int | None
+) -> Iterator[bytes]:
     """Cut a stream after delimiters: the last one within `limit` bytes, or else the first.
 
     Args:
         longest: Where there is none in so many bytes, cut after the last line break, or the last
             whole character.
+        refused: Where there is none in so many bytes, cut there or a little later: the caller will
+            not take so long a piece.
     """
     buffer, ended = bytearray(), False
 
@@ -384,8 +411,9 @@ def _pieces(stream: Any, delimiter: bytes, limit: int, longest: int | None) -> I
                 at < 0
                 and not (ended and searched >= len(buffer))
                 and not (longest and searched >= longest)
+                and not (refused and searched > refused)
             ):
-                fill(max(2 * searched, limit, 1 << 20))
+                fill(min(max(2 * searched, limit, 1 << 20), (refused or 1 << 62) + 1))
                 at = buffer.find(delimiter, max(0, searched - len(delimiter)))
                 searched = len(buffer)
             cut = at + len(delimiter) if at >= 0 else len(buffer)

@@ -9,22 +9,21 @@ authority.
 import dataclasses
 import hashlib
 import io
-import json
-import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import numpy as np
 
+from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.errors import UserError
+from mlx_mla.files import atomic_file
 
 Format = Literal["npy", "llmc"]
 Split = Literal["train", "val"]
 
-MANIFEST = "manifest.json"
 SUFFIXES = {"npy": ".npy", "llmc": ".bin"}
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
@@ -90,6 +89,8 @@ class ShardFolder:
     val: list[Shard]
     fingerprint: str
     """Tells whether a resumed run sees the same data."""
+    samples: str
+    """sha256 of samples of every shard, which tells whether one was overwritten in place."""
     tokenizer: Optional[str]
     """Name of the tokenizer that made them, where a manifest says so."""
 
@@ -144,7 +145,22 @@ def open_shard(path: Path) -> Shard:
         )
     if not count:
         raise UserError(f"{path}: holds no tokens; remove it")
-    return Shard(path, np.memmap(path, "<u2", "r", offset, (count,)).view(np.ndarray), 0, size)
+    shard = Shard(path, np.memmap(path, "<u2", "r", offset, (count,)).view(np.ndarray), 0, size)
+    if not offset and _is_wider(shard):
+        raise UserError(
+            f"{path}: every second of its 16-bit words is zero, so its token ids have 32 or 64 "
+            "bits; write them as numpy.uint16, or prepare the text again"
+        )
+    return shard
+
+
+def _is_wider(shard: Shard) -> bool:
+    """Whether a file without a header holds wider integers, whose upper halves are zero."""
+    odd = even = False
+    for start, tokens in shard.samples():
+        odd |= bool(tokens[1 - start % 2 :: 2].any())
+        even |= bool(tokens[start % 2 :: 2].any())
+    return len(shard.tokens) >= 16 and odd != even
 
 
 def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count: int) -> str:
@@ -162,26 +178,18 @@ def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count:
     Raises:
         UserError: If the disk is full or refuses to be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    digest = hashlib.sha256()
+    digest, header = hashlib.sha256(), _header(layout, count)
     try:
-        with temporary.open("wb") as file:
-            for block in (_header(layout, count), *pieces):
+        with atomic_file(path) as file:
+            for block in (header, *pieces):
                 data = (
                     block if isinstance(block, bytes) else np.ascontiguousarray(block, "<u2").data
                 )
                 digest.update(data)
                 file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        assert temporary.stat().st_size == len(_header(layout, count)) + 2 * count
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(
-            f"{path}: could not be written: {e.strerror or e}; make room and run it again"
-        ) from e
-    finally:
-        temporary.unlink(missing_ok=True)
+            assert file.tell() == len(header) + 2 * count
+    except UserError as e:
+        raise UserError(f"{e}; make room and run it again") from e
     return digest.hexdigest()
 
 
@@ -207,37 +215,33 @@ def open_folder(folder: Path) -> ShardFolder:
             "mlx_mla.prepare"
         )
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
-    digest = hashlib.sha256()
     for path in paths:
-        shard = open_shard(path)
-        parts[_split(path)].append(shard)
-        digest.update(f"{path.name} {shard.size}\n".encode())
-        for _, tokens in shard.samples():
-            digest.update(tokens.tobytes())
+        parts[_split(path)].append(open_shard(path))
     if not parts["train"]:
         raise UserError(f"{folder}: holds no training shards; a name must have 'train' in it")
-    return ShardFolder(folder, parts["train"], parts["val"], digest.hexdigest(), None)
+    samples = _sampled(sorted(parts["train"] + parts["val"], key=lambda shard: shard.path))
+    return ShardFolder(folder, parts["train"], parts["val"], samples, samples, None)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `mlx_mla.prepare` wrote."""
-    path = folder / MANIFEST
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != 1:
-            raise UserError(
-                f"{path}: format {values['format']}, and this version reads 1; prepare the data "
-                "again"
-            )
-        if missing := {"complete", "settings", "tokenizer", "sources", "shards"} - values.keys():
-            raise KeyError(missing)
-        return values
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        if isinstance(e, UserError):
-            raise
+def _sampled(shards: Iterable[Shard]) -> str:
+    """sha256 of the names, sizes and samples of shards."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.path.name} {shard.size}\n".encode())
+        for _, tokens in shard.samples():
+            digest.update(tokens.tobytes())
+    return digest.hexdigest()
+
+
+def open_listed(folder: Path, row: Mapping[str, Any]) -> Shard:
+    """A shard that a manifest lists; UserError if it is not the one that was written."""
+    shard = open_shard(folder / row["file"])
+    if len(shard.tokens) != row["tokens"]:
         raise UserError(
-            f"{path}: not a manifest of mlx_mla.prepare ({type(e).__name__}); remove it"
-        ) from None
+            f"{shard.path}: has {len(shard.tokens):,} tokens, {MANIFEST} says {row['tokens']:,}; "
+            "prepare it again"
+        )
+    return shard
 
 
 def _prepared(folder: Path, manifest: dict[str, Any]) -> ShardFolder:
@@ -249,16 +253,16 @@ def _prepared(folder: Path, manifest: dict[str, Any]) -> ShardFolder:
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
     digest = hashlib.sha256()
     for row in manifest["shards"]:
-        shard = open_shard(folder / row["file"])
-        if len(shard.tokens) != row["tokens"]:
-            raise UserError(
-                f"{shard.path}: has {len(shard.tokens):,} tokens, {MANIFEST} says "
-                f"{row['tokens']:,}; prepare it again"
-            )
+        shard = open_listed(folder, row)
         parts[row["split"]].append(shard)
         digest.update(f"{row['split']} {row['sha256']}\n".encode())
     return ShardFolder(
-        folder, parts["train"], parts["val"], digest.hexdigest(), manifest["tokenizer"]["name"]
+        folder,
+        parts["train"],
+        parts["val"],
+        digest.hexdigest(),
+        _sampled(parts["train"] + parts["val"]),
+        manifest["tokenizer"]["name"],
     )
 
 
@@ -291,7 +295,7 @@ def _npy_header(path: Path, file: Any) -> tuple[int, int]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = read(file)
-    except (ValueError, KeyError, EOFError):
+    except Exception:  # NumPy has Python parse the header, which raises many kinds
         raise UserError(
             f"{path}: not a NumPy array file (its header is damaged); write it again"
         ) from None

@@ -4,7 +4,7 @@ A step's costs that differ between the two, for a layer with H heads and B seque
 the cache:
 
     latent        B T H 2 (R + P) multiply + step
-    materialized  B (T H (N + P + V) read + H (N + V) store)
+    materialized  B (T H (N + P + V) read + H (N + P + V) store)
 
 The rates were fitted to steps of the 124M shapes (docs/decoding.md says how well they choose); they
 hold for a kind of device, not for one machine, since only their ratios matter.
@@ -14,6 +14,7 @@ import dataclasses
 from typing import Literal
 
 from mlx_mla.config import ModelConfig
+from mlx_mla.decoding.request import CacheKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,11 @@ RATES = {
 }
 
 
+def cache_of(config: ModelConfig, cache: CacheKind) -> CacheKind:
+    """What a model keeps where `cache` is asked for: multi-head attention has no latents."""
+    return "materialized" if config.attention == "mha" and cache == "latent" else cache
+
+
 def choose_cache(
     config: ModelConfig, backend: str, device: str, batch: int, context: int
 ) -> Literal["latent", "materialized"]:
@@ -45,26 +51,20 @@ def choose_cache(
     one, latents.
 
     Args:
-        config: A resolved configuration. Multi-head attention has no choice.
+        config: A resolved configuration. Without latents there is no choice.
         backend: mlx or torch.
         device: The backend's kind of device: cpu; gpu (mlx), cuda or mps (torch).
         batch: Sequences that are decoded together.
         context: Tokens that the cache will hold for each, at most.
     """
-    if config.attention == "mha":
+    kind = config.kind
+    if not kind.latent_widths:
         return "materialized"
     rates = RATES.get((backend, device))
     if rates is None:
         return "latent"
-    assert config.v_head_dim
-    H, P, V, N = (
-        config.n_head,
-        config.qk_rope_head_dim,
-        config.v_head_dim,
-        config.n_embd // config.n_head,
-    )
-    latent = materialized = 0.0
-    for R in config.latent_ranks:
-        latent += batch * context * H * 2 * (R + P) * rates.multiply + rates.step
-        materialized += batch * (context * H * (N + P + V) * rates.read + H * (N + V) * rates.store)
+    values = kind.cached_values(materialized=True)
+    latent = batch * context * config.n_head * 2 * sum(kind.latent_widths) * rates.multiply
+    latent += config.n_layer * rates.step
+    materialized = batch * (context * values * rates.read + values * rates.store)
     return "latent" if latent <= materialized else "materialized"

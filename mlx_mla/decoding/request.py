@@ -5,11 +5,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from mlx_mla.config import MAX_SEED, flag
 from mlx_mla.errors import UserError
 
 CacheKind = Literal["latent", "materialized", "auto", "none"]
 
 DEFAULT_MAX_TOKENS = 200
+
+LARGEST_INT = 2**31 - 1
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    "temp": (0, 100, "0 is greedy"),
+    # Below, float32 has no share of the probability that small.
+    "top_p": (1e-6, 1, "1 is off; --temp 0 takes the likeliest token"),
+    "min_p": (0, 1, "0 is off"),
+    "repetition_penalty": (0.01, 100, "1 is off"),
+    "repetition_context_size": (1, LARGEST_INT, "64 is usual"),
+    "num_draft_tokens": (1, LARGEST_INT, "3 is usual"),
+    "seed": (0, MAX_SEED, "any such number will do"),
+}
+"""Lowest and highest value of each number of a request, and a word of advice. NaN is none."""
+
+GREEDY_BELOW = 1e-30
+"""Temperature below which logits in float32 overflow; what is left is the likeliest token."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -19,7 +36,7 @@ class GenerationOptions:
     max_tokens: Optional[int] = None
     """Most tokens to generate for each prompt. None: 200, or as many as fit in n_positions."""
     temp: float = 0.8
-    """Sampling temperature. 0: greedy, always the likeliest token."""
+    """Sampling temperature, up to 100. 0: greedy, always the likeliest token."""
     top_k: int = 0
     """Sample among the k likeliest tokens. 0: off."""
     top_p: float = 1.0
@@ -31,7 +48,8 @@ class GenerationOptions:
     repetition_context_size: int = 64
     """Tokens that count as recent for --repetition-penalty."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling. The text depends on it, the prompt and the options, and not on the
+    prompts of the same batch."""
     stop: tuple[str, ...] = ()
     """Texts at which to stop; they are not printed."""
     cache: CacheKind = "latent"
@@ -71,8 +89,6 @@ def check_request(
             "the tokenizer in the folder does not belong to this model"
         )
     _check_sampling(options, vocab_size)
-    if options.num_draft_tokens < 1:
-        raise UserError(f"--num-draft-tokens must be at least 1, not {options.num_draft_tokens}")
     if options.max_kv_size is not None:
         if not 2 <= options.max_kv_size <= n_positions:
             raise UserError(
@@ -115,23 +131,26 @@ def fit_context(context: list[int], limit: int) -> list[int]:
     return context if len(context) < limit else context[-max(1, limit // 2) :]
 
 
+def is_greedy(options: GenerationOptions) -> bool:
+    """Whether the likeliest token is always taken."""
+    return options.temp < GREEDY_BELOW
+
+
+def outside(name: str, value: float) -> str | None:
+    """What is wrong with a number of BOUNDS, in words; None where nothing is."""
+    low, high, advice = BOUNDS[name]
+    if low <= value <= high:  # not so for NaN
+        return None
+    return f"must be from {low:.10g} to {high:.10g}, not {value}; {advice}"
+
+
 def _check_sampling(options: GenerationOptions, vocab_size: int) -> None:
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, not {options.max_tokens}")
-    if options.temp < 0:
-        raise UserError(f"--temp must not be negative, not {options.temp}; 0 is greedy")
+    for name in BOUNDS:
+        if problem := outside(name, getattr(options, name)):
+            raise UserError(f"{flag(name)} {problem}")
     if not 0 <= options.top_k < vocab_size:
         raise UserError(f"--top-k must be from 0 (off) to {vocab_size - 1}, not {options.top_k}")
-    for name, value in (("--top-p", options.top_p), ("--min-p", options.min_p)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} must be between 0 and 1, not {value}")
-    if options.repetition_penalty <= 0:
-        raise UserError(
-            f"--repetition-penalty must be positive, not {options.repetition_penalty}; 1 is off"
-        )
-    if options.repetition_context_size < 1:
-        raise UserError(
-            f"--repetition-context-size must be at least 1, not {options.repetition_context_size}"
-        )
     if "" in options.stop:
         raise UserError("--stop takes strings that are not empty")

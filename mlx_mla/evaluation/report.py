@@ -2,13 +2,16 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.errors import UserError
 from mlx_mla.evaluation.tasks import Measured
 from mlx_mla.evaluation.tasks.base import compare
 from mlx_mla.files import write_text
+from mlx_mla.pictures import plain, pyplot, save
 
 
 def compare_models(
@@ -52,21 +55,64 @@ def tables(document: dict[str, Any]) -> str:
         lines += _table(["task", "metric", "model", "difference"], body)
     lines += [
         "",
-        f"Protocol: {document['protocol']}. ± is one standard error; for speeds, the range of 5 "
-        "runs.",
+        f"Protocol: {document['protocol']}. ± is one standard error; in brackets are the 95 % "
+        "interval of a share (Wilson's), and the range of 5 runs of a speed.",
     ]
     lines += [f"- {note}." for note in document["notes"]]
     return "\n".join(lines)
 
 
+def items_folder(out: Path) -> Path:
+    """Where the scores of single items are, beside the results file."""
+    return out.with_name(f"{out.name}.items")
+
+
+def claim(out: Path, resume: bool) -> None:
+    """Make sure that results can be written, and nothing is replaced but results to resume.
+
+    Raises:
+        UserError: Before anything is computed.
+    """
+    if out.suffix != ".json" or out.is_dir():
+        raise UserError(f"--out {out}: must be a file ending in .json; the report goes beside it")
+    plot, text = _beside(out)
+    began = resume and (items_folder(out).is_dir() or out.exists())
+    if began and out.exists() and not _is_results(out):
+        raise UserError(f"--out {out}: holds no results to resume; give --out a new name")
+    if out.exists() and not resume:
+        raise UserError(f"{out}: exists; add --resume to go on with it, or give --out a new name")
+    for path in (plot, text, items_folder(out)):
+        if path.exists() and not began:
+            raise UserError(f"--out {out}: {path} exists and would be replaced; give a new name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"--out {out}: cannot be written: {e.strerror}; give it another place"
+        ) from e
+
+
 def write(document: dict[str, Any], out: Path) -> None:
-    """Write the results file, and the report and the plot beside it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Write the results file, and the report and the plot beside it; UserError if the system
+    refuses."""
     write_text(out, json.dumps(_finite(document), indent=1) + "\n")
-    plot = out.with_suffix(".png")
+    plot, text = _beside(out)
     _plot(document, plot)
-    text = f"# Evaluation\n\n{tables(document)}\n\n![scores]({plot.name})\n"
-    write_text(out.with_suffix(".md"), text)
+    write_text(text, f"# Evaluation\n\n{tables(document)}\n\n![scores]({plot.name})\n")
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    return out.with_suffix(".png"), out.with_suffix(".md")
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"protocol", "models", "comparisons"} <= values.keys()
 
 
 def _names(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -74,7 +120,7 @@ def _names(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     for model in models:
         for task, values in model["tasks"].items():
             for key in values:
-                if key != "n" and not key.endswith(("_stderr", "_count")):
+                if key != "n" and not key.endswith(("_stderr", "_count", "_low", "_high")):
                     names[task, key] = None
     return list(names)
 
@@ -85,14 +131,15 @@ def _cell(values: dict[str, Any], metric: str) -> str:
         return "-"
     if isinstance(value, dict):
         return f"{value['median']:,.1f} ({value['min']:,.1f} - {value['max']:,.1f})"
-    scale, unit = (100, " %") if "acc" in metric else (1, "")
+    if f"{metric}_low" in values:
+        low, high = 100 * values[f"{metric}_low"], 100 * values[f"{metric}_high"]
+        digits = _digits((high - low) / 4)
+        return f"{100 * value:.{digits}f} % ({low:.{digits}f} - {high:.{digits}f})"
     error = values.get(f"{metric}_stderr")
-    spread = (
-        ""
-        if error is None or math.isnan(error)
-        else f" ± {scale * error:.{_digits(scale * error)}f}"
-    )
-    return f"{scale * value:.{_digits(scale * (error or value))}f}{spread}{unit}"
+    if not math.isfinite(value) or value >= 1e6:  # a model that has learned nothing
+        return f"{value:.2g}"
+    spread = "" if error is None or math.isnan(error) else f" ± {error:.{_digits(error)}f}"
+    return f"{value:.{_digits(error or value)}f}{spread}"
 
 
 def _digits(error: float) -> int:
@@ -136,17 +183,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _reach(values: dict[str, Any], metric: str) -> tuple[float, float]:
+    """How far the error bar of a metric goes down and up: the interval of a share, else one
+    standard error."""
+    if f"{metric}_low" in values:
+        value = values[metric]
+        return value - values[f"{metric}_low"], values[f"{metric}_high"] - value
+    error = values.get(f"{metric}_stderr") or 0.0
+    return (error, error) if math.isfinite(error) else (0.0, 0.0)
+
+
 def _plot(document: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     models = document["models"]
     names = [n for n in _names(models) if n[0] != "speed"] or _names(models)
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False
     )
     for axis in axes.flat[len(names) :]:
@@ -158,15 +210,17 @@ def _plot(document: dict[str, Any], path: Path) -> None:
             v["median"] if isinstance(v, dict) else v if v and math.isfinite(v) else 0
             for v in values
         ]
-        errors = [v.get(f"{metric}_stderr") or 0 for v in own]
-        errors = [e if math.isfinite(e) else 0 for e in errors]
+        errors = [_reach(v, metric) for v in own]
         labels = [f"{i}" for i in range(1, len(models) + 1)]
         axis.bar(
-            labels, heights, yerr=errors, color=[f"C{i}" for i in range(len(models))], capsize=3
+            labels,
+            heights,
+            yerr=list(zip(*errors)),
+            color=[f"C{i}" for i in range(len(models))],
+            capsize=3,
         )
         axis.set_title(f"{task} {metric}", fontsize=9)
-    legend = "   ".join(f"{i}: {m['model']}" for i, m in enumerate(models, 1))
+    legend = "   ".join(f"{i}: {plain(m['model'])}" for i, m in enumerate(models, 1))
     figure.suptitle(legend, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

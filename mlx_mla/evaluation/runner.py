@@ -143,12 +143,15 @@ class PreparedTask:
 
 
 def metrics(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Values by name, each with `NAME_stderr` and `NAME_count`, and the number of items as `n`."""
+    """Values by name, each with `NAME_stderr` and `NAME_count`, proportions also with the ends of
+    their 95 % interval, `NAME_low` and `NAME_high`; and the number of items as `n`."""
     row: dict[str, Any] = {}
     for quantity in measured:
         metric = quantity.metric()
         row[metric.name] = metric.value
         row[f"{metric.name}_stderr"] = metric.stderr
+        if metric.interval is not None:
+            row[f"{metric.name}_low"], row[f"{metric.name}_high"] = metric.interval
         row[f"{metric.name}_count"] = {metric.unit: metric.count}
         row.setdefault("n", metric.n)
     return row

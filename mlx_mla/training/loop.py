@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -27,14 +28,14 @@ from mlx_mla.data.tokenizer import TextEncoder, get_encoder
 from mlx_mla.data.windows import Batch
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import Estimate, estimate, memory_advice
+from mlx_mla.estimate import Estimate, check_memory, estimate, memory_advice
 from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
-from mlx_mla.files import atomic_folder, write_text
+from mlx_mla.files import atomic_folder, parse_toml, write_text
 from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.plot import plot_loss
-from mlx_mla.presets import overlay, parse_toml, to_toml
+from mlx_mla.pictures import plot_loss
+from mlx_mla.presets import overlay, to_toml
 from mlx_mla.schedule import learning_rate
 from mlx_mla.training import lr_find, run_folder
 from mlx_mla.training.log import MetricsLog, Pace
@@ -84,6 +85,22 @@ def train(
     Raises:
         UserError: For anything the user can set right; see the message.
     """
+    with contextlib.ExitStack() as lock:
+        if world.rank == 0 and out.is_dir():
+            lock.enter_context(run_folder.locked_run(out))
+        return _train(config, out, resume, from_step, console, world, lock)
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    resume: bool,
+    from_step: int | None,
+    console: Console,
+    world: World,
+    lock: contextlib.ExitStack,
+) -> RunResult:
+    """As `train`; `lock` holds the run folder's lock, or takes it once that is made."""
     lead = world.rank == 0
     if lead:
         encoder, config = _resolved(config, resume)
@@ -95,18 +112,21 @@ def train(
         encoder = get_encoder(config.tokenizer, config.bpe_dir)
     share = share_of(world.size, config.batch_size, config.passes_per_step)
     data = TrainingData(config, encoder)
-    same_everywhere(world, data.fingerprint, f"other tokens in --data {config.data}")
+    same_everywhere(
+        world, f"{data.fingerprint} {data.samples}", f"other tokens in --data {config.data}"
+    )
     tasks = _tasks(config, data) if lead else []
     tracker_names(config.track)
+    backend = get_backend(config.backend, config.device)
+    check_memory(config, backend.fused_attention)
     start = _start(config, out, data, resume, from_step) if lead else None
     taught_by = teacher(config, encoder)
-    backend = get_backend(config.backend, config.device)
     start = _shared(world, start)
     # All that the user may have got wrong is checked; from here on the run folder is written.
     if lead and resume:
         run_folder.go_on(out, config, start.step)
     elif lead:
-        run_folder.claim(out, config)
+        run_folder.claim(out, config, lock)
     began = (
         f"resuming {out} after step {start.step}"
         if resume
@@ -134,6 +154,7 @@ def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
     encoder, config = _resolved(config, resume=False)
     data = TrainingData(config, encoder)
     backend = get_backend(config.backend, config.device)
+    check_memory(config, backend.fused_attention)
     session = backend.train_session(config, Start(first_weights(config)), teacher(config, encoder))
     count, size = config.passes_per_step, config.batch_size
     return lr_find.sweep(
@@ -156,7 +177,7 @@ class _Run:
         newest = checkpoint.latest(self.out)
         if newest is None:
             return "no checkpoint was saved before"
-        remedy = f"set things right and add --resume --out {self.out}"
+        remedy = f"set things right and add --resume --out {shlex.quote(str(self.out))}"
         return f"the newest good checkpoint is {newest}; {remedy}"
 
 
@@ -183,8 +204,6 @@ class _Loop:
 
     def run(self) -> RunResult:
         config, sample = self.config, None
-        if self.lead:
-            (self.out / "checkpoints").mkdir(exist_ok=True)
         stopped: int | None = None
         with self.display, catch_signals(second_acts=self.world.size == 1) as caught:
             while self.done < config.steps:
@@ -193,6 +212,7 @@ class _Loop:
                     break
                 self._step(batches)
                 finished = self.done == config.steps
+                self._check_finite(finished)
                 if finished or _due(self.done, config.eval_every):
                     self._validate(config.final_eval_batches if finished else config.eval_batches)
                     self._run_tasks()
@@ -203,6 +223,7 @@ class _Loop:
                 if finished or _due(self.done, config.save_every):
                     self._save()
             if self.saved != self.done:
+                self._check_finite(True)
                 self._save()
         newest = checkpoint.checkpoint_path(self.out, self.saved)
         if stopped is not None:
@@ -229,13 +250,22 @@ class _Loop:
         )
         self.done += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise UserError(self._diverged(result.loss, result.grad_norm))
+            raise UserError(self._diverged(f"loss {result.loss}, gradient norm {result.grad_norm}"))
         self.pace.step(time.perf_counter() - began)
         speed, share = self.pace.tokens_per_sec, self.pace.mfu
         self.display.step(self.done, result.loss, speed, share, self.pace.eta(self.done))
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
             self._log_loss("train", result.loss, lr, speed, mfu=round(share, 4))
             self.pace.logged()
+
+    def _check_finite(self, finished: bool) -> None:
+        """Before anything is made of the weights: end the run if the update has spoilt them, which
+        a step's loss, computed before its update, does not show."""
+        config = self.config
+        due = (config.eval_every, config.sample_every, config.save_every)
+        used = finished or any(_due(self.done, every) for every in due)
+        if used and not self.session.is_finite():
+            raise UserError(self._diverged("weights that are not finite"))
 
     def _validate(self, max_batches: int) -> None:
         began, total, count = time.perf_counter(), 0.0, 0
@@ -249,6 +279,8 @@ class _Loop:
             total += self.session.loss_sum(batch)
             count += batch[1].size
         total, count = map(sum, zip(*self.world.gather([total, count]), strict=True))
+        if not math.isfinite(total):
+            raise UserError(self._diverged(f"validation loss {total / count}"))
         self.val_loss = total / count
         self.display.validation(self.done, self.val_loss)
         rate = learning_rate(self.config, self.done - 1)
@@ -284,12 +316,13 @@ class _Loop:
             return
         config, target = self.config, checkpoint.checkpoint_path(self.out, self.done)
         info = {
-            "format": 1,
+            "format": checkpoint.STATE_FORMAT,
             "step": self.done,
             "tokens": self.done * config.step_tokens,
             "val_loss": self.val_loss,
             "optimizer": config.optimizer,
             "data_sha256": self.data.fingerprint,
+            "data_samples_sha256": self.data.samples,
         }
         try:
             with atomic_folder(target) as folder:
@@ -305,11 +338,8 @@ class _Loop:
         checkpoint.prune(self.out, config.keep, self.done)
         try:
             plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
-        except OSError as e:
-            raise UserError(
-                f"{self.out / PLOT}: could not be written: {e.strerror or e}; "
-                f"{self.parts.how_to_go_on()}"
-            ) from e
+        except UserError as e:
+            raise UserError(f"{e}; {self.parts.how_to_go_on()}") from e
 
     def _sample(self) -> str | None:
         """A text from the weights as they are, a function of the seed and the step; also written to
@@ -341,11 +371,10 @@ class _Loop:
             )  # rank 0 adds its own to another's error
             raise UserError(f"{what} cannot be read: {e}{advice}") from e
 
-    def _diverged(self, loss: float, norm: float) -> str:
+    def _diverged(self, sign: str) -> str:
         return (
-            f"training diverged at step {self.done} (loss {loss}, gradient norm {norm}) and was "
-            "stopped; "
-            f"use a lower --learning-rate; {self.parts.how_to_go_on()}"
+            f"training diverged at step {self.done} ({sign}) and was stopped; "
+            f"use a lower --learning-rate or a larger --adam-epsilon; {self.parts.how_to_go_on()}"
         )
 
 
@@ -378,7 +407,7 @@ def _start(
     config: TrainConfig, out: Path, data: TrainingData, resume: bool, from_step: int | None
 ) -> Start:
     """The checkpoint to go on from, or the first weights."""
-    point = run_folder.resume_point(config, out, from_step, data.fingerprint) if resume else None
+    point = run_folder.resume_point(config, out, from_step, data) if resume else None
     return Start(first_weights(config)) if point is None else point
 
 

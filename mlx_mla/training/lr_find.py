@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mlx_mla.backends.contract import TrainSession
 from mlx_mla.data.windows import Batch
 from mlx_mla.errors import UserError
+from mlx_mla.pictures import pyplot, save
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 100
 SMOOTHING = 0.9
@@ -69,12 +70,8 @@ def table(points: Sequence[Point], rows: int = 12) -> str:
 
 
 def plot(points: Sequence[Point], suggested: float, path: Path) -> None:
-    """Loss against learning rate as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Loss against learning rate as a PNG; UserError if it cannot be written."""
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     ax.plot([p.rate for p in points], [p.loss for p in points])
     ax.axvline(suggested, color="tab:red", ls="--", label=f"suggested: {suggested:.1e}")
@@ -87,5 +84,4 @@ def plot(points: Sequence[Point], suggested: float, path: Path) -> None:
     )
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)

@@ -11,6 +11,8 @@ from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.files import SUMS
 
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
@@ -51,12 +53,16 @@ def _problem(folder: Path) -> str | None:
     ):  # always there: folders appear whole
         if not (folder / name).is_file():
             return f"{name} is missing"
-    return checkpoint.damage(folder)
+    try:
+        return checkpoint.damage(folder) or checkpoint.spoilt(folder)
+    except UserError as e:
+        return str(e)
 
 
 @contextlib.contextmanager
 def catch_signals(second_acts: bool) -> Iterator[list[int]]:
-    """Note Ctrl-C and SIGTERM in a list, so that the step in hand finishes.
+    """Note Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) in a list, so that the step in hand
+    finishes. What the process was told to ignore (nohup) stays ignored.
 
     Args:
         second_acts: A second Ctrl-C ends the program at once. Not under a launcher, which passes on
@@ -69,7 +75,9 @@ def catch_signals(second_acts: bool) -> Iterator[list[int]]:
         if second_acts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in _STOPPING if hasattr(signal, name)]
+    caught_here = [s for s in numbers if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, note) for s in caught_here}
     try:
         yield caught
     finally:

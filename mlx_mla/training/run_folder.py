@@ -1,18 +1,24 @@
 """A run's folder: making it, the settings in it, and the checkpoint that a run goes on from."""
 
+import contextlib
 import dataclasses
 import json
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Start
-from mlx_mla.config import ModelConfig, TrainConfig, flag
-from mlx_mla.errors import UserError
-from mlx_mla.files import write_text
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.data.dataset import TrainingData
+from mlx_mla.errors import UserError, flag
+from mlx_mla.files import clear_leftovers, read_toml, write_text
+from mlx_mla.locks import LOCK, locked
 from mlx_mla.metrics import METRICS, SAMPLES, read_metrics
-from mlx_mla.presets import overlay, read_toml, to_toml
+from mlx_mla.presets import overlay, to_toml
 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
+CHECKPOINTS, TRACKING = "checkpoints", "tracking.json"
 
 # Beside the shape of the model, these decide which batch a step sees, where the run began or what
 # it minimises.
@@ -32,19 +38,44 @@ FIXED_ON_RESUME = (
 )
 
 
-def claim(out: Path, config: TrainConfig) -> None:
-    """Make the run folder, unless something is there that must not be overwritten."""
+@contextlib.contextmanager
+def locked_run(out: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is or becomes a run's, cleared of what killed processes left
+    half-written; UserError if another process holds it."""
+    with locked(out, inside=True):
+        clear_leftovers(out, CONFIG, LATEST, PLOT, METRICS, SAMPLES, TRACKING)
+        clear_leftovers(out / CHECKPOINTS, "step-*")
+        yield
+
+
+def claim(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> None:
+    """Make the run folder, unless something is there that must not be overwritten.
+
+    Args:
+        lock: Takes the lock of a folder that was not there before.
+    """
     if (out / CONFIG).exists():
         raise UserError(
             f"{out}: holds another run; add --resume to go on with it, or give --out a new name"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is not an empty folder; give --out a new name")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
+    if out.is_dir():
+        if any(path.name != LOCK for path in out.iterdir()):
+            raise UserError(f"{out}: is not an empty folder; give --out a new name")
+    else:
+        try:
+            out.mkdir(parents=True)
+        except OSError as e:
+            raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
+        lock.enter_context(locked_run(out))
+    _make_checkpoints(out)
     write_text(out / CONFIG, to_toml(config))
+
+
+def _make_checkpoints(out: Path) -> None:
+    try:
+        (out / CHECKPOINTS).mkdir(exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out / CHECKPOINTS}: cannot be made: {e.strerror}") from e
 
 
 def run_config(out: Path) -> TrainConfig:
@@ -57,7 +88,7 @@ def run_config(out: Path) -> TrainConfig:
 
 
 def resume_point(
-    config: TrainConfig, out: Path, from_step: int | None, data_sha256: str
+    config: TrainConfig, out: Path, from_step: int | None, data: TrainingData
 ) -> Start | None:
     """The checkpoint that a run goes on from; None: it was stopped before its first.
 
@@ -66,7 +97,12 @@ def resume_point(
     """
     before = run_config(out)
     for where, old, new, names in (
-        ("model", before.model, config.model, [f.name for f in dataclasses.fields(ModelConfig)]),
+        (
+            "model",
+            before.model.resolved(),
+            config.model,
+            [f.name for f in dataclasses.fields(ModelConfig)],
+        ),
         ("run", before, config, list(FIXED_ON_RESUME)),
     ):
         for name in names:
@@ -96,7 +132,9 @@ def resume_point(
         )
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     optimizer_state, info = checkpoint.read_train_state(folder)
-    if info.get("data_sha256") != data_sha256:
+    # Checkpoints of earlier versions have no samples.
+    samples = info.get("data_samples_sha256", data.samples)
+    if info.get("data_sha256") != data.fingerprint or samples != data.samples:
         raise UserError(
             f"--resume: {config.data} is not the text that {out} was trained on (its sha256 "
             "differs); "
@@ -105,7 +143,7 @@ def resume_point(
     if info["step"] >= config.steps:
         raise UserError(
             f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, "
-            f"or generate from it with --model {out}"
+            f"or generate from it with --model {shlex.quote(str(out))}"
         )
     weights = checkpoint.read_weights(folder, config.model)
     return Start(weights, info["step"], optimizer_state, info["val_loss"])
@@ -116,6 +154,7 @@ def go_on(out: Path, config: TrainConfig, step: int) -> None:
 
     Lines that a killed run wrote after its last checkpoint are dropped; they will be written again.
     """
+    _make_checkpoints(out)
     write_text(out / CONFIG, to_toml(config))
     for name in (METRICS, SAMPLES):
         path = out / name

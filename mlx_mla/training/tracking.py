@@ -10,6 +10,8 @@ import dataclasses
 import importlib
 import json
 import os
+import re
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +22,9 @@ from rich.console import Console
 
 from mlx_mla.config import TrainConfig, nearest
 from mlx_mla.errors import UserError
-from mlx_mla.files import write_text
+from mlx_mla.files import read_json, write_text
+from mlx_mla.training.run_folder import TRACKING
 
-STATE = "tracking.json"
 PROJECT = "mlx_mla"
 
 
@@ -138,11 +140,9 @@ class Tracking:
     """
 
     def __init__(self, out: Path, console: Console):
-        self._path, self._console = out / STATE, console
+        self._path, self._console = out / TRACKING, console
         self._trackers: dict[str, Tracker] = {}
-        stored = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        self.identity: str = stored.get("id") or uuid.uuid4().hex[:8]
-        self._sent: dict[str, dict[str, int]] = stored.get("sent", {})
+        self.identity, self._sent = _stored(self._path)
 
     def start(self, name: str, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> None:
         """Open a tracker and give it those of the rows so far that it has not got."""
@@ -156,12 +156,13 @@ class Tracking:
             raise UserError(
                 f"--track {name}: could not start: {e}; set it right, or leave it out with "
                 "--track '', "
-                f"and add --resume --out {out}"
+                f"and add --resume --out {shlex.quote(str(out))}"
             ) from e
         self._trackers[name] = tracker
         self._sent.setdefault(name, {})
         for row in rows:
-            self._give(name, row)
+            if "split" in row:
+                self._give(name, row)
         self._remember()  # also the id, of which the tracker now has a run
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -199,6 +200,19 @@ class Tracking:
     def _remember(self) -> None:
         if sent := {name: steps for name, steps in self._sent.items() if name != "tensorboard"}:
             write_text(self._path, json.dumps({"id": self.identity, "sent": sent}) + "\n")
+
+
+def _stored(path: Path) -> tuple[str, dict[str, dict[str, int]]]:
+    """The run's id, and the last step of each split by tracker; a new id where there is none."""
+    stored = read_json(path) if path.is_file() else {}
+    identity, sent = stored.get("id", uuid.uuid4().hex[:8]), stored.get("sent", {})
+    if (
+        not (isinstance(identity, str) and re.fullmatch(r"[\w-]{1,64}", identity))
+        or not (isinstance(sent, dict) and all(isinstance(steps, dict) for steps in sent.values()))
+        or not all(type(step) is int for steps in sent.values() for step in steps.values())
+    ):
+        raise UserError(f"{path}: damaged, it names no id and steps; remove it")
+    return identity, sent
 
 
 @contextlib.contextmanager

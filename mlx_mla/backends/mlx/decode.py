@@ -15,26 +15,33 @@ from mlx_lm.generate import (
     speculative_generate_step,
     wired_limit,
 )
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    greedy_sampler,
+    make_logits_processors,
+)
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.device import on_device
 from mlx_mla.backends.mlx.load import load
-from mlx_mla.decoding.cache_choice import choose_cache
+from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
     CacheKind,
     GenerationOptions,
     check_draft,
     check_request,
     fit_context,
+    is_greedy,
 )
 from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
-from mlx_mla.model_mlx import LatentAttention, Model
+from mlx_mla.model_mlx import Model
 
 GROUP_SIZES = (64, 32)  # of mlx's quantiser, the one we prefer first
 
@@ -73,6 +80,27 @@ class Context:
         return self.tokens[self.cache[0].offset :]
 
 
+def make_sampler(options: GenerationOptions) -> Callable[[mx.array], mx.array]:
+    """mlx-lm's sampler of log-probabilities (1, vocabulary), with random numbers of its own: in a
+    batch each request has one, so that none depends on the others."""
+    if is_greedy(options):
+        return greedy_sampler
+    state = mx.random.key(options.seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal state
+        if options.top_p < 1:
+            logprobs = apply_top_p(logprobs, options.top_p)
+        if options.min_p > 0:
+            logprobs = apply_min_p(logprobs, options.min_p)
+        if options.top_k > 0:
+            logprobs = apply_top_k(logprobs, options.top_k)
+        state, own = mx.random.split(state)
+        return mx.random.categorical(logprobs.astype(mx.float32) * (1 / options.temp), key=own)
+
+    return sample
+
+
 class MLXDecoder:
     """See `mlx_mla.backends.contract.Decoder`.
 
@@ -104,7 +132,6 @@ class MLXDecoder:
         context = self._new_context(prompt, options)
         max_tokens = self.check(context.tokens, options)
         self._choose(1, len(context.tokens) + max_tokens, options)
-        mx.random.seed(options.seed)
         mx.reset_peak_memory()
         meter = Meter(len(prompt), mx.get_peak_memory)
         writer = TextWriter(self.tokenizer, options.stop)
@@ -139,15 +166,14 @@ class MLXDecoder:
                     yield i, piece
             return
         self._choose(len(prompts), max(len(p) + n for p, n in zip(prompts, limits)), options)
-        mx.random.seed(options.seed)
         mx.reset_peak_memory()
         generator = BatchGenerator(
             self.model,
-            sampler=self._sampler(options),
             logits_processors=self._logits_processors(options),
             completion_batch_size=max(32, len(prompts)),
         )
-        uids = generator.insert([list(p) for p in prompts], limits)
+        samplers = [make_sampler(options) for _ in prompts]
+        uids = generator.insert([list(p) for p in prompts], limits, samplers=samplers)
         index = {uid: i for i, uid in enumerate(uids)}
         meters = [Meter(len(p), mx.get_peak_memory) for p in prompts]
         writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
@@ -186,7 +212,7 @@ class MLXDecoder:
         return check_request(prompt, options, self.vocab_size, self.n_positions)
 
     def _use(self, cache: CacheKind) -> None:
-        self.cache = cache
+        self.cache = cache_of(self.config, cache)
         if isinstance(self.model, Model):
             self.model.materialize_cache(cache == "materialized")
 
@@ -235,6 +261,7 @@ class MLXDecoder:
         context."""
         limit = options.max_kv_size or self.n_positions
         draft = self._draft_model(options, min(limit, len(context.tokens) + max_tokens))
+        sampler = make_sampler(options)
         left = max_tokens
         while left:
             fitted = fit_context(context.tokens, limit)
@@ -247,7 +274,7 @@ class MLXDecoder:
             n = min(left, limit - len(context.tokens))
             common = {
                 "max_tokens": n,
-                "sampler": self._sampler(options),
+                "sampler": sampler,
                 "logits_processors": self._logits_processors(options),
                 "kv_bits": options.kv_bits,
                 "quantized_kv_start": 0,
@@ -264,7 +291,9 @@ class MLXDecoder:
                 draft_cache = make_prompt_cache(draft)
                 if seen := context.tokens[: context.cache[0].offset]:
                     draft(mx.array([seen]), cache=draft_cache)
-                caches = context.cache + draft_cache
+                # mlx-lm cuts this list at the number of layers, of which some may share a cache.
+                unused = len(self.model.layers) - len(context.cache)
+                caches = [*context.cache, *(KVCache() for _ in range(unused)), *draft_cache]
                 for token, _, guessed in speculative_generate_step(
                     prompt,
                     self.model,
@@ -295,11 +324,6 @@ class MLXDecoder:
             )
         return draft
 
-    def _sampler(self, options: GenerationOptions) -> Callable[[mx.array], mx.array]:
-        return make_sampler(
-            temp=options.temp, top_p=options.top_p, min_p=options.min_p, top_k=options.top_k
-        )
-
     def _logits_processors(self, options: GenerationOptions) -> list[Any]:
         processors = []
         if options.repetition_penalty != 1.0:
@@ -321,21 +345,13 @@ class MLXDecoder:
         layer's cache."""
         if self.cache == "none":
             raise UserError("--kv-bits needs a cache; leave out --cache none")
-        c, m = self.config, self.model
-        widths = [
-            a.kv_lora_rank + a.qk_rope_head_dim
-            for b in m.layers
-            if isinstance(a := b.attn, LatentAttention)
-        ]
-        if not widths or self.requested_cache == "materialized":
-            widths = [
-                c.n_embd // c.n_head + c.qk_rope_head_dim,
-                c.v_head_dim or c.n_embd // c.n_head,
-            ]
+        kind, materialized = self.config.kind, self.requested_cache == "materialized"
+        layers = range(self.config.n_layer)
+        widths = {width for i in layers for _, width in kind.cached(i, materialized)}
         for group_size in GROUP_SIZES:
             if all(width % group_size == 0 for width in widths):
                 return group_size
-        found = " or ".join(map(str, sorted(set(widths))))
+        found = " or ".join(map(str, sorted(widths)))
         raise UserError(
             f"--kv-bits: the cache is {found} wide, and the quantiser takes multiples of 32; "
             f"a width of {-(-max(widths) // 32) * 32} would fit, in groups of 32"

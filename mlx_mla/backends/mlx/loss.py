@@ -23,25 +23,25 @@ def hidden_states(
     h = transformer.wte(ids_BL)
     if "wpe" in transformer:
         h = h + transformer.wpe(mx.arange(ids_BL.shape[1]))
-    h = transformer.drop(h)
+    h, latent = transformer.drop(h), None
     for i in range(0, len(transformer.h), checkpoint_every):
-        h = _checkpointed(transformer.h[i : i + checkpoint_every], h)
+        h, latent = _checkpointed(transformer.h[i : i + checkpoint_every], h, latent)
     return transformer.ln_f(h)
 
 
-def _checkpointed(blocks: Sequence[Block], h: mx.array) -> mx.array:
-    def run(parameters: list, h: mx.array) -> mx.array:
+def _checkpointed(blocks: Sequence[Block], h: mx.array, latent: Any) -> tuple[mx.array, Any]:
+    def run(parameters: list, h: mx.array, latent: Any) -> tuple[mx.array, Any]:
         # Computed again, the group must drop the same values: it draws from a key of its own.
         outer = _random_state()[:]
         _random_state()[:] = key
         for block, own in zip(blocks, parameters):
             block.update(own)
-            h = block(h, "causal")
+            h, latent = block(h, "causal", latent=latent)
         _random_state()[:] = outer
-        return h
+        return h, latent
 
     _random_state()[:], key = mx.random.split(_random_state())
-    return mx.checkpoint(run)([block.trainable_parameters() for block in blocks], h)
+    return mx.checkpoint(run)([block.trainable_parameters() for block in blocks], h, latent)
 
 
 def _random_state() -> mx.array:

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
+from mlx_mla.files import parse_json
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
+_UNSEALED = "0" * 64
+"""Stands in the header for the sha256 of the whole file with these zeros in it."""
 
 
 def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) -> None:
@@ -39,10 +43,12 @@ def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) 
         "fingerprint": fingerprint(folder),
         "shape": _shape(folder),
         "tokens": json.dumps(list(tokens)),
+        "sha256": _UNSEALED,
     }
-    unfinished = path.with_name(f".{path.stem}.tmp-{os.getpid()}.safetensors")
+    unfinished = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(8)}.safetensors")
     try:
         save_prompt_cache(str(unfinished), used, about)
+        _seal(unfinished)
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as e:
         raise UserError(f"{path}: cannot be written: {e}") from None
@@ -69,7 +75,12 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
         raise UserError(f"{path}: no such file; --save-prompt-cache writes one") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
-    about = {key.removeprefix("0."): value for key, value in about.items() if key.startswith("0.")}
+    # mlx-lm 0.32 keeps what it was given under "0.", 0.31 under "1.".
+    about = {
+        key[2:]: value
+        for key, value in about.items()
+        if key[2:] in ("fingerprint", "model", "sha256", "shape", "tokens")
+    }
     if "fingerprint" not in about or "tokens" not in about:
         raise UserError(
             f"{path}: does not say what model it is of; --save-prompt-cache writes files that do"
@@ -80,7 +91,38 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
             f"{folder} "
             f"({_shape(folder)}); read the prompt again with --save-prompt-cache"
         )
-    return load_prompt_cache(str(path)), json.loads(about["tokens"])
+    if "sha256" in about and about["sha256"] != _sealed(path, about["sha256"]):
+        raise UserError(
+            f"{path}: damaged (its sha256 differs); read the prompt again with --save-prompt-cache"
+        )
+    tokens = parse_json(about["tokens"], f"{path}, tokens")
+    if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+        raise UserError(f"{path}: damaged, its tokens are no list of ids")
+    try:
+        return load_prompt_cache(str(path)), tokens
+    except (ValueError, KeyError, RuntimeError, TypeError) as e:
+        raise UserError(f"{path}: not a prompt cache of mlx-lm ({e})") from None
+
+
+def _seal(path: Path) -> None:
+    """Put the checksum into a file that was written without."""
+    with path.open("r+b") as f:
+        header = f.read(8)
+        header += f.read(int.from_bytes(header, "little"))
+        f.seek(header.index(_UNSEALED.encode()))
+        f.write(_sealed(path, _UNSEALED).encode())
+
+
+def _sealed(path: Path, seal: str) -> str:
+    """sha256 of a file whose header has zeros in place of `seal`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        header = f.read(8)
+        header += f.read(int.from_bytes(header, "little"))
+        digest.update(header.replace(seal.encode(), _UNSEALED.encode(), 1))
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fingerprint(folder: Path) -> str:
@@ -90,9 +132,7 @@ def fingerprint(folder: Path) -> str:
     Reads a quarter of a megabyte of a file, however large it is. Other weights, another rank or
     another quantisation give another fingerprint.
     """
-    digest = hashlib.sha256(
-        json.dumps(checkpoint.read_config(folder).to_dict(), sort_keys=True).encode()
-    )
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("model*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -107,10 +147,7 @@ def fingerprint(folder: Path) -> str:
 def _shape(folder: Path) -> str:
     """What a cache of a model holds, in words."""
     config = checkpoint.read_config(folder)
-    if config.attention == "mha":
-        return f"{config.n_layer} layers, keys and values {config.n_embd} wide"
-    ranks = sorted(set(config.latent_ranks))
-    return f"{config.n_layer} layers, latents {' or '.join(map(str, ranks))} wide"
+    return f"{config.n_layer} layers, {config.kind.cache_text}"
 
 
 def check_target(path: Path) -> None:

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_mla.backends.contract import Start, StepResult, Teacher, dropout_seed
 from mlx_mla.backends.mlx import optim
 from mlx_mla.backends.mlx.device import DTYPES, on_device
-from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.backends.mlx.load import build_model, not_finite
 from mlx_mla.backends.mlx.loss import head_loss, hidden_states
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.config import TrainConfig
@@ -95,6 +95,10 @@ class MLXTrainSession:
     def loss_sum(self, batch: Batch) -> float:
         self.model.eval()
         return _number(self._loss_sum(*map(mx.array, batch)))
+
+    @on_device
+    def is_finite(self) -> bool:
+        return not_finite([self.model.parameters(), self.optimizer.state]) is None
 
     @on_device
     def weights(self) -> dict[str, np.ndarray]:

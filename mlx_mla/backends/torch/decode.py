@@ -13,8 +13,14 @@ from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
-from mlx_mla.decoding.cache_choice import choose_cache
-from mlx_mla.decoding.request import CacheKind, GenerationOptions, check_request, fit_context
+from mlx_mla.decoding.cache_choice import cache_of, choose_cache
+from mlx_mla.decoding.request import (
+    CacheKind,
+    GenerationOptions,
+    check_request,
+    fit_context,
+    is_greedy,
+)
 from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
 
@@ -93,7 +99,7 @@ class TorchDecoder:
             yield from self._decode(prompts, options)
 
     def _use(self, cache: CacheKind) -> None:
-        self.cache = cache
+        self.cache = cache_of(self.config, cache)
         self.model.materialize_cache(cache == "materialized")
 
     def _decode(
@@ -137,7 +143,8 @@ class TorchDecoder:
         """The next token of every prompt, and the bytes of the cache, step by step."""
         limit = options.max_kv_size or self.n_positions
         processors = self._processors(options)
-        random = torch.Generator(self.device).manual_seed(options.seed)
+        # Each prompt has its own, so that none depends on the others of the batch.
+        random = [torch.Generator(self.device).manual_seed(options.seed) for _ in prompts]
         contexts, done = [list(p) for p in prompts], 0
         while done < max_tokens:
             contexts = [fit_context(c, limit) for c in contexts]
@@ -191,7 +198,7 @@ class TorchDecoder:
         contexts: list[list[int]],
         processors: LogitsProcessorList,
         options: GenerationOptions,
-        random: torch.Generator,
+        random: Sequence[torch.Generator],
     ) -> torch.Tensor:
         logits[
             :, len(self.tokenizer) :
@@ -203,10 +210,10 @@ class TorchDecoder:
                 for c in contexts
             ]
             logits = torch.cat([penalty(r, row[None]) for r, row in zip(recent, logits)])
-        if options.temp == 0:
+        if is_greedy(options):
             return logits.argmax(-1)
-        scores = processors(torch.empty(0, device=self.device), logits)
-        return torch.multinomial(scores.softmax(-1), 1, generator=random)[:, 0]
+        shares = processors(torch.empty(0, device=self.device), logits).softmax(-1)
+        return torch.cat([torch.multinomial(s, 1, generator=g) for s, g in zip(shares, random)])
 
     def _processors(self, options: GenerationOptions) -> LogitsProcessorList:
         """The sampling options in mlx-lm's order: filters on the model's own distribution,
@@ -218,7 +225,7 @@ class TorchDecoder:
             chain.append(logits_process.MinPLogitsWarper(options.min_p))
         if options.top_k > 0:
             chain.append(logits_process.TopKLogitsWarper(options.top_k))
-        if options.temp > 0:
+        if not is_greedy(options):
             chain.append(logits_process.TemperatureLogitsWarper(float(options.temp)))
         return chain
 
@@ -227,5 +234,8 @@ def _cache_bytes(cache: Any) -> int:
     if cache is None:
         return 0
     return sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+        t.numel() * t.element_size()
+        for layer in cache.layers
+        if layer.is_initialized  # layers may share a cache
+        for t in (layer.keys, layer.values)
     )

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mlx_mla.model_torch import MLAGPT2Model, rotation_of
+from mlx_mla.model_torch import MLAGPT2Model
 
 
 def hidden_states(
@@ -22,22 +22,19 @@ def hidden_states(
     if not checkpoint_every:
         h: torch.Tensor = transformer(ids_BL)[0]
         return h
-    config = transformer.config
     positions = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
-    h, rotation = transformer.wte(ids_BL), None
+    h, rotation = transformer.wte(ids_BL), transformer.rotation(positions)
     if transformer.wpe is not None:
         h = h + transformer.wpe(positions)
-    else:
-        rotation = rotation_of(positions, config.qk_rope_head_dim, config.rope_theta)
-    h = transformer.drop(h)
+    h, latent = transformer.drop(h), None
 
-    def run(h: torch.Tensor, first: int) -> torch.Tensor:
+    def run(h: torch.Tensor, latent: Any, first: int) -> tuple[torch.Tensor, Any]:
         for block in transformer.h[first : first + checkpoint_every]:
-            h = block(h, None, None, rotation)
-        return h
+            h, latent = block(h, None, None, rotation, latent)
+        return h, latent
 
     for first in range(0, len(transformer.h), checkpoint_every):
-        h = checkpoint(run, h, first, use_reentrant=False)
+        h, latent = checkpoint(run, h, latent, first, use_reentrant=False)
     last: torch.Tensor = transformer.ln_f(h)
     return last
 

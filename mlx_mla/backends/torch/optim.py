@@ -64,8 +64,12 @@ class Optimizers:
 
     def state_tensors(self) -> dict[str, np.ndarray]:
         """The moments by their names on disk."""
+        return {name: m.detach().cpu().numpy().copy() for name, m in self.moments().items()}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The same on the device."""
         return {
-            f"{moment}.{self._names[p]}": optimizer.state[p][moment].detach().cpu().numpy().copy()
+            f"{moment}.{self._names[p]}": optimizer.state[p][moment]
             for optimizer, p in self._owned()
             for moment in MOMENTS[type(optimizer)]
         }

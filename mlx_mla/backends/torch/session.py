@@ -75,6 +75,13 @@ class TorchTrainSession:
         with torch.no_grad():
             return self._cross_entropy(*self._tensors(batch)).item()
 
+    def is_finite(self) -> bool:
+        tensors = [*self.parameters.values(), *self.optimizers.moments().values()]
+        # Sums take no memory and a tenth of the time; where one overflows, it says nothing.
+        with torch.no_grad():
+            sums = torch.stack([t.sum() for t in tensors]).isfinite().tolist()
+            return all(ok or bool(t.isfinite().all()) for ok, t in zip(sums, tensors))
+
     def weights(self) -> dict[str, np.ndarray]:
         return {name: p.detach().cpu().numpy().copy() for name, p in self.parameters.items()}
 

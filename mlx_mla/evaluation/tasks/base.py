@@ -43,6 +43,8 @@ class Measured:
     """Whether the metric is exp of the ratio of the sums, rather than the ratio."""
     unit: str = "item"
     """What the weights count, for readers."""
+    proportion: bool = False
+    """Whether the amounts are 0 or 1, and the metric their share."""
 
     def metric(self) -> "Metric":
         """The value with its standard error, items being the independent draws.
@@ -62,8 +64,10 @@ class Measured:
                 float(self.weights.sum()),
                 self.unit,
             )
+        n = len(self.amounts)
+        interval = wilson(int(self.amounts.sum()), n) if self.proportion and n else None
         return Metric(
-            self.name, float(ratio), error, len(self.amounts), float(self.weights.sum()), self.unit
+            self.name, float(ratio), error, n, float(self.weights.sum()), self.unit, interval
         )
 
 
@@ -80,6 +84,8 @@ class Metric:
     count: float
     """Tokens, words, bytes or items that it is averaged over."""
     unit: str
+    interval: tuple[float, float] | None = None
+    """95 % confidence interval of a proportion, which none right or all right do not make empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,8 @@ def compare(first: Measured, second: Measured) -> Comparison | None:
     if not np.array_equal(first.weights, second.weights):
         return None
     delta = second.amounts - first.amounts
+    if first.proportion and second.proportion:
+        return _paired_proportions(delta)
     mean = delta.sum() / first.weights.sum()
     reach = Z95 * _ratio_error(delta - mean * first.weights, first.weights)
     if first.perplexity:
@@ -156,7 +164,27 @@ class Task:
 
 def accuracy(name: str, correct: Sequence[bool]) -> Measured:
     """Share of correct items."""
-    return Measured(name, np.array(correct, np.float64), np.ones(len(correct)))
+    return Measured(name, np.array(correct, np.float64), np.ones(len(correct)), proportion=True)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927)."""
+    share, z2 = successes / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # Exact at the ends, where rounding would pass 0 or 1.
+    return middle - reach if successes else 0.0, middle + reach if successes < n else 1.0
+
+
+def _paired_proportions(delta: np.ndarray) -> Comparison:
+    """95 % interval of the difference of two proportions of the same items, from the differences
+    (items,), each -1, 0 or 1; half an item is added to each cell of their 2 x 2 table, so that
+    equal answers do not make it empty (Agresti and Min 2005, section 4.2)."""
+    n = len(delta) + 2
+    up, down = (delta > 0).sum() + 0.5, (delta < 0).sum() + 0.5
+    middle = (up - down) / n
+    reach = Z95 * math.sqrt(up + down - (up - down) ** 2 / n) / n
+    return Comparison(float(delta.mean()), float(middle - reach), float(middle + reach))
 
 
 def _ratio_error(residuals: np.ndarray, weights: np.ndarray) -> float:

@@ -1,12 +1,13 @@
 """Reading evaluation files, with what is wrong told by file, line and field."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_mla.errors import UserError
+from mlx_mla.files import parse_json_object
+from mlx_mla.text import decoded, encodable
 
 # Of the published files; another content is used, but said.
 SHA256 = {
@@ -19,13 +20,11 @@ SHA256 = {
 def read_text(path: Path) -> str:
     """A UTF-8 file; UserError if it cannot be read."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return decoded(path.read_bytes(), f"{path}:")
     except OSError as e:
         raise UserError(
             f"{path}: cannot be read ({e.strerror}); the data folder must hold this file"
         ) from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: byte {e.start} is not UTF-8; fetch the file again") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -34,13 +33,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where}: not JSON ({e.msg})") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: must be an object with named fields")
-        yield where, value
+        yield where, parse_json_object(line, where)
 
 
 def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
@@ -49,6 +42,11 @@ def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
         raise UserError(f"{where}: field {name!r} is missing; it has {', '.join(map(repr, row))}")
     if not isinstance(row[name], kind):
         raise UserError(f"{where}: field {name!r} must be {kind.__name__}, not {row[name]!r:.60}")
+    texts = row[name] if kind is list else [row[name]]
+    if not all(encodable(t) for t in texts if isinstance(t, str)):
+        raise UserError(
+            f"{where}: field {name!r} has half a character (a lone surrogate); fetch the file again"
+        )
     return row[name]
 
 

@@ -11,7 +11,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import gpt2
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from bench.subjects import Weights, gpt2_shape
+from bench.subjects.contract import Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.load import build_model

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from bench.subjects import Weights, gpt2_shape
+from bench.subjects.contract import Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.backends.torch.decode import GrowingCache

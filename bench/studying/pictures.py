@@ -1,0 +1,245 @@
+"""A study in pictures, one question a picture."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import save_figure
+from bench.labels import label_ends, style
+from bench.studying.plan import Study
+from bench.studying.summary import Row
+from mlx_mla.pictures import pyplot
+from mlx_mla.weights import num_parameters
+
+Names = dict[str, str]
+"""Captions to file names."""
+
+LABEL_INCHES = 1.4
+
+
+def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
+    """Draw what the rows allow into a folder; returns captions with their files, in order."""
+    pictures: Names = {}
+    shown = [row for row in rows if row.loss is not None]
+    styles = _styles(study)
+    paired = [row for row in shown if row.difference is not None]
+    if paired:
+        pictures["Difference from the baseline"] = _forest(study, paired, styles, out)
+    if shown:
+        pictures["Loss against cache"] = _cache(study, shown, styles, out)
+    for size, tokens in dict.fromkeys((r.cell.size, r.cell.tokens) for r in shown):
+        here = [r for r in shown if (r.cell.size, r.cell.tokens) == (size, tokens)]
+        where = _title(size, tokens)
+        end = f"{size}-{tokens}.png"
+        if max(len(r.curve) for r in here) > 1:
+            pictures[f"Loss against tokens, {where}"] = _loss(here, styles, where, out, end)
+        apart = [r for r in here if len(r.gap) > 1]
+        if apart:
+            caption = f"Difference against tokens, {where}"
+            pictures[caption] = _gap(study, apart, styles, where, out, end)
+    if len({r.cell.size for r in paired}) > 1:
+        pictures["Difference against size"] = _sizes(study, paired, styles, out)
+    return pictures
+
+
+def _styles(study: Study) -> dict[str, dict[str, Any]]:
+    names = [study.baseline, *(arm for arm in study.arms if arm != study.baseline)]
+    return {name: style(i) for i, name in enumerate(names)}
+
+
+def _axes() -> tuple[Any, Any]:
+    """A figure whose axes leave room for labels on their right."""
+    width = 6.5
+    fig, ax = pyplot().subplots(figsize=(width, 4.2))
+    fig.subplots_adjust(left=0.75 / width, right=1 - LABEL_INCHES / width, top=0.9, bottom=0.13)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig, ax
+
+
+def _save(fig: Any, out: Path, name: str) -> str:
+    save_figure(fig, out / name)
+    return name
+
+
+def _percent(nats: float) -> float:
+    """A difference of losses as a share of perplexity, in percent."""
+    return 100 * math.expm1(nats)
+
+
+def _forest(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
+    """Intervals of the final differences, arms from top to bottom, a panel a size and budget."""
+    places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
+    arms = [arm for arm in study.arms if any(r.cell.arm == arm for r in rows)]
+    fig, axes = pyplot().subplots(
+        1, len(places), figsize=(2 + 3.6 * len(places), 1.2 + 0.32 * len(arms)),
+        sharey=True, squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for ax, place in zip(axes[0], places):
+        ax.axvline(0, color="black", lw=1)
+        ax.axvspan(0, _percent(study.margin), color="0.9", zorder=0)
+        here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
+        for row in here:
+            d, y = row.difference, arms.index(row.cell.arm)
+            assert d is not None
+            color = styles[row.cell.arm]["color"]
+            if d.count > 1:
+                ax.plot([_percent(d.low), _percent(d.high)], [y, y], color=color, lw=2)
+            ax.plot(_percent(d.mean), y, "o", color=color, ms=5)
+        ax.set(xlim=_limits(study, here), title=_title(*place))
+        ax.set_xlabel("perplexity above the baseline's (%)")
+        ax.grid(alpha=0.25, axis="x")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(arms)), arms)
+    axes[0][0].set_ylim(len(arms) - 0.5, -0.5)
+    return _save(fig, out, "difference.png")
+
+
+def _limits(study: Study, rows: list[Row]) -> tuple[float, float]:
+    """Axis limits in percent that show all means, and of the intervals what is not far off."""
+    seen = [r.difference for r in rows if r.difference is not None]
+    means = [0.0, 100 * study.margin, *(_percent(d.mean) for d in seen)]
+    far = 0.5 * (max(means) - min(means)) + 0.5
+    low = [max(_percent(d.low), min(means) - far) for d in seen if d.count > 1]
+    high = [min(_percent(d.high), max(means) + far) for d in seen if d.count > 1]
+    return min([*means, *low]) - 0.1 * far, max([*means, *high]) + 0.1 * far
+
+
+def _title(size: str, tokens: int) -> str:
+    return f"{size}, {tokens / 1e6:.3g} M tokens"
+
+
+def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
+    """Which attention for which cache: final loss against bytes a token, with the seeds' range."""
+    places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
+    fig, axes = pyplot().subplots(
+        1, len(places), figsize=(4.8 * len(places), 4.2), squeeze=False, layout="constrained"
+    )
+    for ax, place in zip(axes[0], places):
+        here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
+        losses: list[float] = []
+        for row in here:
+            assert row.loss is not None
+            color = styles[row.cell.arm]["color"]
+            seeds = [r["loss"] for r in row.finals.values() if r["loss"] is not None]
+            losses += seeds
+            ax.plot([row.cache_bytes] * 2, [min(seeds), max(seeds)], color=color, lw=1, alpha=0.5)
+            ax.plot(row.cache_bytes, row.loss.mean, "o", color=color, ms=5)
+        pad = 0.05 * (max(losses) - min(losses)) + 1e-3
+        columns = _columns([r.cache_bytes for r in here])
+        span = columns[-1][-1] / columns[0][0]
+        ax.set(
+            xscale="log",
+            xlim=(columns[0][0] / span**0.08, columns[-1][-1] * max(span, 2) ** 0.35),
+            ylim=(min(losses) - pad, max(losses) + pad),
+            xlabel="cache (bytes a token, 16 bits)",
+            ylabel="held-out loss (nats a token)",
+            title=_title(*place),
+        )
+        ticks = [column[-1] for column in columns]
+        ax.set_xticks(ticks, [f"{b:,}" for b in ticks])
+        ax.set_xticks([], minor=True)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.canvas.draw()  # labels are placed where the layout has put the axes
+    for ax, place in zip(axes[0], places):
+        here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
+        to_axes = ax.transData + ax.transAxes.inverted()
+        for column in _columns([r.cache_bytes for r in here]):
+            names = [
+                (float(r.cache_bytes), r.loss.mean, r.cell.arm, styles[r.cell.arm]["color"])
+                for r in here
+                if r.loss and r.cache_bytes in column
+            ]
+            label_ends(ax, names, at=to_axes.transform((column[-1], names[0][1]))[0], size=7)
+    return _save(fig, out, "loss-cache.png")
+
+
+def _columns(widths: Sequence[int]) -> list[list[int]]:
+    """Cache widths in groups of those that are within a tenth of each other."""
+    columns: list[list[int]] = []
+    for width in sorted(set(widths)):
+        if columns and width < 1.1 * columns[-1][-1]:
+            columns[-1].append(width)
+        else:
+            columns.append([width])
+    return columns
+
+
+def _loss(rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: str) -> str:
+    fig, ax = _axes()
+    for row in rows:
+        points = [(p.tokens / 1e6, p.value.mean) for p in row.curve]
+        ax.plot(*zip(*points), lw=1.4, **styles[row.cell.arm])
+    values = sorted(p.value.mean for r in rows for p in r.curve)
+    # The first points are far above; the end is what the question is about.
+    top = values[int(0.85 * (len(values) - 1))]
+    ax.set_ylim(values[0] - 0.05 * (top - values[0]), top)
+    ax.set_xlim(0, max(p.tokens for r in rows for p in r.curve) / 1e6)
+    ax.set(
+        xlabel="tokens (millions)", ylabel="held-out loss (nats a token), mean over seeds",
+        title=where,
+    )  # fmt: skip
+    label_ends(ax, [_end(r, r.curve, styles) for r in rows])
+    return _save(fig, out, f"loss-tokens-{end}")
+
+
+def _gap(
+    study: Study, rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: str
+) -> str:
+    """Whether the difference closes or opens."""
+    fig, ax = _axes()
+    ax.axhspan(0, _percent(study.margin), color="0.93", zorder=0)
+    ax.axhline(0, color="black", lw=1)
+    for row in rows:
+        points = [(p.tokens / 1e6, _percent(p.value.mean)) for p in row.gap]
+        ax.plot(*zip(*points), lw=1.4, **styles[row.cell.arm])
+    last = max(p.tokens for r in rows for p in r.gap)
+    late = [_percent(p.value.mean) for r in rows for p in r.gap if p.tokens >= 0.2 * last]
+    pad = 0.1 * (max([0, *late]) - min([0, *late])) + 0.1
+    ax.set_ylim(min([0, *late]) - pad, max([0, *late]) + pad)
+    ax.set_xlim(0, last / 1e6)
+    ax.set(
+        xlabel="tokens (millions)", ylabel=f"perplexity above {study.baseline}'s (%)", title=where
+    )
+    label_ends(ax, [_end(r, r.gap, styles, percent=True) for r in rows])
+    return _save(fig, out, f"difference-tokens-{end}")
+
+
+def _end(
+    row: Row, points: Sequence[Any], styles: dict[str, Any], percent: bool = False
+) -> tuple[float, float, str, str]:
+    last = points[-1]
+    value = _percent(last.value.mean) if percent else last.value.mean
+    return last.tokens / 1e6, value, row.cell.arm, styles[row.cell.arm]["color"]
+
+
+def _sizes(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
+    """Difference against size, arms that ran at several sizes, each at its largest budget."""
+    fig, ax = _axes()
+    ax.axhspan(0, _percent(study.margin), color="0.93", zorder=0)
+    ax.axhline(0, color="black", lw=1)
+    ends = []
+    for arm in study.arms:
+        last = {r.cell.size: r for r in rows if r.cell.arm == arm}
+        if len(last) < 2:
+            continue
+        points = sorted(
+            (r.parameters / 1e6, r.difference) for r in last.values() if r.difference is not None
+        )
+        means = [_percent(d.mean) for _, d in points]
+        ax.plot([n for n, _ in points], means, marker="o", ms=4, **styles[arm])
+        for n, d in points:
+            if d.count > 1:
+                ax.plot([n, n], [_percent(d.low), _percent(d.high)], color=styles[arm]["color"])
+        ends.append((points[-1][0], means[-1], arm, styles[arm]["color"]))
+    ax.set(
+        xscale="log", xlabel="size (at the baseline's parameters)",
+        ylabel=f"perplexity above {study.baseline}'s (%)",
+    )  # fmt: skip
+    sizes = {c.size: num_parameters(c.config.model) for c in study.cells if c.arm == study.baseline}
+    ax.set_xticks([n / 1e6 for n in sizes.values()], list(sizes))
+    ax.set_xticks([], minor=True)
+    label_ends(ax, ends)
+    return _save(fig, out, "difference-size.png")

@@ -1,0 +1,176 @@
+"""One run of a study in a process of its own: `python -m mlx_mla.train --auto-resume`."""
+
+import fcntl
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.studying.plan import Run
+from bench.studying.results import Record, thinned
+from bench.studying.settings import settings
+from mlx_mla.errors import UserError
+from mlx_mla.files import parse_toml, write_text
+from mlx_mla.metrics import METRICS, read_metrics
+from mlx_mla.presets import overlay, preset, to_toml
+from mlx_mla.training.run_folder import CONFIG, run_config
+
+THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+"""Variables that say how many threads the libraries may use."""
+
+# What mlx_mla.train says, in the one line of its error.
+_DIVERGED = "error: training diverged"
+
+
+class Trainer:
+    """Trains a run in a folder, or goes on with it there.
+
+    A process that was killed leaves its trainer behind: that one holds a lock, which is waited for,
+    so that never two write one folder.
+
+    Args:
+        run: What to train.
+        runs: The folder of all runs.
+        threads: Threads of the process.
+    """
+
+    def __init__(self, run: Run, runs: Path, threads: int):
+        self.run, self.folder, self._threads = run, runs / run.name, threads
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            raise UserError(f"{self.folder}: cannot be written: {e.strerror}") from e
+        self.began_at = self.step
+        """The last step of an earlier start."""
+        self.poll()
+
+    @property
+    def waits(self) -> bool:
+        """Whether another process still trains this run."""
+        return self._process is None
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        rows = read_metrics(self.folder / METRICS)
+        return rows[-1]["step"] if rows else 0
+
+    def poll(self) -> Record | None:
+        """The record of the run once it has finished.
+
+        Raises:
+            UserError: If it ended otherwise than by finishing or diverging.
+        """
+        if self._process is None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            self._start()
+            return None
+        code = self._process.poll()
+        if code is None:
+            return None
+        os.close(self._lock)
+        if code == 0:
+            return self._record(None)
+        said = self._beside(".log").read_text(encoding="utf-8", errors="replace").strip()
+        last = said.splitlines()[-1] if said else "it said nothing"
+        if code == 2 and last.startswith(_DIVERGED):
+            return self._record(last.removeprefix("error: ").partition(" and was stopped")[0])
+        how = f"was killed by signal {-code}" if code < 0 else last.removeprefix("error: ")
+        raise UserError(
+            f"{self.run.name}: {how}; its output is in {self._beside('.log')}; run the study again "
+            "to go on"
+        )
+
+    def stop(self) -> None:
+        """Have the run save a checkpoint and end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Until the process has ended."""
+        if self._process is not None:
+            self._process.wait()
+
+    def tidy(self) -> None:
+        """Remove what stands beside the folder of a finished run."""
+        for suffix in (".toml", ".log", ".lock"):
+            self._beside(suffix).unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        make_room(self.folder, self.run)
+        write_text(self._beside(".toml"), run_toml(self.run))
+        command = [sys.executable, "-m", "mlx_mla.train", "--auto-resume"]
+        command += ["--config", str(self._beside(".toml")), "--out", str(self.folder)]
+        # Without a terminal, mlx_mla.train writes plain lines; they go to the log.
+        with self._beside(".log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **dict.fromkeys(THREADS, str(self._threads))},
+                pass_fds=[self._lock],  # the lock lasts as long as the trainer does
+                start_new_session=True,  # Ctrl-C comes from us, once
+            )
+
+    def _record(self, diverged: str | None) -> Record:
+        rows = read_metrics(self.folder / METRICS)
+        train = [row for row in rows if row["split"] == "train"]
+        held_out = [row for row in rows if row["split"] == "val"]
+        finished = bool(held_out) and held_out[-1]["step"] == self.run.config.steps
+        if diverged is None and not finished:
+            raise UserError(f"{self.folder}: has no final held-out loss; remove it and run again")
+        speeds = [row["tokens_per_sec"] for row in train[1:] or train]
+        return {
+            "loss": None if diverged else held_out[-1]["loss"],
+            **({"diverged": diverged} if diverged else {}),
+            "curve": thinned([[row["tokens"], round(row["loss"], 5)] for row in held_out]),
+            "seconds": rows[-1]["seconds"] if rows else 0.0,
+            "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+            "threads": self._threads,
+        }
+
+    def _beside(self, suffix: str) -> Path:
+        return self.folder.with_name(self.folder.name + suffix)
+
+
+def make_room(folder: Path, run: Run) -> None:
+    """See that a folder holds nothing, or the beginning of this very run.
+
+    What another run began, of a study that was changed since, is moved aside; what a run left that
+    was killed before it wrote its settings is removed.
+    """
+    if not (folder / CONFIG).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    if settings(run_config(folder).resolved()) == settings(run.config):
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.other-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def run_toml(run: Run) -> str:
+    """The settings file of a run, for --config of mlx_mla.train."""
+    text, base = to_toml(run.config), preset(run.config.preset)
+    # What is unset has no line, and is then what the preset says.
+    if overlay(base, parse_toml(text, "the run"), "the run") != run.config:
+        raise UserError(
+            f"preset {base.preset} sets something that arm {run.arm} must leave unset; use another "
+            "preset under [base]"
+        )
+    return text

@@ -1,0 +1,47 @@
+"""The subjects of the benchmarks, by framework.
+
+The frameworks are in mlx.py and torch.py, imported only when they are asked for.
+"""
+
+from typing import Any
+
+from bench.subjects.contract import Subject, Weights
+from mlx_mla.config import ModelConfig
+from mlx_mla.errors import UserError
+
+
+def load(
+    backend: str, model: str, config: ModelConfig, weights: Weights, dtype: str, device: str
+) -> Subject:
+    """One of this project's models in a backend."""
+    return _module(backend).ours(model, config, weights, dtype, device)
+
+
+def load_reference(
+    backend: str, config: ModelConfig, weights: Weights, dtype: str, device: str
+) -> Subject:
+    """GPT-2 of the ecosystem with the weights of our MHA model: mlx-lm's, or transformers'."""
+    assert not config.kind.beyond_gpt2
+    return _module(backend).reference(config, weights, dtype, device)
+
+
+def rates(backend: str, dtype: str, device: str) -> tuple[float, float]:
+    """What the device does at best in this framework: matmul FLOP/s, and bytes per second from
+    memory."""
+    module = _module(backend)
+    return module.rates(dtype) if backend == "mlx" else module.rates(dtype, device)
+
+
+def _module(backend: str) -> Any:
+    try:
+        if backend == "mlx":
+            from bench.subjects import mlx
+
+            return mlx
+        from bench.subjects import torch
+
+        return torch
+    except ModuleNotFoundError as e:
+        raise UserError(
+            f"backend {backend}: {e.name} is not installed; pip install {e.name}"
+        ) from None

@@ -1,0 +1,318 @@
+"""The kinds of attention, and what follows from their settings. No framework.
+
+A kind is a class here with a field or more in `ModelConfig`, and a module in each of the two model
+files; everything else asks `ModelConfig.kind`, which is one of these of a resolved configuration.
+Head widths have the letters of the model files: N of queries and keys, P of their decoupled RoPE
+part, V of values, R of the latent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mlx_mla.errors import UserError, flag
+
+if TYPE_CHECKING:
+    from mlx_mla.config import ModelConfig
+
+AttentionName = Literal["mla", "mha"]
+
+Shape = tuple[int, ...]
+Tensors = Iterator[tuple[str, Shape]]
+
+
+class Attention(ABC):
+    """One kind of attention, of one resolved configuration."""
+
+    fields: ClassVar[tuple[str, ...]]
+    """Fields of `ModelConfig` that mean something to this kind and not to every kind."""
+    biased: ClassVar[bool]
+    """Whether the projections that read x have a bias where nothing is said of it."""
+
+    def __init__(self, config: ModelConfig):
+        self.c = config
+        self.head_dim = _head_dim(config)
+
+    @classmethod
+    @abstractmethod
+    def resolve(cls, c: ModelConfig) -> None:
+        """Fill in this kind's fields of a configuration, in place, and check them.
+
+        Raises:
+            UserError: For an impossible value; the message names the option.
+        """
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The kind in a few words."""
+
+    @property
+    @abstractmethod
+    def cache_text(self) -> str:
+        """What its decoding cache holds of a layer, in a few words."""
+
+    @property
+    @abstractmethod
+    def head_widths(self) -> tuple[int, int]:
+        """Width of a query or key, and of a value, of one head."""
+
+    @abstractmethod
+    def tensors(self, layer: int) -> Tensors:
+        """Name within the layer's attention and shape of every tensor, in the order of the forward
+        pass; matrices are (out, in)."""
+
+    @abstractmethod
+    def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
+        """Heads and width of the arrays that decoding caches for a layer.
+
+        Args:
+            materialized: Of expanded keys and values, where the kind has latents to expand.
+        """
+
+    @property
+    def latent_widths(self) -> list[int]:
+        """Values per token that each layer reads where decoding stays with latents; empty for a
+        kind that has none."""
+        return []
+
+    @property
+    def beyond_gpt2(self) -> list[str]:
+        """The flags that a GPT-2 has no name for; empty if this is GPT-2's own attention."""
+        return [f"--attention {self.c.attention}"]
+
+    def cached_values(self, materialized: bool = False) -> int:
+        """Values that decoding caches for one token of context, over all layers."""
+        layers = range(self.c.n_layer)
+        return sum(heads * width for i in layers for heads, width in self.cached(i, materialized))
+
+    def score_flops(self, on_latents: bool = False) -> int:
+        """FLOPs of one query on one key, over all layers: its score, and its share of the output.
+
+        Args:
+            on_latents: With the up-projection absorbed (see model_mlx.py).
+        """
+        return 2 * self.c.n_layer * self.c.n_head * sum(self.head_widths)
+
+    def kept_values(self) -> float:
+        """Values per token that a layer keeps for the backward pass, the mean over layers: queries
+        and output, keys and values, and latents."""
+        values = self.cached_values(materialized=True)
+        if self.latent_widths:
+            values += self.cached_values()
+        return self.c.n_head * sum(self.head_widths) + values / self.c.n_layer
+
+
+class MultiHead(Attention):
+    """GPT-2's own, where every head has keys and values, and those whose heads share them: grouped
+    queries (arXiv:2305.13245) and, with one head of keys and values, multi-query."""
+
+    fields = ("num_key_value_heads",)
+    biased = True
+
+    @classmethod
+    def resolve(cls, c: ModelConfig) -> None:
+        c.position_embedding_type = c.position_embedding_type or "learned"
+        if c.position_embedding_type == "rope" and _head_dim(c) % 2:
+            raise UserError(
+                f"--position-embedding-type rope rotates pairs, and a head is {_head_dim(c)} wide; "
+                f"use --head-dim {_head_dim(c) + 1}, or another --n-head"
+            )
+        if c.num_key_value_heads is not None and (
+            c.num_key_value_heads < 1 or c.n_head % c.num_key_value_heads
+        ):
+            divisors = [n for n in range(1, c.n_head + 1) if c.n_head % n == 0]
+            raise UserError(
+                f"--num-key-value-heads {c.num_key_value_heads} does not divide --n-head "
+                f"{c.n_head}; use one of {', '.join(map(str, divisors))}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.c.num_key_value_heads or self.c.n_head
+
+    @property
+    def text(self) -> str:
+        heads = "multi-head attention"
+        if self.kv_heads < self.c.n_head:
+            heads = f"grouped-query attention, num_key_value_heads {self.kv_heads}"
+        if self.kv_heads == 1 < self.c.n_head:
+            heads = "multi-query attention"
+        return heads + (", RoPE" if self.c.position_embedding_type == "rope" else "")
+
+    @property
+    def cache_text(self) -> str:
+        return f"keys and values {self.kv_heads * self.head_dim} wide"
+
+    @property
+    def head_widths(self) -> tuple[int, int]:
+        return self.head_dim, self.head_dim
+
+    def tensors(self, layer: int) -> Tensors:
+        c, width = self.c, self.c.n_head * self.head_dim
+        rows = width + 2 * self.kv_heads * self.head_dim  # [q | k | v]
+        yield from _linear("c_attn", c.n_embd, rows, c.attention_bias)
+        yield from _linear("c_proj", width, c.n_embd, True)
+
+    def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
+        return [(self.kv_heads, self.head_dim)] * 2
+
+    @property
+    def beyond_gpt2(self) -> list[str]:
+        c, beyond = self.c, []
+        if c.position_embedding_type != "learned":
+            beyond.append(f"--position-embedding-type {c.position_embedding_type}")
+        if self.kv_heads != c.n_head:
+            beyond.append(f"--num-key-value-heads {self.kv_heads}")
+        if self.head_dim * c.n_head != c.n_embd:
+            beyond.append(f"--head-dim {self.head_dim}")
+        return beyond
+
+
+class MultiHeadLatent(Attention):
+    """DeepSeek-V2's (arXiv:2405.04434): every head expands one latent (see model_mlx.py)."""
+
+    fields = (
+        "kv_lora_rank",
+        "kv_lora_ranks",
+        "num_kv_shared_layers",
+        "q_lora_rank",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "latent_norm",
+    )
+    biased = False
+
+    @classmethod
+    def resolve(cls, c: ModelConfig) -> None:
+        if not 0 <= c.num_kv_shared_layers < c.n_layer:
+            raise UserError(
+                f"--num-kv-shared-layers must be from 0 to {c.n_layer - 1}, one less than "
+                f"--n-layer, not {c.num_kv_shared_layers}"
+            )
+        if c.kv_lora_ranks is not None:
+            latents = c.n_layer - c.num_kv_shared_layers
+            if len(c.kv_lora_ranks) != latents or min(c.kv_lora_ranks) < 1:
+                raise UserError(
+                    f"--kv-lora-ranks needs {latents} widths of at least 1, one for each layer "
+                    "with a latent of its own, "
+                    f"not {' '.join(map(str, c.kv_lora_ranks))}"
+                )
+            if c.kv_lora_rank not in (None, max(c.kv_lora_ranks)):
+                raise UserError(
+                    f"--kv-lora-rank {c.kv_lora_rank} is not the largest of --kv-lora-ranks; "
+                    f"use {max(c.kv_lora_ranks)}, or leave out one of the two"
+                )
+            c.kv_lora_rank = max(c.kv_lora_ranks)
+        if c.kv_lora_rank is None:
+            c.kv_lora_rank = max(1, c.n_embd // 2)
+        if c.v_head_dim is None:
+            c.v_head_dim = _head_dim(c)
+        for name in ("kv_lora_rank", "v_head_dim", "q_lora_rank"):
+            value = getattr(c, name)
+            if value is not None and value < 1:
+                raise UserError(f"{flag(name)} must be at least 1, not {value}")
+        if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
+            raise UserError(
+                f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}"
+            )
+        rope = c.qk_rope_head_dim > 0
+        if c.position_embedding_type is None:
+            c.position_embedding_type = "rope" if rope else "learned"
+        if c.position_embedding_type == "rope" and not rope:
+            raise UserError(
+                "--position-embedding-type rope with --attention mla needs the width of the part "
+                f"that is rotated; use --qk-rope-head-dim {max(2, _head_dim(c) // 4 * 2)}"
+            )
+        if c.position_embedding_type == "learned" and rope:
+            raise UserError(
+                "--position-embedding-type learned excludes a part with RoPE; use "
+                "--qk-rope-head-dim 0"
+            )
+
+    @property
+    def ranks(self) -> list[int]:
+        """Width of the latent that every layer reads, R."""
+        c = self.c
+        assert c.kv_lora_rank
+        if c.kv_lora_ranks is None:
+            return [c.kv_lora_rank] * c.n_layer
+        return c.kv_lora_ranks + c.kv_lora_ranks[-1:] * c.num_kv_shared_layers
+
+    def has_latent(self, layer: int) -> bool:
+        """Whether a layer has a latent of its own, and does not read the one before it."""
+        return layer < self.c.n_layer - self.c.num_kv_shared_layers
+
+    @property
+    def text(self) -> str:
+        ranks = ", ".join(map(str, self.c.kv_lora_ranks or self.ranks[:1]))
+        rope = f", RoPE {self.c.qk_rope_head_dim} wide" if self.c.qk_rope_head_dim else ""
+        shared = self.c.num_kv_shared_layers
+        sharing = f", one latent for the last {shared + 1} layers" if shared else ""
+        return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}{sharing}"
+
+    @property
+    def cache_text(self) -> str:
+        shared = self.c.num_kv_shared_layers
+        sharing = f", one for the last {shared + 1}" if shared else ""
+        return f"latents {' or '.join(map(str, sorted(set(self.ranks))))} wide{sharing}"
+
+    @property
+    def head_widths(self) -> tuple[int, int]:
+        c = self.c
+        assert c.v_head_dim
+        return self.head_dim + c.qk_rope_head_dim, c.v_head_dim
+
+    def tensors(self, layer: int) -> Tensors:
+        c, rank, (key_width, value_width) = self.c, self.ranks[layer], self.head_widths
+        q_width = c.n_head * key_width
+        # [q (or its latent) | kv latent | shared RoPE key]
+        latent_width = rank + c.qk_rope_head_dim if self.has_latent(layer) else 0
+        rows = (c.q_lora_rank or q_width) + latent_width
+        yield from _linear("c_attn", c.n_embd, rows, c.attention_bias)
+        if c.latent_norm and self.has_latent(layer):
+            yield "kv_a_layernorm.weight", (rank,)
+        if c.q_lora_rank:
+            yield from _linear("q_b_proj", c.q_lora_rank, q_width, False)
+            if c.latent_norm:
+                yield "q_a_layernorm.weight", (c.q_lora_rank,)
+        up_width = c.n_head * (self.head_dim + value_width)
+        yield from _linear("kv_b_proj", rank, up_width, False)
+        yield from _linear("c_proj", c.n_head * value_width, c.n_embd, True)
+
+    def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
+        if materialized:
+            return [(self.c.n_head, width) for width in self.head_widths]
+        return [(1, self.latent_widths[layer])] if self.has_latent(layer) else []
+
+    @property
+    def latent_widths(self) -> list[int]:
+        return [rank + self.c.qk_rope_head_dim for rank in self.ranks]
+
+    def score_flops(self, on_latents: bool = False) -> int:
+        if not on_latents:
+            return super().score_flops()
+        # Scores are R + P wide, the sum of the latents R.
+        return 2 * self.c.n_head * sum(2 * r + self.c.qk_rope_head_dim for r in self.ranks)
+
+
+KINDS: dict[AttentionName, type[Attention]] = {"mla": MultiHeadLatent, "mha": MultiHead}
+
+
+def meaningless_fields(attention: AttentionName) -> list[str]:
+    """Fields of the other kinds, which mean nothing to this one."""
+    names = dict.fromkeys(name for kind in KINDS.values() for name in kind.fields)
+    return [name for name in names if name not in KINDS[attention].fields]
+
+
+def _head_dim(c: ModelConfig) -> int:
+    return c.head_dim or c.n_embd // c.n_head
+
+
+def _linear(name: str, width_in: int, width_out: int, bias: bool | None) -> Tensors:
+    yield f"{name}.weight", (width_out, width_in)
+    if bias:
+        yield f"{name}.bias", (width_out,)

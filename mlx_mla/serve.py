@@ -1,0 +1,152 @@
+"""mlx-lm's server with its requests checked first: `python -m mlx_mla.serve`.
+
+A request that mlx-lm's generation thread cannot take ends that thread, for all clients; here it
+gets a 400. docs/decoding.md says which those are.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_mla import checkpoint, cli
+from mlx_mla.backends.mlx.load import load
+from mlx_mla.decoding.http_request import RequestChecks
+from mlx_mla.decoding.request import outside
+from mlx_mla.errors import UserError
+from mlx_mla.hub import find_model
+
+from mlx_lm import server  # isort: skip  (after the backend, which loads MLX's BLAS)
+from mlx_lm.models.cache import LRUPromptCache  # isort: skip
+from mlx_lm.utils import load_tokenizer  # isort: skip
+
+PROG = "python -m mlx_mla.serve"
+LARGEST_BODY = 2**20
+CLIENT_TIMEOUT = 120
+
+
+class Provider(server.ModelProvider):
+    """mlx-lm's, with the package's own model: no code of the folder is run."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        super().__init__(args)
+        self.folder, self.loaded = folder, threading.Event()
+        self.problem: Exception | None = None
+
+    def _load(self, *_: Any) -> None:
+        """Load the model, in the generation thread, which an exception would end."""
+        try:
+            self.model = load(self.folder)
+            self.tokenizer = load_tokenizer(self.folder)
+            self.is_batchable, self.model_key = True, (self.cli_args.model, None, None)
+        except Exception as e:
+            self.problem = e
+        self.loaded.set()
+
+
+class Handler(server.APIHandler):
+    """mlx-lm's, with requests checked before they reach the generation thread."""
+
+    checks: RequestChecks
+    rfile: Any
+    timeout = CLIENT_TIMEOUT
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length") or ""
+        if not self.path.endswith("/completions") or not length.isdecimal():
+            return super().do_POST()  # refuses it
+        if len(length) > 9 or int(length) > LARGEST_BODY:
+            return self._refuse(413, f"the request is larger than {LARGEST_BODY} bytes")
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+            if not isinstance(body, dict):
+                raise UserError("the request must be a JSON object")
+            body = self.checks.check(body, chat="chat" in self.path)
+        except UserError as e:
+            return self._refuse(400, str(e))
+        except (ValueError, RecursionError) as e:
+            return self._refuse(400, f"the request is not JSON in UTF-8: {e}")
+        data = json.dumps(body).encode()
+        self.headers.replace_header("Content-Length", str(len(data)))
+        stream, self.rfile = self.rfile, io.BytesIO(data)
+        try:
+            return super().do_POST()
+        finally:
+            self.rfile = stream
+
+    def handle_models_request(self) -> None:
+        """The one model; mlx-lm also lists what the hub's cache has, and fails without a cache."""
+        self._set_completion_headers(200)
+        self.end_headers()
+        models = [{"id": n, "object": "model", "created": self.created} for n in self.checks.names]
+        self.wfile.write(json.dumps({"object": "list", "data": models}).encode())
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._set_completion_headers(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": message[:500]}).encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    args = _flags(argv)
+    if args.model is None:
+        raise UserError(f"--model is missing; see {PROG} --help")
+    if args.adapter_path or args.draft_model:
+        raise UserError("--adapter-path and --draft-model are for mlx_lm.server; leave them out")
+    for name in ("temp", "top_p", "min_p"):
+        if problem := outside(name, getattr(args, name)):
+            raise UserError(f"--{name.replace('_', '-')} {problem}")
+    if args.max_tokens < 1 or not 0 < args.port < 2**16:
+        raise UserError("--max-tokens must be at least 1, and --port from 1 to 65535")
+    folder = find_model(args.model)
+    config, tokenizer = checkpoint.read_config(folder), checkpoint.read_tokenizer(folder)
+    assert config.vocab_size
+    names = list(dict.fromkeys([args.model, str(folder.resolve()), "default_model"]))
+    Handler.checks = RequestChecks(
+        tokenizer, config.n_positions, config.vocab_size, names, args.max_tokens
+    )
+    provider = Provider(args, folder)
+    provider._model_map.update(dict.fromkeys(names, args.model))
+    generator = server.ResponseGenerator(provider, LRUPromptCache(args.prompt_cache_size))
+    try:
+        provider.loaded.wait()
+        if provider.problem is not None:
+            raise provider.problem
+        print(f"serving {args.model} at http://{args.host}:{args.port}/v1", flush=True)
+        server._run_http_server(args.host, args.port, generator, handler_class=Handler)
+    finally:
+        generator.stop_and_join()
+    return 0
+
+
+def _flags(argv: Sequence[str]) -> argparse.Namespace:
+    """mlx-lm's own flags, as its main reads them before it calls `run`."""
+    found: list[argparse.Namespace] = []
+    run, arguments, stderr = server.run, sys.argv, io.StringIO()
+    server.run = lambda host, port, provider: found.append(provider.cli_args)
+    sys.argv = [PROG, *argv]
+    try:
+        with contextlib.redirect_stderr(stderr):
+            server.main()
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        said = stderr.getvalue().strip().splitlines() or ["wrong arguments"]
+        raise UserError(f"{said[-1].partition('error: ')[2] or said[-1]}; see {PROG} --help") from e
+    finally:
+        server.run, sys.argv = run, arguments
+    return found[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

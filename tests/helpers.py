@@ -1,0 +1,177 @@
+"""What several test files use: tiny models and runs, and how a command is called and refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from hypothesis import strategies as st
+
+from mlx_mla import checkpoint, generate, train
+from mlx_mla.backends.mlx.session import MLXTrainSession
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.data.tokenizer import GPT2Encoder
+from mlx_mla.weights import initial_weights
+
+# A model small enough for a training step in milliseconds.
+TINY = [
+    *(
+        [
+            "--n-layer",
+            "2",
+            "--n-head",
+            "2",
+            "--n-embd",
+            "32",
+            "--n-positions",
+            "48",
+            "--qk-rope-head-dim",
+            "8",
+        ]
+    ),
+    *(["--batch-size", "4", "--eval-batches", "2", "--sample-tokens", "8", "--no-compile"]),
+]
+
+
+def python(*args: str) -> list[str]:
+    """Command line of this interpreter."""
+    return [sys.executable, *args]
+
+
+MEASURED = ("tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
+
+
+def refused(capsys, *argv: str, command=train.main) -> str:
+    """Run a command that must be refused; returns its one line."""
+    capsys.readouterr()
+    assert command([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def objects(capfd, *argv: str) -> list[dict]:
+    capfd.readouterr()
+    assert generate.main([*map(str, argv), "--json"]) == 0
+    return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+
+
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, qk_rope_head_dim=4)
+
+
+BASE = TrainConfig(batch_size=4, learning_rate=1e-2, compile=False, model=MODEL).resolved()
+
+
+def batch(step: int, size: int = 4):
+    rows = np.random.default_rng(step).integers(0, 60, (size, 25)).astype(np.int32)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def largest_difference(a: MLXTrainSession, b: MLXTrainSession) -> float:
+    first, second = a.weights(), b.weights()
+    return max(np.abs(first[k] - second[k]).max() for k in first)
+
+
+TOLERANCE = 1e-4
+
+
+KINDS = {
+    "mla": {},
+    "mla-rope": {"qk_rope_head_dim": 8},
+    "mla-shared": {"num_kv_shared_layers": 1},
+    "mla-rope-shared": {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
+    "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
+    "gqa-rope": {
+        "attention": "mha",
+        "position_embedding_type": "rope",
+        "num_key_value_heads": 2,
+    },
+    "mqa": {"attention": "mha", "num_key_value_heads": 1},
+}
+
+
+@st.composite
+def model_configs(draw) -> ModelConfig:
+    """Small models with every feature on and off."""
+    heads = draw(st.sampled_from([1, 2, 3, 4]))
+    width = heads * draw(st.sampled_from([8, 16, 20]))
+    common = {
+        "n_layer": draw(st.integers(1, 3)),
+        "n_head": heads,
+        "n_embd": width,
+        "n_positions": 96,
+        "vocab_size": draw(st.integers(2, 70)),
+        "activation_function": draw(st.sampled_from(["gelu_new", "gelu"])),
+        "attention_bias": draw(st.booleans()),
+        "head_dim": draw(st.sampled_from([None, None, 6, 24])),
+    }
+    if draw(st.integers(0, 2)) == 0:
+        return ModelConfig(
+            attention="mha",
+            position_embedding_type=draw(st.sampled_from(["learned", "rope"])),
+            num_key_value_heads=draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0])),
+            **common,
+        ).resolved()
+    shared = draw(st.integers(0, common["n_layer"] - 1))
+    ranks = st.integers(1, width)
+    latents = common["n_layer"] - shared
+    return ModelConfig(
+        kv_lora_ranks=draw(st.none() | st.lists(ranks, min_size=latents, max_size=latents)),
+        num_kv_shared_layers=shared,
+        q_lora_rank=draw(st.sampled_from([None, 5, 16])),
+        qk_rope_head_dim=draw(st.sampled_from([0, 0, 4, 8])),
+        v_head_dim=draw(st.sampled_from([None, 6, 24])),
+        latent_norm=draw(st.booleans()),
+        **common,
+    ).resolved()
+
+
+def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Weights large enough that attention is far from uniform, and biases and gains that matter."""
+    rng = np.random.default_rng(seed)
+    weights = initial_weights(config, seed, 0.25)
+    for name, w in weights.items():
+        if w.ndim == 1:
+            weights[name] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
+    return weights
+
+
+def token_ids(config: ModelConfig, batch: int, length: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)))
+
+
+def write_gpt2_model(folder: Path, data: Path, seed: int = 0, **config) -> Path:
+    """A model folder; `data` is the folder of real files."""
+    values = {
+        "vocab_size": 50257,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 48,
+        "n_positions": 1024,
+        "attention": "mla",
+        "kv_lora_rank": None if config.get("attention") == "mha" else 16,
+        **config,
+    }
+    model = ModelConfig(**values).resolved()
+    folder.mkdir(parents=True)
+    tokenizer = GPT2Encoder(data / "gpt2_bpe").fast_tokenizer()
+    checkpoint.write_model(folder, model, initial_weights(model, seed, 0.3), tokenizer, "")
+    return folder
+
+
+def difference(a: mx.array, b: mx.array) -> float:
+    return mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item()
+
+
+def in_chunks(model, x: mx.array, sizes, cache) -> mx.array:
+    """Logits of feeding x through a cache in chunks of the given sizes, then token by token."""
+    out, at = [], 0
+    for size in [*sizes, *[1] * x.shape[1]]:
+        if at < x.shape[1]:
+            out.append(model(x[:, at : at + size], cache=cache))
+            mx.eval(out[-1])
+            at += size
+    return mx.concatenate(out, axis=1)

@@ -1,0 +1,314 @@
+"""What training and preparing read, spoiled by the fuzzer.
+
+Token shards, manifests, texts, settings, and everything in a run folder: a few cases of each by
+default, thousands among the slow tests.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import shutil
+
+import fuzz
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import TINY
+
+from mlx_mla import estimate, plot, prepare, train
+from mlx_mla.data.manifest import MANIFEST
+from mlx_mla.files import SUMS, parse_toml
+
+SEED = 16
+TRAIN = (*TINY, "--steps", "1", "--eval-batches", "1", "--final-eval-batches", "1",
+         "--sample-tokens", "0", "--seq-len", "16", "--n-layer", "1")  # fmt: skip
+
+
+def ids(count: int) -> np.ndarray:
+    return (np.arange(count) * 7919 % 257).astype("<u2")
+
+
+def npy(tokens) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, tokens)
+    return buffer.getvalue()
+
+
+def parquet(texts) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), buffer, row_group_size=20)
+    return buffer.getvalue()
+
+
+LINES = "".join(json.dumps({"text": f"line {i} of some words é"}) + "\n" for i in range(60))
+TEXT = "<|endoftext|>".join(f"Document {i}.\nIts second line, naïve.\n" for i in range(60))
+SOURCES = {
+    "a.txt": TEXT.encode(),
+    "a.jsonl": LINES.encode(),
+    "a.jsonl.gz": gzip.compress(LINES.encode()),
+    "a.txt.xz": lzma.compress(TEXT.encode()),
+    "a.jsonl.zst": pa.compress(LINES.encode(), "zstd", asbytes=True),
+    "a.parquet": parquet([f"row {i}" for i in range(60)]),
+}
+LLMC = np.array([20240520, 1, 900, *[0] * 253], "<i4").tobytes() + ids(900).tobytes()
+SHARDS = {
+    "a_train_1.npy": npy(ids(900)),
+    "a_train_1.bin": LLMC,
+    "train.bin": ids(900).tobytes(),
+}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A finished run of three steps, each with a checkpoint that is kept."""
+    root = tmp_path_factory.mktemp("short")
+    (root / "text.txt").write_text(TEXT)
+    argv = [*TRAIN, "--data", str(root / "text.txt"), "--out", str(root / "run")]
+    assert train.main([*argv, "--steps", "3", "--save-every", "1", "--keep", "0"]) == 0
+    return root / "run"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_machine(short_run):
+    """A machine of 512 MiB, for which what would break the promised memory is refused, with its
+    libraries loaded by a run before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "physical_memory", lambda: 2**29)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Folders that `prepare` has finished, and one that it has not."""
+    root = tmp_path_factory.mktemp("fuzz")
+    (root / "in").mkdir()
+    for i in range(3):
+        lines = "".join(json.dumps({"text": f"{i} {j} " + "word " * 40}) + "\n" for j in range(99))
+        (root / "in" / f"{i}.jsonl").write_text(lines)
+    argv = [str(root / "in"), "--tokenizer", "bytes", "--val-fraction", "0.3"]
+    argv += ["--shard-tokens", "9000", "--out"]
+    assert prepare.main([*argv, str(root / "whole")]) == 0
+    write, left = prepare.write_shard, [3]
+
+    def some(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise InterruptedError
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
+        patch.setattr(prepare, "write_shard", some)
+        prepare.main([*argv, str(root / "part")])
+    assert not json.loads((root / "part" / MANIFEST).read_text())["complete"]
+    return root, argv
+
+
+def shards(random, folder):
+    name = random.choice(list(SHARDS))
+    (folder / "data").mkdir()
+    (folder / "data" / name).write_bytes(fuzz.mutate_bytes(random, SHARDS[name]))
+    return [*TRAIN, "--data", str(folder / "data"), "--out", str(folder / "out")]
+
+
+def texts(random, folder):
+    name = random.choice([*SOURCES, "a.bin", "a"])
+    (folder / name).write_bytes(fuzz.mutate_text(random, TEXT))
+    return [*TRAIN, "--data", str(folder / name), "--out", str(folder / "out")]
+
+
+def sources(random, folder):
+    name = random.choice(list(SOURCES))
+    whole = SOURCES[name]
+    if name == "a.jsonl" and random.random() < 0.5:
+        rows = [{"text": f"row {i}", "id": i} for i in range(9)]
+        spoiled = b"\n".join(fuzz.mutate_json(random, row) for row in rows)
+    elif name in ("a.jsonl", "a.txt"):
+        spoiled = fuzz.mutate_text(random, whole.decode())
+    else:
+        spoiled = fuzz.mutate_bytes(random, whole)
+    (folder / name).write_bytes(spoiled)
+    return [str(folder / name), "--out", str(folder / "out"), "--tokenizer", "bytes",
+            "--val-fraction", "0.3"]  # fmt: skip
+
+
+ODD_TOML = (
+    "nan", "inf", "-1", "0", "1e400", "''", "[]", "[[1]]", "{}", "true", "1979-05-27", "9" * 5000,
+    "[" * 5000, *map(str, fuzz.NUMBERS),
+)  # fmt: skip
+
+
+def settings(random, folder):
+    flags = ["--steps", "1", "--sample-tokens", "0", "--no-compile"]
+    flags += ["--data", str(folder / "text.txt")]
+    (folder / "text.txt").write_text(TEXT)
+    text = (
+        "seed = 5\nlearning_rate = 1e-3\nbatch_size = 2\nbackend = 'mlx'\ntrack = ''\n"
+        "[model]\nn_layer = 1\nn_head = 2\nn_embd = 16\nn_positions = 16\nqk_rope_head_dim = 4\n"
+        "kv_lora_ranks = [8]\nrope_theta = 10000.0\nlayer_norm_epsilon = 1e-5\n"
+    )
+    if random.random() < 0.5:
+        values = parse_toml(text, "c.toml")
+        table = random.choice((values, values["model"]))
+        key = random.choice([k for k in table if k != "model"])
+        odd = random.choice(ODD_TOML)
+        lines = [odd_line(line, key, odd) for line in text.splitlines()]
+        data = "\n".join(lines).encode()
+    else:
+        data = fuzz.mutate_text(random, text)
+    (folder / "c.toml").write_bytes(data)
+    return ["--config", str(folder / "c.toml"), "--out", str(folder / "out"), *flags]
+
+
+def odd_line(line: str, key: str, value: str) -> str:
+    return f"{key} = {value}" if line.startswith(f"{key} =") else line
+
+
+NUMBERS = (
+    "--steps", "--batch-size", "--tokens-per-step", "--grad-accum-steps", "--seq-len", "--seed",
+    "--learning-rate", "--min-lr-ratio", "--warmup-steps", "--weight-decay", "--beta1", "--beta2",
+    "--adam-epsilon", "--grad-clip", "--initializer-range", "--checkpoint-every", "--loss-chunk",
+    "--log-every", "--eval-every", "--eval-batches", "--final-eval-batches", "--save-every",
+    "--keep", "--sample-tokens", "--sample-every", "--val-fraction", "--n-layer", "--n-head",
+    "--n-embd", "--n-inner", "--n-positions", "--vocab-size", "--kv-lora-rank", "--q-lora-rank",
+    "--qk-rope-head-dim", "--v-head-dim", "--rope-theta", "--layer-norm-epsilon", "--dropout",
+    "--decay-fraction", "--muon-learning-rate", "--eval-limit", "--from-step",
+)  # fmt: skip
+ODD = ("nan", "inf", "-inf", "1e-320", "1e38", "1e39", "1e308", "1e400", "-0.0", "0.5", "", "x",
+       "9" * 5000, "0x10", "1_000", "١", *map(str, fuzz.NUMBERS))  # fmt: skip
+
+
+# A run that takes long because it was asked for much is no hang.
+LONG = ("--steps", "--grad-accum-steps", "--tokens-per-step", "--batch-size", "--eval-batches",
+        "--final-eval-batches", "--sample-tokens", "--n-layer")  # fmt: skip
+SHORT = ("-1", "0", "1", "2", "nan", "inf", "1e400", "", "x", "9" * 5000, str(2**31), str(2**64))
+
+
+def flags(random, folder):
+    (folder / "text.txt").write_text(TEXT)
+    argv = [*TRAIN, "--data", str(folder / "text.txt"), "--out", str(folder / "out")]
+    for name in random.sample(NUMBERS, random.choice((1, 1, 2))):
+        argv += [name, random.choice(SHORT if name in LONG else ODD)]
+    return argv
+
+
+def prepare_flags(random, folder):
+    (folder / "a.txt").write_text(TEXT)
+    argv = [str(folder / "a.txt"), "--out", str(folder / "out"), "--tokenizer", "bytes"]
+    for name in random.sample(("--val-fraction", "--shard-tokens", "--workers", "--seed"), 2):
+        argv += [name, random.choice(ODD)]
+    odd = random.choice(fuzz.ODD_TEXTS).decode("utf-8", "replace").replace("\0", "")
+    name = random.choice(("--separator", "--prefix", "--text-column", "--revision", "--format"))
+    return [*argv, name, odd] if random.random() < 0.5 else argv
+
+
+def manifests(prepared):
+    root, argv = prepared
+
+    def spoil(random, folder):
+        which = random.choice(("whole", "part"))
+        shutil.copytree(root / which, folder / "data")
+        path = folder / "data" / MANIFEST
+        path.write_bytes(fuzz.mutate_json(random, json.loads(path.read_text())))
+        return [*argv, str(folder / "data")]
+
+    return spoil
+
+
+def manifests_in_training(prepared):
+    spoil = manifests(prepared)
+
+    def training(random, folder):
+        spoil(random, folder)
+        return [*TRAIN, "--data", str(folder / "data"), "--out", str(folder / "out")]
+
+    return training
+
+
+def runs(short_run):
+    """A run folder with one file spoiled, to be resumed."""
+    files = (
+        "config.toml", "metrics.jsonl", "latest", "tracking.json", "config.json",
+        "model.safetensors", "train_state.safetensors", "train_state.json", SUMS, "tokenizer.json",
+        "tokenizer_config.json",
+    )  # fmt: skip
+
+    def spoil(random, folder):
+        run, name = folder / "run", random.choice(files)
+        shutil.copytree(short_run, run)
+        path = run / name
+        if not path.exists() and name != "tracking.json":
+            path = run / "checkpoints" / "step-000003" / name
+        if name != SUMS and random.random() < 0.8:  # else the checksums tell
+            (run / "checkpoints" / "step-000003" / SUMS).unlink()
+        if name == "tracking.json":
+            data = fuzz.mutate_json(random, {"id": "ab12", "sent": {"wandb": {"train": 3}}})
+        elif name.endswith(".safetensors"):
+            data = fuzz.mutate_safetensors(random, path.read_bytes())
+        elif name.endswith(".json") and random.random() < 0.7:
+            data = fuzz.mutate_json(random, json.loads(path.read_text()))
+        else:
+            data = fuzz.mutate_text(random, path.read_text())
+        path.write_bytes(data)
+        how = random.choice(("--resume", "--auto-resume"))
+        return [how, "--out", str(run), "--steps", "4", "--sample-tokens", "0",
+                "--eval-batches", "1", "--final-eval-batches", "1"]  # fmt: skip
+
+    return spoil
+
+
+def plots(short_run):
+    def spoil(random, folder):
+        shutil.copytree(short_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
+        name = random.choice(("metrics.jsonl", "config.toml"))
+        path = folder / "run" / name
+        if name == "metrics.jsonl" and random.random() < 0.5:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            path.write_bytes(b"".join(fuzz.mutate_json(random, row) + b"\n" for row in rows))
+        else:
+            path.write_bytes(fuzz.mutate_text(random, path.read_text()))
+        return [str(folder / "run"), "--out", str(folder / "p.png")]
+
+    return spoil
+
+
+SURFACES = {
+    "shards": train.main,
+    "texts": train.main,
+    "settings": train.main,
+    "flags": train.main,
+    "runs": train.main,
+    "manifests_in_training": train.main,
+    "manifests": prepare.main,
+    "sources": prepare.main,
+    "prepare_flags": prepare.main,
+    "plots": plot.main,
+}
+MADE_OF = {"runs": "short_run", "plots": "short_run",
+           "manifests": "prepared", "manifests_in_training": "prepared"}  # fmt: skip
+
+
+def fuzzed(surface, request, tmp_path, cases, seed):
+    spoil = globals()[surface]
+    if surface in MADE_OF:
+        spoil = spoil(request.getfixturevalue(MADE_OF[surface]))
+    codes = fuzz.fuzz(SURFACES[surface], spoil, cases, seed, tmp_path)
+    assert codes[2] > 0
+    return codes
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_spoiled_input_is_refused_in_one_line_or_used(surface, request, tmp_path):
+    fuzzed(
+        surface, request, tmp_path, cases=4 if SURFACES[surface] is train.main else 12, seed=SEED
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surface", SURFACES)
+def test_much_spoiled_input_is_refused_in_one_line_or_used(surface, request, tmp_path):
+    cases = 400 if SURFACES[surface] is train.main else 800
+    codes = fuzzed(surface, request, tmp_path, cases, seed=SEED + 1)
+    print(surface, dict(codes))

@@ -1,0 +1,50 @@
+"""Stored scores: what was finished is found again, and nothing else is taken for it."""
+
+import json
+
+import pytest
+
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation.item_store import ItemStore
+from mlx_mla.evaluation.scoring import Request, Scores
+
+REQUESTS = [Request((1, 2), ((3,), (4, 5))), Request((6,), ((7,),))]
+STORED = Scores((-1.5, -2.25), (True, False))
+
+
+def written(folder) -> ItemStore:
+    store = ItemStore(folder, ["model", "mlx", "float32", "task", "standard"])
+    assert store.read(REQUESTS) == {}
+    store.add(0, STORED)
+    return store
+
+
+def test_scores_are_found_again_beside_a_line_that_a_kill_cut(tmp_path):
+    store = written(tmp_path)
+    with store.path.open("a") as file:
+        file.write('\n{"i": 1, "logp')
+    assert store.read(REQUESTS) == {0: STORED}
+    store.add(1, Scores((-0.5,), (True,)))
+    assert store.read(REQUESTS) == {0: STORED, 1: Scores((-0.5,), (True,))}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"i": 2, "logprob": [-1.0], "greedy": [True]},
+        {"i": "1", "logprob": [-1.0], "greedy": [True]},
+        {"i": 1, "logprob": [-1.0, -2.0], "greedy": [True, True]},
+        {"i": 1, "logprob": -1.0, "greedy": [True]},
+        {"i": 1, "logprob": [None], "greedy": [True]},
+        {"i": 1, "logprob": [float("nan")], "greedy": [True]},
+        {"i": 1, "logprob": [-1.0], "greedy": ["yes"]},
+        {"i": 1},
+        [1],
+    ],
+)
+def test_lines_that_hold_no_scores_are_named(tmp_path, row):
+    store = written(tmp_path)
+    with store.path.open("a") as file:
+        file.write("\n" + json.dumps(row))
+    with pytest.raises(UserError, match="line 3: damaged, it holds no scores of an item"):
+        store.read(REQUESTS)

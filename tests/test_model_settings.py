@@ -1,0 +1,264 @@
+"""Every setting of the attention through every tool: folders, caches, stock mlx-lm, transformers,
+training, conversion."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import model_configs, python, random_weights, token_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm import load as mlx_lm_load
+from mlx_lm.generate import (
+    batch_generate,
+    generate_step,
+    speculative_generate_step,
+)
+from mlx_lm.models.cache import (
+    RotatingKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+
+from convert import hf
+from mlx_mla import checkpoint, train
+from mlx_mla.backends import get_backend
+from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.config import ModelConfig
+from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.decoding.request import GenerationOptions
+from mlx_mla.errors import UserError
+from mlx_mla.weights import initial_weights
+
+KINDS = {
+    "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
+    "gqa-rope": {"attention": "mha", "position_embedding_type": "rope", "num_key_value_heads": 2},
+    "mqa-wide": {"attention": "mha", "num_key_value_heads": 1, "head_dim": 64},
+    "mla-wide": {"kv_lora_rank": 32, "qk_rope_head_dim": 32, "head_dim": 48},
+    "mla-shared": {"kv_lora_rank": 32, "num_kv_shared_layers": 2, "latent_norm": True},
+    "mla-rope-shared": {
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 32,
+        "num_kv_shared_layers": 1,
+        "q_lora_rank": 24,
+    },
+}
+PROMPT, LENGTH = b"The st", 16
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> ModelConfig:
+    return ModelConfig(
+        n_layer=3, n_embd=128, n_head=4, n_positions=96, vocab_size=257, **KINDS[request.param]
+    ).resolved()
+
+
+@pytest.fixture(scope="module")
+def folder(kind, tmp_path_factory):
+    """A model folder whose random weights are large enough for sharp predictions."""
+    path = tmp_path_factory.mktemp("kind")
+    tokenizer = ByteEncoder().fast_tokenizer()
+    weights = initial_weights(kind, 1, 0.2)
+    weights["transformer.wte.weight"][tokenizer.eos_token_id] = 0  # no text ends early
+    checkpoint.write_model(path, kind, weights, tokenizer, "")
+    return path
+
+
+def text_of(decoder, prompt=PROMPT, **options) -> list[int]:
+    options = GenerationOptions(temp=0, max_tokens=LENGTH, **options)
+    return [t for p in decoder.stream(list(prompt), options) for t in p.token_ids]
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[int]:
+    """The greedy text without a cache."""
+    return text_of(get_backend("mlx").decoder(folder, "none"))
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_every_cache_gives_the_same_text(backend, kind, folder, expected):
+    if backend == "torch":
+        pytest.importorskip("torch")
+    prompts = [PROMPT, b"A longer beginning", b"x"]
+    for cache in ("latent", "materialized", "none"):
+        decoder = get_backend(backend).decoder(folder, cache)
+        assert text_of(decoder) == expected, cache
+        texts: list[list[int]] = [[], [], []]
+        options = GenerationOptions(temp=0, max_tokens=LENGTH)
+        for i, piece in decoder.batch([list(p) for p in prompts], options):
+            texts[i] += piece.token_ids
+        assert texts == [text_of(decoder, p) for p in prompts], cache
+        if backend == "torch" and cache == "latent":
+            decoder.fixed_shapes = True  # as on MPS
+            assert text_of(decoder) == expected
+
+
+def test_files_drafts_and_quantised_caches(kind, folder, expected, tmp_path):
+    decoder = get_backend("mlx").decoder(folder)
+    file = tmp_path / "context.safetensors"
+    begun = text_of(decoder, save_prompt_cache=file)
+    assert begun == expected
+    held = load_prompt_cache(str(file))
+    assert len(held) == kind.n_layer - kind.num_kv_shared_layers
+    decoder = get_backend("mlx").decoder(folder)
+    rest = text_of(decoder, prompt=(), prompt_cache=file)
+    assert rest == text_of(decoder, [*PROMPT, *begun])
+    assert text_of(decoder, draft_model=str(folder)) == expected
+    sizes = {}
+    for bits in (None, 8):
+        options = GenerationOptions(temp=0, max_tokens=4, kv_bits=bits)
+        sizes[bits] = [p.figures["kv_cache_bytes"] for p in decoder.stream(list(b"abc"), options)][
+            -1
+        ]
+    # 8 bits a value, and a scale and a bias in float32 for each group of 64 or of 32.
+    assert sizes[8] / sizes[None] in (pytest.approx(9 / 32), pytest.approx(10 / 32))
+
+
+def test_stock_mlx_lm(kind, folder, expected):
+    model, tokenizer = mlx_lm_load(
+        str(folder), {"trust_remote_code": True}, trust_remote_code=True
+    )[:2]
+    assert type(model).__module__ != "mlx_mla.model_mlx"
+    prompt = mx.array(list(PROMPT))
+
+    def taken(steps) -> list[int]:
+        return [int(token) for token, *_ in steps]
+
+    cache = make_prompt_cache(model)
+    assert taken(generate_step(prompt, model, max_tokens=LENGTH, prompt_cache=cache)) == expected
+    trim_prompt_cache(cache, cache[0].offset - 10)
+    rest = mx.array([*PROMPT, *expected][10:12])
+    assert taken(generate_step(rest, model, max_tokens=5, prompt_cache=cache)) == expected[6:11]
+    assert taken(speculative_generate_step(prompt, model, model, max_tokens=LENGTH)) == expected
+    prompts = [list(PROMPT), list(b"A longer beginning")]
+    texts = batch_generate(model, tokenizer, prompts, max_tokens=LENGTH).texts
+    assert texts[0] == tokenizer.decode(expected)
+    if not kind.num_kv_shared_layers:
+        assert all(type(c) is RotatingKVCache for c in make_prompt_cache(model, max_kv_size=8))
+
+
+@pytest.mark.parametrize("kind", ["mla-rope-shared"], indirect=True)
+def test_stock_mlx_lms_command_quantises_a_cache_that_layers_share(folder):
+    done = subprocess.run(
+        [
+            *python("-m", "mlx_lm", "generate", "--model", str(folder), "--trust-remote-code"),
+            *("--prompt", PROMPT.decode(), "--max-tokens", "4", "--temp", "0", "--kv-bits", "8"),
+            *("--kv-group-size", "32", "--quantized-kv-start", "8", "--ignore-chat-template"),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers(kind, folder, expected):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).eval()
+    prompt = torch.tensor([list(PROMPT)])
+    how = {"max_new_tokens": LENGTH, "do_sample": False}
+    assert model.generate(prompt, **how)[0, prompt.shape[1] :].tolist() == expected
+    # A shorter prompt beside it, padded on the left.
+    padded = torch.tensor([list(PROMPT), [0] * 5 + [120]])
+    mask = torch.tensor([[1] * 6, [0] * 5 + [1]])
+    both = model.generate(padded, attention_mask=mask, **how)[:, 6:].tolist()
+    alone = model.generate(torch.tensor([[120]]), **how)[0, 1:].tolist()
+    assert both == [expected, alone]
+    beams = [
+        model.generate(prompt, num_beams=3, use_cache=c, **how).tolist() for c in (True, False)
+    ]
+    assert beams[0] == beams[1]
+
+
+def test_a_folder_that_mlx_lm_has_quantised(folder, tmp_path):
+    from mlx_lm import convert
+
+    out = tmp_path / "quantised"
+    convert(str(folder), str(out), quantize=True, q_bits=8, q_group_size=32, trust_remote_code=True)
+    latent, without = (get_backend("mlx").decoder(out, cache) for cache in ("latent", "none"))
+    assert text_of(latent) == text_of(without)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_training_and_resuming(backend, kind, tmp_path, text_file):
+    if backend == "torch":
+        pytest.importorskip("torch")
+    fields = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    fields["qk_rope_head_dim"] = 32  # nano's
+    flags = []
+    for name, value in kind.to_dict().items():
+        if value != fields[name] and not isinstance(value, bool):
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    flags += ["--latent-norm"] if kind.latent_norm else []
+    common = [
+        *flags, "--data", str(text_file), "--backend", backend, "--seq-len", "32", "--batch-size",
+        "2", "--eval-batches", "2", "--final-eval-batches", "2", "--sample-tokens", "4",
+        "--no-compile", "--save-every", "2", "--keep", "0", "--checkpoint-every", "2",
+    ]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main([*common, "--steps", "4", "--out", str(whole)]) == 0
+    shutil.copytree(whole, cut)
+    resumed = ["--resume", "--from-step", "2", "--out", str(cut)]
+    assert train.main(resumed) == 0
+    last = checkpoint.latest(whole)
+    assert checkpoint.read_config(last) == kind
+    ours = (last / "model.safetensors").read_bytes()
+    assert (checkpoint.latest(cut) / "model.safetensors").read_bytes() == ours
+
+
+@given(config=model_configs(), seed=st.integers(0, 9))
+@settings(max_examples=40)
+def test_what_gpt2_cannot_say_is_refused_by_name_and_the_rest_comes_back(
+    config, seed, tmp_path_factory
+):
+    path, weights = tmp_path_factory.mktemp("hf"), random_weights(config, seed)
+    tokenizer = ByteEncoder().fast_tokenizer()
+    said = {
+        "--attention mla": config.attention == "mla",
+        "--position-embedding-type rope": config.attention == "mha"
+        and config.position_embedding_type == "rope",
+        f"--num-key-value-heads {config.num_key_value_heads}": config.attention == "mha"
+        and config.num_key_value_heads != config.n_head,
+        f"--head-dim {config.head_dim}": config.attention == "mha"
+        and config.head_dim is not None
+        and config.head_dim * config.n_head != config.n_embd,
+    }
+    if any(said.values()):
+        with pytest.raises(UserError) as refused:
+            hf.write_gpt2(path, config, weights, tokenizer)
+        assert all((flag in str(refused.value)) == on for flag, on in said.items())
+        return
+    hf.write_gpt2(path, config, weights, tokenizer)
+    source = hf.read_gpt2(path, "x")
+    again = {name: tensor.read() for name, tensor in source.tensors.items()}
+    x = token_ids(config, 1, 20)
+    np.testing.assert_array_equal(
+        np.array(build_model(source.config, again)(x)), np.array(build_model(config, weights)(x))
+    )
+
+
+def test_folders_and_runs_from_before_these_settings(tiny_run, tmp_path):
+    """Without the new keys they are the same model, and the run goes on."""
+    new = ("position_embedding_type", "head_dim", "num_key_value_heads", "num_kv_shared_layers")
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    toml = run / "config.toml"
+    lines = [ln for ln in toml.read_text().splitlines() if not ln.startswith(new)]
+    assert len(lines) < len(toml.read_text().splitlines())
+    toml.write_text("\n".join(lines))
+    folder = checkpoint.latest(run)
+    (folder / "SHA256SUMS").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    before = {k: v for k, v in values.items() if k not in new}
+    assert before != values
+    (folder / "config.json").write_text(json.dumps(before))
+    assert checkpoint.read_config(folder) == checkpoint.read_config(checkpoint.latest(tiny_run))
+    assert text_of(get_backend("mlx").decoder(folder)) == text_of(
+        get_backend("mlx").decoder(checkpoint.latest(tiny_run))
+    )
+    assert train.main(["--resume", "--out", str(run), "--steps", "41"]) == 0
