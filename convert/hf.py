@@ -192,6 +192,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
+    except (TypeError, AttributeError, KeyError) as e:  # numbers that NumPy has no type for
+        raise UserError(f"{path}: holds numbers of a type that is not supported ({e})") from None
 
 
 def _reader(path: Path, name: str) -> Any:
@@ -199,6 +201,9 @@ def _reader(path: Path, name: str) -> Any:
         # Opened anew for each tensor: one mapping for all would keep the whole file in memory
         # beside the copies.
         with _readable(path), safe_open(str(path), "np") as file:
+            kind = file.get_slice(name).get_dtype()
+            if not kind.startswith(("F", "BF")):
+                raise UserError(f"{path}: tensor {name} holds {kind}, not floating-point numbers")
             return file.get_tensor(name).astype(np.float32, copy=False)
 
     return read
