@@ -169,9 +169,8 @@ class _Collector:
     ) -> torch.Tensor:
         x = inputs[0].detach().flatten(0, 1)
         if self.shift is None:
-            self.shift = x.mean(
-                0
-            )  # near the mean, so that the covariance is no small difference of large sums
+            # Near the mean, so that the covariance is no small difference of large sums.
+            self.shift = x.mean(0)
         x = x - self.shift
         self.sum += _double(x.sum(0))
         self.products += _double(x.T @ x)
@@ -210,9 +209,8 @@ def perplexity(model: MLAGPT2LMHeadModel, text: Text, max_tokens: int) -> tuple[
     with torch.inference_mode():
         for batch in text.held_out(max_tokens):
             x, targets = _tensors(batch, model)
-            total += float(
-                _loss(model, x, targets, vocabulary).cpu().double().sum()
-            )  # MPS has no float64
+            # MPS has no float64.
+            total += float(_loss(model, x, targets, vocabulary).cpu().double().sum())
             tokens += x.numel()
     return float(np.exp(total / tokens)), tokens
 

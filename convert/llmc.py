@@ -100,8 +100,7 @@ def _reader(
         stored = np.memmap(path, dtype, "r", offset, shape)
         if dtype.itemsize == 4:
             return np.array(stored)
-        return (stored.astype(np.uint32) << 16).view(
-            np.float32
-        )  # bfloat16 is the upper half of a float32
+        # Bfloat16 is the upper half of a float32.
+        return (stored.astype(np.uint32) << 16).view(np.float32)
 
     return read

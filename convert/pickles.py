@@ -44,9 +44,8 @@ def open_pickle(path: Path) -> Any:
                 f"{path}: a compressed archive, which torch.save does not write; it is refused"
             )
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # it remarks on protocols other than torch.save's, and then says why it stops
+            # It remarks on protocols other than torch.save's, and then says why it stops.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise

@@ -30,9 +30,8 @@ MODEL_BOUNDS = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), _width),
     **dict.fromkeys(("head_dim", "num_key_value_heads"), _width),
     "num_kv_shared_layers": not_negative(1000),
-    "kv_lora_ranks": Bounds(
-        "", -math.inf, 2**20
-    ),  # that they are positive is said with their count
+    # That they are positive is said with their count.
+    "kv_lora_ranks": Bounds("", -math.inf, 2**20),
     "qk_rope_head_dim": Bounds("be even and not negative", 0, 2**20),
     "rope_theta": Bounds("be at least 1", 1, 1e12),
     "layer_norm_epsilon": Bounds("be at least 1e-12", 1e-12, 1),

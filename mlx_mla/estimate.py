@@ -197,9 +197,8 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     width = 2.15 if half else 4
     scores = 0 if fused else m.n_head * config.context
     kept = (8.5 * m.n_embd + m.kind.kept_values() + 3.75 * m.n_inner + scores) * width * tokens
-    working = (
-        max(5 * m.n_inner + scores, 22 * m.n_embd + 2 * scores) * width * tokens
-    )  # MLP, attention
+    # MLP, attention.
+    working = max(5 * m.n_inner + scores, 22 * m.n_embd + 2 * scores) * width * tokens
     # Logits, their exponentials and their gradient in float32; in chunks also three sets of the
     # head's gradient.
     head = (16 if half else 12) * m.vocab_size * min(config.loss_chunk or tokens, tokens)

@@ -101,9 +101,10 @@ def _run(argv: Sequence[str], world: World) -> int:
             "(give its own options, then --), torchrun with torch"
         )
 
+    # Imports the framework, which --help and mistakes need not wait for.
     from mlx_mla.training.loop import (
         train,
-    )  # imports the framework, which --help and mistakes need not wait for
+    )
 
     console = plain_console()
     if command.lr_find:

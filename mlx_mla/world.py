@@ -159,9 +159,8 @@ class World:
         failure = error
         if error is None or (isinstance(error, UserError) and not isinstance(error, AgreedError)):
             try:
-                self.gather(
-                    error=None if error is None else str(error)
-                )  # nobody leaves before all have finished
+                # Nobody leaves before all have finished.
+                self.gather(error=None if error is None else str(error))
             except Exception as e:
                 failure = e if error is None or isinstance(e, AgreedError) else error
         # A launcher ends the other ranks as soon as one has failed: each must still say what it

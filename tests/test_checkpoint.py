@@ -189,9 +189,8 @@ def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):
         "step-000010",
         "step-1000000",
     ]
-    checkpoint.prune(
-        tmp_path, 1, newest=10
-    )  # resumed from an earlier step: what comes later does not count
+    # Resumed from an earlier step: what comes later does not count.
+    checkpoint.prune(tmp_path, 1, newest=10)
     assert sorted(p.name for p in folder.iterdir()) == ["step-000010", "step-1000000"]
     (folder / "step-000005").mkdir()
     checkpoint.prune(tmp_path, 2, newest=1000000)

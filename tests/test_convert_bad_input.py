@@ -323,9 +323,8 @@ def test_out_that_is_taken(folder, capsys, tmp_path):
     assert (taken / "notes").read_text() == "mine"
     assert "is a file" in _refused(capsys, folder, "--out", taken / "notes", command=convert.main)
     (taken / "notes").unlink()
-    assert (
-        convert.main([str(folder), "--out", str(taken), "--tokenizer", "bytes"]) == 0
-    )  # an empty folder is fine
+    # An empty folder is fine.
+    assert convert.main([str(folder), "--out", str(taken), "--tokenizer", "bytes"]) == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

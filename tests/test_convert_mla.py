@@ -109,9 +109,8 @@ def test_whitening_is_the_best_latent_for_the_text():
     for rank in range(1, 12):
         assert error(white, rank) <= error(plain, rank) * (1 + 1e-6)
         lost = np.sum(white.singular_values[rank:] ** 2)
-        assert error(white, rank) == pytest.approx(
-            lost, rel=0.05, abs=1e-3
-        )  # the ridge is all that parts them
+        # The ridge is all that parts them.
+        assert error(white, rank) == pytest.approx(lost, rel=0.05, abs=1e-3)
     assert error(white, 4) < 0.5 * error(plain, 4)
 
 

@@ -190,9 +190,8 @@ def test_prompt_caches_are_as_much_smaller_on_disk_as_in_memory(tmp_path):
         )
         list(decoder.stream([1] * 300, options))
         sizes[name] = options.save_prompt_cache.stat().st_size
-    assert (
-        301 * 2 * 384 * 4 < sizes["mha"] < 301 * 2 * 384 * 4 + 10_000
-    )  # 301 tokens, not the 512 there is room for
+    # 301 tokens, not the 512 there is room for.
+    assert 301 * 2 * 384 * 4 < sizes["mha"] < 301 * 2 * 384 * 4 + 10_000
     assert sizes["mha"] / sizes["r96"] == pytest.approx(4, rel=0.02)
     assert sizes["mha"] / sizes["r32"] == pytest.approx(12, rel=0.05)
 

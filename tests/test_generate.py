@@ -90,9 +90,8 @@ def test_text_streams_to_stdout_and_figures_to_stderr(folder, capfd):
 def test_streamed_text_is_the_decoded_tokens(folder):
     decoder = get_backend("mlx").decoder(folder)
     for seed in range(5):
-        options = GenerationOptions(
-            temp=3.0, seed=seed, max_tokens=40
-        )  # hot: bytes that are not UTF-8
+        # Hot: bytes that are not UTF-8.
+        options = GenerationOptions(temp=3.0, seed=seed, max_tokens=40)
         pieces = list(decoder.stream([84, 104], options))
         tokens = [t for p in pieces for t in p.token_ids if t != 256]
         assert "".join(p.text for p in pieces) == decoder.tokenizer.decode(tokens)

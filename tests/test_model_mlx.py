@@ -61,12 +61,13 @@ def test_model_args_are_the_configs_fields():
     del mlx["eos_token_id"], mlx["tokenizer_size"]
     assert mlx == fields
     parameters = inspect.signature(MLAGPT2Config).parameters.values()
+    # Of transformers' own tools.
     theirs = {
         "initializer_range",
         "use_cache",
         "tokenizer_size",
         "kwargs",
-    }  # of transformers' own tools
+    }
     assert {p.name: p.default for p in parameters if p.name not in theirs} == fields
 
 

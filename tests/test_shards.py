@@ -120,9 +120,8 @@ def test_rows_are_slices_of_one_order(folder, sizes, first, count, cut):
     data = TokenWindows(shards_of(sizes, folder), 20, 0, 65536)
     whole = data.rows(first, count)[0]
     other = TokenWindows(shards_of(sizes, folder), 20, 0, 65536)
-    tail = other.rows(first + cut, count - cut)[
-        0
-    ]  # before the head, by a reader that has read nothing else
+    # Before the head, by a reader that has read nothing else.
+    tail = other.rows(first + cut, count - cut)[0]
     head = other.rows(first, cut)[0] if cut else whole[:0]
     np.testing.assert_array_equal(whole, np.concatenate([head, tail]))
 

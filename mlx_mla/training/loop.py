@@ -85,60 +85,31 @@ def train(
     Raises:
         UserError: For anything the user can set right; see the message.
     """
-    with contextlib.ExitStack() as lock:
-        if world.rank == 0 and out.is_dir():
-            lock.enter_context(run_folder.locked_run(out))
-        return _train(config, out, resume, from_step, console, world, lock)
-
-
-def _train(
-    config: TrainConfig,
-    out: Path,
-    resume: bool,
-    from_step: int | None,
-    console: Console,
-    world: World,
-    lock: contextlib.ExitStack,
-) -> RunResult:
-    """As `train`; `lock` holds the run folder's lock, or takes it once that is made."""
     lead = world.rank == 0
-    if lead:
-        encoder, config = _resolved(config, resume)
-    if world.size > 1:
-        config = overlay(
-            TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0"
-        )
-    if not lead:
-        encoder = get_encoder(config.tokenizer, config.bpe_dir)
-    share = share_of(world.size, config.batch_size, config.passes_per_step)
-    data = TrainingData(config, encoder)
-    same_everywhere(
-        world, f"{data.fingerprint} {data.samples}", f"other tokens in --data {config.data}"
-    )
-    tasks = _tasks(config, data) if lead else []
-    tracker_names(config.track)
-    backend = get_backend(config.backend, config.device)
-    check_memory(config, backend.fused_attention)
-    start = _start(config, out, data, resume, from_step) if lead else None
-    taught_by = teacher(config, encoder)
-    start = _shared(world, start)
-    # All that the user may have got wrong is checked; from here on the run folder is written.
-    if lead and resume:
-        run_folder.go_on(out, config, start.step)
-    elif lead:
-        run_folder.claim(out, config, lock)
-    began = (
-        f"resuming {out} after step {start.step}"
-        if resume
-        else f"training {config.preset} into {out}"
-    )
-    ranks = "" if world.size == 1 else f" with {world.size} ranks"
-    console.print(began + ranks, highlight=False, soft_wrap=True)
-    expected = _expected_memory(config, backend, console)
-    peak_flops = _peak_flops(config.backend, config.device, config.dtype) if lead else math.inf
-    pace = Pace(config, expected.train_flops_per_token, peak_flops)
-    run = _Run(config, out, data, tasks, world, share)
-    with backend.limited_memory(expected.total_bytes), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if lead and out.is_dir():
+            stack.enter_context(run_folder.locked_run(out))
+        run = _prepared(config, out, resume, world)
+        config = run.config
+        backend = get_backend(config.backend, config.device)
+        check_memory(config, backend.fused_attention)
+        first = _start(config, out, run.data, resume, from_step) if lead else None
+        taught_by = teacher(config, run.data.encoder)
+        start = _shared(world, first)
+        # All that the user may have got wrong is checked; from here on the run folder is written.
+        if lead and resume:
+            run_folder.go_on(out, config, start.step)
+        elif lead:
+            run_folder.claim(out, config, stack)
+        began = f"training {config.preset} into {out}"
+        if resume:
+            began = f"resuming {out} after step {start.step}"
+        ranks = "" if world.size == 1 else f" with {world.size} ranks"
+        console.print(began + ranks, highlight=False, soft_wrap=True)
+        expected = _expected_memory(config, backend, console)
+        peak_flops = _peak_flops(config.backend, config.device, config.dtype) if lead else math.inf
+        pace = Pace(config, expected.train_flops_per_token, peak_flops)
+        stack.enter_context(backend.limited_memory(expected.total_bytes))
         session = backend.train_session(config, start, taught_by, world)
         log = None
         if lead:
@@ -366,9 +337,8 @@ class _Loop:
         try:
             yield
         except (OSError, UserError) as e:
-            advice = (
-                f"; {self.parts.how_to_go_on()}" if self.lead else ""
-            )  # rank 0 adds its own to another's error
+            # Rank 0 adds its own to another's error.
+            advice = f"; {self.parts.how_to_go_on()}" if self.lead else ""
             raise UserError(f"{what} cannot be read: {e}{advice}") from e
 
     def _diverged(self, sign: str) -> str:
@@ -376,6 +346,27 @@ class _Loop:
             f"training diverged at step {self.done} ({sign}) and was stopped; "
             f"use a lower --learning-rate or a larger --adam-epsilon; {self.parts.how_to_go_on()}"
         )
+
+
+def _prepared(config: TrainConfig, out: Path, resume: bool, world: World) -> _Run:
+    """The settings that all ranks train with, and the data and tasks of this one; UserError where
+    they are impossible or differ."""
+    if world.rank == 0:
+        encoder, config = _resolved(config, resume)
+    if world.size > 1:
+        config = overlay(
+            TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0"
+        )
+    if world.rank:
+        encoder = get_encoder(config.tokenizer, config.bpe_dir)
+    share = share_of(world.size, config.batch_size, config.passes_per_step)
+    data = TrainingData(config, encoder)
+    same_everywhere(
+        world, f"{data.fingerprint} {data.samples}", f"other tokens in --data {config.data}"
+    )
+    tasks = _tasks(config, data) if world.rank == 0 else []
+    tracker_names(config.track)
+    return _Run(config, out, data, tasks, world, share)
 
 
 def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:

@@ -61,9 +61,8 @@ class WithoutCache(nn.Module):
         L = inputs.shape[1]
         ids = inputs[:, None, :, None]
         ids, _ = cache[0].update_and_fetch(ids, mx.zeros((*ids.shape[:3], 0), ids.dtype))
-        hidden = self.model.transformer(ids[:, 0, :, 0])[
-            :, -L:
-        ]  # the head is for the new tokens alone
+        # The head is for the new tokens alone.
+        hidden = self.model.transformer(ids[:, 0, :, 0])[:, -L:]
         return self.model.transformer.wte.as_linear(hidden)
 
 
@@ -268,9 +267,8 @@ class MLXDecoder:
             if fitted is not context.tokens:
                 context.tokens, context.cache = fitted, make_prompt_cache(self.model)
             if not context.unseen:
-                trim_prompt_cache(
-                    context.cache, 1
-                )  # the next token's logits come from reading the last again
+                # The next token's logits come from reading the last again.
+                trim_prompt_cache(context.cache, 1)
             n = min(left, limit - len(context.tokens))
             common = {
                 "max_tokens": n,

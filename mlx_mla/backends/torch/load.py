@@ -20,10 +20,11 @@ def build_model(
     missing, unexpected = model.load_state_dict(
         {k: torch.tensor(w) for k, w in weights.items()}, strict=False
     )
+    # The head is tied.
     assert missing == ["lm_head.weight"] and not unexpected, (
         missing,
         unexpected,
-    )  # the head is tied
+    )
     model.tie_weights()
     return model.to(device).eval()
 
