@@ -13,7 +13,10 @@ from helpers import refused
 from safetensors.torch import load_file, save_file
 
 from convert import __main__ as convert
-from mlx_mla import checkpoint
+from mlx_mla import checkpoint, generate
+from mlx_mla.backends import get_backend
+from mlx_mla.errors import UserError
+from mlx_mla.evaluation.scoring import Request, score
 
 
 @pytest.fixture
@@ -230,3 +233,25 @@ def test_weights_that_are_not_finite(odd, form, told, folder, tmp_path, capfd):
             capfd, src, "--out", tmp_path / "mla", "--to", "mla", "--rank", "8",
             command=convert.main,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_weights_that_are_finite_and_overflow(backend, folder, tmp_path, capfd):
+    """They convert, as they are; what cannot be computed with them is said where it is tried."""
+    path = folder / "model.safetensors"
+    tensors = load_file(str(path))
+    tensors["transformer.ln_f.weight"][:] = 3e38
+    save_file(tensors, str(path), {"format": "pt"})
+    out = tmp_path / "out"
+    assert convert.main([str(folder), "--out", str(out), "--tokenizer", "bytes"]) == 0
+    (tmp_path / "prompts").write_text("ab\ncde\n")
+    common = ("--model", out, "--backend", backend, "--device", "cpu", "--max-tokens", "3")
+    for flags in (
+        ("--prompt", "ab"),
+        ("--prompt", "ab", "--temp", "0"),
+        ("--prompts-file", tmp_path / "prompts"),
+    ):
+        assert "scores are not finite" in refused(capfd, *common, *flags, command=generate.main)
+    scorer = get_backend(backend, "cpu").scorer(out)
+    with pytest.raises(UserError, match="scores are not finite"):
+        score(scorer, [Request((1, 2), ((3, 4), (5,)))])

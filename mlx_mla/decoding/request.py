@@ -25,6 +25,12 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
 }
 """Lowest and highest value of each number of a request, and a word of advice. NaN is none."""
 
+OVERFLOWS = (
+    "the model's scores are not finite for this text: its weights are damaged, or too large for "
+    "the type of the computation"
+)
+"""What is said where finite weights give no probabilities."""
+
 GREEDY_BELOW = 1e-30
 """Temperature below which logits in float32 overflow; what is left is the likeliest token."""
 

@@ -7,12 +7,14 @@ vocabulary's logits are computed only where a token is scored.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
+from mlx_mla.decoding.request import OVERFLOWS
 from mlx_mla.errors import UserError
 
 BUCKET = 8
@@ -102,7 +104,8 @@ def score(
         The scores by index.
 
     Raises:
-        UserError: If a continuation alone does not fit in n_positions.
+        UserError: If a continuation alone does not fit in n_positions, or the model gives no finite
+            probabilities.
     """
     check_lengths(requests, scorer.n_positions)
     chosen = range(len(requests)) if only is None else only
@@ -112,6 +115,8 @@ def score(
     finished: dict[int, Scores] = {}
     for batch in _batches(units, batch_size):
         for unit, values in zip(batch, _run(scorer, batch)):
+            if not all(math.isfinite(logprob) for logprob, _ in values):
+                raise UserError(OVERFLOWS)
             own = parts[unit.request]
             own.update({unit.first + k: value for k, value in enumerate(values)})
             if len(own) == len(requests[unit.request].targets):

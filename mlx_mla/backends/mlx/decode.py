@@ -31,6 +31,7 @@ from mlx_mla.backends.mlx.device import on_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
+    OVERFLOWS,
     CacheKind,
     GenerationOptions,
     check_draft,
@@ -98,6 +99,15 @@ def make_sampler(options: GenerationOptions) -> Callable[[mx.array], mx.array]:
         return mx.random.categorical(logprobs.astype(mx.float32) * (1 / options.temp), key=own)
 
     return sample
+
+
+def _check_finite(token: int, logprobs: mx.array) -> None:
+    """Refuse a model whose scores are not finite, by the first token it chose.
+
+    Later tokens are not looked at, since that would wait for the step that is already under way.
+    """
+    if not mx.isfinite(logprobs[token]).item():
+        raise UserError(OVERFLOWS)
 
 
 class MLXDecoder:
@@ -183,6 +193,8 @@ class MLXDecoder:
                     if response.uid not in unfinished:
                         continue
                     i = index[response.uid]
+                    if meters[i].tokens == 0:
+                        _check_finite(response.token, response.logprobs)
                     meters[i].count(generator.prompt_cache_nbytes)
                     reason = writers[i].add(response.token)
                     if reason:
@@ -280,9 +292,11 @@ class MLXDecoder:
             }
             prompt = mx.array(context.unseen)
             if draft is None:
-                for token, _ in generate_step(
-                    prompt, self.model, prompt_cache=context.cache, **common
+                for i, (token, logprobs) in enumerate(
+                    generate_step(prompt, self.model, prompt_cache=context.cache, **common)
                 ):
+                    if i == 0:
+                        _check_finite(token, logprobs)
                     context.tokens.append(int(token))
                     yield int(token), False
             else:
@@ -292,14 +306,17 @@ class MLXDecoder:
                 # mlx-lm cuts this list at the number of layers, of which some may share a cache.
                 unused = len(self.model.layers) - len(context.cache)
                 caches = [*context.cache, *(KVCache() for _ in range(unused)), *draft_cache]
-                for token, _, guessed in speculative_generate_step(
+                steps = speculative_generate_step(
                     prompt,
                     self.model,
                     draft,
                     num_draft_tokens=options.num_draft_tokens,
                     prompt_cache=caches,
                     **common,
-                ):
+                )
+                for i, (token, logprobs, guessed) in enumerate(steps):
+                    if i == 0:
+                        _check_finite(token, logprobs)
                     context.tokens.append(int(token))
                     yield int(token), guessed
             left -= n

@@ -15,6 +15,7 @@ from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
+    OVERFLOWS,
     CacheKind,
     GenerationOptions,
     check_request,
@@ -200,9 +201,10 @@ class TorchDecoder:
         options: GenerationOptions,
         random: Sequence[torch.Generator],
     ) -> torch.Tensor:
-        logits[
-            :, len(self.tokenizer) :
-        ] = -torch.inf  # rows that pad the vocabulary stand for no token
+        if not logits[:, : len(self.tokenizer)].isfinite().all():
+            raise UserError(OVERFLOWS)
+        # Rows that pad the vocabulary stand for no token.
+        logits[:, len(self.tokenizer) :] = -torch.inf
         if options.repetition_penalty != 1.0:
             penalty = logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
             recent = [
