@@ -7,6 +7,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,25 @@ def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
     assert text
     if bits == 8:  # the first characters of a random model survive eight bits
         assert text.strip()[:2] == expected.strip()[:2]
+
+
+def test_quantised_in_two_widths_as_docs_decoding_md_does(folder, tmp_path):
+    """mlx-lm's own recipes of that kind know other models' names, for every GPT-2."""
+    from mlx_lm import convert
+
+    page = (Path(__file__).parents[1] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    exec(code, {"FOLDER": str(folder), "QUANTISED": str(tmp_path / "mixed")})
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization"]
+    assert config["transformer.h.0.mlp.c_proj"]["bits"] == 6
+    assert config["transformer.h.0.mlp.c_fc"]["bits"] == 4
+    assert "transformer.wpe" not in {k for k, v in config.items() if isinstance(v, dict) and v}
+    assert generated(tmp_path / "mixed")
+    with pytest.raises(ValueError, match="does not have expected keys for mixed quant"):
+        convert(
+            str(folder), str(tmp_path / "no"), quantize=True, quant_predicate="mixed_4_6",
+            trust_remote_code=True,
+        )  # fmt: skip
 
 
 def test_prompt_cache_saved_and_loaded(folder, tmp_path, expected):

@@ -13,7 +13,7 @@ from helpers import refused as refusal
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from convert import __main__ as convert
-from mlx_mla import checkpoint, generate
+from mlx_mla import checkpoint, generate, train
 from mlx_mla.data.tokenizer import ByteEncoder, GPT2Encoder
 
 TEXT = "It's  1984,\n\nthe naïve 東京 <|endoftext|>x<|user|> y<|pad|>"
@@ -311,3 +311,29 @@ def test_a_pattern_that_gives_up_on_a_text_is_told_in_one_line(tmp_path, capfd):
     argv = ["--model", out, "--max-tokens", "1", "--prompt", "ab" * 30 + "!"]
     line = refusal(capfd, *argv, command=generate.main)
     assert "cannot be encoded by this model's tokenizer" in line
+
+
+def test_training_goes_on_from_a_vocabulary_with_added_tokens_once_they_are_padding(
+    tmp_path, capfd
+):
+    src = tmp_path / "src"
+    foreign.gpt2(n_layer=1, n_embd=8, vocab_size=259).save_pretrained(str(src))
+    ByteEncoder().fast_tokenizer().save_pretrained(str(src))
+    edit(src / "tokenizer_config.json", additional_special_tokens=["<|user|>", "<|pad|>"])
+    ours = converted(src, tmp_path / "ours")
+    (tmp_path / "text").write_text("Some text to train on. " * 200)
+    argv = ["--data", tmp_path / "text", "--tokenizer", "bytes", "--steps", "1",
+            "--batch-size", "2", "--sample-tokens", "0"]  # fmt: skip
+    line = refusal(capfd, *argv, "--init", ours, "--out", tmp_path / "run", command=train.main)
+    assert "its tokenizer has 259 ids, --tokenizer bytes has 257" in line
+    command = line.split("python -m convert ")[1].split()
+    new = command[command.index("--out") + 1]
+    assert (new, command[:3]) == ("NEW", [str(ours), "--tokenizer", "bytes"])
+    less = converted(ours, tmp_path / "new", *command[1:3])
+    run = ["--init", less, "--out", tmp_path / "run"]
+    assert train.main([str(a) for a in (*argv, *run)]) == 0
+    saved = checkpoint.read_config(checkpoint.latest(tmp_path / "run"))
+    assert saved.vocab_size == 259
+    other = converted(own_vocabulary(tmp_path / "other"), tmp_path / "other-ours")
+    line = refusal(capfd, *argv, "--init", other, "--out", tmp_path / "run2", command=train.main)
+    assert "no --tokenizer of this project fits it" in line

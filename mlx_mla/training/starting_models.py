@@ -1,6 +1,7 @@
 """What a run starts from: random weights, those of --init, and the teacher of --teacher."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +60,20 @@ def with_model_of(config: TrainConfig, folder: Path, encoder: TextEncoder) -> Tr
 
 
 def _check_tokenizer(option: str, folder: Path, encoder: TextEncoder) -> None:
-    ids = len(checkpoint.read_tokenizer(folder))
-    if ids != encoder.size:
-        fitting = next((name for name, n in TOKENIZER_IDS.items() if n == ids), None)
+    tokenizer = checkpoint.read_tokenizer(folder)
+    ids = len(tokenizer)
+    if ids == encoder.size:
+        return
+    if fitting := next((name for name, n in TOKENIZER_IDS.items() if n == ids), None):
+        advice = f"use --tokenizer {fitting}"
+    elif encoder.fast_tokenizer().get_vocab().items() <= tokenizer.get_vocab().items():
         advice = (
-            f"use --tokenizer {fitting}" if fitting else "no --tokenizer of this project fits it"
+            "make the rows of its added tokens padding with: python -m convert "
+            f"{shlex.quote(str(folder))} --tokenizer {encoder.name} --out NEW"
         )
-        raise UserError(
-            f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has "
-            f"{encoder.size}; {advice}"
-        )
+    else:
+        advice = "no --tokenizer of this project fits it"
+    raise UserError(
+        f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has "
+        f"{encoder.size}; {advice}"
+    )
