@@ -38,8 +38,8 @@ class ConvertCommand:
     """
 
     src: Positional[str]
-    """Hugging Face hub id or folder of a GPT-2; .pt of MLA-Transformer, nanoGPT or build-nanogpt;
-    model .bin of llm.c; or a run or model folder of this project."""
+    """Hugging Face hub id or folder of a GPT-2; .pt of MLA-Transformer, nanoGPT, build-nanogpt or
+    minGPT; model .bin of llm.c; or a run or model folder of this project."""
     out: Path
     """Folder to write; it must not exist yet, or be empty. It appears complete or not at all."""
     to: Optional[Literal["mla", "hf"]] = None

@@ -126,16 +126,15 @@ def _some(names: Iterable[str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
-def check_tied(where: object, tensors: Mapping[str, LazyTensor], head: str, embedding: str) -> None:
-    """Refuse an output head that differs from the embedding; one that is absent is tied."""
-    if head not in tensors or embedding not in tensors:
-        return
-    a, b = tensors[head], tensors[embedding]
-    if a.shape != b.shape or not np.array_equal(a.read(), b.read()):
-        raise UserError(
-            f"{where}: {head} is not tied to {embedding}; only models with a tied head are "
-            "supported"
-        )
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+
+
+def is_tied(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether the output head is the embedding; one that is absent is."""
+    if HEAD not in tensors or EMBEDDING not in tensors:
+        return True
+    a, b = tensors[HEAD], tensors[EMBEDDING]
+    return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:

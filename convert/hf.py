@@ -23,11 +23,13 @@ from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.weights import parameter_shapes
 
 from .foreign import (
+    EMBEDDING,
+    HEAD,
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
     check_tensors,
-    check_tied,
+    is_tied,
     resolved,
     unwrapped,
 )
@@ -79,10 +81,6 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     for option in ("add_cross_attention", "quantization_config"):
         if values.get(option):
             raise UserError(f"{where}: {option} is not supported")
-    if values.get("tie_word_embeddings") is False:
-        raise UserError(
-            f"{where}: tie_word_embeddings false is not supported; the head must be the embedding"
-        )
     c = GPT2Config().to_dict() | values
     named = c["activation_function"]
     activation = ACTIVATIONS.get(named) if isinstance(named, str) else None
@@ -99,6 +97,7 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
         "n_positions",
         "vocab_size",
         "layer_norm_epsilon",
+        "tie_word_embeddings",
     )
     return resolved(
         where, attention="mha", activation_function=activation, **{n: c[n] for n in names}
@@ -112,12 +111,14 @@ def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Te
         n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t
         for n, t in found.items()
     }
-    check_tied(where, found, "lm_head.weight", "transformer.wte.weight")
-    found = {
-        n: t
-        for n, t in found.items()
-        if n != "lm_head.weight" and not n.endswith(BUFFERS[1]) and not _mask(n, t)
-    }
+    found = {n: t for n, t in found.items() if not n.endswith(BUFFERS[1]) and not _mask(n, t)}
+    if config.tie_word_embeddings:
+        if not is_tied(found):
+            raise UserError(
+                f"{where}: {HEAD} is not tied to {EMBEDDING}, as config.json says it is; if the "
+                "model has a head of its own, set tie_word_embeddings to false there"
+            )
+        found.pop(HEAD, None)
     shapes = parameter_shapes(config)
     check_tensors(
         where, found, {n: s[::-1] if n.endswith(CONV1D) else s for n, s in shapes.items()}

@@ -1,4 +1,4 @@
-"""Training checkpoints of nanoGPT, build-nanogpt and MLA-Transformer: one family, matrices as
+"""Checkpoints of nanoGPT, build-nanogpt, MLA-Transformer and minGPT: one family, matrices as
 nn.Linear stores them.
 
 nanoGPT (karpathy/nanoGPT, train.py): `model, optimizer, model_args, iter_num, ...`; exact GELU,
@@ -7,6 +7,7 @@ build-nanogpt (karpathy/build-nanogpt, train_gpt2.py): `model, config, step, val
 MLA-Transformer (Marques-079/MLA-Transformer): `step, model, optimizer, config`, or the state dict
 alone; tanh GELU, latent attention as q_proj, c_proj (to the latent), k_from_c, v_from_c and
 c_proj_out.
+minGPT (karpathy/minGPT): the state dict alone; tanh GELU, and a head that is not tied.
 """
 
 from collections.abc import Mapping
@@ -20,12 +21,14 @@ from mlx_mla.errors import UserError
 from mlx_mla.weights import parameter_shapes
 
 from .foreign import (
+    EMBEDDING,
+    HEAD,
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
     check_tensors,
-    check_tied,
     count_layers,
+    is_tied,
     resolved,
     zeros,
 )
@@ -61,31 +64,42 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
         )
     tensors = state_dict(values.get("model", values), path)
     tensors = {n: t for n, t in tensors.items() if not _is_mask(n, t)}
-    check_tied(path, tensors, "lm_head.weight", "transformer.wte.weight")
-    tensors.pop("lm_head.weight", None)
-    if "transformer.wte.weight" not in tensors or "transformer.wpe.weight" not in tensors:
+    tied = is_tied(tensors)
+    if tied:
+        tensors.pop(HEAD, None)
+    tables = [tensors.get(n) for n in (EMBEDDING, "transformer.wpe.weight")]
+    if not all(t is not None and len(t.shape) == 2 for t in tables):
         raise UserError(
             f"{path}: has no transformer.wte.weight and wpe.weight; it is no GPT-2 of a project "
             "known here"
         )
 
     if "transformer.h.0.attn.k_from_c.weight" in tensors:
-        return _latent(path, settings, tensors, n_head)
-    if settings is None:
+        return _latent(path, settings, tensors, n_head, tied)
+    if settings is None and tied:
         raise UserError(
             f"{path}: a bare state dict does not say its heads and activation; give the "
             "checkpoint it is part of"
         )
-    return _multi_head(path, kind, settings, tensors)
+    if settings is None:
+        if n_head is None:
+            raise UserError(f"{path}: a state dict of minGPT does not say its heads; give --n-head")
+        settings, kind = _sizes(tensors, n_head), "minGPT"
+    return _multi_head(path, kind, settings, tensors, tied)
 
 
 def _multi_head(
-    path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors
+    path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors, tied: bool
 ) -> ForeignCheckpoint:
     bias = bool(settings.get("bias", True))
     activation = "gelu" if kind == "nanoGPT" else "gelu_new"
     config = _config(
-        path, settings, attention="mha", attention_bias=bias, activation_function=activation
+        path,
+        settings,
+        attention="mha",
+        attention_bias=bias,
+        activation_function=activation,
+        tie_word_embeddings=tied,
     )
     shapes = parameter_shapes(config)
     check_tensors(
@@ -98,7 +112,11 @@ def _multi_head(
 
 
 def _latent(
-    path: Path, settings: Mapping[str, Any] | None, tensors: Tensors, n_head: int | None
+    path: Path,
+    settings: Mapping[str, Any] | None,
+    tensors: Tensors,
+    n_head: int | None,
+    tied: bool,
 ) -> ForeignCheckpoint:
     down = tensors.get("transformer.h.0.attn.c_proj.weight")
     if down is None or len(down.shape) != 2:
@@ -113,16 +131,17 @@ def _latent(
                 f"{path}: a bare state dict does not say its heads, and {n_embd} is no multiple "
                 "of 64; give --n-head"
             )
-        settings = {
-            "n_layer": count_layers(tensors, "transformer.h."),
-            "n_head": n_head or n_embd // 64,
-            "n_embd": n_embd,
-            "block_size": tensors["transformer.wpe.weight"].shape[0],
-            "vocab_size": tensors["transformer.wte.weight"].shape[0],
-        }
+        settings = _sizes(tensors, n_head or n_embd // 64)
     elif n_head is not None:
         raise UserError(f"{path}: says its heads itself; leave --n-head out")
-    config = _config(path, settings, attention="mla", kv_lora_rank=rank, attention_bias=False)
+    config = _config(
+        path,
+        settings,
+        attention="mla",
+        kv_lora_rank=rank,
+        attention_bias=False,
+        tie_word_embeddings=tied,
+    )
     shapes = parameter_shapes(config)
     check_tensors(path, tensors, _latent_shapes(config))
     out: Tensors = {n: tensors[n] for n in shapes if ".attn." not in n}
@@ -136,6 +155,18 @@ def _latent(
             f"{attn}.c_proj.bias": tensors[f"{attn}.c_proj_out.bias"],
         }
     return ForeignCheckpoint("MLA-Transformer", path.name, config, out)
+
+
+def _sizes(tensors: Tensors, n_head: int) -> dict[str, int]:
+    """The settings of a state dict, as far as its shapes say them."""
+    rows, n_embd = tensors[EMBEDDING].shape
+    return {
+        "n_layer": count_layers(tensors, "transformer.h."),
+        "n_head": n_head,
+        "n_embd": n_embd,
+        "block_size": tensors["transformer.wpe.weight"].shape[0],
+        "vocab_size": rows,
+    }
 
 
 def _latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,8 @@ from . import hf, karpathy, llmc
 from .foreign import ForeignCheckpoint, check_tensors
 
 KNOWN = (
-    "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT or build-nanogpt, a "
+    "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT, build-nanogpt or "
+    "minGPT, a "
     "model .bin of llm.c, "
     "or a model folder of this project"
 )
@@ -47,7 +48,7 @@ def open_source(
         source = _open_folder(_download(name, revision), name)
     else:
         raise UserError(f"{name}: no such file or folder, and not a hub id of the form owner/name")
-    if n_head is not None and source.kind != "MLA-Transformer":
+    if n_head is not None and source.kind not in ("MLA-Transformer", "minGPT"):
         raise UserError(f"{name}: says its heads itself; leave --n-head out")
     return source
 

@@ -91,7 +91,6 @@ def model_config_json(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -
         "hidden_size": config.n_embd,
         "num_attention_heads": config.n_head,
         "max_position_embeddings": config.n_positions,
-        "tie_word_embeddings": True,
         "bos_token_id": eos,
         "eos_token_id": eos,
         "dtype": "float32",

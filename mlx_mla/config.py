@@ -125,6 +125,9 @@ class ModelConfig:
     """"gelu_new" is GPT-2's tanh approximation, "gelu" the exact function."""
     layer_norm_epsilon: float = 1e-5
     """Added to the variance in every LayerNorm."""
+    tie_word_embeddings: bool = True
+    """The output head is the embedding, as in GPT-2. --no-tie-word-embeddings: a matrix of its own,
+    as in minGPT."""
     dropout: float = 0.0
     """Dropout on embeddings and on the output of every attention and MLP, in training."""
 

@@ -50,6 +50,7 @@ class MLAGPT2Config(PretrainedConfig):
         initializer_range: float = 0.02,
         use_cache: bool = True,
         tokenizer_size: int | None = None,
+        tie_word_embeddings: bool = True,
         **kwargs: Any,
     ):
         if attention not in ("mla", "mha"):
@@ -108,4 +109,4 @@ class MLAGPT2Config(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.tokenizer_size = tokenizer_size
-        super().__init__(**{"tie_word_embeddings": True, **kwargs})
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -17,7 +17,7 @@ class Estimate:
     """The figures that `train --dry-run` prints."""
 
     parameters: int
-    """Trainable parameters, the tied head counted once."""
+    """Trainable parameters, a tied head counted once."""
     forward_flops_per_token: int
     """Multiply-adds counted as 2, averaged over the positions of a sequence, head included."""
     train_flops_per_token: int
@@ -167,10 +167,12 @@ def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str
 
 def forward_flops_per_token(m: ModelConfig, context: int) -> int:
     """FLOPs of the forward pass per token, the mean over `context` causal positions."""
+    # An embedding is only looked up, but for that which is the head's matrix too.
+    looked_up = ("wpe",) if m.tie_word_embeddings else ("wpe", "wte")
     matrices = sum(
         shape[0] * shape[1]
         for name, shape in parameter_shapes(m).items()
-        if len(shape) == 2 and "wpe" not in name  # wte is the head's matrix
+        if len(shape) == 2 and not any(part in name for part in looked_up)
     )
     mean_keys = (context + 1) / 2
     return int(2 * matrices + m.kind.score_flops() * mean_keys)

@@ -83,6 +83,7 @@ class ModelArgs(BaseModelArgs):
     rope_theta: float = 10000.0
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
     dropout: float = 0.0
     eos_token_id: Any = None  # an id, or several in a list
     tokenizer_size: Optional[int] = None  # rows past it pad the vocabulary
@@ -546,18 +547,24 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.transformer = Transformer(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
         if args.num_kv_shared_layers:
             # Models without this method have a cache a layer, which mlx-lm can also let rotate.
             self.make_cache = self._make_cache
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         past = past_positions(cache[0] if cache else None, inputs.shape[1], self.args.n_positions)
-        logits = self.transformer.wte.as_linear(self.transformer(inputs, cache))
+        logits = self.head(self.transformer(inputs, cache))
         if self.args.tokenizer_size is not None:
             # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
             padding = mx.arange(logits.shape[-1]) >= self.args.tokenizer_size
             logits = mx.where(padding, mx.finfo(logits.dtype).min, logits)
         return logits if past is None else self._end_of_text(past, logits)
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits (..., vocab_size) of hidden states (..., D)."""
+        return self.lm_head(h) if "lm_head" in self else self.transformer.wte.as_linear(h)
 
     def _end_of_text(self, past: mx.array, logits: mx.array) -> mx.array:
         """Leave rows of a batch that are too long (past, (B, L)) one likely token, the end of text.
@@ -583,8 +590,9 @@ class Model(nn.Module):
         return [KVCache() for _ in {block.attn.cache_index for block in self.layers}]
 
     def sanitize(self, weights: dict) -> dict:
-        """Drop the output head where a file repeats it: it is tied to the embedding."""
-        return {k: w for k, w in weights.items() if k != "lm_head.weight"}
+        """Drop the output head where a file repeats it although it is tied to the embedding."""
+        tied = self.args.tie_word_embeddings
+        return {k: w for k, w in weights.items() if k != "lm_head.weight" or not tied}
 
     @property
     def layers(self) -> list[Block]:

@@ -392,7 +392,8 @@ def check_positions(end: int, n_positions: int) -> None:
 
 
 class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
-    """The language model, by transformers' contract; its head is tied to the embedding."""
+    """The language model, by transformers' contract; its head is tied to the embedding, or a
+    matrix of its own (`tie_word_embeddings` false)."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
 

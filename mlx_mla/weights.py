@@ -36,6 +36,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{block}.mlp.c_fc", c.n_embd, c.n_inner)
         linear(f"{block}.mlp.c_proj", c.n_inner, c.n_embd)
     norm("transformer.ln_f", c.n_embd)
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, c.n_embd)
     return shapes
 
 
@@ -57,7 +59,7 @@ def is_hidden_matrix(name: str, ndim: int) -> bool:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters in all, the tied output head counted once."""
+    """Parameters in all, a tied output head counted once."""
     return sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
 
 

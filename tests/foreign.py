@@ -91,6 +91,16 @@ def save_nanogpt(
     )
 
 
+def save_mingpt(path: Path, model: GPT2LMHeadModel) -> None:
+    """As minGPT's projects, the state dict alone; its head is not tied, and every block has the
+    causal mask."""
+    state = linear_state(model) | {"lm_head.weight": model.lm_head.weight.detach()}
+    n = model.config.n_positions
+    for i in range(model.config.n_layer):
+        state[f"transformer.h.{i}.attn.bias"] = torch.tril(torch.ones(n, n)).view(1, 1, n, n)
+    torch.save(state, path)
+
+
 def save_build_nanogpt(path: Path, model: GPT2LMHeadModel, module: str = "__main__") -> None:
     """As build-nanogpt's train_gpt2.py: its config is an object of a class defined in the
     script."""

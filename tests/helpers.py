@@ -99,6 +99,7 @@ def model_configs(draw) -> ModelConfig:
     heads = draw(st.sampled_from([1, 2, 3, 4]))
     width = heads * draw(st.sampled_from([8, 16, 20]))
     common = {
+        "tie_word_embeddings": draw(st.booleans()),
         "n_layer": draw(st.integers(1, 3)),
         "n_head": heads,
         "n_embd": width,

@@ -103,7 +103,5 @@ def logits(ids, weights, c: ModelConfig):
             layer_norm(x, weights, f"{h}.ln_2", c.layer_norm_epsilon), weights, f"{h}.mlp.c_fc"
         )
         x = x + linear(gelu(y, c.activation_function), weights, f"{h}.mlp.c_proj")
-    return (
-        layer_norm(x, weights, "transformer.ln_f", c.layer_norm_epsilon)
-        @ weights["transformer.wte.weight"].T
-    )
+    head = "transformer.wte.weight" if c.tie_word_embeddings else "lm_head.weight"
+    return layer_norm(x, weights, "transformer.ln_f", c.layer_norm_epsilon) @ weights[head].T

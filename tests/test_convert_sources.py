@@ -9,13 +9,16 @@ torch = pytest.importorskip("torch")
 
 import foreign
 import huggingface_hub.constants
+import mlx.core as mx
 import numpy as np
+from helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from convert import __main__ as convert
 from mlx_mla import checkpoint, generate
+from mlx_mla.backends.mlx.load import load
 
 BYTES = ("--tokenizer", "bytes")
 
@@ -206,6 +209,60 @@ def test_nanogpt(bias, prefix, tmp_path):
     if not bias:  # GPT2LMHeadModel has every bias
         back = converted(out, tmp_path / "back", "--to", "hf")
         same_logits(GPT2LMHeadModel.from_pretrained(str(back)), out)
+
+
+@pytest.fixture(scope="module")
+def untied():
+    """A GPT-2 whose head is a matrix of its own."""
+    model = foreign.gpt2(tie_word_embeddings=False)
+    assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+    return model
+
+
+def same_in_every_tool(model, out):
+    """Logits in our PyTorch, our MLX, and transformers on the folder."""
+    same_logits(model, out)
+    x = foreign.ids(257)
+    expected = foreign.logits_of(model, x)[..., :257]
+    theirs = AutoModelForCausalLM.from_pretrained(str(out), trust_remote_code=True)
+    torch.testing.assert_close(
+        foreign.logits_of(theirs, x)[..., :257], expected, atol=1e-5, rtol=1e-4
+    )
+    found = np.array(load(out)(mx.array(x.numpy())))[..., :257]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_of_its_own(untied, tmp_path):
+    untied.save_pretrained(str(tmp_path / "hf"))
+    out = converted(tmp_path / "hf", tmp_path / "out")
+    assert checkpoint.read_config(out).tie_word_embeddings is False
+    same_in_every_tool(untied, out)
+    back = converted(out, tmp_path / "back", "--to", "hf")
+    again = GPT2LMHeadModel.from_pretrained(str(back))
+    assert again.config.tie_word_embeddings is False
+    for (name, a), (_, b) in zip(untied.state_dict().items(), again.state_dict().items()):
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32)), name
+    same_logits(untied, converted(out, tmp_path / "mla", "--to", "mla", "--rank", "32"), atol=1e-4)
+
+
+def test_a_head_that_only_looks_tied_is_refused(untied, tmp_path, capsys):
+    untied.save_pretrained(str(tmp_path / "hf"))
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    argv = (tmp_path / "hf", "--out", tmp_path / "out", *BYTES)
+    line = refused(capsys, *argv, command=convert.main)
+    assert "set tie_word_embeddings to false" in line
+
+
+def test_mingpt(untied, tmp_path, capsys):
+    foreign.save_mingpt(tmp_path / "model.pt", untied)
+    out = converted(tmp_path / "model.pt", tmp_path / "out", "--n-head", "2", *BYTES)
+    same_in_every_tool(untied, out)
+    assert "Converted from minGPT" in (out / "README.md").read_text()
+    argv = (tmp_path / "model.pt", "--out", tmp_path / "no", *BYTES)
+    assert "minGPT does not say its heads; give --n-head" in refused(
+        capsys, *argv, command=convert.main
+    )
 
 
 @pytest.mark.parametrize("module", ["__main__", "train_gpt2"])

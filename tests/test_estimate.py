@@ -23,6 +23,7 @@ from mlx_mla.weights import initial_weights
     [
         {"attention": "mha"},
         {"kv_lora_rank": 24},
+        {"kv_lora_rank": 24, "tie_word_embeddings": False},
         {"qk_rope_head_dim": 8},
         {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
         {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
@@ -140,6 +141,7 @@ CHANGES = [
     {"n_head": 4},
     {"kv_lora_rank": 16},
     {"num_kv_shared_layers": 2},
+    {"tie_word_embeddings": False, "vocab_size": 4000},
     {"checkpoint_every": 1},
     {"checkpoint_every": 2, "n_layer": 6},
     {"loss_chunk": 256, "vocab_size": 8000},

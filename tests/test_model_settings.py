@@ -47,6 +47,8 @@ KINDS = {
         "num_kv_shared_layers": 1,
         "q_lora_rank": 24,
     },
+    "mha-untied": {"attention": "mha", "tie_word_embeddings": False},
+    "mla-untied": {"kv_lora_rank": 32, "tie_word_embeddings": False},
 }
 PROMPT, LENGTH = b"The st", 16
 
@@ -64,7 +66,8 @@ def folder(kind, tmp_path_factory):
     path = tmp_path_factory.mktemp("kind")
     tokenizer = ByteEncoder().fast_tokenizer()
     weights = initial_weights(kind, 1, 0.2)
-    weights["transformer.wte.weight"][tokenizer.eos_token_id] = 0  # no text ends early
+    head = weights.get("lm_head.weight", weights["transformer.wte.weight"])
+    head[tokenizer.eos_token_id] = 0  # no text ends early
     checkpoint.write_model(path, kind, weights, tokenizer, "")
     return path
 
@@ -195,6 +198,7 @@ def test_training_and_resuming(backend, kind, tmp_path, text_file):
         if value != fields[name] and not isinstance(value, bool):
             flags += [f"--{name.replace('_', '-')}", str(value)]
     flags += ["--latent-norm"] if kind.latent_norm else []
+    flags += [] if kind.tie_word_embeddings else ["--no-tie-word-embeddings"]
     common = [
         *flags, "--data", str(text_file), "--backend", backend, "--seq-len", "32", "--batch-size",
         "2", "--eval-batches", "2", "--final-eval-batches", "2", "--sample-tokens", "4",

@@ -27,7 +27,7 @@ def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
     model = model_torch.MLAGPT2LMHeadModel(model_torch.MLAGPT2Config(**config.to_dict()))
     state = {name: torch.tensor(w) for name, w in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
+    assert (missing, unexpected) == (["lm_head.weight"] * config.tie_word_embeddings, [])
     model.tie_weights()
     return model.eval()
 

@@ -64,7 +64,7 @@ class WithoutCache(nn.Module):
         ids, _ = cache[0].update_and_fetch(ids, mx.zeros((*ids.shape[:3], 0), ids.dtype))
         # The head is for the new tokens alone.
         hidden = self.model.transformer(ids[:, 0, :, 0])[:, -L:]
-        return self.model.transformer.wte.as_linear(hidden)
+        return self.model.head(hidden)
 
 
 @dataclasses.dataclass

@@ -52,11 +52,11 @@ def _random_state() -> mx.array:
 def head_loss(
     h_NLD: mx.array, w_VD: mx.array, y_NL: mx.array, chunk: int = 0, gradient: bool = False
 ) -> mx.array:
-    """Summed cross-entropy of the tied head, in nats, float32.
+    """Summed cross-entropy of the head, in nats, float32.
 
     Args:
         h_NLD: Hidden states in the type of the computation.
-        w_VD: The embedding, in the same type.
+        w_VD: The head's matrix, in the same type.
         y_NL: Targets.
         chunk: Tokens whose logits are held at a time. 0: all.
         gradient: Whether a gradient will be asked for. It is then taken along with the loss, chunk

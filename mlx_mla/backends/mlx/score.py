@@ -47,9 +47,7 @@ class MLXScorer:
         logprobs, greedy = [], []
         for i in range(0, len(where), HEAD_POSITIONS):
             own = slice(i, i + HEAD_POSITIONS)
-            logits = self.model.transformer.wte.as_linear(hidden[own])[
-                :, : len(self.tokenizer)
-            ].astype(mx.float32)
+            logits = self.model.head(hidden[own])[:, : len(self.tokenizer)].astype(mx.float32)
             target = mx.array(targets[own])
             chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - mx.logsumexp(
                 logits, axis=-1

@@ -134,13 +134,13 @@ class MLXTrainSession:
 
     def _cross_entropy(self, x: mx.array, y: mx.array, gradient: bool) -> mx.array:
         """Summed over all tokens."""
-        head = self.model.transformer.wte.weight
+        head = self.model.get("lm_head", self.model.transformer.wte).weight
         return head_loss(self._hidden(x), head, y, self.config.loss_chunk or 0, gradient)
 
     def _distillation_loss(self, x: mx.array, y: mx.array, taught: mx.array) -> mx.array:
         weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
         assert weight is not None and temperature is not None
-        logits = self.model.transformer.wte.as_linear(self._hidden(x)).astype(mx.float32)
+        logits = self.model.head(self._hidden(x)).astype(mx.float32)
         ids = slice(self._vocabulary)
         divergence = distillation_divergence(
             logits[..., ids], taught[..., ids].astype(mx.float32), temperature

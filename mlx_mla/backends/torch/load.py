@@ -20,11 +20,8 @@ def build_model(
     missing, unexpected = model.load_state_dict(
         {k: torch.tensor(w) for k, w in weights.items()}, strict=False
     )
-    # The head is tied.
-    assert missing == ["lm_head.weight"] and not unexpected, (
-        missing,
-        unexpected,
-    )
+    absent = ["lm_head.weight"] if config.tie_word_embeddings else []
+    assert missing == absent and not unexpected, (missing, unexpected)
     model.tie_weights()
     return model.to(device).eval()
 

@@ -42,11 +42,11 @@ def hidden_states(
 def head_loss(
     h_BLD: torch.Tensor, w_VD: torch.Tensor, y_N: torch.Tensor, chunk: int = 0
 ) -> torch.Tensor:
-    """Summed cross-entropy of the tied head, in nats, float32.
+    """Summed cross-entropy of the head, in nats, float32.
 
     Args:
         h_BLD: Hidden states.
-        w_VD: The embedding.
+        w_VD: The head's matrix.
         y_N: Targets, N = B L.
         chunk: Tokens whose logits are held at a time. The gradient is taken along with the loss,
             chunk by chunk, so that no logits are kept or computed twice (as Liger Kernel's fused
