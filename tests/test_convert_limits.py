@@ -236,6 +236,25 @@ def test_weights_that_are_not_finite(odd, form, told, folder, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_scores_that_only_a_temperature_makes_overflow(backend, folder, tmp_path, capfd):
+    """The likeliest token is then certain, or it is told; no traceback."""
+    path = folder / "model.safetensors"
+    tensors = load_file(str(path))
+    tensors["transformer.ln_f.weight"][:] = 0
+    tensors["transformer.ln_f.bias"][:] = 0
+    tensors["transformer.ln_f.bias"][0] = 3e38
+    tensors["transformer.wte.weight"][:, 0] = 0.1
+    tensors["transformer.wte.weight"][65, 0] = 1
+    save_file(tensors, str(path), {"format": "pt"})
+    out = tmp_path / "out"
+    assert convert.main([str(folder), "--out", str(out), "--tokenizer", "bytes"]) == 0
+    argv = ["--model", str(out), "--backend", backend, "--device", "cpu", "--max-tokens", "2"]
+    outcome = fuzz.run(generate.main, [*argv, "--prompt", "ab", "--temp", "0.5"])
+    assert fuzz.broken_promise(outcome) is None
+    assert outcome.stdout == "AA\n" or "scores are not finite" in outcome.stderr
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_weights_that_are_finite_and_overflow(backend, folder, tmp_path, capfd):
     """They convert, as they are; what cannot be computed with them is said where it is tried."""
     path = folder / "model.safetensors"

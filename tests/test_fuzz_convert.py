@@ -39,13 +39,15 @@ def whole(tmp_path_factory):
     (root / "bin").mkdir()
     (root / "bin" / "config.json").write_bytes((root / "hf" / "config.json").read_bytes())
     torch.save(model.state_dict(), root / "bin" / "pytorch_model.bin")
-    for name in ("nanogpt", "build", "original", "llmc"):
+    for name in ("nanogpt", "build", "mingpt", "original", "llmc"):
         (root / name).mkdir()
     foreign.save_nanogpt(root / "nanogpt" / "ckpt.pt", exact)
     characters = [chr(i) for i in range(257)]
     meta = {"vocab_size": 257, "itos": dict(enumerate(characters))}
     (root / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps(meta))
     foreign.save_build_nanogpt(root / "build" / "model.pt", model)
+    untied = foreign.gpt2(**SIZE, tie_word_embeddings=False)
+    foreign.save_mingpt(root / "mingpt" / "model.pt", untied)
     foreign.save_original(root / "original" / "step.pt", foreign.Original(width=16, vocab=257))
     foreign.save_llmc(root / "llmc" / "model.bin", model, 3, 257)
     out = str(root / "ours")
@@ -117,13 +119,15 @@ SURFACES = {
     "nanogpt": ("nanogpt", "ckpt.pt", mutate_pickle),
     "meta": ("nanogpt", "meta.pkl", fuzz.mutate_bytes),
     "build": ("build", "model.pt", mutate_pickle),
+    "mingpt": ("mingpt", "model.pt", mutate_pickle),
     "original": ("original", "step.pt", mutate_pickle),
     "llmc": ("llmc", "model.bin", fuzz.mutate_bytes),
     "our config": ("ours", "config.json", mutate_json_bytes),
     "our weights": ("ours", checkpoint.WEIGHTS, fuzz.mutate_safetensors),
     "our sums": ("ours", SUMS, lambda random, data: fuzz.mutate_text(random, data.decode())),
 }
-FILES = {"nanogpt": "ckpt.pt", "build": "model.pt", "original": "step.pt", "llmc": "model.bin"}
+FILES = {"nanogpt": "ckpt.pt", "build": "model.pt", "mingpt": "model.pt", "original": "step.pt",
+         "llmc": "model.bin"}  # fmt: skip
 WAYS = ([], [], ["--to", "mla", "--rank", "4"], ["--to", "mla", "--rank-budget", "5"],
         ["--to", "hf"])  # fmt: skip
 
@@ -140,7 +144,9 @@ def spoil(whole, surface: str):
             (src / SUMS).unlink()  # which alone would refuse it
         # GPT-2's own tokenizer would be downloaded.
         own = (src / "tokenizer.json").exists() or (src / "meta.pkl").exists()
-        flags = [*([] if own else ["--tokenizer", "bytes"]), *random.choice(WAYS)]
+        flags = [] if own else ["--tokenizer", "bytes"]
+        flags += ["--n-head", "2"] if kind == "mingpt" else []
+        flags += random.choice(WAYS)
         return [str(src / FILES.get(kind, "")), "--out", str(folder / "out"), *flags]
 
     return write

@@ -201,8 +201,6 @@ class TorchDecoder:
         options: GenerationOptions,
         random: Sequence[torch.Generator],
     ) -> torch.Tensor:
-        if not logits[:, : len(self.tokenizer)].isfinite().all():
-            raise UserError(OVERFLOWS)
         # Rows that pad the vocabulary stand for no token.
         logits[:, len(self.tokenizer) :] = -torch.inf
         if options.repetition_penalty != 1.0:
@@ -212,9 +210,14 @@ class TorchDecoder:
                 for c in contexts
             ]
             logits = torch.cat([penalty(r, row[None]) for r, row in zip(recent, logits)])
-        if is_greedy(options):
+        greedy = is_greedy(options)
+        if not greedy:
+            logits = processors(torch.empty(0, device=self.device), logits)
+        shares = logits.softmax(-1)
+        if not shares.isfinite().all():
+            raise UserError(OVERFLOWS)
+        if greedy:
             return logits.argmax(-1)
-        shares = processors(torch.empty(0, device=self.device), logits).softmax(-1)
         return torch.cat([torch.multinomial(s, 1, generator=g) for s, g in zip(shares, random)])
 
     def _processors(self, options: GenerationOptions) -> LogitsProcessorList:
