@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import shutil
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -162,6 +164,8 @@ def test_memory_estimate_is_near_the_measured_peak(change):
     """Within 15 %, for compiled steps on a CPU, where it was fitted."""
     if mx.is_available(mx.gpu):
         pytest.skip("fitted on CPUs")
+    if sys.platform.startswith("linux") and shutil.which("g++") is None:
+        pytest.skip("fitted on compiled steps, and MLX's CPU compiles with g++")
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     base = preset("nano")
     model = dataclasses.replace(base.model, **{k: v for k, v in change.items() if k in fields})
