@@ -6,6 +6,7 @@ gets a 400. docs/decoding.md says which those are.
 
 import argparse
 import contextlib
+import http.server
 import io
 import json
 import sys
@@ -28,6 +29,12 @@ from mlx_lm.utils import load_tokenizer  # isort: skip
 PROG = "python -m mlx_mla.serve"
 LARGEST_BODY = 2**20
 CLIENT_TIMEOUT = 120
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Holds a burst of clients in its queue; the standard library's length of 5 resets some."""
+
+    request_queue_size = 128
 
 
 class Provider(server.ModelProvider):
@@ -123,7 +130,9 @@ def _main(argv: Sequence[str]) -> int:
         if provider.problem is not None:
             raise provider.problem
         print(f"serving {args.model} at http://{args.host}:{args.port}/v1", flush=True)
-        server._run_http_server(args.host, args.port, generator, handler_class=Handler)
+        server._run_http_server(
+            args.host, args.port, generator, server_class=Server, handler_class=Handler
+        )
     finally:
         generator.stop_and_join()
     return 0

@@ -47,12 +47,15 @@ def path(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def make(checkout, path):
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the make that runs these tests
+    inherited = {k: v for k, v in os.environ.items() if k not in outer}
+
     def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         argv = ["make", "train", f"PYTHON={sys.executable}", *args]
         return subprocess.run(
             argv,
             cwd=checkout,
-            env={**os.environ, **env},
+            env={**inherited, **env},
             capture_output=True,
             text=True,
             check=False,

@@ -157,6 +157,12 @@ def test_the_models_are_the_one_served(port, folder):
         assert (status, answer["model"]) == (200, name)
 
 
+def test_a_burst_of_connections_is_answered(port):
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda _: ask(port, {"prompt": ""})[0], range(1000)))
+    assert answers == [400] * 1000
+
+
 def under_load(port: int, seconds: float, bad: list) -> None:
     """16 clients, of whose requests every tenth is bad."""
     alone = {p: ask(port, good(p))[1]["choices"][0]["text"] for p in PROMPTS}
