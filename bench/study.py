@@ -26,7 +26,7 @@ from bench.studying.pool import Pool, cores, only_one, stopped_by
 from bench.studying.reading import read_study
 from bench.studying.report import markdown, record_name
 from bench.studying.results import Record, Results
-from bench.studying.summary import Row, stair, summarise
+from bench.studying.summary import Row, chain, summarise
 from bench.studying.trainer import Trainer
 from mlx_mla import cli
 from mlx_mla.config import TrainConfig
@@ -158,7 +158,8 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
 
 
 def _report(study: Study, results: Results, out: Path, made_by: str) -> list[Row]:
-    rows, steps = summarise(study, results), stair(study, results)
+    rows, steps = summarise(study, results), chain(study, results, study.stair)
+    rivals = [step for pair in study.rivals for step in chain(study, results, pair)]
     results.summary = {
         "study": study.name,
         "title": study.title,
@@ -169,7 +170,7 @@ def _report(study: Study, results: Results, out: Path, made_by: str) -> list[Row
         "rows": [row.plain() for row in rows],
     }
     results.save()
-    text = markdown(study, results, rows, steps, draw(study, rows, out), made_by)
+    text = markdown(study, results, rows, steps, rivals, draw(study, rows, out), made_by)
     write_text(out / REPORT, text)
     return rows
 

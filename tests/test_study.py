@@ -27,7 +27,7 @@ from bench.studying.rates import search
 from bench.studying.reading import read_study
 from bench.studying.results import RESULTS, Results, thinned
 from bench.studying.settings import settings
-from bench.studying.summary import stair, summarise
+from bench.studying.summary import chain, summarise
 from bench.studying.trainer import make_room, run_toml
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml
@@ -173,6 +173,9 @@ def test_rates_that_diverge_are_never_chosen():
     ("old", "new", "said"),
     [
         ("stair = ", "stairs = ", "unknown key 'stairs'"),
+        ("stair = ", 'rivals = [["mha"]]\nstair = ', "each of rivals must be a pair"),
+        ("stair = ", 'rivals = [["mha", "ml"]]\nstair = ', "rivals: 'ml' is no arm; did you mean"),
+        ("stair = ", 'rivals = "mha"\nstair = ', "rivals must be a list of pairs"),
         ("batch_size = 4", "batchsize = 4", "did you mean 'batch_size'"),
         ("batch_size = 4", "steps = 4", "steps comes from tokens of a size"),
         ("n_head = 2", 'n_head = "2"', "is not a value of type int"),
@@ -328,7 +331,7 @@ def test_differences_are_paired_by_seed_and_agree_with_scipy(tmp_path):
     assert mla.verdict == "worse"  # seeds move both arms by far more than the difference
     assert mla.loss.high - mla.loss.low > 10 * (mla.difference.high - mla.difference.low)
     assert mla.tokens_to_baseline is None
-    assert [s.difference for s in stair(study, results)] == [mla.difference]
+    assert [s.difference for s in chain(study, results, study.stair)] == [mla.difference]
     # From half the tokens to the end the curve falls by 0.5.
     better = Results(tmp_path / "better")
     better.use_data("d")
@@ -577,7 +580,14 @@ def test_the_quick_study_runs_whole(tmp_path):
     assert process.returncode == 0, error
     assert "ETA" in said
     text = (out / "report.md").read_text()
-    for part in ("## tiny", "| mla-rope |", "## The stair", "## Learning rates", "--quick"):
+    for part in (
+        "## tiny",
+        "| mla-rope |",
+        "## The stair",
+        "## Rivals",
+        "## Learning rates",
+        "--quick",
+    ):
         assert part in text
     for picture in ("difference", "loss-cache", "loss-tokens-tiny-10240"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")

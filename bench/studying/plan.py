@@ -103,6 +103,8 @@ class Study:
     """Names to what is said of them."""
     stair: tuple[str, ...]
     """Arms of which each is compared with the one before."""
+    rivals: tuple[tuple[str, ...], ...]
+    """Pairs of arms of which the second is compared with the first."""
     cells: tuple[Cell, ...]
     bases: Mapping[str, Settings]
     """The base at every size, before the arms."""

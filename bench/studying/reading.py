@@ -43,8 +43,8 @@ class _Reader:
     def __init__(self, path: Path, toml: dict[str, Any], data: str | None, quick: bool):
         self.path, self.toml, self.quick = path, toml, quick
         self.where = str(path)
-        known = ("title", "baseline", "stair", "extensions", "keep", "evaluate", "machines")
-        _known(toml, (*known, "verdict", "base", "arms", "sizes"), self.where)
+        known = ("title", "baseline", "stair", "rivals", "extensions", "keep", "evaluate")
+        _known(toml, (*known, "machines", "verdict", "base", "arms", "sizes"), self.where)
         self.arms: dict[str, dict[str, Any]] = self._table("arms")
         self.sizes: dict[str, dict[str, Any]] = self._table("sizes")
         for kind, table in (("arms", self.arms), ("sizes", self.sizes)):
@@ -88,6 +88,12 @@ class _Reader:
                 f"{where}: baseline = {baseline!r} is no arm; {self._arm_hint(baseline)}"
             )
         stair = self._names(toml.get("stair", []), "stair")
+        rivals = toml.get("rivals", [])
+        if not isinstance(rivals, list):
+            raise UserError(f"{where}: rivals must be a list of pairs of arms, not {rivals!r}")
+        pairs = tuple(self._names(pair, "rivals") for pair in rivals)
+        if any(len(pair) != 2 for pair in pairs):
+            raise UserError(f"{where}: each of rivals must be a pair of arms")
         keep = toml.get("keep", "best")
         if keep not in get_args(Keep):
             raise UserError(f"{where}: keep = {keep!r} must be one of {', '.join(get_args(Keep))}")
@@ -105,6 +111,7 @@ class _Reader:
             keep=keep,
             arms={name: str(arm.get("about", "")) for name, arm in self.arms.items()},
             stair=stair,
+            rivals=pairs,
             cells=tuple(cells),
             bases=self.bases,
             machines=self._machines(),

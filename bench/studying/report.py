@@ -16,6 +16,7 @@ def markdown(
     results: Results,
     rows: Sequence[Row],
     steps: Sequence[Step],
+    rivals: Sequence[Step],
     pictures: Mapping[str, str],
     command: str,
 ) -> str:
@@ -24,6 +25,7 @@ def markdown(
     Args:
         rows: Of every cell.
         steps: Of the stair.
+        rivals: Second against first.
         pictures: Captions to file names.
         command: What made it.
     """
@@ -32,7 +34,8 @@ def markdown(
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == (size, tokens)]
         lines += [f"## {size}: {here[0].cell.tokens:,} tokens", ""]
         lines += [*_losses(study, here), "", *_costs(here, results), ""]
-    lines += _stair(steps)
+    lines += _steps("The stair, a step at a time", steps)
+    lines += _steps("Rivals, the second against the first", rivals)
     lines += _evaluations(study, results)
     if pictures:
         lines += ["## Pictures", ""]
@@ -138,10 +141,10 @@ def _costs(rows: Sequence[Row], results: Results) -> list[str]:
     return lines
 
 
-def _stair(steps: Sequence[Step]) -> list[str]:
+def _steps(title: str, steps: Sequence[Step]) -> list[str]:
     if not steps:
         return []
-    lines = ["## The stair, a step at a time", ""]
+    lines = [f"## {title}", ""]
     lines += ["| size, tokens | from | to | difference | in perplexity |", "|---|---|---|---|---|"]
     for step in steps:
         d = step.difference

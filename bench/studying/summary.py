@@ -97,7 +97,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of the stair: an arm against the one before it."""
+    """An arm against another that is not the baseline, such as a step of the stair."""
 
     before: Cell
     after: Cell
@@ -109,11 +109,11 @@ def summarise(study: Study, results: Results) -> list[Row]:
     return [_row(study, results, cell) for cell in study.cells]
 
 
-def stair(study: Study, results: Results) -> list[Step]:
-    """The steps of the stair at every size and budget that has the arms."""
+def chain(study: Study, results: Results, arms: Sequence[str]) -> list[Step]:
+    """Each of the arms against the one before it, at every size and budget that has both."""
     steps = []
     for size, tokens in dict.fromkeys((c.size, c.tokens) for c in study.cells):
-        cells = [study.cell(arm, size, tokens) for arm in study.stair]
+        cells = [study.cell(arm, size, tokens) for arm in arms]
         there = [cell for cell in cells if cell is not None]
         for before, after in itertools.pairwise(there):
             first, second = (results.finals(c, study.extensions) for c in (before, after))
