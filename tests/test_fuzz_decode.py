@@ -4,10 +4,12 @@ Prompts, flags, prompt caches, model folders, evaluation data and HTTP bodies: a
 by default, thousands among the slow tests.
 """
 
+import itertools
 import json
 import math
 import os
 import struct
+from pathlib import Path
 
 import fuzz
 import pytest
@@ -15,6 +17,7 @@ from test_serve import BAD, ask, good, serving
 
 from mlx_mla import checkpoint, cli, estimate, evaluate, generate
 from mlx_mla.decoding.http_request import RequestChecks
+from mlx_mla.errors import UserError
 from mlx_mla.files import SUMS, parse_json_object, read_text
 
 SEED = 16
@@ -186,7 +189,7 @@ def check_body(argv):
     checks = RequestChecks(ByteEncoder().fast_tokenizer(), 48, 257, names, 512)
 
     def body(argv):
-        values = parse_json_object(open(argv[0], "rb").read(), "the request")  # noqa: SIM115
+        values = parse_json_object(Path(argv[0]).read_bytes(), "the request")
         checked = checks.check(values, chat="chat" in argv[0])
         assert 1 <= checked["max_tokens"] <= 48
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -221,26 +224,10 @@ def test_a_few_spoiled_inputs(surface, folder, cache_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("surface", SURFACES)
-def test_many_spoiled_inputs(surface, folder, cache_file, tmp_path):
+def test_many_spoiled_inputs(surface, folder, cache_file, fuzz_many):
     main, spoil, cases = everything(folder, cache_file)[surface]
-    fuzz.fuzz(main, spoil, 30 * cases, SEED + 1, tmp_path)
-
-
-def spoiled_requests(port, cases: int, seed: int) -> None:
-    """Send spoiled bodies; each is answered or refused, and a good request stays the same."""
-    alone = ask(port, good("The st"))
-    for case in range(cases):
-        random = fuzz.Random(f"{seed}-{case}")
-        chat = random.random() < 0.3
-        body = fuzz.mutate_json(random, CHAT if chat else BODY)
-        if random.random() < 0.2:
-            body = random.choice(BAD)
-        path = "/v1/chat/completions" if chat else "/v1/completions"
-        status, answer = ask(port, body, path)
-        assert status == 200 or 400 <= status < 500, (seed, case, status, answer)
-        if case % 20 == 0:
-            assert ask(port, good("The st"))[1]["choices"] == alone[1]["choices"], (seed, case)
-    assert ask(port, good("The st"))[1]["choices"] == alone[1]["choices"]
+    command = {generate.main: "generate", evaluate.main: "evaluate", check_body: "serve"}[main]
+    assert fuzz_many(f"{command}: {surface}", main, spoil, 30 * cases, SEED + 1)[2] > 0
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +236,41 @@ def port(folder):
         yield port
 
 
-def test_a_server_under_spoiled_requests(port):
-    spoiled_requests(port, 40, SEED)
+def requests(random, folder):
+    argv = bodies(random, folder)
+    if random.random() < 0.2:
+        bad = random.choice(BAD)
+        data = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
+        Path(argv[0]).write_bytes(data)
+    return argv
+
+
+def client(port):
+    """A command that sends a request, and every 20th time a good one, which is always answered as
+    it was at first."""
+    alone = ask(port, good("The st"))[1]["choices"]
+    sent = itertools.count(1)
+
+    def body(argv):
+        chat = "/chat" if "chat" in argv[0] else ""
+        data = Path(argv[0]).read_bytes()
+        status, answer = ask(port, data, f"/v1{chat}/completions")
+        if next(sent) % 20 == 0:
+            assert ask(port, good("The st"))[1]["choices"] == alone
+        if status == 200:
+            return 0
+        assert 400 <= status < 500, (status, answer)
+        raise UserError(answer["error"])
+
+    return lambda argv: cli.run(body, argv)
+
+
+def test_a_server_under_spoiled_requests(port, tmp_path):
+    codes = fuzz.fuzz(client(port), requests, 40, SEED, tmp_path)
+    assert codes[0] and codes[2]
 
 
 @pytest.mark.slow
-def test_a_server_under_many_spoiled_requests(port):
-    spoiled_requests(port, 2000, SEED + 1)
+def test_a_server_under_many_spoiled_requests(port, fuzz_many):
+    codes = fuzz_many("serve: requests", client(port), requests, 2000, SEED + 1)
+    assert codes[0] and codes[2]
