@@ -78,7 +78,7 @@ class ConvertCommand:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
+    return cli.run(_main, argv, needs_reader=False)
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -160,6 +160,11 @@ def _check_flags(command: ConvertCommand) -> None:
 
 
 def _check_out(out: Path) -> None:
+    if out.resolve() == Path.cwd():
+        raise UserError(
+            f"--out {out}: is the folder you are in, and a finished one would take its place; "
+            "name a new one"
+        )
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: exists and is not empty; give another folder, or remove it")
     if out.exists() and not out.is_dir():

@@ -100,6 +100,10 @@ def run(
                 raise
             where = "" if e.filename is None else f"{e.filename}: "
             problem = f"{where}{e.strerror or e}"
+        except UnicodeEncodeError as e:
+            if encodable(e.object):
+                raise
+            problem = f"{_escaped(e.object)} is not text in UTF-8; give files names in UTF-8"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -127,11 +131,14 @@ def _check_text(argv: Sequence[str]) -> None:
     bytes."""
     for argument in argv:
         if not encodable(argument):
-            shown = argument.encode("utf-8", "backslashreplace").decode()
             raise UserError(
-                f"the argument {shown} is not text in UTF-8; "
+                f"the argument {_escaped(argument)} is not text in UTF-8; "
                 "encode it anew, or give the file a name in UTF-8"
             )
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _known_flags(command: type, prog: str, default: object) -> list[str]:

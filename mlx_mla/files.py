@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_mla.errors import UserError
+from mlx_mla.text import decoded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,17 +46,6 @@ def read_text(path: Path, largest: int | None = None) -> str:
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     return decoded(data, str(path))
-
-
-def decoded(data: bytes, where: str) -> str:
-    """UTF-8 bytes as text, without a byte-order mark; UserError naming the first byte that is not
-    UTF-8."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {e.start:,})"
-        ) from None
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

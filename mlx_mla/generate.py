@@ -14,6 +14,7 @@ from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.data import tokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
+from mlx_mla.files import read_text
 from mlx_mla.text import decoded
 
 PROG = "python -m mlx_mla.generate"
@@ -68,7 +69,7 @@ def read_prompts(command: GenerateCommand) -> list[str]:
     if (command.prompt is None) == (command.prompts_file is None):
         raise UserError("give either --prompt TEXT or --prompts-file FILE")
     if command.prompt == "-":
-        return [decoded(sys.stdin.buffer.read(), "the prompt on standard input")]
+        return [decoded(sys.stdin.buffer.read(), "--prompt -, standard input")]
     if command.prompt is not None:
         return [command.prompt]
     if command.prompt_cache or command.save_prompt_cache:
@@ -77,10 +78,7 @@ def read_prompts(command: GenerateCommand) -> list[str]:
         )
     path = command.prompts_file
     assert path is not None
-    try:
-        text = decoded(path.read_bytes(), f"{path}:")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}; name a file of prompts") from None
+    text = read_text(path)
     # Lines as editors count them: Python's splitlines ends them at form feeds and U+2028, too.
     prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:

@@ -421,6 +421,22 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         self.config.tokenizer_size = None
         return super().resize_token_embeddings(*args, **kwargs)
 
+    def _end_of_text(self) -> int | None:
+        ends = self.config.eos_token_id
+        return ends[0] if isinstance(ends, (list, tuple)) else ends
+
+    def _past_positions(
+        self, position_ids: torch.Tensor | None, past_key_values: Any
+    ) -> torch.Tensor | None:
+        """Which tokens of a batch stand past the position table, bool (B, L); None where no row can
+        be that long, where rows do not differ, and where there is no end of text to give them."""
+        if position_ids is None or len(position_ids) == 1 or self._end_of_text() is None:
+            return None
+        seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if seen + position_ids.shape[1] <= self.config.n_positions:
+            return None
+        return position_ids >= self.config.n_positions
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -434,7 +450,15 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, vocab_size), the cache, and with `labels` (B, L) their mean
-        cross-entropy."""
+        cross-entropy.
+
+        A row of a batch that has its own positions and becomes too long is left one likely token,
+        the end of text, and the others go on; all else raises ValueError past n_positions.
+        """
+        past = self._past_positions(position_ids, past_key_values)
+        if past is not None:
+            assert position_ids is not None
+            position_ids = position_ids.clamp(max=self.config.n_positions - 1)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         h, cache = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
@@ -444,6 +468,10 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         if self.config.tokenizer_size is not None:
             # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
             logits[..., self.config.tokenizer_size :] = torch.finfo(logits.dtype).min
+        if past is not None:
+            only = torch.full_like(logits[0, 0], torch.finfo(logits.dtype).min)
+            only[self._end_of_text()] = 0
+            logits = torch.where(past[:, keep, None], only, logits)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -81,7 +81,7 @@ class PrepareCommand:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
+    return cli.run(_main, argv, needs_reader=False)
 
 
 def _main(argv: Sequence[str]) -> int:

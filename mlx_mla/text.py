@@ -3,14 +3,23 @@
 from mlx_mla.errors import UserError
 
 
-def decoded(data: bytes, where: str) -> str:
-    """UTF-8 as text, without the mark that some editors put in front; UserError says where it is
-    none."""
+def decoded(data: bytes, where: str, offset: int = 0) -> str:
+    """UTF-8 bytes as text, without the byte-order mark that some editors put in front.
+
+    Args:
+        where: Name of their source, for messages.
+        offset: How many bytes of the source are before these.
+
+    Raises:
+        UserError: Naming the first byte that is not UTF-8.
+    """
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8" if offset else "utf-8-sig")
     except UnicodeDecodeError as e:
+        at = offset + len(data) - len(e.object) + e.start  # the mark is not in `e.object`
         raise UserError(
-            f"{where} is not text in UTF-8 (byte {data[e.start]:#04x} at {e.start}); encode it anew"
+            f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {at:,}); "
+            "convert it, for example with iconv -f latin1 -t utf-8"
         ) from None
 
 

@@ -11,6 +11,7 @@ import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
+import fuzz
 import numpy as np
 import pytest
 from helpers import TINY
@@ -20,6 +21,29 @@ from mlx_mla import train
 
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzzing")
+    group.addoption("--fuzz-seed", type=int, help="seed of the slow fuzz tests")
+    group.addoption("--fuzz-cases", type=int, help="cases of each surface in the slow fuzz tests")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--fuzz-cases"):
+        terminalreporter.write_line(fuzz.table())
+
+
+@pytest.fixture
+def fuzz_many(request, tmp_path):
+    """`fuzz.fuzz` with the seed and the number of cases that the command line asks for."""
+
+    def run(name, main, spoil, cases, seed):
+        seed = request.config.getoption("--fuzz-seed") or seed
+        cases = request.config.getoption("--fuzz-cases") or cases
+        return fuzz.fuzz(main, spoil, cases, seed, tmp_path, name)
+
+    return run
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

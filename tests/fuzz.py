@@ -25,7 +25,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,9 @@ def broken_promise(outcome: Outcome) -> str | None:
     return None
 
 
-def fuzz(main: Main, spoil: Spoil, cases: int, seed: int, folder: Path) -> Counter[int | None]:
+def fuzz(
+    main: Main, spoil: Spoil, cases: int, seed: int, folder: Path, name: str = ""
+) -> Counter[int | None]:
     """Run a command on spoiled input again and again; returns how often it ended with each code.
 
     Args:
@@ -105,29 +107,91 @@ def fuzz(main: Main, spoil: Spoil, cases: int, seed: int, folder: Path) -> Count
         cases: How many.
         seed: Decides them all.
         folder: Where the cases' folders come and go; that of a failure stays.
+        name: Of the surface, for `table`.
 
     Raises:
-        AssertionError: Naming seed and case, with what the command printed.
+        AssertionError: Naming seed and case of each failure, with what the first of them printed.
     """
-    codes: Counter[int | None] = Counter()
+    tally = Tally(name, cases)
+    TALLIES.append(tally)
+    failures = []
     for case in range(cases):
-        codes[run_case(main, spoil, seed, case, folder)] += 1
-    return codes
+        outcome, failure = run_case(main, spoil, seed, case, folder)
+        tally.count(outcome)
+        if failure:
+            failures.append(failure)
+    if failures:
+        others = [failure.splitlines()[0] for failure in failures[1:]]
+        raise AssertionError("\n".join([failures[0], *others]))
+    return tally.codes
 
 
-def run_case(main: Main, spoil: Spoil, seed: int, case: int, folder: Path) -> int | None:
-    """One case, by its seed and number; returns the exit code."""
+def run_case(
+    main: Main, spoil: Spoil, seed: int, case: int, folder: Path
+) -> tuple[Outcome, str | None]:
+    """One case, by its seed and number: how it ended, and what was wrong with that."""
     own = folder / f"case-{seed}-{case}"
     own.mkdir(parents=True)
     argv = spoil(Random(f"{seed}-{case}"), own)
     outcome = run(main, argv)
-    problem = broken_promise(outcome)
-    assert problem is None, (
-        f"seed {seed}, case {case}: {problem}\n{argv}\n{outcome.stdout[-2000:]}\n"
-        f"{outcome.stderr[-6000:]}"
-    )
+    if problem := broken_promise(outcome):
+        said = f"{argv}\n{outcome.stdout[-2000:]}\n{outcome.stderr[-6000:]}"
+        return outcome, f"seed {seed}, case {case}: {problem}\n{said}"
     shutil.rmtree(own)
-    return outcome.code
+    return outcome, None
+
+
+@dataclass
+class Tally:
+    """How the cases of a surface ended."""
+
+    name: str
+    cases: int
+    codes: Counter[int | None] = field(default_factory=Counter)
+    broken: int = 0
+    tracebacks: int = 0
+    hangs: int = 0
+    too_large: int = 0
+    longest: float = 0.0
+    """Seconds."""
+    peak_bytes: int = 0
+
+    def count(self, outcome: Outcome) -> None:
+        self.codes[outcome.code] += 1
+        self.broken += broken_promise(outcome) is not None
+        hang = outcome.seconds > SECONDS
+        self.hangs += hang
+        self.tracebacks += outcome.code is None and not hang
+        self.too_large += outcome.peak_bytes > MEMORY
+        self.longest = max(self.longest, outcome.seconds)
+        self.peak_bytes = max(self.peak_bytes, outcome.peak_bytes)
+
+
+TALLIES: list[Tally] = []
+"""Of this process, in the order of the runs."""
+
+
+def table() -> str:
+    """The tallies in Markdown, with their sum."""
+    total = Tally("all", sum(t.cases for t in TALLIES))
+    for tally in TALLIES:
+        total.codes += tally.codes
+        for name in ("broken", "tracebacks", "hangs", "too_large"):
+            setattr(total, name, getattr(total, name) + getattr(tally, name))
+        total.longest = max(total.longest, tally.longest)
+        total.peak_bytes = max(total.peak_bytes, tally.peak_bytes)
+    lines = [
+        "| surface | cases | used | refused | tracebacks | over 20 s | over 2.5 GiB "
+        "| all failures | longest | peak |",
+        "|---|" + "--:|" * 9,
+    ]
+    for t in (*TALLIES, total):
+        lines.append(
+            f"| {t.name} | {t.cases:,} | {t.codes[0]:,} | {t.codes[2]:,} | {t.tracebacks} "
+            f"| {t.hangs} | {t.too_large} | {t.broken} | {t.longest:.1f} s "
+            f"| {t.peak_bytes / 2**30:.2f} GiB |"
+        )
+    return "\n".join(lines)
 
 
 # Mutators: what goes in is whole, what comes out is spoiled in a few places, or by chance not.

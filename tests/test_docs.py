@@ -62,6 +62,15 @@ def test_pages_that_the_code_names_exist():
             assert (ROOT / page).is_file(), f"{name(source)} names {page}"
 
 
+def test_the_tests_that_hold_promises_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`tests/(\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 40
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\ndef {test}" in source, f"{file} has no {test}"
+
+
 @pytest.mark.parametrize("page", WRITTEN, ids=name)
 def test_lines_are_within_100_columns(page):
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):

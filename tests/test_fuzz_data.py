@@ -290,25 +290,24 @@ MADE_OF = {"runs": "short_run", "plots": "short_run",
            "manifests": "prepared", "manifests_in_training": "prepared"}  # fmt: skip
 
 
-def fuzzed(surface, request, tmp_path, cases, seed):
+def spoiler(surface, request):
     spoil = globals()[surface]
     if surface in MADE_OF:
         spoil = spoil(request.getfixturevalue(MADE_OF[surface]))
-    codes = fuzz.fuzz(SURFACES[surface], spoil, cases, seed, tmp_path)
-    assert codes[2] > 0
-    return codes
+    return spoil
 
 
 @pytest.mark.parametrize("surface", SURFACES)
 def test_spoiled_input_is_refused_in_one_line_or_used(surface, request, tmp_path):
-    fuzzed(
-        surface, request, tmp_path, cases=4 if SURFACES[surface] is train.main else 12, seed=SEED
-    )
+    main = SURFACES[surface]
+    cases = 4 if main is train.main else 12
+    assert fuzz.fuzz(main, spoiler(surface, request), cases, SEED, tmp_path)[2] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("surface", SURFACES)
-def test_much_spoiled_input_is_refused_in_one_line_or_used(surface, request, tmp_path):
-    cases = 400 if SURFACES[surface] is train.main else 800
-    codes = fuzzed(surface, request, tmp_path, cases, seed=SEED + 1)
-    print(surface, dict(codes))
+def test_much_spoiled_input_is_refused_in_one_line_or_used(surface, request, fuzz_many):
+    main = SURFACES[surface]
+    cases = 400 if main is train.main else 800
+    name = f"{main.__module__.rpartition('.')[2]}: {surface.replace('_', ' ')}"
+    assert fuzz_many(name, main, spoiler(surface, request), cases, SEED + 1)[2] > 0

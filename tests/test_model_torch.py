@@ -189,6 +189,33 @@ def test_positions_past_the_table_are_refused(loaded):
         loaded(torch.zeros((1, 49), dtype=torch.long))
 
 
+def test_a_row_past_the_table_ends_without_touching_its_batch(loaded, folder):
+    """As in MLX: in a batch each row has its own positions, and one that is too long ends."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), padding_side="left", pad_token="<|endoftext|>"
+    )
+    prompts = ["The st", "x" * 46]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    many = {"max_new_tokens": 12, "do_sample": False}
+    short = tokenizer(prompts[0], return_tensors="pt")
+    alone = loaded.generate(**short, **many)[0, 6:].tolist()
+    for use_cache in (True, False):
+        together = loaded.generate(**batch, **many, use_cache=use_cache)[:, 46:].tolist()
+        assert together[0][: len(alone)] == alone
+        # Two tokens have their places in the table of 48, and one comes after the last of them.
+        assert set(together[1][3:]) == {tokenizer.eos_token_id}
+    ids = torch.randint(0, 257, (2, 50))
+    where = torch.arange(50) - torch.tensor([[4], [0]])  # four tokens of padding before the first
+    seen = (where >= 0).long()
+    logits = loaded(ids, attention_mask=seen, position_ids=where.clamp(min=0)).logits
+    torch.testing.assert_close(logits[:1, 4:], loaded(ids[:1, 4:]).logits)
+    torch.testing.assert_close(logits[1:, :48], loaded(ids[1:, :48]).logits)
+    ends = logits[1, 48:].softmax(-1)[:, tokenizer.eos_token_id]
+    assert ends.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="49 tokens"):
+        loaded.generate(**tokenizer(prompts[1], return_tensors="pt"), **many)
+
+
 def test_a_folder_with_its_configuration_in_the_model_file_loads_too(folder, loaded, tmp_path):
     """As folders were written at first: one file for both classes, and `auto_map` naming it
     twice."""

@@ -507,6 +507,11 @@ def test_sources_that_are_not_there(tmp_path, capsys):
             pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9],
             "a.jsonl.zst: cannot be read",
         ),
+        (  # a frame of one block as it is, with a window of 256 MiB
+            "a.jsonl.zst",
+            b"\x28\xb5\x2f\xfd\x00\x90\x71\x00\x00" + b'{"text": "a"}\n',
+            "its zstd window is over 128 MiB; compress it again without --long",
+        ),
         ("a.parquet", b"PAR1 not really", "a.parquet: cannot be read as parquet"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not valid JSON (nested too deeply)"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),

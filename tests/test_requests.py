@@ -127,9 +127,9 @@ def test_bytes_that_are_no_text_are_refused(folder, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "run").exists()
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"good\ncaf\xe9\n")
-    assert "byte 0xe9 at 8" in no(*model, "--prompts-file", file)
+    assert "byte 0xe9 at offset 8" in no(*model, "--prompts-file", file)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
-    assert "standard input is not text in UTF-8 (byte 0xe9 at 3)" in no(*model, "--prompt", "-")
+    assert "standard input: not UTF-8 text (byte 0xe9 at offset 3)" in no(*model, "--prompt", "-")
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

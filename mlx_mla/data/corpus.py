@@ -10,7 +10,7 @@ import numpy as np
 from mlx_mla.data.shards import LLMC_MAGIC, SUFFIXES
 from mlx_mla.data.tokenizer import TextEncoder
 from mlx_mla.errors import UserError
-from mlx_mla.files import decoded
+from mlx_mla.text import decoded
 
 BUILTIN = "builtin"
 
@@ -57,10 +57,7 @@ def read_documents(source: str) -> list[str]:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
     if advice := _no_text(path, data):
         raise UserError(f"{path}: {advice}")
-    try:
-        text = decoded(data, str(path))
-    except UserError as e:
-        raise UserError(f"{e}; convert it, for example with iconv -f latin1 -t utf-8") from None
+    text = decoded(data, str(path))
     if not text.strip():
         raise UserError(f"{path}: the file is empty; --data needs text to train on")
     return [text]

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from mlx_mla.data.corpus import COMPRESSED, JSON_LINES, PARQUET, TEXT
 from mlx_mla.errors import UserError, shown
 from mlx_mla.files import parse_json
+from mlx_mla.text import decoded
 
 LONGEST = 16 << 20
 """Bytes of a text file without a separator, after which it is cut at a line break."""
@@ -191,14 +192,7 @@ class TextSource(_StreamSource):
 
     def _parser(self, data: bytes, offset: int, count: int) -> Callable[[], list[str | None]]:
         def parse() -> list[str | None]:
-            try:
-                text = data.decode("utf-8" if offset else "utf-8-sig")
-            except UnicodeDecodeError as e:
-                raise UserError(
-                    f"{self.path}: not UTF-8 text (byte {data[e.start]:#04x} at offset "
-                    f"{offset + e.start:,}); "
-                    "convert it, for example with iconv -f latin1 -t utf-8"
-                ) from None
+            text = decoded(data, str(self.path), offset)
             documents = text.split(self.reading.separator)
             # What follows the last separator is nothing, not an empty document.
             return list(documents if documents[-1] else documents[:-1])

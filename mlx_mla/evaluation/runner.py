@@ -57,6 +57,8 @@ def load(
         documents = task.documents_from_hub(protocol)
     else:
         path = data_dir / task.files[protocol]
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; the folder of --data-dir must hold it")
         documents = task.documents_from_file(path, protocol)
         hints.add(unpublished(path))
     if limit is None:

@@ -250,6 +250,10 @@ class MLXDecoder:
         if self.requested_cache == "materialized":
             raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
         cache, tokens = prompt_cache.load(options.prompt_cache, self.folder)
+        self._use("latent")
+        one = make_prompt_cache(self.model)
+        self.model(mx.array([[0]]), cache=one)
+        prompt_cache.check_fits(options.prompt_cache, cache, tokens, one)
         bits = getattr(cache[0], "bits", None)
         if bits is not None and options.kv_bits not in (None, bits):
             raise UserError(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mla.errors import UserError
-from mlx_mla.files import parse_json_object
-from mlx_mla.text import decoded, encodable
+from mlx_mla.files import parse_json_object, read_text
+from mlx_mla.text import encodable
 
 # Of the published files; another content is used, but said.
 SHA256 = {
@@ -15,16 +15,6 @@ SHA256 = {
     "wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
     "wiki.valid.raw": "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
 }
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file; UserError if it cannot be read."""
-    try:
-        return decoded(path.read_bytes(), f"{path}:")
-    except OSError as e:
-        raise UserError(
-            f"{path}: cannot be read ({e.strerror}); the data folder must hold this file"
-        ) from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

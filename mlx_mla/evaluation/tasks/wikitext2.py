@@ -23,7 +23,8 @@ import numpy as np
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores
 from mlx_mla.evaluation.tasks.base import Context, Definition, Measured, Task
-from mlx_mla.evaluation.tasks.data import load_hub, read_text
+from mlx_mla.evaluation.tasks.data import load_hub
+from mlx_mla.files import read_text
 
 WINDOW = 1024
 """Tokens of the window that published values of `token_ppl` mean."""
