@@ -44,16 +44,18 @@ from mlx_lm.models.cache import KVCache
 # (key, value) widths for which Metal's fused decode kernel takes many query heads on one shared key
 # head (MLX 0.32). Elsewhere the heads go in as rows of one matrix, so that unfused attention reads
 # the latents once and not once a head.
-FUSED_SHARED_HEAD = (
-    {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
-    if mx.metal.is_available()
-    else set()
-)
+FUSED_SHARED_HEAD = {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
 
 # The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU
 # (docs/decoding.md); on GPUs the arithmetic that their data sheets give for every byte moved comes
 # to the same order.
 WRITTEN_VALUE = 100
+
+
+def on_metal() -> bool:
+    """Whether MLX computes on Metal now, and not on a Mac's CPU: the switch of all that is only for
+    Metal."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
 @dataclass
@@ -384,6 +386,7 @@ class LatentAttention(nn.Module):
             not hasattr(cache, "bits")
             and (latent.shape[-1], R) in FUSED_SHARED_HEAD
             and H * L <= 32
+            and on_metal()
         ):
             out = scaled_dot_product_attention(
                 q_BHLR, latent, latent[..., :R], cache, self.scale, mask

@@ -56,10 +56,11 @@ class MLXBackend:
 
     @contextlib.contextmanager
     def limited_memory(self, expected: int) -> Iterator[None]:
-        if mx.metal.is_available():
+        info = mx.device_info(self.device)
+        if LIMIT in info:  # a Mac's GPU, and not its CPU
             # Wired memory is not paged out; freed buffers may be kept in what the estimate leaves
             # of it.
-            whole = self.memory_bytes()
+            whole = int(info[LIMIT])
             limits = {
                 mx.set_wired_limit: whole,
                 mx.set_cache_limit: max(whole - expected, GIB // 2),

@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx_lm.generate import (
     BatchGenerator,
     generate_step,
-    generation_stream,
     speculative_generate_step,
     wired_limit,
 )
@@ -27,7 +26,7 @@ from mlx_lm.sample_utils import (
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece
 from mlx_mla.backends.mlx import prompt_cache
-from mlx_mla.backends.mlx.device import on_device
+from mlx_mla.backends.mlx.device import on_device, stream_of
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
@@ -145,7 +144,7 @@ class MLXDecoder:
         meter = Meter(len(prompt), mx.get_peak_memory)
         writer = TextWriter(self.tokenizer, options.stop)
         accepted = 0
-        with wired_limit(self.model, [generation_stream]):
+        with self._wired():
             with contextlib.closing(self._tokens(context, max_tokens, options)) as tokens:
                 for token, from_draft in tokens:
                     meter.count(0 if self.cache == "none" else sum(c.nbytes for c in context.cache))
@@ -180,6 +179,7 @@ class MLXDecoder:
             self.model,
             logits_processors=self._logits_processors(options),
             completion_batch_size=max(32, len(prompts)),
+            **stream_of(self.device),
         )
         samplers = [make_sampler(options) for _ in prompts]
         uids = generator.insert([list(p) for p in prompts], limits, samplers=samplers)
@@ -242,6 +242,12 @@ class MLXDecoder:
                 "latent" if latent else choose_cache(self.config, "mlx", device, batch, context)
             )
 
+    def _wired(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the model in memory while it generates; only a GPU has such memory."""
+        if self.device == mx.cpu:
+            return contextlib.nullcontext()
+        return wired_limit(self.model, [mx.default_stream(self.device)])
+
     def _new_context(self, prompt: Sequence[int], options: GenerationOptions) -> Context:
         if options.save_prompt_cache:
             prompt_cache.check_target(options.save_prompt_cache)
@@ -288,6 +294,7 @@ class MLXDecoder:
                 "logits_processors": self._logits_processors(options),
                 "kv_bits": options.kv_bits,
                 "quantized_kv_start": 0,
+                **stream_of(self.device),
                 **({"kv_group_size": self._group_size()} if options.kv_bits else {}),
             }
             prompt = mx.array(context.unseen)
