@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mla import checkpoint, cli
+from mlx_mla.backends.mlx.caches import KVCache
 from mlx_mla.backends.mlx.device import find_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.http_request import RequestChecks
@@ -25,7 +26,7 @@ from mlx_mla.hub import find_model
 
 import mlx.core as mx  # isort: skip  (after the backend, which loads its BLAS)
 from mlx_lm import server  # isort: skip
-from mlx_lm.models.cache import LRUPromptCache  # isort: skip
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache  # isort: skip
 from mlx_lm.utils import load_tokenizer  # isort: skip
 
 PROG = "python -m mlx_mla.serve"
@@ -51,6 +52,8 @@ class Provider(server.ModelProvider):
         """Load the model, in the generation thread, which an exception would end."""
         try:
             self.model = load(self.folder)
+            count = len(make_prompt_cache(self.model))
+            self.model.make_cache = lambda: [KVCache() for _ in range(count)]
             self.tokenizer = load_tokenizer(self.folder)
             self.is_batchable, self.model_key = True, (self.cli_args.model, None, None)
         except Exception as e:

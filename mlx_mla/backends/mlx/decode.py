@@ -14,7 +14,7 @@ from mlx_lm.generate import (
     speculative_generate_step,
     wired_limit,
 )
-from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import trim_prompt_cache
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
@@ -26,6 +26,7 @@ from mlx_lm.sample_utils import (
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece
 from mlx_mla.backends.mlx import prompt_cache
+from mlx_mla.backends.mlx.caches import KVCache, make_cache
 from mlx_mla.backends.mlx.device import on_device, stream_of
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
@@ -252,7 +253,7 @@ class MLXDecoder:
         if options.save_prompt_cache:
             prompt_cache.check_target(options.save_prompt_cache)
         if options.prompt_cache is None:
-            return Context(list(prompt), make_prompt_cache(self.model))
+            return Context(list(prompt), make_cache(self.model))
         if self.requested_cache == "materialized":
             raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
         cache, tokens = prompt_cache.load(options.prompt_cache, self.folder)
@@ -283,7 +284,7 @@ class MLXDecoder:
         while left:
             fitted = fit_context(context.tokens, limit)
             if fitted is not context.tokens:
-                context.tokens, context.cache = fitted, make_prompt_cache(self.model)
+                context.tokens, context.cache = fitted, make_cache(self.model)
             if not context.unseen:
                 # The next token's logits come from reading the last again.
                 trim_prompt_cache(context.cache, 1)
@@ -307,7 +308,7 @@ class MLXDecoder:
                     context.tokens.append(int(token))
                     yield int(token), False
             else:
-                draft_cache = make_prompt_cache(draft)
+                draft_cache = make_cache(draft)
                 if seen := context.tokens[: context.cache[0].offset]:
                     draft(mx.array([seen]), cache=draft_cache)
                 # mlx-lm cuts this list at the number of layers, of which some may share a cache.
