@@ -114,7 +114,7 @@ def memory(bench: TrainingBench, backend: MLXBackend) -> list[Row]:
                     batch_size=bench.batch_size,
                     seq_len=bench.seq_len,
                 )
-                expected = estimate(config, backend.fused_attention)
+                expected = estimate(config, backend.fused_attention(config))
                 measured = measure_memory(config, backend, expected)
                 rows.append(
                     {

@@ -4,6 +4,7 @@ import dataclasses
 
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
+from mlx_mla.fusion import Device, fused_by_mlx
 from mlx_mla.machine import physical_memory
 from mlx_mla.weights import is_hidden_matrix, num_parameters, parameter_shapes
 
@@ -46,7 +47,7 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
     """Estimate a resolved training configuration.
 
     Args:
-        fused_attention: Whether the device's attention kernel keeps no score matrix (Metal, CUDA).
+        fused_attention: Whether attention keeps no matrix of scores (`mlx_mla.fusion`).
     """
     m, T = config.model, config.context
     n = num_parameters(m)
@@ -88,7 +89,6 @@ def check_memory(config: TrainConfig, fused_attention: bool) -> None:
 def report(config: TrainConfig) -> str:
     """What a training configuration costs, for people: what `train --dry-run` prints."""
     config = config.resolved()
-    # Metal and CUDA keep no score matrix; the CPU does.
     unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
     m = config.model
     tokens = config.steps * config.step_tokens
@@ -102,13 +102,19 @@ def report(config: TrainConfig) -> str:
         "training": f"{config.steps:,} steps x {config.step_tokens:,} tokens = {tokens:,} tokens, "
         f"{tokens * unfused.train_flops_per_token:.3g} FLOPs",
         "memory, CPU": _memory(unfused),
-        "memory, fused SDPA": f"{_memory(fused)}  (Metal, CUDA)",
+        "memory, fused SDPA": f"{_memory(fused)}  ({_where_fused(config)})",
         "cache per token": _cache(unfused),
     }
     return (
         "\n".join(f"{name:<21}{value}" for name, value in rows.items())
         + "\ndry run: nothing was trained"
     )
+
+
+def _where_fused(config: TrainConfig) -> str:
+    names: dict[Device, str] = {"metal": "Metal", "cuda": "CUDA"}
+    fused = [name for device, name in names.items() if fused_by_mlx(device, config)]
+    return ", ".join(fused) or "neither Metal nor CUDA"
 
 
 def _memory(e: Estimate) -> str:

@@ -44,16 +44,21 @@ from mlx_lm.models.cache import KVCache
 # (key, value) widths for which Metal's fused decode kernel takes many query heads on one shared key
 # head (MLX 0.32). Elsewhere the heads go in as rows of one matrix, so that unfused attention reads
 # the latents once and not once a head.
-FUSED_SHARED_HEAD = (
-    {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
-    if mx.metal.is_available()
-    else set()
-)
+FUSED_SHARED_HEAD = {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
+
+# Queries for which Metal's fused attention has no gradient, and raises (MLX 0.32).
+NO_FUSED_GRADIENT = 8
 
 # The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU
 # (docs/decoding.md); on GPUs the arithmetic that their data sheets give for every byte moved comes
 # to the same order.
 WRITTEN_VALUE = 100
+
+
+def on_metal() -> bool:
+    """Whether MLX computes on Metal now, and not on a Mac's CPU: the switch of all that is only for
+    Metal."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
 @dataclass
@@ -384,6 +389,8 @@ class LatentAttention(nn.Module):
             not hasattr(cache, "bits")
             and (latent.shape[-1], R) in FUSED_SHARED_HEAD
             and H * L <= 32
+            and L <= 8
+            and on_metal()
         ):
             out = scaled_dot_product_attention(
                 q_BHLR, latent, latent[..., :R], cache, self.scale, mask
@@ -419,6 +426,12 @@ def _by_head(apply: Callable, x_BHLN: mx.array) -> mx.array:
 def _length(cached: Any) -> int:
     """Tokens in what a cache returned, quantised or not."""
     return (cached if isinstance(cached, mx.array) else cached[0]).shape[2]
+
+
+def differentiable_mask(mask: Any, L: int) -> Any:
+    """The causal mask of L tokens without a cache, so that attention has a gradient: on Metal few
+    queries have none with any mask but an array, which is left to unfused attention."""
+    return create_causal_mask(L) if L <= NO_FUSED_GRADIENT and on_metal() else mask
 
 
 def _repeat_mask(mask: Any, H: int, L: int, T: int) -> Any:
@@ -507,6 +520,8 @@ class Transformer(nn.Module):
             h = h + self.wpe(positions)
         h = self.drop(h)
         mask = create_attention_mask(h, cache[0])
+        if cache[0] is None:
+            mask = differentiable_mask(mask, L)
         latent = None
         for block in self.h:
             h, latent = block(h, mask, cache[block.attn.cache_index], offset, latent)

@@ -155,7 +155,7 @@ class LatentAttention(nn.Module):
             are in it, else those of x.
         """
         B, L, _ = x_BLD.shape
-        q, latent_BLW = self.c_attn(x_BLD).split(self.widths, dim=-1)
+        q, latent_BLW = parts(self.c_attn(x_BLD), self.widths)
         if self.q_b_proj is not None:
             q = self.q_b_proj(q if self.q_a_layernorm is None else self.q_a_layernorm(q))
         q_BHLN = q.view(B, L, self.n_head, -1).transpose(1, 2)
@@ -172,7 +172,7 @@ class LatentAttention(nn.Module):
             out = attend(q_BHLN, k, v, mask, self.scale)
         else:
             if cache is not None and self.layer == self.latent_layer:
-                latent, _ = cache.update(latent, latent.new_zeros(B, 1, L, 0), self.layer)
+                latent, _ = cache.update(latent, latent[..., :0], self.layer)
             # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
             absorb = cache is not None and type(self.kv_b_proj) is nn.Linear
             if absorb and self._absorbing_is_cheaper(L, latent.shape[2]):
@@ -183,7 +183,7 @@ class LatentAttention(nn.Module):
 
     def _latent(self, latent_BLW: torch.Tensor, rotation: Any) -> torch.Tensor:
         """Latents and RoPE keys (B, 1, L, R + P) of what c_attn gives for them."""
-        c_BLR, k_rope_BLP = latent_BLW.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        c_BLR, k_rope_BLP = parts(latent_BLW, [self.kv_lora_rank, self.qk_rope_head_dim])
         if self.kv_a_layernorm is not None:
             c_BLR = self.kv_a_layernorm(c_BLR)
         if not self.qk_rope_head_dim:
@@ -193,7 +193,7 @@ class LatentAttention(nn.Module):
     def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
         B, _, T, _ = latent.shape
-        c, k_rope = latent.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        c, k_rope = parts(latent, [self.kv_lora_rank, self.qk_rope_head_dim])
         kv = self.kv_b_proj(c).view(B, T, self.n_head, -1).transpose(1, 2)
         k, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         if self.qk_rope_head_dim:
@@ -224,8 +224,10 @@ class LatentAttention(nn.Module):
         T, R = latent.shape[2], self.kv_lora_rank
         w_HOR = self.kv_b_proj.weight.view(H, -1, R)
         w_uk, w_uv = w_HOR.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_BHLR = torch.cat([by_head(q_nope, w_uk), q_rope], dim=-1)
+        q_nope, q_rope = parts(q, [self.qk_nope_head_dim, self.qk_rope_head_dim])
+        q_BHLR = by_head(q_nope, w_uk)
+        if self.qk_rope_head_dim:
+            q_BHLR = torch.cat([q_BHLR, q_rope], dim=-1)
         # Heads and queries go in as rows of one matrix, so that the latents are read once and not
         # once a head. Values as wide as the keys: dropping the RoPE part of the result is cheaper
         # than copying the cache.
@@ -235,6 +237,13 @@ class LatentAttention(nn.Module):
         mask = mask.expand(-1, H, L, T).reshape(-1, 1, H * L, T)
         out = attend(q_BHLR.reshape(B, 1, H * L, -1), latent, latent, mask, self.scale)
         return by_head(out[..., :R].reshape(B, H, L, R), w_uv.transpose(-1, -2))
+
+
+def parts(x: torch.Tensor, widths: list[int]) -> Any:
+    """x in pieces of these widths along the last axis, None for a width of 0: an empty tensor is
+    one more for the backward pass to join, and on MPS none is tried."""
+    present = iter(x.split([w for w in widths if w], dim=-1))
+    return [next(present) if w else None for w in widths]
 
 
 def by_head(x_BHLN: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

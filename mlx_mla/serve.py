@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mla import checkpoint, cli
+from mlx_mla.backends.mlx.caches import KVCache
+from mlx_mla.backends.mlx.device import find_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.decoding.request import outside
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
 
-from mlx_lm import server  # isort: skip  (after the backend, which loads MLX's BLAS)
-from mlx_lm.models.cache import LRUPromptCache  # isort: skip
+import mlx.core as mx  # isort: skip  (after the backend, which loads its BLAS)
+from mlx_lm import server  # isort: skip
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache  # isort: skip
 from mlx_lm.utils import load_tokenizer  # isort: skip
 
 PROG = "python -m mlx_mla.serve"
@@ -49,6 +52,8 @@ class Provider(server.ModelProvider):
         """Load the model, in the generation thread, which an exception would end."""
         try:
             self.model = load(self.folder)
+            count = len(make_prompt_cache(self.model))
+            self.model.make_cache = lambda: [KVCache() for _ in range(count)]
             self.tokenizer = load_tokenizer(self.folder)
             self.is_batchable, self.model_key = True, (self.cli_args.model, None, None)
         except Exception as e:
@@ -105,6 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    device, argv = _device(argv)
+    # mlx-lm's generation thread asks for MLX's default, which is one for all threads.
+    with mx.stream(device):
+        return _serve(argv)
+
+
+def _serve(argv: Sequence[str]) -> int:
     args = _flags(argv)
     if args.model is None:
         raise UserError(f"--model is missing; see {PROG} --help")
@@ -136,6 +148,29 @@ def _main(argv: Sequence[str]) -> int:
     finally:
         generator.stop_and_join()
     return 0
+
+
+def _device(argv: Sequence[str]) -> tuple[mx.Device, list[str]]:
+    """The device of --device, which mlx-lm's server has no flag for, and the other arguments."""
+    own = argparse.ArgumentParser(
+        usage=f"{PROG} --model MODEL [--device DEVICE] [flags of mlx_lm.server, below]",
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    own.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "gpu"),
+        help='where to run; "auto" takes a GPU where there is one',
+    )
+    if {"-h", "--help"} & set(argv):
+        own.print_help()
+    try:
+        found, others = own.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e}; see {PROG} --help") from None
+    return find_device(found.device), others
 
 
 def _flags(argv: Sequence[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,7 @@ import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 import fuzz
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import TINY
@@ -63,6 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             isinstance(p, str) and p == "torch" for p in parameters
         ):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def same_device() -> Iterator[None]:
+    """A test that has set MLX's default device does not set the next one's."""
+    before = mx.default_device()
+    yield
+    mx.set_default_device(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from mlx_mla import train
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.optim import Muon
+from mlx_mla.backends.torch.optim import fuses
 from mlx_mla.config import TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.metrics import read_metrics
@@ -122,6 +123,29 @@ def test_muon_resumes_bit_identically(tmp_path, text_file, backend):
 def test_the_optimiser_of_a_run_cannot_change(tiny_run, capsys):
     said = refused(capsys, "--resume", "--out", tiny_run, "--steps", "50", "--optimizer", "muon")
     assert "--optimizer is adamw" in said
+
+
+def test_adamw_is_fused_where_pytorch_can_and_losses_may_change():
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    fused = {name for name in ("cpu", "cuda", "mps") if fuses(torch.device(name))}
+    assert fused == {"cuda", "mps"} <= set(_get_fused_kernels_supported_devices())
+
+
+def test_fused_adamw_takes_the_same_steps_and_resumes_bit_identically(monkeypatch):
+    """On the CPU, as on CUDA and MPS."""
+    plain = session("torch", BASE)
+    monkeypatch.setattr("mlx_mla.backends.torch.optim.fuses", lambda device: True)
+    fused = session("torch", BASE)
+    for step in range(3):
+        losses = [s.step(step, 1e-2, [batch(step)]).loss for s in (plain, fused)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert [s.optimizers._adamw.param_groups[0]["fused"] for s in (plain, fused)] == [False, True]
+    saved = Start(fused.weights(), 3, fused.optimizer_state())
+    again = get_backend("torch").train_session(BASE, saved)
+    for step in range(3, 6):
+        results = [s.step(step, 1e-2, [batch(step)]) for s in (fused, again)]
+        assert results[0] == results[1]
 
 
 def test_warm_up_stable_decay():

@@ -86,6 +86,28 @@ def test_a_continuation_past_the_table_is_refused(scorers):
         score(scorers["mla"][0], [Request((1,), (tuple(range(41)),))])
 
 
+@pytest.mark.parametrize("backend", [0, 1], ids=["mlx", "torch"])
+@pytest.mark.parametrize("fails_at", [1, 2], ids=["prefix", "rows"])
+def test_a_pass_that_fails_leaves_the_cache_as_it_was(scorers, monkeypatch, backend, fails_at):
+    scorer = scorers["mla"][backend]
+    kind, calls = type(scorer.model.transformer), []
+    name = "__call__" if backend == 0 else "forward"
+    whole = getattr(kind, name)
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == fails_at:
+            raise MemoryError
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(kind, name, fails)
+    ones = np.ones((1, 4), np.int64)
+    with pytest.raises(MemoryError):
+        scorer.run(ones, ones, np.array([3]), np.array([1]))
+    blocks = scorer.model.layers if backend == 0 else scorer.model.transformer.h
+    assert not any(block.attn.materialize_cache for block in blocks)
+
+
 def test_the_likeliest_continuation_is_greedy(scorers):
     mlx, _, model = scorers["mha"]
     context = (5, 6, 7)

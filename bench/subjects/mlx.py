@@ -14,6 +14,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from bench.subjects.contract import Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.backends.mlx.device import stream_of
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import DType, ModelConfig, TrainConfig
 from mlx_mla.weights import initial_weights
@@ -41,7 +42,8 @@ class MLXSubject:
 
     def first_token(self, ids: np.ndarray, kind: str) -> None:
         self._use(kind)
-        next(generate_step(mx.array(ids), self._network, max_tokens=1))
+        stream = stream_of(mx.default_device())
+        next(generate_step(mx.array(ids), self._network, max_tokens=1, **stream))
 
     def decode(self, batch: int, context: int, steps: int, kind: str) -> tuple[float, int]:
         self._use(kind)
@@ -98,7 +100,8 @@ class MLXSubject:
         return _apart(advance, mx.zeros((1, 1), mx.int32), steps)
 
     def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
-        session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
+        backend = MLXBackend(self.device_kind)
+        session = backend.train_session(config, Start(initial_weights(config.model, 0)))
 
         def step(x: np.ndarray, y: np.ndarray) -> None:
             session.step(0, 1e-4, [(x, y)])
@@ -197,4 +200,5 @@ def rates(dtype: DType) -> tuple[float, float]:
     memory = max(
         2 * b.nbytes / best(lambda: b + 1), b.nbytes / min(best(lambda: b @ v), best(lambda: v @ b))
     )
-    return MLXBackend().peak_flops(dtype, seconds=1.0), memory
+    backend = MLXBackend("cpu" if mx.default_device() == mx.cpu else "gpu")
+    return backend.peak_flops(dtype, seconds=1.0), memory

@@ -149,9 +149,9 @@ class Backend(Protocol):
         """Bytes that a model and its training may take on the device before it swaps or fails."""
         ...
 
-    @property
-    def fused_attention(self) -> bool:
-        """Whether the device's attention keeps no matrix of scores."""
+    def fused_attention(self, config: TrainConfig) -> bool:
+        """Whether training with a resolved configuration keeps no matrix of scores on the
+        device."""
         ...
 
     def limited_memory(self, expected: int) -> AbstractContextManager[None]:

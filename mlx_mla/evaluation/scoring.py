@@ -6,6 +6,7 @@ where causal attention does not look, to multiples of `BUCKET`, so that few shap
 vocabulary's logits are computed only where a token is scored.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,17 @@ class Scorer(Protocol):
             (K,).
         """
         ...
+
+
+@contextlib.contextmanager
+def expanded_cache(model: Any) -> Iterator[None]:
+    """Lets a model of either framework cache expanded keys and values for the time: the rows of a
+    prefix would each expand its latents anew."""
+    model.materialize_cache(True)
+    try:
+        yield
+    finally:
+        model.materialize_cache(False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def train(
         run = _prepared(config, out, resume, world)
         config = run.config
         backend = get_backend(config.backend, config.device)
-        check_memory(config, backend.fused_attention)
+        check_memory(config, backend.fused_attention(config))
         first = _start(config, out, run.data, resume, from_step) if lead else None
         taught_by = teacher(config, run.data.encoder)
         start = _shared(world, first)
@@ -125,7 +125,7 @@ def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
     encoder, config = _resolved(config, resume=False)
     data = TrainingData(config, encoder)
     backend = get_backend(config.backend, config.device)
-    check_memory(config, backend.fused_attention)
+    check_memory(config, backend.fused_attention(config))
     session = backend.train_session(config, Start(first_weights(config)), teacher(config, encoder))
     count, size = config.passes_per_step, config.batch_size
     return lr_find.sweep(
@@ -416,9 +416,9 @@ def _shared(world: World, start: Start | None) -> Start:
 def _expected_memory(config: TrainConfig, backend: Backend, console: Console) -> Estimate:
     """What a step takes by estimate; warns if the device has less, since swapping makes it many
     times slower."""
-    expected = estimate(config, backend.fused_attention)
+    expected = estimate(config, backend.fused_attention(config))
     limit = backend.memory_bytes()
-    if (advice := memory_advice(config, backend.fused_attention, limit)) is not None:
+    if (advice := memory_advice(config, backend.fused_attention(config), limit)) is not None:
         console.print(
             f"warning: a step takes about {expected.total_bytes / 2**30:.1f} GiB, the device has "
             f"{limit / 2**30:.1f}: it will swap, many times slower, or fail; to fit: {advice}",

@@ -16,6 +16,7 @@ from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.backends.peak import measure_peak
 from mlx_mla.config import DType, TrainConfig
 from mlx_mla.decoding.request import CacheKind
+from mlx_mla.fusion import Device, fused_by_mlx
 from mlx_mla.machine import physical_memory
 from mlx_mla.world import SOLO, World
 
@@ -50,16 +51,17 @@ class MLXBackend:
                 return int(info[key])
         return physical_memory()
 
-    @property
-    def fused_attention(self) -> bool:
-        return self.device == mx.gpu
+    def fused_attention(self, config: TrainConfig) -> bool:
+        gpu: Device = "metal" if mx.metal.is_available() else "cuda"
+        return fused_by_mlx(gpu if self.device == mx.gpu else "cpu", config)
 
     @contextlib.contextmanager
     def limited_memory(self, expected: int) -> Iterator[None]:
-        if mx.metal.is_available():
+        info = mx.device_info(self.device)
+        if LIMIT in info:  # a Mac's GPU, and not its CPU
             # Wired memory is not paged out; freed buffers may be kept in what the estimate leaves
             # of it.
-            whole = self.memory_bytes()
+            whole = int(info[LIMIT])
             limits = {
                 mx.set_wired_limit: whole,
                 mx.set_cache_limit: max(whole - expected, GIB // 2),

@@ -11,11 +11,10 @@ import mlx.nn as nn
 from mlx_lm.generate import (
     BatchGenerator,
     generate_step,
-    generation_stream,
     speculative_generate_step,
     wired_limit,
 )
-from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import trim_prompt_cache
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
@@ -27,7 +26,8 @@ from mlx_lm.sample_utils import (
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece
 from mlx_mla.backends.mlx import prompt_cache
-from mlx_mla.backends.mlx.device import on_device
+from mlx_mla.backends.mlx.caches import KVCache, make_cache
+from mlx_mla.backends.mlx.device import on_device, stream_of
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
@@ -145,7 +145,7 @@ class MLXDecoder:
         meter = Meter(len(prompt), mx.get_peak_memory)
         writer = TextWriter(self.tokenizer, options.stop)
         accepted = 0
-        with wired_limit(self.model, [generation_stream]):
+        with self._wired():
             with contextlib.closing(self._tokens(context, max_tokens, options)) as tokens:
                 for token, from_draft in tokens:
                     meter.count(0 if self.cache == "none" else sum(c.nbytes for c in context.cache))
@@ -180,6 +180,7 @@ class MLXDecoder:
             self.model,
             logits_processors=self._logits_processors(options),
             completion_batch_size=max(32, len(prompts)),
+            **stream_of(self.device),
         )
         samplers = [make_sampler(options) for _ in prompts]
         uids = generator.insert([list(p) for p in prompts], limits, samplers=samplers)
@@ -242,11 +243,17 @@ class MLXDecoder:
                 "latent" if latent else choose_cache(self.config, "mlx", device, batch, context)
             )
 
+    def _wired(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the model in memory while it generates; only a GPU has such memory."""
+        if self.device == mx.cpu:
+            return contextlib.nullcontext()
+        return wired_limit(self.model, [mx.default_stream(self.device)])
+
     def _new_context(self, prompt: Sequence[int], options: GenerationOptions) -> Context:
         if options.save_prompt_cache:
             prompt_cache.check_target(options.save_prompt_cache)
         if options.prompt_cache is None:
-            return Context(list(prompt), make_prompt_cache(self.model))
+            return Context(list(prompt), make_cache(self.model))
         if self.requested_cache == "materialized":
             raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
         cache, tokens = prompt_cache.load(options.prompt_cache, self.folder)
@@ -281,7 +288,7 @@ class MLXDecoder:
         while left:
             fitted = fit_context(context.tokens, limit)
             if fitted is not context.tokens:
-                context.tokens, context.cache = fitted, make_prompt_cache(self.model)
+                context.tokens, context.cache = fitted, make_cache(self.model)
             if not context.unseen:
                 # The next token's logits come from reading the last again.
                 trim_prompt_cache(context.cache, 1)
@@ -292,6 +299,7 @@ class MLXDecoder:
                 "logits_processors": self._logits_processors(options),
                 "kv_bits": options.kv_bits,
                 "quantized_kv_start": 0,
+                **stream_of(self.device),
                 **({"kv_group_size": self._group_size()} if options.kv_bits else {}),
             }
             prompt = mx.array(context.unseen)
@@ -304,7 +312,7 @@ class MLXDecoder:
                     context.tokens.append(int(token))
                     yield int(token), False
             else:
-                draft_cache = make_prompt_cache(draft)
+                draft_cache = make_cache(draft)
                 if seen := context.tokens[: context.cache[0].offset]:
                     draft(mx.array([seen]), cache=draft_cache)
                 # mlx-lm cuts this list at the number of layers, of which some may share a cache.

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
+from mlx_lm.generate import generate_step
 
 from mlx_mla.errors import UserError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+
+# mlx-lm 0.31, the last for Python 3.10, decodes on the device that MLX chose when it was imported.
+TAKES_STREAM = "stream" in inspect.signature(generate_step).parameters
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +35,20 @@ def find_device(name: str) -> mx.Device:
     has_gpu = mx.is_available(mx.gpu)
     if name == "gpu" and not has_gpu:
         raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
+    if name == "cpu" and has_gpu and not TAKES_STREAM:
+        raise UserError(
+            "--device cpu: the mlx-lm for Python 3.10 generates on the GPU alone; use Python 3.11 "
+            "or later, or leave out --device"
+        )
     return mx.Device(mx.gpu if has_gpu and name != "cpu" else mx.cpu)
+
+
+def stream_of(device: mx.Device) -> dict[str, mx.Stream]:
+    """The argument that keeps mlx-lm's decoding loops on a device, for the calling thread.
+
+    Without it they run on the device that was MLX's default when mlx-lm was imported.
+    """
+    return {"stream": mx.default_stream(device)} if TAKES_STREAM else {}
 
 
 def on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_mla.model_mlx import Block, Transformer
+from mlx_mla.model_mlx import Block, Transformer, differentiable_mask
 
 
 def hidden_states(
@@ -36,10 +36,11 @@ def _checkpointed(blocks: Sequence[Block], h: mx.array, latent: Any) -> tuple[mx
         _random_state()[:] = key
         for block, own in zip(blocks, parameters):
             block.update(own)
-            h, latent = block(h, "causal", latent=latent)
+            h, latent = block(h, mask, latent=latent)
         _random_state()[:] = outer
         return h, latent
 
+    mask = differentiable_mask("causal", h.shape[1])
     _random_state()[:], key = mx.random.split(_random_state())
     return mx.checkpoint(run)([block.trainable_parameters() for block in blocks], h, latent)
 

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from safetensors import SafetensorError, safe_open
 
 from mlx_mla import checkpoint
+from mlx_mla.backends.mlx.caches import adopt
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_json
 
@@ -99,7 +100,7 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
     if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
         raise UserError(f"{path}: damaged, its tokens are no list of ids")
     try:
-        return load_prompt_cache(str(path)), tokens
+        return [adopt(c) for c in load_prompt_cache(str(path))], tokens
     except (ValueError, KeyError, RuntimeError, TypeError) as e:
         raise UserError(f"{path}: not a prompt cache of mlx-lm ({e})") from None
 

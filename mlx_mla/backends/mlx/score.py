@@ -7,7 +7,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_mla.backends.mlx.device import on_device
-from mlx_mla.evaluation.scoring import HEAD_POSITIONS
+from mlx_mla.evaluation.scoring import HEAD_POSITIONS, expanded_cache
 from mlx_mla.model_mlx import Model
 
 
@@ -29,20 +29,9 @@ class MLXScorer:
     def run(
         self, prefix: np.ndarray | None, ids: np.ndarray, where: np.ndarray, targets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        cache = None
-        # Expanded keys and values: the rows of a prefix would each expand its latents anew.
-        self.model.materialize_cache(True)
-        if prefix is not None:
-            shared, cache = make_prompt_cache(self.model), make_prompt_cache(self.model)
-            self.model.transformer(mx.array(prefix), shared)
-            for one, many in zip(shared, cache):
-                repeated = (
-                    mx.repeat(a[..., : one.offset, :], len(ids) // len(prefix), 0)
-                    for a in (one.keys, one.values)
-                )
-                many.update_and_fetch(*repeated)
-        hidden = self.model.transformer(mx.array(ids), cache)
-        self.model.materialize_cache(False)
+        with expanded_cache(self.model):
+            cache = None if prefix is None else self._repeated(prefix, len(ids) // len(prefix))
+            hidden = self.model.transformer(mx.array(ids), cache)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(where)]
         logprobs, greedy = [], []
         for i in range(0, len(where), HEAD_POSITIONS):
@@ -57,3 +46,14 @@ class MLXScorer:
             logprobs.append(np.array(chosen))
             greedy.append(np.array(best))
         return np.concatenate(logprobs), np.concatenate(greedy)
+
+    def _repeated(self, prefix: np.ndarray, times: int) -> list[Any]:
+        """A cache that holds each row of the prefix so many times."""
+        shared, cache = make_prompt_cache(self.model), make_prompt_cache(self.model)
+        self.model.transformer(mx.array(prefix), shared)
+        for one, many in zip(shared, cache):
+            repeated = (
+                mx.repeat(a[..., : one.offset, :], times, 0) for a in (one.keys, one.values)
+            )
+            many.update_and_fetch(*repeated)
+        return cache

@@ -17,6 +17,7 @@ from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.backends.torch.session import TorchTrainSession
 from mlx_mla.config import DType, TrainConfig
 from mlx_mla.decoding.request import CacheKind
+from mlx_mla.fusion import fused_by_torch
 from mlx_mla.machine import physical_memory
 from mlx_mla.world import SOLO, World
 
@@ -43,9 +44,8 @@ class TorchBackend:
             torch.mps.recommended_max_memory() if self.device.type == "mps" else physical_memory()
         )
 
-    @property
-    def fused_attention(self) -> bool:
-        return self.device.type != "mps"
+    def fused_attention(self, config: TrainConfig) -> bool:
+        return fused_by_torch(self.device.type, config)
 
     def limited_memory(self, expected: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # PyTorch takes memory as it computes

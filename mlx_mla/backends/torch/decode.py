@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, LogitsProcessorList, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation import logits_process
 
 from mlx_mla import checkpoint
@@ -57,6 +57,34 @@ class GrowingCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
+
+
+class FixedLayer(StaticLayer):
+    """A layer's cache of one size from the start, whose length is known without a look at the
+    device; nothing is copied into values of width 0, as transformers' own does."""
+
+    length = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin, self.length = self.length, self.length + key_states.shape[-2]
+        for held, states in ((self.keys, key_states), (self.values, value_states)):
+            if states.shape[-1]:
+                held[..., begin : self.length, :] = states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class FixedCache(Cache):
+    """transformers' cache of such layers, with room for `size` tokens."""
+
+    def __init__(self, layers: int, size: int) -> None:
+        super().__init__(layers=[FixedLayer(size) for _ in range(layers)])
 
 
 class TorchDecoder:
@@ -190,7 +218,7 @@ class TorchDecoder:
         if self.cache == "none":
             return None
         if self.fixed_shapes:
-            return StaticCache(config=self.model.config, max_cache_len=self.n_positions)
+            return FixedCache(self.config.n_layer, self.n_positions)
         return GrowingCache()
 
     def _choose(

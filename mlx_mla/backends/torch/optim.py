@@ -16,6 +16,12 @@ if hasattr(torch.optim, "Muon"):  # PyTorch 2.9
     MOMENTS[torch.optim.Muon] = ("momentum_buffer",)
 
 
+def fuses(device: torch.device) -> bool:
+    """Whether AdamW takes a step in one kernel. On the CPU it could, and the losses would be others
+    in the last bit."""
+    return device.type in ("cuda", "mps")
+
+
 class Optimizers:
     """AdamW with decay on matrices only; with --optimizer muon the blocks' matrices go to PyTorch's
     Muon.
@@ -44,7 +50,7 @@ class Optimizers:
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.adam_epsilon,
-            fused=next(iter(parameters.values())).device.type == "cuda",
+            fused=fuses(next(iter(parameters.values())).device),
         )
         self._all: list[Any] = [self._adamw]
         if hidden:
@@ -84,7 +90,7 @@ class Optimizers:
             if optimizer is self._adamw:
                 # Fused AdamW keeps its count on the device.
                 state["step"] = torch.tensor(
-                    float(steps_done), device=p.device if p.device.type == "cuda" else None
+                    float(steps_done), device=p.device if fuses(p.device) else None
                 )
             optimizer.state[p] = state
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from mlx_mla.evaluation.scoring import HEAD_POSITIONS
+from mlx_mla.evaluation.scoring import HEAD_POSITIONS, expanded_cache
 from mlx_mla.model_torch import MLAGPT2LMHeadModel
 
 
@@ -29,16 +29,14 @@ class TorchScorer:
     ) -> tuple[np.ndarray, np.ndarray]:
         device = self.model.device
         cache = None
-        # Expanded keys and values: the rows of a prefix would each expand its latents anew.
-        self.model.materialize_cache(True)
-        if prefix is not None:
-            cache = DynamicCache()
-            self.model.transformer(_ids(prefix, device), past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(len(ids) // len(prefix))
-        hidden, _ = self.model.transformer(
-            _ids(ids, device), past_key_values=cache, use_cache=cache is not None
-        )
-        self.model.materialize_cache(False)
+        with expanded_cache(self.model):
+            if prefix is not None:
+                cache = DynamicCache()
+                self.model.transformer(_ids(prefix, device), past_key_values=cache, use_cache=True)
+                cache.batch_repeat_interleave(len(ids) // len(prefix))
+            hidden, _ = self.model.transformer(
+                _ids(ids, device), past_key_values=cache, use_cache=cache is not None
+            )
         hidden = hidden.flatten(0, 1)[_ids(where, device)]
         target = _ids(targets, device)
         logprobs, greedy = [], []

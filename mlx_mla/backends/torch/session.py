@@ -23,7 +23,8 @@ class TorchTrainSession:
     """See `mlx_mla.backends.contract.TrainSession`.
 
     Weights, gradients and optimiser state are float32; bfloat16 runs the forward pass under
-    autocast. On CUDA the forward pass is compiled and AdamW fused; elsewhere both run as they are.
+    autocast. On CUDA the forward pass is compiled, there and on MPS AdamW is fused; elsewhere both
+    run as they are.
     """
 
     def __init__(

@@ -1,0 +1,73 @@
+"""mlx-lm's caches, where values have no width."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as stock
+
+
+class QuantizedKVCache(stock.QuantizedKVCache):
+    """See `KVCache` below."""
+
+    keys: Any
+    values: Any
+    offset: int
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        if values.shape[-1]:
+            return super().update_and_fetch(keys, values)
+        new = mx.quantize(keys, group_size=self.group_size, bits=self.bits)
+        begin, end = self.offset, self.offset + keys.shape[2]
+        if self.keys is None or end > self.keys[0].shape[2]:
+            size = -(-end // self.step) * self.step
+            held = self.keys or [part[..., :0, :] for part in new]
+            self.keys = tuple(_grown(part[..., :begin, :], size) for part in held)
+        for held, part in zip(self.keys, new):
+            held[..., begin:end, :] = part
+        self.offset, self.values = end, _none_beside(self.keys)
+        return self.keys_and_values()
+
+
+class KVCache(stock.KVCache):
+    """mlx-lm's, whose values are not quantised if their width is 0, as beside latents: on Metal
+    MLX's quantiser has no guard for empty arrays (0.32).
+
+    Both have mlx-lm's names, since files of prompt caches name them.
+    """
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
+        quantized = QuantizedKVCache(group_size=group_size, bits=bits)
+        quantized.offset = self.offset
+        if self.keys is not None:
+            both = [self.keys, self.values] if self.values.shape[-1] else [self.keys]
+            quantized.keys, *rest = (
+                mx.quantize(part, group_size=group_size, bits=bits) for part in both
+            )
+            quantized.values = rest[0] if rest else _none_beside(quantized.keys)
+        return quantized
+
+
+def make_cache(model: Any) -> list[Any]:
+    """`make_prompt_cache` with these classes."""
+    return [adopt(cache) for cache in stock.make_prompt_cache(model)]
+
+
+def adopt(cache: Any) -> Any:
+    """A cache of mlx-lm's as one of these, with the same arrays; another kind of cache as it is."""
+    own = {stock.KVCache: KVCache, stock.QuantizedKVCache: QuantizedKVCache}.get(type(cache))
+    if own is None:
+        return cache
+    adopted = own.__new__(own)
+    vars(adopted).update(vars(cache))
+    return adopted
+
+
+def _grown(part: mx.array, size: int) -> mx.array:
+    """An array of a cache with room for `size` tokens."""
+    room = mx.zeros((*part.shape[:2], size - part.shape[2], part.shape[3]), part.dtype)
+    return mx.concatenate([part, room], axis=2)
+
+
+def _none_beside(keys: Any) -> Any:
+    """What the quantiser gives for values without width: codes, scales and biases of none."""
+    return tuple(part[..., :0] for part in keys)

@@ -1,0 +1,31 @@
+"""On which devices attention keeps no matrix of scores while a model trains, as the sources of MLX
+0.32 and PyTorch 2.13 have it. No framework."""
+
+from typing import Literal
+
+from mlx_mla.config import TrainConfig
+
+Device = Literal["metal", "cuda", "cpu"]
+
+METAL_WIDTHS = {(w, w) for w in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
+METAL_SHORTEST = 9  # queries; fewer have no fused gradient
+
+
+def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
+    """Whether MLX's attention is fused in the forward and the backward pass of a resolved
+    configuration."""
+    widths = config.model.kind.head_widths
+    if device == "metal":
+        return widths in METAL_WIDTHS and config.context >= METAL_SHORTEST
+    if device == "cuda":  # by cuDNN
+        fits = all(w <= 128 and w % 8 == 0 for w in widths) and config.context % 128 == 0
+        return fits and config.dtype == "bfloat16"
+    return False
+
+
+def fused_by_torch(device: str, config: TrainConfig) -> bool:
+    """The same of PyTorch's."""
+    if device == "cpu":  # flash attention has keys as wide as the values
+        keys, values = config.model.kind.head_widths
+        return keys == values
+    return device == "cuda"

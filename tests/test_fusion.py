@@ -1,0 +1,172 @@
+"""What is fused on a GPU, in training and in decoding, and that nothing asks Metal for a gradient
+that its kernels do not have."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import difference
+
+from mlx_mla import model_mlx, train
+from mlx_mla.backends.contract import Start
+from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.fusion import METAL_SHORTEST, fused_by_mlx, fused_by_torch
+from mlx_mla.model_mlx import FUSED_SHARED_HEAD, NO_FUSED_GRADIENT
+from mlx_mla.presets import PRESETS, preset
+from mlx_mla.weights import initial_weights
+
+
+def settings(dtype="float32", context=64, **shape) -> TrainConfig:
+    shape = {"n_embd": 128, "n_head": 2, "n_positions": 1024, **shape}
+    return TrainConfig(dtype=dtype, seq_len=context, model=ModelConfig(**shape)).resolved()
+
+
+def test_training_presets_that_metal_fuses():
+    fused = [name for name in PRESETS if fused_by_mlx("metal", preset(name).resolved())]
+    # Decoupled RoPE as wide as the head (128, 64) has no kernel.
+    assert fused == [name for name in PRESETS if name != "mla-124m-rope"]
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "fused"),
+    [
+        ("metal", {}, True),
+        ("metal", {"qk_rope_head_dim": 32}, True),  # (96, 64)
+        ("metal", {"qk_rope_head_dim": 64}, False),
+        ("metal", {"v_head_dim": 96}, False),
+        ("metal", {"head_dim": 20, "v_head_dim": 20}, False),
+        ("metal", {"head_dim": 192, "v_head_dim": 192}, True),
+        ("metal", {"context": 8}, False),
+        ("metal", {"context": 9}, True),
+        ("cpu", {}, False),
+        ("cuda", {}, False),
+        ("cuda", {"dtype": "bfloat16", "context": 256}, True),
+        ("cuda", {"dtype": "bfloat16", "context": 200}, False),
+        ("cuda", {"dtype": "bfloat16", "context": 256, "head_dim": 192}, False),
+    ],
+)
+def test_where_training_keeps_no_scores_in_mlx(device, changes, fused, monkeypatch):
+    config = settings(**changes)
+    assert fused_by_mlx(device, config) is fused
+    backend = MLXBackend("cpu")
+    backend.device = mx.Device(mx.cpu if device == "cpu" else mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: device == "metal")
+    assert backend.fused_attention(config) is fused
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("shape", [{}, {"qk_rope_head_dim": 32}, {"head_dim": 20}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_pytorch_keeps_no_scores_on_the_cpu(shape, dtype):
+    """By its own choice of a kernel: 0 is the one of products and a softmax."""
+    import torch
+
+    config = settings(**shape)
+    keys, values = config.model.kind.head_widths
+    q, k, v = (
+        torch.randn(2, 2, 16, w, dtype=getattr(torch, dtype), requires_grad=True)
+        for w in (keys, keys, values)
+    )
+    chosen = torch._fused_sdp_choice(q, k, v, is_causal=True)
+    assert fused_by_torch("cpu", config) is (chosen != 0)
+
+
+def test_a_dry_run_says_where_attention_is_fused(capsys):
+    for name, where in (("mla-124m", "(Metal, CUDA)"), ("mla-124m-rope", "(CUDA)")):
+        assert train.main(["--dry-run", "--preset", name]) == 0
+        row = next(r for r in capsys.readouterr().out.splitlines() if "fused SDPA" in r)
+        assert row.endswith(where)
+
+
+# --- gradients of short sequences ---
+
+
+@pytest.fixture
+def metal(monkeypatch):
+    """A GPU whose fused attention has no gradient for few queries, unless an array is the mask."""
+    monkeypatch.setattr(model_mlx, "on_metal", lambda: True)
+    attention = mx.fast.scaled_dot_product_attention
+
+    def fused(q, k, v, *, scale, mask=None, **kwargs):
+        if q.shape[2] <= NO_FUSED_GRADIENT and not isinstance(mask, mx.array):
+            raise RuntimeError("[ScaledDotProductAttentionVJP] NYI")
+        return attention(q, k, v, scale=scale, mask=mask, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", fused)
+
+
+def steps(context: int, every: int, **shape) -> list[float]:
+    config = TrainConfig(
+        batch_size=2,
+        seq_len=context,
+        checkpoint_every=every,
+        compile=False,
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, **shape),
+    ).resolved()
+    start = Start(initial_weights(config.model, 0))
+    session = MLXBackend("cpu").train_session(config, start)
+    x = np.arange(2 * context, dtype=np.int32).reshape(2, context)
+    return [session.step(i, 1e-2, [(x, x + 1)]).loss for i in range(3)]
+
+
+@pytest.mark.parametrize("context", [1, 2, NO_FUSED_GRADIENT, METAL_SHORTEST])
+@pytest.mark.parametrize("every", [0, 1], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("shape", [{"qk_rope_head_dim": 4}, {"attention": "mha"}], ids=str)
+def test_short_sequences_train_on_metal(context, every, shape, request):
+    expected = steps(context, every, **shape)
+    request.getfixturevalue("metal")
+    assert steps(context, every, **shape) == expected
+
+
+def test_the_two_tables_agree_on_the_shortest_fused_sequence():
+    assert METAL_SHORTEST == NO_FUSED_GRADIENT + 1
+
+
+# --- decoding ---
+
+
+def decoded_widths(name: str) -> set[tuple[int, int]]:
+    """Widths of the keys and the values that a preset's steps read."""
+    kind = preset(name).resolved().model.kind
+    if not kind.latent_widths:
+        return {kind.head_widths}
+    return {(width, rank) for width, rank in zip(kind.latent_widths, kind.ranks)}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_decode_with_widths_that_metal_fuses(name):
+    # The original's latent has no kernel: product, softmax, product.
+    unfused = {"mla-124m": {(384, 384)}}.get(name, set())
+    assert decoded_widths(name) - FUSED_SHARED_HEAD == unfused
+
+
+@pytest.mark.skipif(not mx.metal.is_available(), reason="Metal's kernels")
+@pytest.mark.parametrize(("heads", "length"), [(1, 1), (12, 1), (12, 2), (2, 8), (32, 1)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("widths", sorted(FUSED_SHARED_HEAD), ids=str)
+def test_every_shared_head_is_fused_on_metal(widths, dtype, heads, length):
+    """`force_fused` raises where there is no kernel."""
+    keys, rank = widths
+    q, k = (
+        mx.random.normal(shape, key=mx.random.key(i)).astype(dtype)
+        for i, shape in enumerate([(1, heads, length, keys), (1, 1, 300, keys)])
+    )
+    mask = "causal" if length > 1 else None
+    arguments = {"scale": keys**-0.5, "mask": mask}
+    got = mx.fast.scaled_dot_product_attention(
+        q, k, k[..., :rank], force_fused=True, stream=mx.gpu, **arguments
+    )
+    q, k = q.astype(mx.float32), k.astype(mx.float32)
+    expected = mx.fast.scaled_dot_product_attention(q, k, k[..., :rank], stream=mx.cpu, **arguments)
+    assert difference(got, expected) < (2e-3 if dtype == mx.float32 else 2e-2)
+
+
+def test_this_mlx_can_be_asked_for_a_fused_kernel():
+    """What the test above relies on; on a CPU nothing is fused."""
+    q = mx.zeros((1, 1, 1, 64))
+    with pytest.raises(ValueError, match="force_fused"):
+        mx.eval(
+            mx.fast.scaled_dot_product_attention(
+                q, q, q, scale=1.0, force_fused=True, stream=mx.cpu
+            )
+        )
