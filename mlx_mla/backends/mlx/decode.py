@@ -258,7 +258,7 @@ class MLXDecoder:
             raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
         cache, tokens = prompt_cache.load(options.prompt_cache, self.folder)
         self._use("latent")
-        one = make_prompt_cache(self.model)
+        one = make_cache(self.model)
         self.model(mx.array([[0]]), cache=one)
         prompt_cache.check_fits(options.prompt_cache, cache, tokens, one)
         bits = getattr(cache[0], "bits", None)
