@@ -117,7 +117,7 @@ def test_pytorch_computes_nothing_on_empty_tensors(kind):
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from mlx_mla.backends.torch.decode import FixedCache
+    from mlx_mla.backends.torch.caches import FixedCache
     from mlx_mla.backends.torch.session import TorchTrainSession
 
     touched = set()
