@@ -112,12 +112,12 @@ def test_quantised_caches_hold_what_mlx_lms_do(width, bits, chunks, first):
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_pytorch_computes_nothing_on_empty_tensors(kind):
-    """Training with its gradients, and decoding as on MPS, with a cache of fixed size."""
+    """Training with its gradients, and decoding, also as on MPS, with a cache of fixed size."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from mlx_mla.backends.torch.caches import FixedCache
+    from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
     from mlx_mla.backends.torch.session import TorchTrainSession
 
     touched = set()
@@ -137,15 +137,16 @@ def test_pytorch_computes_nothing_on_empty_tensors(kind):
     session = TorchTrainSession(torch.device("cpu"), run, Start(initial_weights(config, 0)))
     x = np.arange(16).reshape(2, 8)
     session.model.eval()
-    cache = FixedCache(config.n_layer, config.n_positions)
+    kept = [FixedCache(config.n_layer, config.n_positions), GrowingCache()]
     with Watch():
         session.step(0, 1e-3, [(x, x)])
         for length in (5, 1, 1):
             ids = torch.zeros(1, length, dtype=torch.long)
-            session.model(ids, past_key_values=cache, use_cache=True)
+            for cache in kept:
+                session.model(ids, past_key_values=cache, use_cache=True)
     # Memory for values of no width is asked for, and never used.
-    assert touched <= {"aten.zeros.default", "aten.empty.memory_format"}
-    assert cache.get_seq_length() == 7
+    assert touched <= {f"aten.{name}" for name in ("zeros.default", "new_empty.default")}
+    assert [cache.get_seq_length() for cache in kept] == [7, 7]
 
 
 @pytest.mark.torch

@@ -1,4 +1,7 @@
-"""transformers' caches in other memory: in steps, or of one size from the start."""
+"""transformers' caches in other memory: in steps, or of one size from the start.
+
+Nothing is copied into values of width 0, as transformers' own do: not every device guards that.
+"""
 
 from typing import Any
 
@@ -25,10 +28,12 @@ class GrowingLayer(DynamicLayer):
             size = -(-end // self.step) * self.step
             for i, old in enumerate(self.room):
                 new = old.new_empty(*old.shape[:-2], size, old.shape[-1])
-                new[..., :begin, :] = old[..., :begin, :]
+                if begin and old.shape[-1]:
+                    new[..., :begin, :] = old[..., :begin, :]
                 self.room[i] = new
         for room, states in zip(self.room, (key_states, value_states)):
-            room[..., begin:end, :] = states
+            if states.shape[-1]:
+                room[..., begin:end, :] = states
         self.keys, self.values = (room[..., :end, :] for room in self.room)
         return self.keys, self.values
 
@@ -42,7 +47,7 @@ class GrowingCache(Cache):
 
 class FixedLayer(StaticLayer):
     """A layer's cache of one size from the start, whose length is known without a look at the
-    device; nothing is copied into values of width 0, as transformers' own does."""
+    device."""
 
     length = 0
 
