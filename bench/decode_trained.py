@@ -21,10 +21,11 @@ from typing import Any, Optional
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from bench.harness import Document, Report, Row, document, publish
 from mlx_mla import checkpoint, cli
+from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.decode import MLXDecoder
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.data import corpus

@@ -265,7 +265,7 @@ def test_a_missing_framework_is_named(monkeypatch):
 def test_the_growing_cache_holds_what_transformers_does_and_is_not_copied():
     from transformers import DynamicCache
 
-    from mlx_mla.backends.torch.decode import GrowingCache
+    from mlx_mla.backends.torch.caches import GrowingCache
 
     ours, theirs = GrowingCache(), DynamicCache()
     for length in (250, 1, 5, 1, 300, 1):

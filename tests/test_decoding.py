@@ -10,7 +10,6 @@ import pytest
 from helpers import TINY, objects, refused
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
-    QuantizedKVCache,
     load_prompt_cache,
     make_prompt_cache,
     trim_prompt_cache,
@@ -19,6 +18,7 @@ from mlx_lm.models.cache import (
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.mlx import prompt_cache
+from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
 from mlx_mla.decoding import cache_choice

@@ -23,12 +23,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import (
     BatchKVCache,
     KVCache,
-    QuantizedKVCache,
     RotatingKVCache,
     make_prompt_cache,
 )
 
 from mlx_mla import model_mlx
+from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
 from mlx_mla.configuration_mla_gpt2 import MLAGPT2Config

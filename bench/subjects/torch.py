@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from bench.subjects.contract import Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
-from mlx_mla.backends.torch.decode import GrowingCache
+from mlx_mla.backends.torch.caches import GrowingCache
 from mlx_mla.backends.torch.load import build_model
 from mlx_mla.backends.torch.session import TorchTrainSession
 from mlx_mla.config import DType, ModelConfig, TrainConfig

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece
+from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
@@ -24,67 +24,6 @@ from mlx_mla.decoding.request import (
 )
 from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
-
-
-class GrowingLayer(DynamicLayer):
-    """A layer's cache that grows by 256 tokens at a time, as mlx-lm's; transformers' own is copied
-    at every step."""
-
-    step = 256
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = [key_states[..., :0, :], value_states[..., :0, :]]
-        begin = self.get_seq_length()
-        end = begin + key_states.shape[-2]
-        if end > self.room[0].shape[-2]:
-            size = -(-end // self.step) * self.step
-            for i, old in enumerate(self.room):
-                new = old.new_empty(*old.shape[:-2], size, old.shape[-1])
-                new[..., :begin, :] = old[..., :begin, :]
-                self.room[i] = new
-        for room, states in zip(self.room, (key_states, value_states)):
-            room[..., begin:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
-        return self.keys, self.values
-
-
-class GrowingCache(Cache):
-    """transformers' cache of such layers. Decoding here neither crops nor reorders it."""
-
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GrowingLayer)
-
-
-class FixedLayer(StaticLayer):
-    """A layer's cache of one size from the start, whose length is known without a look at the
-    device; nothing is copied into values of width 0, as transformers' own does."""
-
-    length = 0
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        begin, self.length = self.length, self.length + key_states.shape[-2]
-        for held, states in ((self.keys, key_states), (self.values, value_states)):
-            if states.shape[-1]:
-                held[..., begin : self.length, :] = states
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-class FixedCache(Cache):
-    """transformers' cache of such layers, with room for `size` tokens."""
-
-    def __init__(self, layers: int, size: int) -> None:
-        super().__init__(layers=[FixedLayer(size) for _ in range(layers)])
 
 
 class TorchDecoder:
