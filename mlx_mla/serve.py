@@ -13,22 +13,27 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mlx_mla import checkpoint, cli
+from mlx_mla.backends.contract import decoding_dtype
+from mlx_mla.backends.mlx.device import kind_of
 from mlx_mla.backends.mlx.load import load
+from mlx_mla.config import InferenceDType
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.decoding.request import outside
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
 
-from mlx_lm import server  # isort: skip  (after the backend, which loads MLX's BLAS)
+import mlx.core as mx  # isort: skip  (after the backend, which loads MLX's BLAS)
+from mlx_lm import server  # isort: skip
 from mlx_lm.models.cache import LRUPromptCache  # isort: skip
 from mlx_lm.utils import load_tokenizer  # isort: skip
 
 PROG = "python -m mlx_mla.serve"
 LARGEST_BODY = 2**20
 CLIENT_TIMEOUT = 120
+DTYPE_HELP = "type of weights, computation and cache; left out, float32 on a CPU, bfloat16 on a GPU"
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -40,15 +45,15 @@ class Server(http.server.ThreadingHTTPServer):
 class Provider(server.ModelProvider):
     """mlx-lm's, with the package's own model: no code of the folder is run."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+    def __init__(self, args: argparse.Namespace, folder: Path, dtype: InferenceDType):
         super().__init__(args)
-        self.folder, self.loaded = folder, threading.Event()
+        self.folder, self.dtype, self.loaded = folder, dtype, threading.Event()
         self.problem: Exception | None = None
 
     def _load(self, *_: Any) -> None:
         """Load the model, in the generation thread, which an exception would end."""
         try:
-            self.model = load(self.folder)
+            self.model = load(self.folder, self.dtype)
             self.tokenizer = load_tokenizer(self.folder)
             self.is_batchable, self.model_key = True, (self.cli_args.model, None, None)
         except Exception as e:
@@ -106,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     args = _flags(argv)
+    dtype = decoding_dtype(args.dtype, kind_of(mx.default_device()))
     if args.model is None:
         raise UserError(f"--model is missing; see {PROG} --help")
     if args.adapter_path or args.draft_model:
@@ -122,14 +128,14 @@ def _main(argv: Sequence[str]) -> int:
     Handler.checks = RequestChecks(
         tokenizer, config.n_positions, config.vocab_size, names, args.max_tokens
     )
-    provider = Provider(args, folder)
+    provider = Provider(args, folder, dtype)
     provider._model_map.update(dict.fromkeys(names, args.model))
     generator = server.ResponseGenerator(provider, LRUPromptCache(args.prompt_cache_size))
     try:
         provider.loaded.wait()
         if provider.problem is not None:
             raise provider.problem
-        print(f"serving {args.model} at http://{args.host}:{args.port}/v1", flush=True)
+        print(f"serving {args.model} in {dtype} at http://{args.host}:{args.port}/v1", flush=True)
         server._run_http_server(
             args.host, args.port, generator, server_class=Server, handler_class=Handler
         )
@@ -139,21 +145,26 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _flags(argv: Sequence[str]) -> argparse.Namespace:
-    """mlx-lm's own flags, as its main reads them before it calls `run`."""
+    """mlx-lm's own flags, as its main reads them before it calls `run`, and --dtype."""
+    ours = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    ours.add_argument("--dtype", choices=get_args(InferenceDType), help=DTYPE_HELP)
     found: list[argparse.Namespace] = []
     run, arguments, stderr = server.run, sys.argv, io.StringIO()
     server.run = lambda host, port, provider: found.append(provider.cli_args)
-    sys.argv = [PROG, *argv]
     try:
         with contextlib.redirect_stderr(stderr):
+            own, rest = ours.parse_known_args(argv)
+            sys.argv = [PROG, *rest]
             server.main()
     except SystemExit as e:
         if e.code in (0, None):
+            print(ours.format_help())
             raise
         said = stderr.getvalue().strip().splitlines() or ["wrong arguments"]
         raise UserError(f"{said[-1].partition('error: ')[2] or said[-1]}; see {PROG} --help") from e
     finally:
         server.run, sys.argv = run, arguments
+    found[0].dtype = own.dtype
     return found[0]
 
 

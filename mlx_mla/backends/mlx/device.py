@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -9,7 +10,7 @@ import mlx.core as mx
 
 from mlx_mla.errors import UserError
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +33,19 @@ def find_device(name: str) -> mx.Device:
     if name == "gpu" and not has_gpu:
         raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
     return mx.Device(mx.gpu if has_gpu and name != "cpu" else mx.cpu)
+
+
+def kind_of(device: mx.Device) -> str:
+    """cpu or gpu."""
+    return "cpu" if device == mx.cpu else "gpu"
+
+
+def float32_products(device: mx.Device) -> str:
+    """How float32 matrices are multiplied there, for people. MLX reads the variable once, at its
+    first product."""
+    if device == mx.cpu or os.environ.get("MLX_ENABLE_TF32") == "0":
+        return "float32"
+    return "TF32 where the GPU has it (MLX_ENABLE_TF32=0: float32)"
 
 
 def on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from mlx_mla.model_mlx import Block, Transformer
 
-
 # Where a token occurs more than once, a GPU adds up its gradient by atomics, in an order that
 # varies; a CPU has one order. On a Mac, whose memory they share, the CPU does it.
 EMBEDDING_STREAM = mx.cpu if mx.metal.is_available() else None

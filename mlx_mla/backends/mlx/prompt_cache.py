@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from safetensors import SafetensorError, safe_open
@@ -56,11 +57,12 @@ def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) 
         unfinished.unlink(missing_ok=True)
 
 
-def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
+def load(path: Path, folder: Path, dtype: mx.Dtype) -> tuple[list[Any], list[int]]:
     """Read what `save` wrote.
 
     Args:
         folder: Folder of the model that will go on from it.
+        dtype: Type of that model's weights, to which the cache is brought.
 
     Returns:
         mlx-lm caches, a layer each, and the tokens they hold.
@@ -99,9 +101,19 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
     if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
         raise UserError(f"{path}: damaged, its tokens are no list of ids")
     try:
-        return load_prompt_cache(str(path)), tokens
+        return [_cast(cache, dtype) for cache in load_prompt_cache(str(path))], tokens
     except (ValueError, KeyError, RuntimeError, TypeError) as e:
         raise UserError(f"{path}: not a prompt cache of mlx-lm ({e})") from None
+
+
+def _cast(cache: Any, dtype: mx.Dtype) -> Any:
+    """An mlx-lm cache with its numbers in a type; codes of a quantised one stay as they are."""
+
+    def cast(a: mx.array) -> mx.array:
+        return a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a
+
+    cache.keys, cache.values = tree_map(cast, (cache.keys, cache.values))
+    return cache
 
 
 def _seal(path: Path) -> None:

@@ -157,9 +157,8 @@ class MLXTrainSession:
         assert weight is not None and temperature is not None
         logits = self._hidden(x) @ self._head().T
         ids = slice(self._vocabulary)
-        divergence = distillation_divergence(
-            *(z[..., ids].astype(mx.float32) for z in (logits, taught)), temperature
-        )
+        student, teacher = (z[..., ids].astype(mx.float32) for z in (logits, taught))
+        divergence = distillation_divergence(student, teacher, temperature)
         return (1 - weight) * cross_entropy(logits, y).mean() + weight * divergence
 
     def _loss_and_grad(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict]:
