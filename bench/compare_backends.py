@@ -5,8 +5,9 @@
 
 Method: the same weights go into both backends, and their logits must agree before anything is
 timed (float32 is not TF32 in either: MLX_ENABLE_TF32 is 0 unless the environment sets it); every
-subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart); then all subjects of a measurement take turns, so that drift of the machine hits them alike.
-Figures are the median, smallest and largest of the repetitions.
+subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart); then
+all subjects of a measurement take turns, so that drift of the machine hits them alike. Figures are
+the median, smallest and largest of the repetitions.
 
 Writes results.json after every measurement, and at the end report.md and plots. results.json:
 {"command", "machine": {...}, "settings": {...}, "baseline": the model that ratios are against

@@ -20,6 +20,7 @@ from helpers import TINY
 from hypothesis import settings
 
 from mlx_mla import train
+from mlx_mla.backends import contract
 
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("default")
@@ -79,6 +80,14 @@ def tiny_run(tmp_path_factory, text_file) -> Path:
     ]
     assert train.main(argv) == 0
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def decode_in_float32():
+    """On GPUs, too, unless a test says otherwise: texts are only claimed to be equal there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract, "GPU_DTYPE", "float32")
+        yield
 
 
 @pytest.fixture

@@ -194,6 +194,10 @@ class Backend(Protocol):
         ...
 
 
+GPU_DTYPE: InferenceDType = "bfloat16"
+"""Type in which GPUs decode where none is asked for."""
+
+
 def decoding_dtype(asked: InferenceDType | None, device: str) -> InferenceDType:
     """The type to decode in: what was asked for; else, since a step reads every weight, the short
     one where the device computes in it, and float32 on a CPU, which mostly does not.
@@ -201,7 +205,7 @@ def decoding_dtype(asked: InferenceDType | None, device: str) -> InferenceDType:
     Args:
         device: The backend's kind of device: cpu; gpu (mlx), cuda or mps (torch).
     """
-    return asked or ("float32" if device == "cpu" else "bfloat16")
+    return asked or ("float32" if device == "cpu" else GPU_DTYPE)
 
 
 def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
