@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 
-import foreign
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
@@ -230,10 +229,10 @@ def test_evaluate_scores_in_the_type(folder, tmp_path, backend):
         assert evaluate.main(argv) == 0
         (row,) = json.loads(out.read_text())["models"]
         assert row["dtype"] == dtype
-        values[dtype] = row["tasks"]["lambada"]["perplexity"]
+        values[dtype] = row["tasks"]["lambada"]["ppl"]
     for dtype in HALF:
         assert values[dtype] != values["float32"]
-        assert values[dtype] == pytest.approx(values["float32"], rel=0.05)
+        assert np.log(values[dtype]) == pytest.approx(np.log(values["float32"]), rel=0.01)
 
 
 @pytest.mark.torch
@@ -261,6 +260,7 @@ def test_convert_stores_the_type_that_other_tools_then_compute_in(folder, tmp_pa
 
 @pytest.mark.torch
 def test_convert_writes_hugging_faces_gpt2_in_the_type(tmp_path):
+    import foreign
     from transformers import GPT2LMHeadModel
 
     source = foreign.gpt2(n_layer=1, vocab_size=257)
@@ -274,7 +274,7 @@ def test_convert_writes_hugging_faces_gpt2_in_the_type(tmp_path):
 
 
 def test_weights_too_large_for_float16_are_refused(folder, tmp_path, capsys):
-    config, weights = checkpoint.read_config(folder), None
+    config = checkpoint.read_config(folder)
     weights = checkpoint.read_weights(folder, config)
     weights["transformer.ln_f.weight"] = weights["transformer.ln_f.weight"] + np.float32(1e5)
     source = tmp_path / "large"
