@@ -4,9 +4,10 @@
     python bench/compare_backends.py --out bench/results/my-mac
 
 Method: the same weights go into both backends, and their logits must agree before anything is
-timed; every subject is warmed up until two runs agree within a tenth (the first, cold run is kept
-apart); then all subjects of a measurement take turns, so that drift of the machine hits them alike.
-Figures are the median, smallest and largest of the repetitions.
+timed (float32 is not TF32 in either: MLX_ENABLE_TF32 is 0 unless the environment sets it); every
+subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart); then
+all subjects of a measurement take turns, so that drift of the machine hits them alike. Figures are
+the median, smallest and largest of the repetitions.
 
 Writes results.json after every measurement, and at the end report.md and plots. results.json:
 {"command", "machine": {...}, "settings": {...}, "baseline": the model that ratios are against
@@ -23,6 +24,7 @@ the beginning and at the end of every run into the file.
 import dataclasses
 import functools
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(Compare, argv, PROG)
     _check(settings)
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at its first product
     found = document("bench.compare_report", PROG, argv, settings, settings.backends)
     path = settings.out and settings.out / "results.json"
     results = Results(found, path, settings.resume)

@@ -79,7 +79,11 @@ def machine(backends: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict
         facts["MLX BLAS"] = blas.in_use()
         import mlx.core as mx
 
-        facts["MLX device"] = str(mx.default_device())
+        from mlx_mla.backends.mlx.device import float32_products
+
+        device = mx.default_device()
+        facts["MLX device"] = str(device)
+        facts["MLX float32 products"] = float32_products(device)
     return facts
 
 

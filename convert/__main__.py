@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mlx_mla import checkpoint, cli, files
+from mlx_mla.config import InferenceDType
 from mlx_mla.errors import UserError
 from mlx_mla.locks import locked
 from mlx_mla.weights import num_parameters
@@ -61,6 +62,8 @@ class ConvertCommand:
     """Tokens of the text to calibrate on, from its beginning. 0: all."""
     held_out_tokens: int = 32768
     """Tokens of its last tenth to measure perplexity on. 0: all."""
+    dtype: InferenceDType = "float32"
+    """Type to store the weights in, in which tools that are not told otherwise compute."""
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     """Where PyTorch runs the model on the calibration text. "auto" takes a GPU where there is
     one."""
@@ -111,7 +114,7 @@ def _main(argv: Sequence[str]) -> int:
     with locked(command.out), files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
         if command.to == "hf":
-            hf.write_gpt2(folder, config, weights, tokenizer)
+            hf.write_gpt2(folder, config, weights, tokenizer, command.dtype)
         else:
             if rank is not None:
                 calibration = _calibration(command, tokenizer, config.n_positions)
@@ -122,9 +125,11 @@ def _main(argv: Sequence[str]) -> int:
                 steps = report.sentences()
                 print("\n".join(steps))
                 report.write(folder)
+            if command.dtype != "float32":
+                steps.append(f"The weights are rounded to {command.dtype}.")
             has_end = tokenizer.eos_token_id is not None
             card = converted_card(config, source.name, source.kind, len(tokenizer), has_end, steps)
-            checkpoint.write_model(folder, config, weights, tokenizer, card)
+            checkpoint.write_model(folder, config, weights, tokenizer, card, command.dtype)
     print(f"wrote {command.out}")
     return 0
 

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
-from mlx_mla.config import ModelConfig
+from mlx_mla.checkpoint import in_type
+from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.weights import parameter_shapes
@@ -215,6 +216,7 @@ def write_gpt2(
     config: ModelConfig,
     weights: Mapping[str, np.ndarray],
     tokenizer: PreTrainedTokenizerFast,
+    dtype: InferenceDType = "float32",
 ) -> None:
     """Write a plain `GPT2LMHeadModel` folder.
 
@@ -222,6 +224,7 @@ def write_gpt2(
         folder: Exists, and is empty.
         config: Resolved; GPT-2's own attention.
         weights: Tensors in our layout, float32.
+        dtype: Type to store them in.
 
     Raises:
         UserError: If the attention is one that GPT-2 has no name for.
@@ -236,7 +239,7 @@ def write_gpt2(
     if not config.attention_bias:
         for i in range(config.n_layer):
             state[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * config.n_embd, np.float32)
-    save_file(state, str(folder / "model.safetensors"), {"format": "pt"})
+    save_file(in_type(state, dtype), str(folder / "model.safetensors"), {"format": "pt"})
     give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
     fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()
     values = {n: getattr(config, n) for n in fields}
@@ -249,7 +252,7 @@ def write_gpt2(
         bos_token_id=eos,
         eos_token_id=eos,
         architectures=["GPT2LMHeadModel"],
-        dtype="float32",
+        dtype=dtype,
     )
     hf.save_pretrained(str(folder))
     # GPT-2's own configuration has no field for rows that pad the vocabulary.

@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives NumPy bfloat16, which safetensors then reads and writes)
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.config import ModelConfig
+from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, told
 from mlx_mla.errors import UserError, shown
 from mlx_mla.files import (
@@ -55,6 +56,7 @@ def write_model(
     weights: Mapping[str, np.ndarray],
     tokenizer: PreTrainedTokenizerFast,
     card: str,
+    dtype: InferenceDType = "float32",
 ) -> None:
     """Write the files of a model folder into an existing folder.
 
@@ -63,9 +65,11 @@ def write_model(
         config: Resolved configuration.
         weights: The tensors that `parameter_shapes(config)` names.
         card: Text of the model card, README.md.
+        dtype: Type to store them in.
     """
-    _save_tensors(folder / WEIGHTS, weights)
-    _write_json(folder / "config.json", model_config_json(config, tokenizer))
+    _save_tensors(folder / WEIGHTS, in_type(weights, dtype))
+    values = {**model_config_json(config, tokenizer), "dtype": dtype}
+    _write_json(folder / "config.json", values)
     (folder / "README.md").write_text(card, encoding="utf-8")
     for name in (MLX_FILE, TORCH_FILE, CONFIGURATION_FILE):
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
@@ -93,12 +97,22 @@ def model_config_json(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -
         "max_position_embeddings": config.n_positions,
         "bos_token_id": eos,
         "eos_token_id": eos,
-        "dtype": "float32",
     }
     if len(tokenizer) < config.vocab_size:
         # The model files give the rows beyond no probability, so no tool samples them.
         values["tokenizer_size"] = len(tokenizer)
     return values
+
+
+def in_type(weights: Mapping[str, np.ndarray], dtype: InferenceDType) -> dict[str, np.ndarray]:
+    """float32 weights rounded to a type; UserError where one is too large for it."""
+    if dtype == "float32":
+        return dict(weights)
+    with np.errstate(over="ignore"):
+        rounded = {name: w.astype(dtype) for name, w in weights.items()}
+    if large := not_finite({name: w.astype(np.float32) for name, w in rounded.items()}):
+        raise UserError(f"--dtype {dtype}: tensor {large} has values too large; use bfloat16")
+    return rounded
 
 
 def write_train_state(

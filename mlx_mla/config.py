@@ -15,6 +15,7 @@ from mlx_mla.fields import Bounds, at_least_1, check_bounds, not_negative, posit
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
 DType = Literal["float32", "bfloat16"]
+InferenceDType = Literal["float32", "bfloat16", "float16"]
 TokenizerName = Literal["bytes", "gpt2"]
 
 TOKENIZER_IDS: dict[TokenizerName, int] = {"bytes": 257, "gpt2": 50257}

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend
-from mlx_mla.config import BackendName, DeviceName, DType
+from mlx_mla.config import BackendName, DeviceName, InferenceDType
 from mlx_mla.decoding.request import outside
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
@@ -67,8 +67,8 @@ class EvaluateCommand:
     compared with."""
     batch_size: int = 32
     """Most rows scored at once. Lower it if memory runs out."""
-    dtype: DType = "float32"
-    """Type of weights and computation; log-probabilities are float32."""
+    dtype: InferenceDType = "float32"
+    """Type of weights and computation, also of speed; log-probabilities are float32."""
     backend: BackendName = "mlx"
     """Framework that does the computing."""
     device: DeviceName = "auto"
@@ -121,7 +121,7 @@ def _evaluate(
             evaluation.begin(name)
             for task in names:
                 if task == SPEED:
-                    evaluation.add_speed(speed(backend, folder, scorer))
+                    evaluation.add_speed(speed(backend, folder, scorer, command.dtype))
                 else:
                     evaluation.add(TASKS[task], documents[task], scorer)
                 if command.out is not None:

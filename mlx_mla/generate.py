@@ -10,7 +10,7 @@ from typing import Optional
 from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Decoder, Piece
-from mlx_mla.config import BackendName, DeviceName
+from mlx_mla.config import BackendName, DeviceName, InferenceDType
 from mlx_mla.data import tokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
@@ -40,6 +40,9 @@ class GenerateCommand(GenerationOptions):
     device: DeviceName = "auto"
     """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
     where there is one."""
+    dtype: Optional[InferenceDType] = None
+    """Type of weights, computation and cache. None: float32 on a CPU, bfloat16 on a GPU, where a
+    token then takes half the bytes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +57,8 @@ def _main(argv: Sequence[str]) -> int:
     from mlx_mla.hub import find_model
 
     folder = find_model(command.model)
-    decoder = get_backend(command.backend, command.device).decoder(folder, command.cache)
+    backend = get_backend(command.backend, command.device)
+    decoder = backend.decoder(folder, command.cache, command.dtype)
     # After a cached context an empty prompt adds nothing.
     encoded = [[] if command.prompt_cache and not p else encode(decoder, p) for p in prompts]
     if len(prompts) == 1:
@@ -132,6 +136,7 @@ def _result(command: GenerateCommand, decoder: Decoder, pieces: list[Piece]) -> 
         **pieces[-1].figures,
         "backend": command.backend,
         "cache": decoder.cache,
+        "dtype": decoder.dtype,
     }
 
 
@@ -145,7 +150,7 @@ def _figures(command: GenerateCommand, decoder: Decoder, pieces: list[list[Piece
         f"first token {max(f['ttft_ms'] for f in last):,.0f} ms | "
         f"cache {max(f['kv_cache_bytes'] for f in last):,} bytes | "
         f"peak {max(f['peak_memory_bytes'] for f in last) / 2**20:,.1f} MiB | "
-        f"{command.backend}, {decoder.cache} cache]"
+        f"{command.backend}, {decoder.dtype}, {decoder.cache} cache]"
     )
 
 

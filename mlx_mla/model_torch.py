@@ -235,7 +235,9 @@ class LatentAttention(nn.Module):
             mask = torch.ones(L, T, dtype=torch.bool, device=q.device).tril()[None, None]
             mask = mask | (L == 1)
         mask = mask.expand(-1, H, L, T).reshape(-1, 1, H * L, T)
-        out = attend(q_BHLR.reshape(B, 1, H * L, -1), latent, latent, mask, self.scale)
+        if q.device.type == "mps":  # it rounds scores to the type of the queries
+            q_BHLR, latent = q_BHLR.float(), latent.float()
+        out = attend(q_BHLR.reshape(B, 1, H * L, -1), latent, latent, mask, self.scale).to(q.dtype)
         return by_head(out[..., :R].reshape(B, H, L, R), w_uv.transpose(-1, -2))
 
 

@@ -13,12 +13,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mlx_mla import checkpoint, cli
+from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx.caches import KVCache
-from mlx_mla.backends.mlx.device import find_device
+from mlx_mla.backends.mlx.device import find_device, kind_of
 from mlx_mla.backends.mlx.load import load
+from mlx_mla.config import InferenceDType
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.decoding.request import outside
 from mlx_mla.errors import UserError
@@ -32,6 +34,7 @@ from mlx_lm.utils import load_tokenizer  # isort: skip
 PROG = "python -m mlx_mla.serve"
 LARGEST_BODY = 2**20
 CLIENT_TIMEOUT = 120
+DTYPE_HELP = "type of weights, computation and cache; left out, float32 on a CPU, bfloat16 on a GPU"
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -43,15 +46,15 @@ class Server(http.server.ThreadingHTTPServer):
 class Provider(server.ModelProvider):
     """mlx-lm's, with the package's own model: no code of the folder is run."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+    def __init__(self, args: argparse.Namespace, folder: Path, dtype: InferenceDType):
         super().__init__(args)
-        self.folder, self.loaded = folder, threading.Event()
+        self.folder, self.dtype, self.loaded = folder, dtype, threading.Event()
         self.problem: Exception | None = None
 
     def _load(self, *_: Any) -> None:
         """Load the model, in the generation thread, which an exception would end."""
         try:
-            self.model = load(self.folder)
+            self.model = load(self.folder, self.dtype)
             count = len(make_prompt_cache(self.model))
             self.model.make_cache = lambda: [KVCache() for _ in range(count)]
             self.tokenizer = load_tokenizer(self.folder)
@@ -110,14 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    device, argv = _device(argv)
+    own, others = _own_flags(argv)
+    device = find_device(own.device)
+    dtype = decoding_dtype(own.dtype, kind_of(device))
     # mlx-lm's generation thread asks for MLX's default, which is one for all threads.
     with mx.stream(device):
-        return _serve(argv)
+        return _serve(_flags(others), dtype)
 
 
-def _serve(argv: Sequence[str]) -> int:
-    args = _flags(argv)
+def _serve(args: argparse.Namespace, dtype: InferenceDType) -> int:
     if args.model is None:
         raise UserError(f"--model is missing; see {PROG} --help")
     if args.adapter_path or args.draft_model:
@@ -134,14 +138,14 @@ def _serve(argv: Sequence[str]) -> int:
     Handler.checks = RequestChecks(
         tokenizer, config.n_positions, config.vocab_size, names, args.max_tokens
     )
-    provider = Provider(args, folder)
+    provider = Provider(args, folder, dtype)
     provider._model_map.update(dict.fromkeys(names, args.model))
     generator = server.ResponseGenerator(provider, LRUPromptCache(args.prompt_cache_size))
     try:
         provider.loaded.wait()
         if provider.problem is not None:
             raise provider.problem
-        print(f"serving {args.model} at http://{args.host}:{args.port}/v1", flush=True)
+        print(f"serving {args.model} in {dtype} at http://{args.host}:{args.port}/v1", flush=True)
         server._run_http_server(
             args.host, args.port, generator, server_class=Server, handler_class=Handler
         )
@@ -150,10 +154,11 @@ def _serve(argv: Sequence[str]) -> int:
     return 0
 
 
-def _device(argv: Sequence[str]) -> tuple[mx.Device, list[str]]:
-    """The device of --device, which mlx-lm's server has no flag for, and the other arguments."""
+def _own_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """--device and --dtype, which mlx-lm's server has no flags for, and the other arguments."""
     own = argparse.ArgumentParser(
-        usage=f"{PROG} --model MODEL [--device DEVICE] [flags of mlx_lm.server, below]",
+        usage=f"{PROG} --model MODEL [--device DEVICE] [--dtype DTYPE] [flags of mlx_lm.server, "
+        "below]",
         add_help=False,
         allow_abbrev=False,
         exit_on_error=False,
@@ -164,13 +169,13 @@ def _device(argv: Sequence[str]) -> tuple[mx.Device, list[str]]:
         choices=("auto", "cpu", "gpu"),
         help='where to run; "auto" takes a GPU where there is one',
     )
+    own.add_argument("--dtype", choices=get_args(InferenceDType), help=DTYPE_HELP)
     if {"-h", "--help"} & set(argv):
         own.print_help()
     try:
-        found, others = own.parse_known_args(argv)
+        return own.parse_known_args(argv)
     except argparse.ArgumentError as e:
         raise UserError(f"{e}; see {PROG} --help") from None
-    return find_device(found.device), others
 
 
 def _flags(argv: Sequence[str]) -> argparse.Namespace:

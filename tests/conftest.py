@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Newer GPUs multiply float32 matrices in TF32 by default, three digits short of the tests'
+# tolerances. MLX reads this once, at its first product; commands that tests start inherit it.
+os.environ["MLX_ENABLE_TF32"] = "0"
 
 import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports first)
 
@@ -20,6 +23,7 @@ from helpers import TINY
 from hypothesis import settings
 
 from mlx_mla import train
+from mlx_mla.backends import contract
 
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("default")
@@ -110,6 +114,14 @@ def tiny_run(tmp_path_factory, text_file) -> Path:
     ]
     assert train.main(argv) == 0
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def decode_in_float32():
+    """On GPUs, too, unless a test says otherwise: texts are only claimed to be equal there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract, "GPU_DTYPE", "float32")
+        yield
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ def test_a_run_begun_in_one_backend_goes_on_in_the_other(tmp_path, text_file, fi
     assert got == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="not promised there: docs/reliability.md")
 def test_resuming_is_bit_identical(tmp_path, text_file):
     flags = [
         *TINY,

@@ -4,6 +4,7 @@ import random
 import subprocess
 import time
 
+import mlx.core as mx
 import pytest
 from helpers import MEASURED, TINY, python
 
@@ -53,6 +54,10 @@ def outcome(out) -> tuple[dict, list]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    mx.is_available(mx.gpu) and not mx.metal.is_available(),
+    reason="not promised on CUDA: docs/reliability.md",
+)
 @pytest.mark.parametrize(
     "extra",
     [

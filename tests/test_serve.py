@@ -61,7 +61,7 @@ def folder(tiny_run):
 
 @pytest.fixture(scope="module")
 def port(folder):
-    with serving("-m", "mlx_mla.serve", "--model", str(folder)) as port:
+    with serving("-m", "mlx_mla.serve", "--model", str(folder), "--dtype", "float32") as port:
         yield port
 
 

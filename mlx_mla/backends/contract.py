@@ -8,7 +8,7 @@ from typing import Any, Optional, Protocol
 
 import numpy as np
 
-from mlx_mla.config import DType, ModelConfig, TrainConfig
+from mlx_mla.config import DType, InferenceDType, ModelConfig, TrainConfig
 from mlx_mla.data.windows import Batch
 from mlx_mla.decoding.request import CacheKind, GenerationOptions
 from mlx_mla.errors import UserError
@@ -123,6 +123,8 @@ class Decoder(Protocol):
     cache: CacheKind
     """What is kept between tokens; where "auto" was asked for, what it chose for the last
     request."""
+    dtype: InferenceDType
+    """Type of the weights, the computation and the cache."""
 
     def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
         """Continue one prompt (token ids), piece by piece."""
@@ -177,13 +179,33 @@ class Backend(Protocol):
         """
         ...
 
-    def decoder(self, folder: Path, cache: CacheKind = "latent") -> Decoder:
-        """Load a model folder for generation."""
+    def decoder(
+        self, folder: Path, cache: CacheKind = "latent", dtype: InferenceDType | None = None
+    ) -> Decoder:
+        """Load a model folder for generation.
+
+        Args:
+            dtype: Type of weights and computation; None: `decoding_dtype`'s.
+        """
         ...
 
-    def scorer(self, folder: Path, dtype: DType = "float32") -> Scorer:
+    def scorer(self, folder: Path, dtype: InferenceDType = "float32") -> Scorer:
         """Load a model folder to score text with."""
         ...
+
+
+GPU_DTYPE: InferenceDType = "bfloat16"
+"""Type in which GPUs decode where none is asked for."""
+
+
+def decoding_dtype(asked: InferenceDType | None, device: str) -> InferenceDType:
+    """The type to decode in: what was asked for; else, since a step reads every weight, the short
+    one where the device computes in it, and float32 on a CPU, which mostly does not.
+
+    Args:
+        device: The backend's kind of device: cpu; gpu (mlx), cuda or mps (torch).
+    """
+    return asked or ("float32" if device == "cpu" else GPU_DTYPE)
 
 
 def dropout_seed(seed: int, step: int, rank: int = 0) -> int:

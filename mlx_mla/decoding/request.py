@@ -70,7 +70,7 @@ class GenerationOptions:
     """Write the context, with what was generated, to this .safetensors file."""
     draft_model: Optional[str] = None
     """A small model with the same tokenizer that guesses tokens for the model to check, several at
-    a time: run folder, model folder or hub id. The greedy text stays the same."""
+    a time: run folder, model folder or hub id. The greedy text stays the same in float32."""
     num_draft_tokens: int = 3
     """Tokens that --draft-model guesses at a time."""
     max_kv_size: Optional[int] = None

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_mla import hints
 from mlx_mla.backends.contract import Backend
+from mlx_mla.config import InferenceDType
 from mlx_mla.data.tokenizer import encode
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
@@ -159,8 +160,13 @@ def metrics(measured: Sequence[Measured]) -> dict[str, Any]:
     return row
 
 
-def speed(backend: Backend, folder: Path, scorer: Scorer) -> dict[str, dict[str, float]]:
+def speed(
+    backend: Backend, folder: Path, scorer: Scorer, dtype: InferenceDType
+) -> dict[str, dict[str, float]]:
     """Tokens per second: median, smallest and largest of 5 runs after a warm-up, in this process.
+
+    Args:
+        dtype: The scorer's, and generation's.
 
     `forward_tps`: one row of 512 tokens (or n_positions), logits of all. `generation_tps` and
         `ttft_ms`: greedy,
@@ -175,7 +181,7 @@ def speed(backend: Backend, folder: Path, scorer: Scorer) -> dict[str, dict[str,
         scorer.run(None, ids, where, ids[0])
         forward.append(length / (time.perf_counter() - began))
     half = min(64, scorer.n_positions // 2)
-    decoder = backend.decoder(folder, "latent")
+    decoder = backend.decoder(folder, "latent", dtype)
     options = GenerationOptions(max_tokens=half, temp=0)
     figures = [list(decoder.stream(ids[0, :half].tolist(), options))[-1].figures for _ in range(6)]
     columns = {

@@ -9,12 +9,12 @@ import mlx.core as mx
 from mlx_mla import blas, checkpoint
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.mlx.decode import MLXDecoder
-from mlx_mla.backends.mlx.device import DTYPES, find_device, on_device
+from mlx_mla.backends.mlx.device import DTYPES, find_device, float32_products, on_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.backends.peak import measure_peak
-from mlx_mla.config import DType, TrainConfig
+from mlx_mla.config import DType, InferenceDType, TrainConfig
 from mlx_mla.decoding.request import CacheKind
 from mlx_mla.fusion import Device, fused_by_mlx
 from mlx_mla.machine import physical_memory
@@ -39,6 +39,7 @@ class MLXBackend:
             "MLX device": f"{self.device} ({info.get('device_name', 'unknown')})",
             "MLX GPU": gpu,
             "MLX BLAS": blas.in_use(),
+            "MLX float32 products": float32_products(self.device),
         }
         if LIMIT in info:
             facts["MLX memory limit"] = f"{int(info[LIMIT]) / GIB:.1f} GiB recommended"
@@ -95,12 +96,13 @@ class MLXBackend:
     ) -> MLXTrainSession:
         return MLXTrainSession(self.device, config, start, teacher, world)
 
-    def decoder(self, folder: Path, cache: CacheKind = "latent") -> MLXDecoder:
-        return MLXDecoder(self.device, folder, cache)
+    def decoder(
+        self, folder: Path, cache: CacheKind = "latent", dtype: InferenceDType | None = None
+    ) -> MLXDecoder:
+        return MLXDecoder(self.device, folder, cache, dtype)
 
     @on_device
-    def scorer(self, folder: Path, dtype: DType = "float32") -> MLXScorer:
-        model = load(folder)
-        model.set_dtype(DTYPES[dtype])
+    def scorer(self, folder: Path, dtype: InferenceDType = "float32") -> MLXScorer:
+        model = load(folder, dtype)
         model.eval()
         return MLXScorer(self.device, model, checkpoint.read_tokenizer(folder))

@@ -24,11 +24,12 @@ from mlx_lm.sample_utils import (
 )
 
 from mlx_mla import checkpoint
-from mlx_mla.backends.contract import Piece
+from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import KVCache, make_cache
-from mlx_mla.backends.mlx.device import on_device, stream_of
+from mlx_mla.backends.mlx.device import DTYPES, kind_of, on_device, stream_of
 from mlx_mla.backends.mlx.load import load
+from mlx_mla.config import InferenceDType
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
     OVERFLOWS,
@@ -118,15 +119,23 @@ class MLXDecoder:
         folder: A model folder of this project, also one quantised by `mlx_lm.convert -q`. The model
             file in it is not executed: the package's own is the same model.
         cache: What to keep between tokens.
+        dtype: Type of weights, computation and cache. None: by device.
 
     Raises:
         UserError: If it is another kind of model, or mlx-lm cannot load the weights.
     """
 
-    def __init__(self, device: mx.Device, folder: Path, cache: CacheKind = "latent"):
+    def __init__(
+        self,
+        device: mx.Device,
+        folder: Path,
+        cache: CacheKind = "latent",
+        dtype: InferenceDType | None = None,
+    ):
         self.device = device
+        self.dtype = decoding_dtype(dtype, kind_of(device))
         with mx.stream(device):
-            model = load(folder)
+            model = load(folder, self.dtype)
         self.folder, self.requested_cache = folder, cache
         self.config = checkpoint.read_config(folder)
         self.model: Any = WithoutCache(model) if cache == "none" else model
@@ -238,7 +247,7 @@ class MLXDecoder:
                 or options.save_prompt_cache
                 or options.draft_model
             )
-            device = "cpu" if self.device == mx.cpu else "gpu"
+            device = kind_of(self.device)
             self._use(
                 "latent" if latent else choose_cache(self.config, "mlx", device, batch, context)
             )
@@ -256,7 +265,7 @@ class MLXDecoder:
             return Context(list(prompt), make_cache(self.model))
         if self.requested_cache == "materialized":
             raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
-        cache, tokens = prompt_cache.load(options.prompt_cache, self.folder)
+        cache, tokens = prompt_cache.load(options.prompt_cache, self.folder, DTYPES[self.dtype])
         self._use("latent")
         one = make_cache(self.model)
         self.model(mx.array([[0]]), cache=one)
@@ -340,7 +349,7 @@ class MLXDecoder:
         if self._draft is None or self._draft[0] != options.draft_model:
             folder = find_model(options.draft_model)
             check_draft(options.draft_model, self.tokenizer, checkpoint.read_tokenizer(folder))
-            self._draft = options.draft_model, load(folder)
+            self._draft = options.draft_model, load(folder, self.dtype)
         draft = self._draft[1]
         if draft.args.n_positions < context:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -10,7 +11,7 @@ from mlx_lm.generate import generate_step
 
 from mlx_mla.errors import UserError
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 # mlx-lm 0.31, the last for Python 3.10, decodes on the device that MLX chose when it was imported.
 TAKES_STREAM = "stream" in inspect.signature(generate_step).parameters
@@ -49,6 +50,19 @@ def stream_of(device: mx.Device) -> dict[str, mx.Stream]:
     Without it they run on the device that was MLX's default when mlx-lm was imported.
     """
     return {"stream": mx.default_stream(device)} if TAKES_STREAM else {}
+
+
+def kind_of(device: mx.Device) -> str:
+    """cpu or gpu."""
+    return "cpu" if device == mx.cpu else "gpu"
+
+
+def float32_products(device: mx.Device) -> str:
+    """How float32 matrices are multiplied there, for people. MLX reads the variable once, at its
+    first product."""
+    if device == mx.cpu or os.environ.get("MLX_ENABLE_TF32") == "0":
+        return "float32"
+    return "TF32 where the GPU has it (MLX_ENABLE_TF32=0: float32)"
 
 
 def on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from mlx_mla import checkpoint
-from mlx_mla.config import ModelConfig
+from mlx_mla.backends.mlx.device import DTYPES
+from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.model_mlx import Model, ModelArgs
 
@@ -26,8 +27,11 @@ def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model
     return model
 
 
-def load(folder: Path) -> Model:
+def load(folder: Path, dtype: InferenceDType | None = None) -> Model:
     """The package's own model with a folder's weights, also those quantised by `mlx_lm.convert -q`.
+
+    Args:
+        dtype: Type of all weights that are not quantised. None: the folder's.
 
     Raises:
         UserError: If it is another kind of model, mlx-lm cannot load the weights, or one of them is
@@ -49,6 +53,8 @@ def load(folder: Path) -> Model:
             f"{folder}: tensor {name} has values that are not finite; the model is spoilt, and no "
             "use can be made of it"
         )
+    if dtype is not None:
+        model.set_dtype(DTYPES[dtype])
     return model
 
 

@@ -8,24 +8,33 @@ import mlx.core as mx
 
 from mlx_mla.model_mlx import Block, Transformer, differentiable_mask
 
+# Where a token occurs more than once, a GPU adds up its gradient by atomics, in an order that
+# varies; a CPU has one order. On a Mac, whose memory they share, the CPU does it.
+EMBEDDING_STREAM = mx.cpu if mx.metal.is_available() else None
+
 
 def hidden_states(
-    transformer: Transformer, ids_BL: mx.array, checkpoint_every: int = 0
+    transformer: Transformer, ids_BL: mx.array, dtype: mx.Dtype, checkpoint_every: int = 0
 ) -> mx.array:
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
+        transformer: Its embeddings are float32, so that their gradients are summed in it.
+        dtype: Type of its other weights and of the computation.
         checkpoint_every: Keep activations only between groups of so many blocks, and compute the
             others again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
-    if not checkpoint_every:
-        return transformer(ids_BL)
-    h = transformer.wte(ids_BL)
+    # The gradient of a look-up is summed on the stream of the look-up.
+    h = mx.take(transformer.wte.weight, ids_BL, axis=0, stream=EMBEDDING_STREAM)
     if "wpe" in transformer:
         h = h + transformer.wpe(mx.arange(ids_BL.shape[1]))
-    h, latent = transformer.drop(h), None
-    for i in range(0, len(transformer.h), checkpoint_every):
-        h, latent = _checkpointed(transformer.h[i : i + checkpoint_every], h, latent)
+    h, latent = transformer.drop(h.astype(dtype)), None
+    if not checkpoint_every:
+        for block in transformer.h:
+            h, latent = block(h, "causal", latent=latent)
+    else:
+        for i in range(0, len(transformer.h), checkpoint_every):
+            h, latent = _checkpointed(transformer.h[i : i + checkpoint_every], h, latent)
     return transformer.ln_f(h)
 
 
@@ -77,7 +86,14 @@ def head_loss(
 
 
 def _cross_entropy(h: mx.array, w_VD: mx.array, y: mx.array) -> mx.array:
-    return mx.fast.cross_entropy((h @ w_VD.T).astype(mx.float32), y).sum()
+    return cross_entropy(h @ w_VD.T, y).sum()
+
+
+def cross_entropy(logits: mx.array, y: mx.array) -> mx.array:
+    """Of each token, in nats, float32, whatever the type of the logits (..., V)."""
+    if mx.default_device() == mx.cpu:  # GPUs' fused kernels sum in float32 as they read
+        logits = logits.astype(mx.float32)
+    return mx.fast.cross_entropy(logits, y)
 
 
 _loss_and_gradients = mx.value_and_grad(_cross_entropy, argnums=(0, 1))

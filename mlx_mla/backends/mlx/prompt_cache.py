@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from safetensors import SafetensorError, safe_open
@@ -57,11 +58,12 @@ def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) 
         unfinished.unlink(missing_ok=True)
 
 
-def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
+def load(path: Path, folder: Path, dtype: mx.Dtype) -> tuple[list[Any], list[int]]:
     """Read what `save` wrote.
 
     Args:
         folder: Folder of the model that will go on from it.
+        dtype: Type of that model's weights, to which the cache is brought.
 
     Returns:
         mlx-lm caches, a layer each, and the tokens they hold.
@@ -100,8 +102,8 @@ def load(path: Path, folder: Path) -> tuple[list[Any], list[int]]:
     if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
         raise UserError(f"{path}: damaged, its tokens are no list of ids")
     try:
-        return [adopt(c) for c in load_prompt_cache(str(path))], tokens
-    except (ValueError, KeyError, RuntimeError, TypeError) as e:
+        return [_cast(adopt(c), dtype) for c in load_prompt_cache(str(path))], tokens
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a prompt cache of mlx-lm ({e})") from None
 
 
@@ -133,6 +135,16 @@ def _form(cache: Any) -> Any:
     held = [a for _, a in tree_flatten([cache.keys, cache.values])]
     layout = [(a.dtype, a.shape[:2], a.shape[3:], a.shape[2] >= cache.offset) for a in held]
     return type(cache), layout
+
+
+def _cast(cache: Any, dtype: mx.Dtype) -> Any:
+    """An mlx-lm cache with its numbers in a type; codes of a quantised one stay as they are."""
+
+    def cast(a: mx.array) -> mx.array:
+        return a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a
+
+    cache.keys, cache.values = tree_map(cast, (cache.keys, cache.values))
+    return cache
 
 
 def _seal(path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_reduce
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_reduce
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
@@ -14,19 +14,22 @@ from mlx_mla.backends.contract import Start, StepResult, Teacher, dropout_seed
 from mlx_mla.backends.mlx import optim
 from mlx_mla.backends.mlx.device import DTYPES, on_device, stream_of
 from mlx_mla.backends.mlx.load import build_model, not_finite
-from mlx_mla.backends.mlx.loss import head_loss, hidden_states
+from mlx_mla.backends.mlx.loss import cross_entropy, head_loss, hidden_states
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.config import TrainConfig
 from mlx_mla.data.windows import Batch
 from mlx_mla.model_mlx import Model
 from mlx_mla.world import SOLO, World
 
+EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
+
 
 class MLXTrainSession:
     """See `mlx_mla.backends.contract.TrainSession`.
 
     Weights, gradients and optimiser state are float32; with bfloat16 the forward and backward pass
-    run on a cast of the weights, whose gradient flows back to the float32 ones.
+    run on a cast of the weights, whose gradient flows back to the float32 ones. Embeddings are
+    looked up in float32, and the result is cast.
     """
 
     def __init__(
@@ -131,29 +134,40 @@ class MLXTrainSession:
     def _hidden(self, x: mx.array) -> mx.array:
         """Last hidden states; with gradients, as --checkpoint-every says."""
         every = self.config.checkpoint_every if self.model.training else 0
-        return hidden_states(self.model.transformer, x, every)
+        return hidden_states(self.model.transformer, x, self._dtype, every)
+
+    def _head(self) -> mx.array:
+        """The head's matrix (V, D) in the type of the computation."""
+        weight: mx.array = self.model.get("lm_head", self.model.transformer.wte).weight
+        return weight.astype(self._dtype)
+
+    def _cast(self, parameters: dict) -> dict:
+        """Parameters in the type of the computation, without the embeddings."""
+
+        def cast(path: str, weight: mx.array) -> mx.array:
+            return weight if path in EMBEDDINGS else weight.astype(self._dtype)
+
+        return tree_map_with_path(cast, parameters)
 
     def _cross_entropy(self, x: mx.array, y: mx.array, gradient: bool) -> mx.array:
         """Summed over all tokens."""
-        head = self.model.get("lm_head", self.model.transformer.wte).weight
-        return head_loss(self._hidden(x), head, y, self.config.loss_chunk or 0, gradient)
+        return head_loss(self._hidden(x), self._head(), y, self.config.loss_chunk or 0, gradient)
 
     def _distillation_loss(self, x: mx.array, y: mx.array, taught: mx.array) -> mx.array:
         weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
         assert weight is not None and temperature is not None
-        logits = self.model.head(self._hidden(x)).astype(mx.float32)
+        logits = self._hidden(x) @ self._head().T
         ids = slice(self._vocabulary)
-        divergence = distillation_divergence(
-            logits[..., ids], taught[..., ids].astype(mx.float32), temperature
-        )
-        return (1 - weight) * mx.fast.cross_entropy(logits, y).mean() + weight * divergence
+        student, teacher = (z[..., ids].astype(mx.float32) for z in (logits, taught))
+        divergence = distillation_divergence(student, teacher, temperature)
+        return (1 - weight) * cross_entropy(logits, y).mean() + weight * divergence
 
     def _loss_and_grad(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict]:
         master = self.model.trainable_parameters()
         taught = None if self._teacher is None else self._teacher(x)
 
         def loss_fn(params: dict) -> mx.array:
-            self.model.update(tree_map(lambda p: p.astype(self._dtype), params))
+            self.model.update(self._cast(params))
             if taught is not None:
                 return self._distillation_loss(x, y, taught)
             return self._cross_entropy(x, y, gradient=True) * (1 / y.size)
@@ -173,7 +187,7 @@ class MLXTrainSession:
 
     def _summed_loss(self, x: mx.array, y: mx.array) -> mx.array:
         master = self.model.trainable_parameters()
-        self.model.update(tree_map(lambda p: p.astype(self._dtype), master))
+        self.model.update(self._cast(master))
         loss = self._cross_entropy(x, y, gradient=False)
         self.model.update(master)
         return loss

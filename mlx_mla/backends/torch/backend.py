@@ -15,7 +15,7 @@ from mlx_mla.backends.torch.device import find_device
 from mlx_mla.backends.torch.load import load
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.backends.torch.session import TorchTrainSession
-from mlx_mla.config import DType, TrainConfig
+from mlx_mla.config import DType, InferenceDType, TrainConfig
 from mlx_mla.decoding.request import CacheKind
 from mlx_mla.fusion import fused_by_torch
 from mlx_mla.machine import physical_memory
@@ -74,9 +74,10 @@ class TorchBackend:
     ) -> TorchTrainSession:
         return TorchTrainSession(self.device, config, start, teacher, world)
 
-    def decoder(self, folder: Path, cache: CacheKind = "latent") -> TorchDecoder:
-        return TorchDecoder(folder, cache, self.device)
+    def decoder(
+        self, folder: Path, cache: CacheKind = "latent", dtype: InferenceDType | None = None
+    ) -> TorchDecoder:
+        return TorchDecoder(folder, cache, self.device, dtype)
 
-    def scorer(self, folder: Path, dtype: DType = "float32") -> TorchScorer:
-        model = load(folder, self.device).to(getattr(torch, dtype))
-        return TorchScorer(model, checkpoint.read_tokenizer(folder))
+    def scorer(self, folder: Path, dtype: InferenceDType = "float32") -> TorchScorer:
+        return TorchScorer(load(folder, self.device, dtype), checkpoint.read_tokenizer(folder))

@@ -9,10 +9,11 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from mlx_mla import checkpoint
-from mlx_mla.backends.contract import Piece
+from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
+from mlx_mla.config import InferenceDType
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
     OVERFLOWS,
@@ -34,14 +35,22 @@ class TorchDecoder:
             own is the same model.
         cache: What to keep between tokens.
         device: Where to run.
+        dtype: Type of weights, computation and cache. None: by device.
 
     Raises:
         UserError: If the folder is not one that PyTorch can read.
     """
 
-    def __init__(self, folder: Path, cache: CacheKind, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        cache: CacheKind,
+        device: torch.device,
+        dtype: InferenceDType | None = None,
+    ):
         config = checkpoint.read_config(folder)
-        self.model = load(folder, device)
+        self.dtype = decoding_dtype(dtype, device.type)
+        self.model = load(folder, device, self.dtype)
         self.device, self.config, self.requested_cache = device, config, cache
         self._use("latent" if cache == "auto" else cache)
         # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never

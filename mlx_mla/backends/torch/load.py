@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mlx_mla import checkpoint
-from mlx_mla.config import ModelConfig
+from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
@@ -26,10 +26,13 @@ def build_model(
     return model.to(device).eval()
 
 
-def load(folder: Path, device: torch.device) -> MLAGPT2LMHeadModel:
-    """The package's own model with a folder's weights, float32; UserError if PyTorch cannot read
+def load(
+    folder: Path, device: torch.device, dtype: InferenceDType = "float32"
+) -> MLAGPT2LMHeadModel:
+    """The package's own model with a folder's weights in a type; UserError if PyTorch cannot read
     it."""
     config = checkpoint.read_config(folder)
     if checkpoint.is_quantized(folder):
         raise UserError(f"{folder}: quantised by mlx-lm, which only MLX reads; use --backend mlx")
-    return build_model(config, checkpoint.read_weights(folder, config), device)
+    model = build_model(config, checkpoint.read_weights(folder, config), device)
+    return model.to(getattr(torch, dtype))

@@ -19,11 +19,12 @@ def hidden_states(
         checkpoint_every: Keep activations only between groups of so many blocks, and compute the
             others again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
+    h = look_up(transformer.wte.weight, ids_BL, one_order=ids_BL.device.type == "mps")
     if not checkpoint_every:
-        h: torch.Tensor = transformer(ids_BL)[0]
-        return h
+        hidden: torch.Tensor = transformer(inputs_embeds=h)[0]
+        return hidden
     positions = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
-    h, rotation = transformer.wte(ids_BL), transformer.rotation(positions)
+    rotation = transformer.rotation(positions)
     if transformer.wpe is not None:
         h = h + transformer.wpe(positions)
     h, latent = transformer.drop(h), None
@@ -37,6 +38,18 @@ def hidden_states(
         h, latent = checkpoint(run, h, latent, first, use_reentrant=False)
     last: torch.Tensor = transformer.ln_f(h)
     return last
+
+
+def look_up(w_VD: torch.Tensor, ids_BL: torch.Tensor, one_order: bool) -> torch.Tensor:
+    """Embeddings (B, L, D) of token ids.
+
+    Args:
+        one_order: Whether the CPU looks up, which adds up the gradient of a token that occurs more
+            than once in one order. MPS does so by atomics, in an order that varies.
+    """
+    if one_order:
+        return F.embedding(ids_BL.cpu(), w_VD.cpu()).to(w_VD.device)
+    return F.embedding(ids_BL, w_VD)
 
 
 def head_loss(
