@@ -136,11 +136,12 @@ class MLXSubject:
         """mlx-lm's loop, which `generate` runs for one prompt."""
         return generate_step(ids, self._network, prompt_cache=cache, max_tokens=max_tokens)
 
-    def _tokens(self, batch: int, cache: list[Any], count: int) -> Generator[Any, None, None]:
+    def _tokens(self, batch: int, cache: list[Any], count: int) -> Generator[list[int], None, None]:
         """Greedy tokens, the next step under way while one is handed out: by mlx-lm's own loop,
         or, for several sequences, as its `GenerationBatch` does it."""
         if batch == 1:
-            yield from self._generated(mx.zeros((1,), mx.int32), cache, count)
+            for token, _ in self._generated(mx.zeros((1,), mx.int32), cache, count):
+                yield [token]
             return
 
         def step(y: mx.array) -> mx.array:
@@ -152,7 +153,7 @@ class MLXSubject:
         y = step(mx.zeros((batch,), mx.int32))
         for _ in range(count):
             following = step(y)
-            yield y.tolist()
+            yield y.tolist()  # type: ignore[misc]
             y = following
 
     def _filled(self, batch: int, context: int, steps: int) -> list[Any]:
