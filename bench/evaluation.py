@@ -38,7 +38,7 @@ from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
-from mlx_mla.evaluation.scoring import Request, Scorer, Scores
+from mlx_mla.evaluation.scoring import Block, Request, Scorer, Scores
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.base import Context, Definition, Measured
 from mlx_mla.evaluation.tasks.hellaswag import HellaSwag
@@ -205,10 +205,11 @@ def forward_rate(scorer: Scorer) -> float:
     rows, length = FORWARD
     ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), FORWARD).astype(np.int32)
     last = np.arange(1, rows + 1, dtype=np.int32) * length - 1
+    block = Block(ids, np.arange(rows), last, ids[:, 0])
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
-        scorer.run(None, ids, last, ids[:, 0])
+        scorer.run(None, [block])
         seconds.append(time.perf_counter() - began)
     return ids.size / min(seconds[1:])
 
