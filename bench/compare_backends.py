@@ -4,28 +4,40 @@
     python bench/compare_backends.py --out bench/results/my-mac
 
 Method: the same weights go into both backends, and their logits must agree before anything is
-timed (float32 is not TF32 in either: MLX_ENABLE_TF32 is 0 unless the environment sets it); every
-subject is warmed up until two runs agree within a tenth (the first, cold run is kept apart); then
-all subjects of a measurement take turns, so that drift of the machine hits them alike. Figures are
-the median, smallest and largest of the repetitions.
+timed (float32 is not TF32 in either: MLX_ENABLE_TF32 is 0 unless the environment sets it). One
+subject is in memory at a time: each is loaded, warmed up until two runs agree within a
+tenth (the first, cold run is kept apart) and timed, in order for the first half of the repetitions
+and backwards for the second, so that drift of the machine hits all alike. Figures are the median,
+smallest and largest of the repetitions.
+
+Decoding is timed by the loop that `generate` has: in MLX the next step is under way while a token
+is handed out (`waited_ms` has the same steps one by one), in PyTorch every token is waited for.
+
+In pieces: `--minutes 8 --resume` ends with exit code 75 after the measurement that is under way
+when 8 minutes have passed, and with 0 when nothing is missing:
+
+    until python bench/compare_backends.py --out DIR --resume --minutes 8; do sleep 1; done
 
 Writes results.json after every measurement, and at the end report.md and plots. results.json:
 {"command", "machine": {...}, "settings": {...}, "baseline": the model that ratios are against
-(absent without MHA), "rates": {backend: {"matmul_flops", "memory_bytes"}}, "rows": [...]}, a row
-being one measurement of one subject: measure (forward, first token, decoding, training), backend,
-model, cache (latent, materialized, none or null), batch, context (tokens), status ("ok" or why
-not), tokens_per_sec: {median, min, max, cold, values}, ms (of the whole call, median),
-peak_memory_bytes (null where the framework does not say), cache_bytes, cache_bytes_per_token,
-weight_bytes, flops and bytes (that one call must compute and move), roofline (the time that these
-need at the rates, as a share of the time taken). The rates are the best that the device showed at
-the beginning and at the end of every run into the file.
+(absent without MHA), "parity": [{"weights", "backend", "model", "against",
+"largest_logit_difference", "allowed", "positions", "ok"}], "rows": [...]}, a row being one
+measurement of one subject: measure (forward, first token, decoding, training), backend, model,
+cache (latent, materialized, none or null), batch, context (tokens), status ("ok" or why not),
+tokens_per_sec: {median, min, max, cold, values}, ms (of the whole call, median), waited_ms (or
+null), peak_bytes (most that the subject held while it was timed: its weights, its cache and what
+the call needs, nothing else that the process has; null where the framework does not say),
+cache_bytes (with the room it keeps), cache_bytes_per_token, weight_bytes, flops and bytes (that one
+call must compute and move), rates: {"matmul_flops", "memory_bytes"} (the best that the device
+showed just before and just after, a second), roofline (the time that flops and bytes need at these
+rates, as a share of the time taken).
 """
 
 import dataclasses
 import functools
-import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -37,21 +49,21 @@ import numpy as np
 
 from bench import subjects
 from bench.compare_report import REPORT
-from bench.harness import Row, document, markdown, rewrite
+from bench.harness import Report, Row, document, markdown, rewrite
 from bench.rows import Results
 from bench.subjects import costs
-from bench.subjects.contract import Subject, Weights
+from bench.subjects.candidates import Candidate, Models
 from bench.timing import Case, time_cases
-from mlx_mla import checkpoint, cli
+from mlx_mla import cli
 from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import forward_flops_per_token
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights
 
 PROG = "python bench/compare_backends.py"
 PARITY = {"float32": 1e-3, "bfloat16": 0.5}
 ORIGINAL = "original's decoding"
+FRESH = 10.0  # seconds
+UNFINISHED = 75  # EX_TEMPFAIL: nothing is wrong, call again
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,6 +98,8 @@ class Compare:
     """Folder for results.json, report.md and plots. None: only print."""
     resume: bool = False
     """Keep the rows that --out has already, and measure the rest."""
+    minutes: Optional[float] = None
+    """Begin no measurement after so many minutes; the exit code is then 75. None: no limit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,21 +115,13 @@ def _main(argv: Sequence[str]) -> int:
     path = settings.out and settings.out / "results.json"
     results = Results(found, path, settings.resume)
     bench = Bench(settings, results)
-    bench.parity()
-    bench.rates()
-    for measure in settings.measures:
-        {
-            "forward": bench.forward,
-            "first-token": bench.first_token,
-            "decoding": bench.decoding,
-            "training": bench.training,
-        }[measure]()
-    bench.rates()
-    results.save()
-    print(markdown(REPORT, results.document, {}))
-    if path:
-        rewrite(REPORT, results.document, path)
-    return 0
+    measures = {
+        "forward": bench.forward,
+        "first-token": bench.first_token,
+        "decoding": bench.decoding,
+        "training": bench.training,
+    }
+    return take(bench, [measures[name] for name in settings.measures], REPORT, path)
 
 
 def _check(s: Compare) -> None:
@@ -128,6 +134,10 @@ def _check(s: Compare) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}"
             )
+    if s.minutes is not None and s.minutes <= 0:
+        raise UserError("--minutes must be above 0")
+    if s.minutes is not None and s.out is None:
+        raise UserError("--minutes needs --out, the folder that --resume goes on with")
     if min(s.batch) < 1 or min(s.context) < 1:
         raise UserError("--batch and --context must be at least 1")
     if s.resume and s.out is None:
@@ -138,8 +148,12 @@ def _check(s: Compare) -> None:
         )
 
 
+class OutOfTime(Exception):
+    """--minutes are over, and something is left to measure."""
+
+
 class Bench:
-    """Holds the models, and measures.
+    """Holds the candidates, and measures.
 
     Args:
         n_positions: Position table of the presets; None: their own.
@@ -154,58 +168,59 @@ class Bench:
         references: bool = True,
     ):
         self.s, self.results = settings, results
-        self.configs: dict[str, ModelConfig] = {}
-        self.subjects: list[Subject] = []
+        self._ends = settings.minutes and time.monotonic() + 60 * settings.minutes
+        self.models = Models(settings.models, settings.quick, n_positions)
+        self.configs = self.models.configs
+        self.candidates = self.models.candidates(
+            settings.backends, settings.dtype, settings.device, references
+        )
         self.failed: set[tuple[str, str]] = set()
-        for name in settings.models:
-            config, weights = _model(name, settings.quick, n_positions)
-            self.configs[name] = config
-            how = (config, weights, settings.dtype, settings.device)
-            self.subjects += [subjects.load(backend, name, *how) for backend in settings.backends]
-            if not config.kind.beyond_gpt2 and all(
-                c.kind.beyond_gpt2 for c in list(self.configs.values())[:-1]
-            ):
-                results.document.setdefault("baseline", name)
-                if references:
-                    self.subjects += [
-                        subjects.load_reference(backend, *how) for backend in settings.backends
-                    ]
-
-    def rates(self) -> None:
-        """Measure what the device does at best; better figures replace those that the document
-        has."""
-        for backend in self.s.backends:
-            best = self.results.document["rates"].setdefault(
-                backend, {"matmul_flops": 0.0, "memory_bytes": 0.0}
-            )
-            for key, rate in zip(
-                best, subjects.rates(backend, self.s.dtype, self.s.device), strict=True
-            ):
-                best[key] = max(best[key], rate)
+        self.device_kind: dict[str, str] = {}
+        self._rates: dict[str, tuple[float, dict[str, float]]] = {}
+        if self.models.baseline is not None:
+            results.document.setdefault("baseline", self.models.baseline)
 
     def parity(self) -> None:
         """Compare logits of every subject with the first of the same weights; those that differ are
         not timed."""
-        for config in self.configs.values():
-            same = [s for s in self.subjects if s.config is config]  # references, too
-            ids = np.random.default_rng(0).integers(
-                0, config.vocab_size, (2, min(48, config.n_positions))
-            )
-            expected = same[0].logits(ids.astype(np.int32))
-            for subject in same[1:]:
-                difference = float(np.abs(subject.logits(ids.astype(np.int32)) - expected).max())
-                ok = difference <= PARITY[self.s.dtype]
+        found = []
+        for name, config in self.configs.items():
+            ids = _ids(2, min(48, config.n_positions), config)
+            expected: np.ndarray | None = None
+            first = ""
+            for c in (c for c in self.candidates if c.weights == name):
+                subject = c.load()
+                self.device_kind[c.backend] = subject.device_kind
+                logits = subject.logits(ids)
+                del subject
+                subjects.release(c.backend)
+                if expected is None:
+                    expected, first = logits, f"{c.backend} {c.model}"
+                    continue
+                difference, allowed = float(np.abs(logits - expected).max()), PARITY[self.s.dtype]
+                found.append({
+                    "weights": name, "backend": c.backend, "model": c.model, "against": first,
+                    "largest_logit_difference": difference, "allowed": allowed,
+                    "positions": ids.size, "ok": difference <= allowed,
+                })  # fmt: skip
                 print(
-                    f"parity {subject.backend} {subject.model}: largest logit difference "
-                    f"{difference:.2g}",
+                    f"parity {c.backend} {c.model}: largest logit difference {difference:.2g}",
                     flush=True,
                 )
-                if not ok:
-                    self.failed.add((subject.backend, subject.model))
-                    row = {"measure": "parity", "backend": subject.backend, "model": subject.model}
-                    status = f"logits differ by {difference:.3g}; not timed"
-                    if not self.results.has(**row):
-                        self.results.add([{**row, "status": status}])
+                if not found[-1]["ok"]:
+                    self.failed.add((c.backend, c.model))
+        self.results.set_parity(found)
+
+    def rates(self, backend: str) -> dict[str, float]:
+        """What the device does at best now; a rate of the last seconds still counts."""
+        last = self._rates.get(backend)
+        if last is None or time.monotonic() - last[0] > FRESH:
+            found = subjects.rates(
+                backend, self.s.dtype, self.s.device, 1024 if self.s.quick else 8192
+            )
+            rates = dict(zip(("matmul_flops", "memory_bytes"), found, strict=True))
+            last = self._rates[backend] = time.monotonic(), rates
+        return last[1]
 
     def forward(self) -> None:
         """Logits of every position, no cache built by anyone."""
@@ -219,7 +234,7 @@ class Bench:
                 if length <= s.config.n_positions:
                     flops = float(batch * length * forward_flops_per_token(s.config, length))
                     ids = _ids(batch, length, s.config)
-                    run: Any = lambda s=s, i=ids: s.forward(i)  # noqa: E731
+                    run: Any = lambda subject, i=ids: subject.forward(i)  # noqa: E731
                     cases.append(self._case("forward", s, None, batch, length, run, flops))
             self._measure(cases)
 
@@ -230,71 +245,60 @@ class Bench:
             cases = []
             for s, kind in self._decoders():
                 if context < s.config.n_positions:
-                    flops = context * forward_flops_per_token(s.config, context)
+                    flops = costs.prompt_flops(s.config, context)
                     ids = _ids(1, context, s.config)[0]
-                    run: Any = lambda s=s, i=ids, k=kind: s.first_token(i, k)  # noqa: E731
+                    run: Any = lambda subject, i=ids, k=kind: subject.first_token(i, k)  # noqa: E731
                     cases.append(self._case("first token", s, kind, 1, context, run, flops))
             self._measure(cases)
 
     def decoding(self) -> None:
-        """Greedy steps after a context, each waiting for the one before; the original's way at
-        batch 1 alone."""
+        """Greedy steps after a context; the original's way at batch 1 alone."""
         for batch in self.s.batch:
             for context in self.s.context:
                 context = context // 16 if self.s.quick else context
-                steps = 8 if batch == 1 else 2
                 cases = []
                 for s, kind in self._decoders():
-                    if context + steps > s.config.n_positions or (kind == "none" and batch > 1):
+                    steps = decode_steps(batch, kind)
+                    if context + steps + 2 > s.config.n_positions or (kind == "none" and batch > 1):
                         continue
                     flops: float
                     if kind == "none":
                         flops = batch * context * forward_flops_per_token(s.config, context)
                     else:
                         flops = batch * costs.decode_flops(s.config, kind, context)
-                    run: Any = lambda s=s, k=kind, b=batch, c=context, n=steps: s.decode(b, c, n, k)  # noqa: E731
+                    run = functools.partial(_decode, batch, context, steps, kind)
                     cases.append(
                         self._case("decoding", s, kind, batch, context, run, steps * flops, steps)
                     )
                 self._measure(cases)
 
     def training(self) -> None:
-        """One optimiser step; a backend at a time, since each holds weights, gradients and
-        moments."""
+        """One optimiser step, one session in memory at a time."""
         length = 32 if self.s.quick else 512
+        batch = self.s.train_batch
         for backend in self.s.backends:
             cases = []
             for s in self._timed():
-                if (
-                    s.backend != backend
-                    or s.model not in self.configs
-                    or length > s.config.n_positions
-                ):
-                    continue
-                key = self._key("training", s, None, self.s.train_batch, length)
-                if self.results.has(**key):
+                outside = s.model not in self.configs
+                if s.backend != backend or outside or length > s.config.n_positions:
                     continue
                 train = dataclasses.replace(
                     TrainConfig(dtype=self.s.dtype, model=s.config),
-                    batch_size=self.s.train_batch,
+                    batch_size=batch,
                     seq_len=length,
                 )
-                # Made by the first call, so that running out of memory marks this row alone.
-                step = functools.cache(lambda s=s, train=train: s.train_step(train))
-                ids = _ids(self.s.train_batch, length + 1, s.config)
-                flops = 3 * self.s.train_batch * length * forward_flops_per_token(s.config, length)
-                run: Any = lambda step=step, i=ids: step()(i[:, :-1], i[:, 1:])  # noqa: E731
-                cases.append(
-                    self._case("training", s, None, self.s.train_batch, length, run, flops)
-                )
+                load = functools.partial(s.trainer, train, self.s.device)
+                ids = _ids(batch, length + 1, s.config)
+                flops = 3 * batch * length * forward_flops_per_token(s.config, length)
+                run: Any = lambda trainer, i=ids: trainer.step(i[:, :-1], i[:, 1:])  # noqa: E731
+                case = self._case("training", s, None, batch, length, run, flops)
+                cases.append(dataclasses.replace(case, load=load))
             self._measure(cases)
-            del cases
-            gc.collect()
 
-    def _timed(self) -> list[Subject]:
-        return [s for s in self.subjects if (s.backend, s.model) not in self.failed]
+    def _timed(self) -> list[Candidate]:
+        return [s for s in self.candidates if (s.backend, s.model) not in self.failed]
 
-    def _decoders(self) -> list[tuple[Subject, str]]:
+    def _decoders(self) -> list[tuple[Candidate, str]]:
         """Subjects with each kind of cache; the original's way, without one, in PyTorch for its own
         shape."""
         pairs = []
@@ -307,7 +311,7 @@ class Bench:
         ]
         return pairs
 
-    def _key(self, measure: str, s: Subject, kind: str | None, batch: int, context: int) -> Row:
+    def _key(self, measure: str, s: Candidate, kind: str | None, batch: int, context: int) -> Row:
         model = f"{ORIGINAL} ({s.model})" if kind == "none" else s.model
         return {
             "measure": measure,
@@ -321,11 +325,11 @@ class Bench:
     def _case(
         self,
         measure: str,
-        s: Subject,
+        s: Candidate,
         kind: str | None,
         batch: int,
         context: int,
-        run: Callable[[], Any],
+        run: Callable[[Any], Any],
         flops: float,
         steps: int = 1,
     ) -> Case:
@@ -336,34 +340,53 @@ class Bench:
         tokens = batch * (steps if measure == "decoding" else context)
         sizes = {"weight_bytes": weights, "cache_bytes_per_token": width}
         key = self._key(measure, s, kind, batch, context)
-        return Case(key, run, tokens, flops, moved, s.peak_memory_bytes, sizes)
+        return Case(key, s.load, run, tokens, flops, moved, sizes)
 
     def _measure(self, cases: list[Case]) -> None:
-        """Time the cases that have no row yet, in turns."""
+        """Time the cases that have no row yet, and what the device does at best beside them."""
         missing = [c for c in cases if not self.results.has(**c.key)]
-        self.results.add(time_cases(missing, self.s.repetitions))
+        if not missing:
+            return
+        if self._ends and time.monotonic() > self._ends:
+            raise OutOfTime
+        backends = dict.fromkeys(c.key["backend"] for c in missing)
+        before = {b: self.rates(b) for b in backends}
+        rows = time_cases(missing, self.s.repetitions)
+        after = {b: self.rates(b) for b in backends}
+        for row in rows:
+            b = row["backend"]
+            row["rates"] = {k: max(rate, after[b][k]) for k, rate in before[b].items()}
+        self.results.add(rows)
 
 
-def _model(name: str, quick: bool, n_positions: int | None = None) -> tuple[ModelConfig, Weights]:
-    """A preset with random weights, or a model folder with its own; `quick` shrinks presets."""
-    if name not in PRESETS and Path(name).exists():
-        folder = checkpoint.model_folder(Path(name))
-        config = checkpoint.read_config(folder)
-        if checkpoint.is_quantized(folder):
-            raise UserError(
-                f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder "
-                "it was made from"
-            )
-        return config, checkpoint.read_weights(folder, config)
-    config = preset(name).resolved().model
-    if quick:
-        rank = None if config.kv_lora_rank is None else max(8, config.kv_lora_rank // 8)
-        small: dict[str, Any] = {"n_layer": 2, "n_head": 3, "n_embd": 96, "n_positions": 128}
-        config = dataclasses.replace(
-            preset(name).model, **small, vocab_size=512, kv_lora_rank=rank
-        ).resolved()
-    config = dataclasses.replace(config, n_positions=n_positions or config.n_positions)
-    return config, initial_weights(config, 0)
+def take(
+    bench: Bench, measures: Sequence[Callable[[], None]], report: Report, path: Path | None
+) -> int:
+    """Parity, then the measures, as far as --minutes allow, then the report; returns the exit
+    code."""
+    bench.parity()
+    try:
+        for measure in measures:
+            measure()
+        code = 0
+    except OutOfTime:
+        code = UNFINISHED
+    bench.results.save()
+    print(markdown(report, bench.results.document, {}))
+    if path:
+        rewrite(report, bench.results.document, path)
+    if code:
+        print("--minutes are over: the same command with --resume goes on", file=sys.stderr)
+    return code
+
+
+def decode_steps(batch: int, kind: str) -> int:
+    """Steps that are timed at once; few where each takes long."""
+    return 8 if batch == 1 and kind != "none" else 2
+
+
+def _decode(batch: int, context: int, steps: int, kind: str, subject: Any) -> Any:
+    return subject.decode(batch, context, steps, kind)
 
 
 def _ids(batch: int, length: int, config: ModelConfig) -> np.ndarray:

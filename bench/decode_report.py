@@ -3,27 +3,28 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bench.compare_report import decoding_figure, rate_lines, table
+from bench.compare_pictures import decoding_figures
+from bench.compare_report import parity_lines, rate_lines, table
 from bench.harness import Document, Report, Row
 
 
 def figures(document: Document) -> dict[str, Any]:
-    """Decoding speed against context."""
-    decoded = [r for r in document["rows"] if r["measure"] == "decoding" and r["status"] == "ok"]
-    return {"decode": decoding_figure(decoded)} if decoded else {}
+    """Decoding speed against context, by backend."""
+    return decoding_figures(document, "decode")
 
 
 def body(document: Document, pictures: Mapping[str, str]) -> list[str]:
-    """What was chosen, then every cell."""
+    """Parity, what was chosen, then every cell."""
     rows: list[Row] = document["rows"]
     lines = rate_lines(document)
     s = document["settings"]
     lines += [
-        f"- {s['dtype']}, random weights, median of {s['repetitions']} runs in turns (smallest - "
-        "largest)",
+        f"- {s['dtype']}, random weights, median of {s['repetitions']} runs (smallest - largest)",
         "",
     ]
-    lines += [f"![decoding]({pictures['decode']})", ""] if "decode" in pictures else []
+    lines += parity_lines(document)
+    for name, file in pictures.items():
+        lines += [f"![{name}]({file})", ""]
     for title, part in (
         ("What `--cache auto` chooses", _auto(rows)),
         ("Several tokens on a latent cache", _chunks(rows)),

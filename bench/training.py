@@ -4,24 +4,26 @@ loop.
     python -m bench.training [--parts memory speed plan] [--quick] [--out bench/results]
 
 `memory` takes one step of every model and type in MLX and sets what was held beside what
-`--dry-run` says. `speed` lets this project's sessions and a plain PyTorch loop (all logits,
-torch.optim.AdamW; on CUDA compiled and under autocast) take turns on the same batches; figures are
-medians, and only their ratios should be compared between machines. `plan` measures nothing: it
-looks for the largest batch that the estimate puts into memories of some sizes.
+`--dry-run` says. `speed` times this project's sessions and a plain PyTorch loop (all logits,
+torch.optim.AdamW; on CUDA compiled and under autocast) on the same batches, one of them in memory
+at a time, half of the steps in order and half backwards; figures are medians, and only their ratios
+should be compared between machines. `plan` measures nothing: it looks for the largest batch that
+the estimate puts into memories of some sizes.
 """
 
 import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import mlx.core as mx
 import numpy as np
 
-from bench.harness import Document, Report, Row, document, publish, row, take_turns
+from bench.harness import Document, Report, Row, document, publish, row
+from bench.subjects import release
+from bench.timing import there_and_back
 from mlx_mla import cli
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -33,6 +35,7 @@ from mlx_mla.weights import initial_weights
 
 PROG = "python -m bench.training"
 GIB = 2**30
+WARM_UP = 2
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -168,33 +171,34 @@ def speed(bench: TrainingBench) -> list[Row]:
     """Training tokens per second of every session and of the plain loop."""
     from bench import torch_loop
 
+    ways = {"plain PyTorch loop": torch_loop.plain_step, "torch": torch_loop.our_step}
+    ways["mlx"] = mlx_step
     rng = np.random.default_rng(0)
     rows = []
     for dtype in bench.dtypes:
-        subjects: dict[tuple[str, str], Callable[[np.ndarray, np.ndarray], None]] = {}
-        for name in bench.models:
-            config = settings(
-                name,
-                dtype=dtype,
-                batch_size=bench.speed_batch_size,
-                seq_len=bench.speed_seq_len,
-                device=bench.device,
-            )
-            subjects["plain PyTorch loop", name] = torch_loop.plain_step(config)
-            subjects["torch", name] = torch_loop.our_step(config)
-            subjects["mlx", name] = mlx_step(config)
-        ids = rng.integers(
-            0, config.model.vocab_size, (bench.speed_batch_size, bench.speed_seq_len + 1)
-        )
-        actions = {
-            f"{backend}|{name}": partial(torch_loop.rate, step, ids[:, :-1], ids[:, 1:])
-            for (backend, name), step in subjects.items()
+        shape = {"batch_size": bench.speed_batch_size, "seq_len": bench.speed_seq_len}
+        configs = {
+            name: settings(name, dtype=dtype, device=bench.device, **shape) for name in bench.models
         }
-        for case, values in take_turns(actions, bench.repetitions).items():
-            backend, name = case.split("|")
-            rows.append(
-                row("speed", name, backend, "tok/s", values, dtype=dtype, tokens=ids[:, 1:].size)
-            )
+        ids = rng.integers(
+            0,
+            min(c.model.vocab_size or 1 for c in configs.values()),
+            (bench.speed_batch_size, bench.speed_seq_len + 1),
+        )
+        x, y = ids[:, :-1], ids[:, 1:]
+        cases = [(name, way) for name in configs for way in ways]
+        rates: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        for (name, way), count in there_and_back(cases, bench.repetitions):
+            step = ways[way](configs[name])
+            for _ in range(WARM_UP):
+                step(x, y)
+            rates[name, way] += [torch_loop.rate(step, x, y) for _ in range(count)]
+            del step  # weights, gradients and moments go before the next come
+            release("mlx" if way == "mlx" else "torch")
+        rows += [
+            row("speed", name, way, "tok/s", values, dtype=dtype, tokens=y.size)
+            for (name, way), values in rates.items()
+        ]
     return rows
 
 
@@ -254,8 +258,7 @@ def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
     timed = [r for r in rows if r["what"] == "speed"]
     if timed:
         lines += [
-            f"Training tok/s, median of {bench['repetitions']} steps in turns (smallest - "
-            "largest):",
+            f"Training tok/s, median of {bench['repetitions']} steps (smallest - largest):",
             "",
         ]
         lines += ["| model | type | tokens a step | subject | tok/s | against the plain loop |"]

@@ -50,6 +50,9 @@ def test_every_measure_has_rows_for_both_backends_and_the_outside_references(rep
         assert 0 < t["min"] <= t["median"] <= t["max"]
         assert len(t["values"]) == 1
         assert r["roofline"] > 0
+        assert min(r["rates"].values()) > 0
+        decoded_in_mlx = r["measure"] == "decoding" and r["backend"] == "mlx"
+        assert (r["waited_ms"] is not None) == decoded_in_mlx
     latent, whole = (
         next(
             r
@@ -60,6 +63,28 @@ def test_every_measure_has_rows_for_both_backends_and_the_outside_references(rep
     )
     assert whole["cache_bytes_per_token"] == 4 * latent["cache_bytes_per_token"]
     assert whole["cache_bytes"] == 4 * latent["cache_bytes"]
+
+
+@pytest.mark.slow
+def test_parity_is_in_the_results_and_first_in_the_report(report):
+    found = json.loads((report / "results.json").read_text())["parity"]
+    compared = {(f["weights"], f["backend"], f["model"]) for f in found}
+    assert compared == {
+        ("gpt2-124m", "torch", "gpt2-124m"),
+        ("gpt2-124m", "mlx", "mlx-lm gpt2"),
+        ("gpt2-124m", "torch", "transformers GPT-2"),
+        ("mla-124m", "torch", "mla-124m"),
+    }
+    text = (report / "report.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings[0] == "## Parity"
+    for f in found:
+        # Different kernels round differently, so a difference of exactly nothing was not measured.
+        assert 0 < f["largest_logit_difference"] <= f["allowed"] == 1e-3
+        assert f["ok"]
+        assert f["against"] == f"mlx {f['weights']}"
+        shown = f"| {f['backend']} {f['model']} | {f['against']} | {f['positions']} "
+        assert f"{shown}| {f['largest_logit_difference']:.2g} |" in text
 
 
 @pytest.mark.slow
@@ -74,7 +99,14 @@ def test_the_report_shows_the_tables_and_plots(report):
         "GFLOP/s",
     ):
         assert part in text
-    for name in ("forward", "decoding", "training", "cache"):
+    for name in (
+        "forward",
+        "first",
+        "decoding-mlx",
+        "decoding-torch",
+        "training",
+        "cache",
+    ):
         assert f"]({name}.png)" in text
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -86,11 +118,205 @@ def test_resuming_keeps_rows_and_measures_the_missing(compare, report, capfd):
     (report / "results.json").write_text(json.dumps({**document, "rows": before[:-3]}))
     assert compare.main([*NARROW, "--out", str(report), "--resume"]) == 0
     after = rows(report)
-    for row in before + after:
-        del row["roofline"]  # taken anew from the rates of the last run
     assert after[:-3] == before[:-3]
     keys = ("measure", "backend", "model", "cache", "batch", "context")
     assert [[r[k] for k in keys] for r in after[-3:]] == [[r[k] for k in keys] for r in before[-3:]]
+
+
+MLA_TO_WEIGH = {"n_layer": 12, "n_head": 4, "n_embd": 64, "n_positions": 4200, "vocab_size": 300}
+BATCH, CONTEXT = 4, 4000
+
+
+def _weighed(attention: str):
+    """A model whose cache is most of what decoding holds."""
+    from mlx_mla.config import ModelConfig
+    from mlx_mla.weights import initial_weights
+
+    rank = {} if attention == "mha" else {"kv_lora_rank": 32}
+    config = ModelConfig(attention=attention, **MLA_TO_WEIGH, **rank).resolved()
+    return config, initial_weights(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind", "width"),
+    [("mha", "materialized", 2 * 64), ("mla", "materialized", 2 * 64), ("mla", "latent", 32)],
+)
+@pytest.mark.parametrize("others", [0, 300_000_000])
+def test_peak_memory_is_the_subjects_own(attention, kind, width, others):
+    """The weights, the cache once, and a little to compute with, whatever else is in memory."""
+    import mlx.core as mx
+
+    from bench import subjects
+
+    config, weights = _weighed(attention)
+    resident = mx.ones((others // 4,))
+    mx.eval(resident)
+    subject = subjects.load("mlx", "weighed", config, weights, "float32", "cpu")
+    held = 12 * BATCH * 4096 * width * 4  # layers x rows x room for 4,096 tokens x values x bytes
+    held += sum(w.nbytes for w in weights.values())
+    assert subject.decode(BATCH, CONTEXT, 2, kind).cache_bytes > 0.9 * held - 10_000_000
+    peak = subject.memory.peak()
+    # Attention of one layer of twelve may copy its keys and values, scores are small.
+    assert held <= peak < 1.35 * held
+    del subject, resident
+    subjects.release("mlx")
+
+
+def test_one_subject_is_in_memory_at_a_time():
+    from bench.timing import Case, there_and_back, time_cases
+
+    alive: list[str] = []
+    order: list[str] = []
+
+    class Loaded:
+        def __init__(self, name):
+            assert not alive, f"{name} beside {alive}"
+            self.name = name
+            self.memory = self
+            alive.append(name)
+
+        def __del__(self):
+            alive.remove(self.name)
+
+        def reset(self):
+            self.held = 0
+
+        def peak(self):
+            return self.held
+
+    def run(subject):
+        order.append(subject.name)
+        subject.held = len(subject.name)
+
+    def case(name):
+        key = {"measure": "forward", "backend": "torch", "model": name, "cache": None}
+        key |= {"batch": 1, "context": 1}
+        return Case(key, lambda: Loaded(name), run, 1, 1.0, 1.0, {})
+
+    found = time_cases([case("a"), case("bb"), case("ccc")], 4)
+    assert [r["peak_bytes"] for r in found] == [1, 2, 3]
+    assert [len(r["tokens_per_sec"]["values"]) for r in found] == [4, 4, 4]
+    assert not alive
+    visits = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert visits == ["a", "bb", "ccc", "bb", "a"]
+    assert list(there_and_back("ab", 5)) == [("a", 3), ("b", 5), ("a", 2)]
+    assert list(there_and_back("ab", 1)) == [("a", 1), ("b", 1)]
+
+
+def test_a_trainer_gives_its_memory_back():
+    import mlx.core as mx
+    import numpy as np
+
+    from bench import subjects
+    from bench.training import settings
+
+    config = settings("nano", dtype="float32", batch_size=1, seq_len=64, compile=False)
+    ids = np.ones((1, 64), np.int32)
+    subjects.release("mlx")
+    before = mx.get_active_memory()
+    for _ in range(2):
+        trainer = subjects.load_trainer("mlx", config, "cpu")
+        trainer.step(ids, ids)
+        # AdamW: weights, gradients and two moments, all in float32.
+        weights = sum(4 * n for n in _sizes(config.model))
+        assert 3 * weights < trainer.memory.peak() < 20 * weights
+        del trainer
+        subjects.release("mlx")
+        assert mx.get_active_memory() - before < 0.1 * weights
+
+
+def _sizes(model):
+    from math import prod
+
+    from mlx_mla.weights import parameter_shapes
+
+    return [prod(shape) for shape in parameter_shapes(model).values()]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["latent", "materialized"])
+def test_mlx_decodes_with_what_generate_decodes_with(batch, kind):
+    """The same tokens as mlx-lm's own loops give after the same cache, pipelined or waited for."""
+    import mlx.core as mx
+    import numpy as np
+
+    from bench import subjects
+
+    config, weights = _weighed("mla")
+    subject = subjects.load("mlx", "weighed", config, weights, "float32", "cpu")
+    subject._use(kind)
+    cache = subject._filled(batch, 700, 8)
+    assert {type(c).__name__ for c in cache} == {"KVCache" if batch == 1 else "BatchKVCache"}
+    assert all(c.keys.shape[2] == 768 for c in cache)  # multiples of 256, as mlx-lm's grow
+    tokens = np.array(list(subject._tokens(batch, cache, 5))).reshape(5, batch)
+    cache, y = subject._filled(batch, 700, 8), mx.zeros((batch, 1), mx.int32)
+    for row in tokens:
+        y = mx.argmax(subject._network(y, cache=cache)[:, -1], axis=-1, keepdims=True)
+        assert y[:, 0].tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
+    """Of fixed shape; the numbers are those of the cache that grows."""
+    import torch
+    from transformers import StaticCache
+
+    from bench import subjects
+    from mlx_mla.backends.torch.decode import GrowingCache
+
+    config, weights = _weighed("mla")
+    subject = subjects.load("torch", "weighed", config, weights, "float32", "cpu")
+    subject._use("latent")
+    logits = {}
+    for fixed, cache_type in ((False, GrowingCache), (True, StaticCache)):
+        subject.fixed_shapes = fixed
+        with torch.inference_mode():
+            cache = subject._filled(batch, 50)
+            assert isinstance(cache, cache_type)
+            y = torch.zeros((batch, 1), dtype=torch.long)
+            mask = subject._mask(batch, 51)
+            out = subject._network(y, attention_mask=mask, past_key_values=cache, use_cache=True)
+            logits[fixed] = out.logits
+        timed = subject.decode(batch, 50, 2, "latent")
+        length = config.n_positions if fixed else 52
+        assert timed.cache_bytes == 12 * batch * length * 32 * 4
+    assert (logits[True] - logits[False]).abs().max() < 1e-5
+
+
+def test_the_first_token_needs_the_head_once():
+    """Counted by hand: a block's matrices for every token, the head's for the last."""
+    from bench.subjects import costs
+    from mlx_mla.config import ModelConfig
+
+    c = ModelConfig(attention="mha", n_layer=2, n_head=2, n_embd=8, n_positions=32, vocab_size=100)
+    c = c.resolved()
+    matrices = 2 * (8 * 24 + 8 * 8 + 2 * 8 * 32)
+    scores = 2 * 2 * 2 * 8 * 5.5  # layers x (scores and values) x a multiply-add x width x keys
+    assert costs.prompt_flops(c, 10) == 10 * (2 * matrices + scores) + 2 * 8 * 100
+
+
+def test_a_benchmark_stops_after_its_minutes_and_goes_on(compare, tmp_path, monkeypatch, capfd):
+    from bench import subjects
+
+    monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))
+    argv = [*NARROW, "--models", "mla-124m", "--backends", "mlx", "--measures", "forward"]
+    argv += ["--out", str(tmp_path / "out"), "--resume"]
+    assert compare.main([*argv, "--minutes", "1e-9"]) == compare.UNFINISHED
+    assert rows(tmp_path / "out") == []
+    assert "--resume goes on" in capfd.readouterr().err
+    assert compare.main([*argv, "--minutes", "60"]) == 0
+    assert len(rows(tmp_path / "out")) == 2
+
+
+def test_a_roofline_is_taken_of_the_rates_beside_its_row():
+    from bench.compare_report import set_rooflines
+
+    need = {"status": "ok", "flops": 1e9, "bytes": 1e6, "ms": 10.0, "backend": "mlx"}
+    fast, slow = (
+        {**need, "rates": {"matmul_flops": f, "memory_bytes": 1e9}} for f in (4e11, 1.25e11)
+    )
+    set_rooflines({"rows": [fast, slow]})
+    assert (fast["roofline"], slow["roofline"]) == pytest.approx((0.25, 0.8))
 
 
 @pytest.mark.slow
@@ -110,10 +336,11 @@ def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, 
         compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)])
         == 0
     )
-    (verdict, *others) = rows(out)
-    assert (verdict["measure"], verdict["backend"]) == ("parity", "torch")
-    assert "not timed" in verdict["status"]
-    assert {r["backend"] for r in others} == {"mlx"}
+    (verdict,) = json.loads((out / "results.json").read_text())["parity"]
+    assert (verdict["backend"], verdict["ok"]) == ("torch", False)
+    assert verdict["largest_logit_difference"] > verdict["allowed"]
+    assert "| not timed |" in (out / "report.md").read_text()
+    assert {r["backend"] for r in rows(out)} == {"mlx"}
 
 
 @pytest.mark.slow
@@ -145,8 +372,12 @@ def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
     assert "at least 1" in no("--repetitions", "0")
     assert "--resume needs --out" in no("--resume")
     (tmp_path / "results.json").write_text("{}")
+    assert "--minutes needs --out" in no("--minutes", "5")
     assert "holds results; add --resume" in no("--out", tmp_path)
     assert "not results of this benchmark" in no("--out", tmp_path, "--resume")
+    another = {"machine": {}, "settings": {"dtype": "bfloat16"}, "parity": [], "rows": []}
+    (tmp_path / "results.json").write_text(json.dumps(another))
+    assert "measured with dtype bfloat16, not float32" in no("--out", tmp_path, "--resume")
     folder = shutil.copytree(tiny_run / "checkpoints/step-000040", tmp_path / "quantised")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -416,7 +647,7 @@ def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, cap
     assert {r["cache"] for r in found if r["measure"] == "overhead"} == {"eager", "compiled"}
     report = path.with_suffix(".md").read_text()
     assert "within 5 % of the better cache" in report
-    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert path.with_name(f"{path.stem}-mlx.png").stat().st_size > 10_000
     assert decode.main([*argv, "--resume"]) == 0
     assert json.loads(path.read_text())["rows"] == found
     assert decode.main(argv) == 2

@@ -75,6 +75,41 @@ def test_batches_score_what_single_rows_do(scorers, name, requests, batch_size):
             assert list(found[i].greedy) == [g for _, g in expected]
 
 
+class Counting:
+    """A scorer that computes nothing, and keeps how many tokens it was given."""
+
+    tokenizer, n_positions, vocab_size = None, 1024, 50257
+
+    def __init__(self):
+        self.tokens, self.blocks = 0, []
+
+    def run(self, prefix, blocks):
+        self.tokens += 0 if prefix is None else prefix.size
+        self.tokens += sum(block.ids.size for block in blocks)
+        self.blocks += [block.ids.shape for block in blocks]
+        scored = sum(len(block.where) for block in blocks)
+        return np.zeros(scored, np.float32), np.ones(scored, bool)
+
+
+@pytest.mark.parametrize("endings", [1, 4])
+def test_padding_is_less_than_a_tenth_of_what_is_computed(endings):
+    """Contexts of 10 to 110 tokens and endings of 5 to 60, as HellaSwag's, or to 8."""
+    rng = np.random.default_rng(0)
+    longest = 60 if endings > 1 else 8
+    requests = [
+        Request((1,) * n, tuple((2,) * m for m in rng.integers(5, longest, endings)))
+        for n in rng.integers(10, 110, 400)
+    ]
+    scorer = Counting()
+    assert len(score(scorer, requests, 32)) == 400
+    needed = 0
+    for r in requests:
+        shared = (len(r.context) - 1) // 8 * 8 if endings > 1 else 0
+        needed += shared + sum(len(r.context) - shared + len(t) - 1 for t in r.targets)
+    assert needed <= scorer.tokens < 1.1 * needed
+    assert max(rows for rows, _ in scorer.blocks) <= 32
+
+
 def test_rows_that_pad_the_vocabulary_get_no_probability(scorers):
     for scorer in scorers["mla"][:2]:
         every = score(scorer, [Request((1, 2), tuple((t,) for t in range(257)))], 64)[0]

@@ -67,7 +67,7 @@ def decode(study: Study, results: Results, console: Console) -> None:
         cells = {c.arm: c for c in study.cells if c.size == size}
         timed, kinds = {}, {}
         for arm, cell in cells.items():
-            config, length = cell.config, DECODE_CONTEXT + DECODE_STEPS + 1
+            config, length = cell.config, DECODE_CONTEXT + DECODE_STEPS + 2
             model = dataclasses.replace(
                 config.model, n_positions=max(length, config.model.n_positions)
             )
@@ -76,12 +76,13 @@ def decode(study: Study, results: Results, console: Console) -> None:
             timed[arm] = subjects.load(config.backend, arm, model, weights, config.dtype, device)
             kinds[arm] = choose_cache(model, config.backend, timed[arm].device_kind, 1, length)
         times: dict[str, list[float]] = {arm: [] for arm in cells}
-        nbytes = {}
+        nbytes: dict[str, int | None] = {}
         for repetition in range(DECODE_REPETITIONS + 1):
             for arm, subject in timed.items():
-                seconds, nbytes[arm] = subject.decode(1, DECODE_CONTEXT, DECODE_STEPS, kinds[arm])
+                decoded = subject.decode(1, DECODE_CONTEXT, DECODE_STEPS, kinds[arm])
+                nbytes[arm] = decoded.cache_bytes
                 if repetition:  # the first round warms up
-                    times[arm].append(DECODE_STEPS / seconds)
+                    times[arm].append(DECODE_STEPS / decoded.seconds)
         for arm, cell in cells.items():
             values = sorted(times[arm])
             rows.append(

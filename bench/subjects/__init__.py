@@ -3,10 +3,11 @@
 The frameworks are in mlx.py and torch.py, imported only when they are asked for.
 """
 
+import gc
 from typing import Any
 
-from bench.subjects.contract import Subject, Weights
-from mlx_mla.config import ModelConfig
+from bench.subjects.contract import Subject, Trainer, Weights
+from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
 
 
@@ -25,11 +26,22 @@ def load_reference(
     return _module(backend).reference(config, weights, dtype, device)
 
 
-def rates(backend: str, dtype: str, device: str) -> tuple[float, float]:
+def load_trainer(backend: str, config: TrainConfig, device: str) -> Trainer:
+    """A training session of this project on random weights."""
+    return _module(backend).Trainer(config, device)
+
+
+def rates(backend: str, dtype: str, device: str, side: int) -> tuple[float, float]:
     """What the device does at best in this framework: matmul FLOP/s, and bytes per second from
-    memory."""
+    memory, by `side` squared values, which should not fit into its caches."""
     module = _module(backend)
-    return module.rates(dtype) if backend == "mlx" else module.rates(dtype, device)
+    return module.rates(dtype, side) if backend == "mlx" else module.rates(dtype, device, side)
+
+
+def release(backend: str) -> None:
+    """Give back what subjects of a backend held that nothing refers to any more."""
+    gc.collect()
+    _module(backend).release()
 
 
 def _module(backend: str) -> Any:

@@ -1,13 +1,41 @@
 """What a benchmark times: one model in one framework, behind one small interface."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_mla.config import ModelConfig, TrainConfig
+from mlx_mla.config import ModelConfig
 
 Weights = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What a call says that times only a part of what it does.
+
+    Attributes:
+        seconds: Of that part.
+        cache_bytes: What the decoding cache holds, with the room it keeps for tokens to come.
+        waited: Seconds of the same steps where each is waited for before Python describes the next
+            one; None where that is what `seconds` says.
+    """
+
+    seconds: float
+    cache_bytes: int | None = None
+    waited: float | None = None
+
+
+class Memory(Protocol):
+    """Memory of a framework since one subject began to be loaded, without what was there before."""
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        ...
+
+    def peak(self) -> int | None:
+        """Most bytes held since the last reset; None where the framework does not say."""
+        ...
 
 
 class Subject(Protocol):
@@ -16,6 +44,7 @@ class Subject(Protocol):
     model: str
     backend: str
     config: ModelConfig
+    memory: Memory
     device_kind: str
     """As `choose_cache` knows it: cpu; gpu (MLX), cuda or mps (PyTorch)."""
 
@@ -31,22 +60,24 @@ class Subject(Protocol):
         """Read a prompt (T,) into a new cache and choose the next token."""
         ...
 
-    def decode(self, batch: int, context: int, steps: int, kind: str) -> tuple[float, int]:
-        """Seconds of `steps` greedy steps after a context that is in the cache, and the cache's
-        bytes."""
+    def decode(self, batch: int, context: int, steps: int, kind: str) -> Timed:
+        """`steps` greedy steps after a context that is in the cache, by the loop that `generate`
+        has in this framework. The peak of memory is of the steps, without filling the cache."""
         ...
 
-    def read_on(self, batch: int, context: int, new: int) -> float:
-        """Seconds of one call with `new` tokens after a context that is in the latent cache, logits
-        of them all."""
+    def read_on(self, batch: int, context: int, new: int) -> Timed:
+        """One call with `new` tokens after a context that is in the latent cache, logits of them
+        all."""
         ...
 
-    def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
-        """A function that takes one optimiser step on (inputs, targets)."""
-        ...
 
-    def peak_memory_bytes(self) -> int | None:
-        """Most bytes held since the last call; None where the framework does not say."""
+class Trainer(Protocol):
+    """A training session ready to be timed."""
+
+    memory: Memory
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+        """One optimiser step on inputs and targets (B, T)."""
         ...
 
 

@@ -1,7 +1,7 @@
 """What a call of a subject must compute and move, from shapes alone."""
 
 from mlx_mla.config import ModelConfig
-from mlx_mla.estimate import BYTES
+from mlx_mla.estimate import BYTES, forward_flops_per_token
 from mlx_mla.weights import num_parameters, parameter_shapes
 
 
@@ -25,3 +25,11 @@ def decode_flops(config: ModelConfig, kind: str, context: int) -> float:
         s[0] * s[1] for n, s in parameter_shapes(c).items() if len(s) == 2 and "wpe" not in n
     )
     return 2.0 * matrices + c.kind.score_flops(on_latents=kind == "latent") * context
+
+
+def prompt_flops(config: ModelConfig, context: int) -> float:
+    """FLOPs of reading a prompt of `context` tokens and choosing the next one: the head's product
+    is needed for the last position alone."""
+    assert config.vocab_size
+    head = 2.0 * config.vocab_size * config.n_embd
+    return context * (forward_flops_per_token(config, context) - head) + head

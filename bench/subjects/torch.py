@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from bench.subjects.contract import Weights, gpt2_shape
+from bench.subjects.contract import Timed, Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.backends.torch.caches import GrowingCache
@@ -18,15 +18,52 @@ from mlx_mla.config import DType, ModelConfig, TrainConfig
 from mlx_mla.weights import initial_weights
 
 
+class TorchMemory:
+    """See `bench.subjects.contract.Memory`. To be made before the subject is.
+
+    MPS keeps no peak: there it is what the driver has given since the subject began to be loaded,
+    filling of caches included. On a CPU nobody counts.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        release()
+        self._before = self._held() or 0
+        self.reset()
+
+    def reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        held = self._held()
+        return None if held is None else held - self._before
+
+    def _held(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return torch.mps.driver_allocated_memory() if self._device.type == "mps" else None
+
+
 class TorchSubject:
     """A model by transformers' contract: ours, or transformers' own."""
 
     backend = "torch"
 
     def __init__(
-        self, model: str, network: Any, config: ModelConfig, dtype: str, device: torch.device
+        self,
+        model: str,
+        network: Any,
+        config: ModelConfig,
+        dtype: str,
+        device: torch.device,
+        memory: TorchMemory,
     ):
         self.model, self.config, self.device, self.device_kind = model, config, device, device.type
+        self.memory = memory
+        self.fixed_shapes = device.type == "mps"  # as for `TorchDecoder`
         self._network = network.to(
             device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         ).eval()
@@ -52,44 +89,72 @@ class TorchSubject:
             )
             out.logits[:, -1].argmax(-1).tolist()
 
-    def decode(self, batch: int, context: int, steps: int, kind: str) -> tuple[float, int]:
+    def decode(self, batch: int, context: int, steps: int, kind: str) -> Timed:
         self._use(kind)
         y = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
         if kind == "none":
-            return self._decode_without_cache(y.expand(batch, context), steps), 0
+            self.memory.reset()
+            return self._decode_without_cache(y.expand(batch, context), steps)
         with torch.inference_mode():
             cache = self._filled(batch, context - 1)
+            self.memory.reset()
             began = 0.0
             for i in range(steps + 1):
                 if i == 1:  # the step before made room in the cache
                     began = time.perf_counter()
-                out = self._network(y, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = self._network(
+                    y,
+                    attention_mask=self._mask(batch, context + i),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
                 y = out.logits[:, -1].argmax(-1, keepdim=True)
-                self._synchronize()
+                y.tolist()  # waits, as `generate` does for every token
             seconds = time.perf_counter() - began
-        return seconds, sum(
-            t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values)
-        )
+        return Timed(seconds, _cache_bytes(cache))
 
-    def read_on(self, batch: int, context: int, new: int) -> float:
+    def read_on(self, batch: int, context: int, new: int) -> Timed:
         self._use("latent")
         with torch.inference_mode():
             cache = self._filled(batch, context)
+            self.memory.reset()
             y = torch.zeros((batch, new), dtype=torch.long, device=self.device)
             began = time.perf_counter()
             self._network(y, past_key_values=cache, use_cache=True)
             self._synchronize()
-            return time.perf_counter() - began
+            return Timed(time.perf_counter() - began)
+
+    def _mask(self, batch: int, keys: int) -> torch.Tensor | None:
+        """What `generate` hides of several prompts: nothing here, where all are as long. A fixed
+        cache has a column for every position."""
+        if batch == 1:
+            return None
+        width = self.config.n_positions if self._fixed else keys
+        return torch.ones((batch, width), dtype=torch.long, device=self.device)
+
+    @property
+    def _fixed(self) -> bool:
+        return self.fixed_shapes and hasattr(self._network, "materialize_cache")
+
+    def _new_cache(self) -> Any:
+        """The cache that `generate` has on this device, for our models; transformers' for its
+        own."""
+        if not hasattr(self._network, "materialize_cache"):
+            return DynamicCache()
+        if self._fixed:
+            return StaticCache(config=self._network.config, max_cache_len=self.config.n_positions)
+        return GrowingCache()
 
     def _filled(self, batch: int, context: int) -> Any:
-        """A cache that holds a context: ours for our models, transformers' for its own."""
+        """That cache with a context in it."""
         shapes = DynamicCache()
         self._network(
             torch.zeros((1, 1), dtype=torch.long, device=self.device),
             past_key_values=shapes,
             use_cache=True,
         )
-        cache = GrowingCache() if hasattr(self._network, "materialize_cache") else DynamicCache()
+        cache = self._new_cache()
         for i, layer in enumerate(shapes.layers):
             keys, values = (
                 torch.full(
@@ -104,7 +169,7 @@ class TorchSubject:
         self._synchronize()
         return cache
 
-    def _decode_without_cache(self, ids: torch.Tensor, steps: int) -> float:
+    def _decode_without_cache(self, ids: torch.Tensor, steps: int) -> Timed:
         """How the original project decoded: the whole context again for every token."""
         with torch.inference_mode():
             began = time.perf_counter()
@@ -112,22 +177,7 @@ class TorchSubject:
                 logits = self._network(ids, use_cache=False).logits[:, -1]
                 ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
                 self._synchronize()
-            return time.perf_counter() - began
-
-    def train_step(self, config: TrainConfig) -> Callable[[np.ndarray, np.ndarray], None]:
-        session = TorchTrainSession(self.device, config, Start(initial_weights(config.model, 0)))
-
-        def step(x: np.ndarray, y: np.ndarray) -> None:
-            session.step(0, 1e-4, [(x, y)])
-
-        return step
-
-    def peak_memory_bytes(self) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+            return Timed(time.perf_counter() - began, 0)
 
     def _use(self, kind: str) -> None:
         if hasattr(self._network, "materialize_cache"):
@@ -141,23 +191,45 @@ class TorchSubject:
             getattr(torch, self.device.type).synchronize()
 
 
+class Trainer:
+    """See `bench.subjects.contract.Trainer`."""
+
+    def __init__(self, config: TrainConfig, device: str):
+        place = TorchBackend(device).device
+        self.memory = TorchMemory(place)
+        self._session = TorchTrainSession(place, config, Start(initial_weights(config.model, 0)))
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+        self._session.step(0, 1e-4, [(x, y)])
+
+
+def _cache_bytes(cache: Any) -> int:
+    return sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))
+
+
 def ours(
     model: str, config: ModelConfig, weights: Weights, dtype: str, device: str
 ) -> TorchSubject:
     """One of this project's models."""
     place = TorchBackend(device).device
-    return TorchSubject(model, build_model(config, weights, place), config, dtype, place)
+    memory = TorchMemory(place)
+    return TorchSubject(model, build_model(config, weights, place), config, dtype, place, memory)
 
 
 def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> TorchSubject:
     """transformers' GPT2LMHeadModel with the weights of our MHA model."""
-    return TorchSubject(
-        "transformers GPT-2",
-        reference_network(config, weights),
-        config,
-        dtype,
-        TorchBackend(device).device,
-    )
+    place = TorchBackend(device).device
+    memory = TorchMemory(place)
+    network = reference_network(config, weights)
+    return TorchSubject("transformers GPT-2", network, config, dtype, place, memory)
+
+
+def release() -> None:
+    """Give freed memory back to the driver."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
@@ -172,17 +244,17 @@ def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
     return network
 
 
-def rates(dtype: DType, device: str) -> tuple[float, float]:
+def rates(dtype: DType, device: str, side: int) -> tuple[float, float]:
     """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector
-    product."""
+    product of `side` squared values."""
     backend = TorchBackend(device)
     place = backend.device
-    b = torch.randn(8192, 8192, device=place)
-    v, target = torch.randn(8192, device=place), torch.empty_like(b)
+    b = torch.full((side, side), 0.5, device=place)
+    v, target = torch.full((side,), 0.5, device=place), torch.empty_like(b)
 
     def best(action: Callable[[], Any]) -> float:
         times = []
-        for _ in range(10):
+        for _ in range(5):
             began = time.perf_counter()
             action()
             if place.type != "cpu":
@@ -195,4 +267,4 @@ def rates(dtype: DType, device: str) -> tuple[float, float]:
         2 * size / best(lambda: target.copy_(b)),
         size / min(best(lambda: b @ v), best(lambda: v @ b)),
     )
-    return backend.peak_flops(dtype, seconds=1.0), memory
+    return backend.peak_flops(dtype, seconds=0.2), memory

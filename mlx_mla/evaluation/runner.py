@@ -18,7 +18,7 @@ from mlx_mla.data.tokenizer import encode
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.item_store import ItemStore
-from mlx_mla.evaluation.scoring import Scorer, Scores, check_lengths, score
+from mlx_mla.evaluation.scoring import Block, Scorer, Scores, check_lengths, score
 from mlx_mla.evaluation.tasks import TASKS, Context, Measured, Task
 from mlx_mla.evaluation.tasks.base import Definition
 from mlx_mla.evaluation.tasks.data import unpublished
@@ -174,11 +174,11 @@ def speed(
     """
     length = min(512, scorer.n_positions)
     ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), (1, length)).astype(np.int32)
-    where = np.arange(length, dtype=np.int32)
+    block = Block(ids, np.zeros(1, np.int32), np.arange(length, dtype=np.int32), ids[0])
     forward = []
     for _ in range(6):
         began = time.perf_counter()
-        scorer.run(None, ids, where, ids[0])
+        scorer.run(None, [block])
         forward.append(length / (time.perf_counter() - began))
     half = min(64, scorer.n_positions // 2)
     decoder = backend.decoder(folder, "latent", dtype)

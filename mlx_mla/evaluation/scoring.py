@@ -1,8 +1,9 @@
 """Log-probabilities of given continuations, batched: what every evaluation task comes down to.
 
 The plan that keeps it fast: items are sorted by length; continuations of one context share its
-first tokens, which are computed once and repeated in the cache; lengths are padded on the right,
-where causal attention does not look, to multiples of `BUCKET`, so that few shapes occur; and the
+first tokens, which are computed once, with those of other contexts; their rows follow sorted by
+length, each after its own context, so that little is padded; lengths are padded on the right, where
+causal attention does not look, to multiples of `BUCKET`, so that few shapes occur; and the
 vocabulary's logits are computed only where a token is scored.
 """
 
@@ -24,6 +25,23 @@ PASS_TOKENS = 16384
 HEAD_POSITIONS = 1024
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Rows that are computed at once.
+
+    Attributes:
+        ids: Token ids (R, L).
+        parents: Row of the prefix that each row follows (R,).
+        where: Positions (K,) in the flattened `ids` after which a token is scored.
+        targets: Those tokens (K,).
+    """
+
+    ids: np.ndarray
+    parents: np.ndarray
+    where: np.ndarray
+    targets: np.ndarray
+
+
 class Scorer(Protocol):
     """A loaded model that scores tokens."""
 
@@ -33,19 +51,17 @@ class Scorer(Protocol):
     vocab_size: int
 
     def run(
-        self, prefix: np.ndarray | None, ids: np.ndarray, where: np.ndarray, targets: np.ndarray
+        self, prefix: np.ndarray | None, blocks: Sequence[Block]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Score tokens in one pass.
+        """Score the tokens of blocks, one block after the other.
 
         Args:
-            prefix: Token ids (B, P) that stand before the rows of `ids`; None for none.
-            ids: Token ids (B * n, L); rows i * n ... i * n + n - 1 follow row i of `prefix`.
-            where: Positions (K,) in the flattened `ids` after which a token is scored.
-            targets: Those tokens (K,).
+            prefix: Token ids (B, P) that stand before the rows of the blocks; None for none.
+            blocks: The rows.
 
         Returns:
-            Their log-probabilities in nats, float32 (K,), and whether each was the likeliest, bool
-            (K,).
+            For the tokens of all blocks in turn, their log-probabilities in nats, float32, and
+            whether each was the likeliest, bool.
         """
         ...
 
@@ -81,7 +97,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """Rows that share a prefix: the part of a request that one pass computes."""
+    """Rows that share a prefix: the part of a request that is computed together."""
 
     request: int
     first: int
@@ -90,8 +106,8 @@ class _Unit:
     targets: tuple[tuple[int, ...], ...]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return len(self.prefix), len(self.rows), _padded(max(map(len, self.rows)))
+    def longest(self) -> int:
+        return max(map(len, self.rows))
 
 
 def score(
@@ -101,7 +117,8 @@ def score(
     done: Callable[[int, Scores], None] | None = None,
     only: Sequence[int] | None = None,
 ) -> dict[int, Scores]:
-    """Score requests, longest first, so that a batch that does not fit in memory shows at once.
+    """Score requests, those without a shared prefix first and else the longest, so that a batch
+    that does not fit in memory shows early.
 
     A context too long for the position table loses its oldest tokens (as in lm-evaluation-harness).
 
@@ -122,11 +139,11 @@ def score(
     check_lengths(requests, scorer.n_positions)
     chosen = range(len(requests)) if only is None else only
     units = [u for i in chosen for u in _units(i, requests[i], scorer.n_positions)]
-    units.sort(key=lambda u: (len(u.prefix) + u.shape[2], u.shape), reverse=True)
+    units.sort(key=lambda u: (not u.prefix, len(u.prefix), u.longest), reverse=True)
     parts: dict[int, dict[int, tuple[float, bool]]] = {i: {} for i in chosen}
     finished: dict[int, Scores] = {}
     for batch in _batches(units, batch_size):
-        for unit, values in zip(batch, _run(scorer, batch)):
+        for unit, values in zip(batch, _run(scorer, batch, batch_size)):
             if not all(math.isfinite(logprob) for logprob, _ in values):
                 raise UserError(OVERFLOWS)
             own = parts[unit.request]
@@ -186,14 +203,12 @@ def _units(index: int, request: Request, n_positions: int) -> Iterator[_Unit]:
 
 
 def _batches(units: Sequence[_Unit], batch_size: int) -> Iterator[list[_Unit]]:
-    """Neighbours of one shape together, as many as --batch-size and the size of a pass allow."""
+    """Neighbours with prefixes of one length, as many as --batch-size and a pass allow."""
     batch: list[_Unit] = []
     for unit in units:
-        prefix, rows, length = unit.shape
-        full = (len(batch) + 1) * rows > batch_size or (len(batch) + 1) * rows * (
-            prefix + length
-        ) > PASS_TOKENS
-        if batch and (full or unit.shape != batch[0].shape):
+        n, length = len(batch) + 1, len(unit.prefix)
+        full = n > batch_size or n * max(1, length) > PASS_TOKENS
+        if batch and (full or length != len(batch[0].prefix)):
             yield batch
             batch = []
         batch.append(unit)
@@ -201,32 +216,68 @@ def _batches(units: Sequence[_Unit], batch_size: int) -> Iterator[list[_Unit]]:
         yield batch
 
 
-def _run(scorer: Scorer, batch: Sequence[_Unit]) -> Iterator[list[tuple[float, bool]]]:
-    prefix_length, n, length = batch[0].shape
-    length = min(length, scorer.n_positions - prefix_length)
-    ids = np.zeros((len(batch) * n, length), np.int32)
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    unit: int
+    """Its unit in the batch, whose prefix it follows."""
+    k: int
+    """Its place among the unit's rows."""
+    ids: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+def _blocks(batch: Sequence[_Unit], batch_size: int) -> Iterator[list[_Row]]:
+    """The rows of a batch, those of one padded length together."""
+    rows = [
+        _Row(i, k, ids, target)
+        for i, unit in enumerate(batch)
+        for k, (ids, target) in enumerate(zip(unit.rows, unit.targets))
+    ]
+    rows.sort(key=lambda row: len(row.ids), reverse=True)
+    block: list[_Row] = []
+    for row in rows:
+        if block:
+            n, longest = len(block) + 1, _padded(len(block[0].ids))
+            size = n * (len(batch[0].prefix) + longest)
+            if n > batch_size or size > PASS_TOKENS or _padded(len(row.ids)) != longest:
+                yield block
+                block = []
+        block.append(row)
+    if block:
+        yield block
+
+
+def _block(rows: Sequence[_Row], room: int) -> Block:
+    length = min(_padded(len(rows[0].ids)), room)
+    ids = np.zeros((len(rows), length), np.int32)
     where: list[int] = []
     targets: list[int] = []
-    counts = []
-    for i, unit in enumerate(batch):
-        for k, (row, target) in enumerate(zip(unit.rows, unit.targets)):
-            r = i * n + k
-            ids[r, : len(row)] = row
-            first = r * length + len(row) - len(target)
-            where += range(first, first + len(target))
-            targets += target
-            counts.append(len(target))
-    prefix = np.array([u.prefix for u in batch], np.int32) if prefix_length else None
+    for r, row in enumerate(rows):
+        ids[r, : len(row.ids)] = row.ids
+        first = r * length + len(row.ids) - len(row.target)
+        where += range(first, first + len(row.target))
+        targets += row.target
+    parents = np.array([row.unit for row in rows], np.int32)
+    return Block(ids, parents, np.array(where, np.int32), np.array(targets, np.int32))
+
+
+def _run(
+    scorer: Scorer, batch: Sequence[_Unit], batch_size: int
+) -> Iterator[list[tuple[float, bool]]]:
+    length = len(batch[0].prefix)
+    blocks = list(_blocks(batch, batch_size))
+    prefix = np.array([u.prefix for u in batch], np.int32) if length else None
     logprobs, greedy = scorer.run(
-        prefix, ids, np.array(where, np.int32), np.array(targets, np.int32)
+        prefix, [_block(rows, scorer.n_positions - length) for rows in blocks]
     )
-    ends = np.cumsum([0, *counts])
-    values = [
-        (float(logprobs[a:b].sum(dtype=np.float64)), bool(greedy[a:b].all()))
-        for a, b in pairwise(ends)
-    ]
-    for i in range(len(batch)):
-        yield values[i * n : (i + 1) * n]
+    rows = [row for block in blocks for row in block]
+    ends = np.cumsum([0, *(len(row.target) for row in rows)])
+    values = {
+        (row.unit, row.k): (float(logprobs[a:b].sum(dtype=np.float64)), bool(greedy[a:b].all()))
+        for row, (a, b) in zip(rows, pairwise(ends))
+    }
+    for i, unit in enumerate(batch):
+        yield [values[i, k] for k in range(len(unit.rows))]
 
 
 def _padded(length: int) -> int:

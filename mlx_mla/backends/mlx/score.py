@@ -1,5 +1,6 @@
 """Scoring in MLX."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_mla.backends.mlx.device import on_device
-from mlx_mla.evaluation.scoring import HEAD_POSITIONS, expanded_cache
+from mlx_mla.evaluation.scoring import HEAD_POSITIONS, Block, expanded_cache
 from mlx_mla.model_mlx import Model
 
 
@@ -27,17 +28,25 @@ class MLXScorer:
 
     @on_device
     def run(
-        self, prefix: np.ndarray | None, ids: np.ndarray, where: np.ndarray, targets: np.ndarray
+        self, prefix: np.ndarray | None, blocks: Sequence[Block]
     ) -> tuple[np.ndarray, np.ndarray]:
         with expanded_cache(self.model):
-            cache = None if prefix is None else self._repeated(prefix, len(ids) // len(prefix))
-            hidden = self.model.transformer(mx.array(ids), cache)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(where)]
+            shared = None
+            if prefix is not None:
+                shared = make_prompt_cache(self.model)
+                self.model.transformer(mx.array(prefix), shared)
+            found = [self._run(shared, block) for block in blocks]
+        return np.concatenate([f for f, _ in found]), np.concatenate([g for _, g in found])
+
+    def _run(self, shared: list[Any] | None, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        cache = None if shared is None else self._rows(shared, mx.array(block.parents))
+        hidden = self.model.transformer(mx.array(block.ids), cache)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(block.where)]
         logprobs, greedy = [], []
-        for i in range(0, len(where), HEAD_POSITIONS):
+        for i in range(0, len(block.where), HEAD_POSITIONS):
             own = slice(i, i + HEAD_POSITIONS)
             logits = self.model.head(hidden[own])[:, : len(self.tokenizer)].astype(mx.float32)
-            target = mx.array(targets[own])
+            target = mx.array(block.targets[own])
             chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - mx.logsumexp(
                 logits, axis=-1
             )
@@ -47,13 +56,9 @@ class MLXScorer:
             greedy.append(np.array(best))
         return np.concatenate(logprobs), np.concatenate(greedy)
 
-    def _repeated(self, prefix: np.ndarray, times: int) -> list[Any]:
-        """A cache that holds each row of the prefix so many times."""
-        shared, cache = make_prompt_cache(self.model), make_prompt_cache(self.model)
-        self.model.transformer(mx.array(prefix), shared)
+    def _rows(self, shared: list[Any], rows: mx.array) -> list[Any]:
+        """A cache that holds these rows of a shared one."""
+        cache = make_prompt_cache(self.model)
         for one, many in zip(shared, cache):
-            repeated = (
-                mx.repeat(a[..., : one.offset, :], times, 0) for a in (one.keys, one.values)
-            )
-            many.update_and_fetch(*repeated)
+            many.update_and_fetch(*(a[..., : one.offset, :][rows] for a in (one.keys, one.values)))
         return cache

@@ -1,12 +1,14 @@
 """Scoring in PyTorch."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from mlx_mla.evaluation.scoring import HEAD_POSITIONS, expanded_cache
+from mlx_mla.evaluation.scoring import HEAD_POSITIONS, Block, expanded_cache
 from mlx_mla.model_torch import MLAGPT2LMHeadModel
 
 
@@ -25,28 +27,41 @@ class TorchScorer:
 
     @torch.inference_mode()
     def run(
-        self, prefix: np.ndarray | None, ids: np.ndarray, where: np.ndarray, targets: np.ndarray
+        self, prefix: np.ndarray | None, blocks: Sequence[Block]
     ) -> tuple[np.ndarray, np.ndarray]:
-        device = self.model.device
-        cache = None
         with expanded_cache(self.model):
+            shared = None
             if prefix is not None:
-                cache = DynamicCache()
-                self.model.transformer(_ids(prefix, device), past_key_values=cache, use_cache=True)
-                cache.batch_repeat_interleave(len(ids) // len(prefix))
-            hidden, _ = self.model.transformer(
-                _ids(ids, device), past_key_values=cache, use_cache=cache is not None
-            )
-        hidden = hidden.flatten(0, 1)[_ids(where, device)]
-        target = _ids(targets, device)
+                shared = DynamicCache()
+                ids = _ids(prefix, self.model.device)
+                self.model.transformer(ids, past_key_values=shared, use_cache=True)
+            found = [self._run(shared, block) for block in blocks]
+        return np.concatenate([f for f, _ in found]), np.concatenate([g for _, g in found])
+
+    def _run(self, shared: DynamicCache | None, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        device = self.model.device
+        cache = None if shared is None else _rows(shared, _ids(block.parents, device))
+        hidden, _ = self.model.transformer(
+            _ids(block.ids, device), past_key_values=cache, use_cache=cache is not None
+        )
+        hidden = hidden.flatten(0, 1)[_ids(block.where, device)]
+        target = _ids(block.targets, device)
         logprobs, greedy = [], []
-        for i in range(0, len(where), HEAD_POSITIONS):
+        for i in range(0, len(block.where), HEAD_POSITIONS):
             own = slice(i, i + HEAD_POSITIONS)
             logits = self.model.lm_head(hidden[own])[:, : len(self.tokenizer)].float()
             chosen = logits.gather(1, target[own, None])[:, 0] - logits.logsumexp(-1)
             logprobs.append(chosen.cpu().numpy())
             greedy.append((logits.argmax(-1) == target[own]).cpu().numpy())
         return np.concatenate(logprobs), np.concatenate(greedy)
+
+
+def _rows(shared: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """A cache that holds these rows of a shared one."""
+    cache = copy.copy(shared)
+    cache.layers = [copy.copy(layer) for layer in shared.layers]
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _ids(values: np.ndarray, device: torch.device) -> torch.Tensor:
