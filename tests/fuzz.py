@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 Random = _random.Random
 Main = Callable[[Sequence[str]], int]
@@ -54,14 +55,17 @@ class Outcome:
     seconds: float
     peak_bytes: int
     """Most memory resident at once, the test process included."""
+    hung: bool = False
+    """Whether it was still running after `SECONDS`, and was ended."""
 
 
 def run(main: Main, argv: Sequence[str]) -> Outcome:
     """Run a command in this process; what libraries write to the file descriptors counts too."""
     began, trace = time.perf_counter(), ""
     code: int | None = None
+    hung = False
     _reset_peak()
-    with _captured() as texts:
+    with _captured() as texts, mock.patch("os.fsync"):  # nobody pulls the plug
         try:
             with _alarm(SECONDS):
                 code = main([str(a) for a in argv])
@@ -69,9 +73,12 @@ def run(main: Main, argv: Sequence[str]) -> Outcome:
             code = e.code if isinstance(e.code, int) else int(e.code is not None)
         except KeyboardInterrupt:
             raise
-        except BaseException:  # Rust's panics and Hang among them
+        except Hang:
+            hung, trace = True, traceback.format_exc()
+        except BaseException:  # Rust's panics among them
             trace = traceback.format_exc()
-    return Outcome(code, texts[0], texts[1] + trace, time.perf_counter() - began, _peak())
+    seconds = time.perf_counter() - began
+    return Outcome(code, texts[0], texts[1] + trace, seconds, _peak(), hung)
 
 
 def broken_promise(outcome: Outcome) -> str | None:
@@ -80,6 +87,8 @@ def broken_promise(outcome: Outcome) -> str | None:
     Promised are exit code 0, or 2 with exactly one line on stderr that begins with `error: `; no
     traceback; and bounded time and memory.
     """
+    if outcome.hung:
+        return "a hang"
     if outcome.code is None or "Traceback (most recent call last)" in outcome.stderr:
         return "a traceback"
     if outcome.code not in (0, 2):
@@ -159,9 +168,9 @@ class Tally:
     def count(self, outcome: Outcome) -> None:
         self.codes[outcome.code] += 1
         self.broken += broken_promise(outcome) is not None
-        hang = outcome.seconds > SECONDS
-        self.hangs += hang
-        self.tracebacks += outcome.code is None and not hang
+        hung = outcome.hung or outcome.seconds > SECONDS
+        self.hangs += hung
+        self.tracebacks += outcome.code is None and not hung
         self.too_large += outcome.peak_bytes > MEMORY
         self.longest = max(self.longest, outcome.seconds)
         self.peak_bytes = max(self.peak_bytes, outcome.peak_bytes)
