@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 
 import fuzz
 import numpy as np
@@ -79,6 +80,13 @@ def test_a_hang_is_ended(monkeypatch, tmp_path):
 
     with pytest.raises(AssertionError, match=r"a hang(.|\n)*still running after 1 s"):
         fuzz.fuzz(hangs, lambda random, folder: [], 1, 0, tmp_path)
+
+
+def test_waiting_for_ever_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "LONGEST_WAIT", 1)
+    with pytest.raises(AssertionError, match="a hang"):
+        fuzz.fuzz(lambda argv: time.sleep(60), lambda random, folder: [], 1, 0, tmp_path)
 
 
 def test_output_of_a_case_is_its_own(capfd):
