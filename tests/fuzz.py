@@ -28,12 +28,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 Random = _random.Random
 Main = Callable[[Sequence[str]], int]
 Spoil = Callable[[Random, Path], Sequence[str]]
 
 SECONDS = 20
+"""Of processor time, so that a busy machine shows no hang that is none."""
+LONGEST_WAIT = 6
+"""Times as many seconds may pass, whatever a command waits for."""
 MEMORY = int(2.5 * 2**30)
 LONGEST_LINE = 1000
 """Characters of an error line; what it echoes of the input is cut, but paths may be long."""
@@ -52,16 +56,20 @@ class Outcome:
     stdout: str
     stderr: str
     seconds: float
+    """Of processor time."""
     peak_bytes: int
     """Most memory resident at once, the test process included."""
+    hung: bool = False
+    """Whether it was still running after `SECONDS`, and was ended."""
 
 
 def run(main: Main, argv: Sequence[str]) -> Outcome:
     """Run a command in this process; what libraries write to the file descriptors counts too."""
-    began, trace = time.perf_counter(), ""
+    began, trace = time.process_time(), ""
     code: int | None = None
+    hung = False
     _reset_peak()
-    with _captured() as texts:
+    with _captured() as texts, mock.patch("os.fsync"):  # nobody pulls the plug
         try:
             with _alarm(SECONDS):
                 code = main([str(a) for a in argv])
@@ -69,9 +77,12 @@ def run(main: Main, argv: Sequence[str]) -> Outcome:
             code = e.code if isinstance(e.code, int) else int(e.code is not None)
         except KeyboardInterrupt:
             raise
-        except BaseException:  # Rust's panics and Hang among them
+        except Hang:
+            hung, trace = True, traceback.format_exc()
+        except BaseException:  # Rust's panics among them
             trace = traceback.format_exc()
-    return Outcome(code, texts[0], texts[1] + trace, time.perf_counter() - began, _peak())
+    seconds = time.process_time() - began
+    return Outcome(code, texts[0], texts[1] + trace, seconds, _peak(), hung)
 
 
 def broken_promise(outcome: Outcome) -> str | None:
@@ -80,6 +91,8 @@ def broken_promise(outcome: Outcome) -> str | None:
     Promised are exit code 0, or 2 with exactly one line on stderr that begins with `error: `; no
     traceback; and bounded time and memory.
     """
+    if outcome.hung:
+        return "a hang"
     if outcome.code is None or "Traceback (most recent call last)" in outcome.stderr:
         return "a traceback"
     if outcome.code not in (0, 2):
@@ -159,9 +172,9 @@ class Tally:
     def count(self, outcome: Outcome) -> None:
         self.codes[outcome.code] += 1
         self.broken += broken_promise(outcome) is not None
-        hang = outcome.seconds > SECONDS
-        self.hangs += hang
-        self.tracebacks += outcome.code is None and not hang
+        hung = outcome.hung or outcome.seconds > SECONDS
+        self.hangs += hung
+        self.tracebacks += outcome.code is None and not hung
         self.too_large += outcome.peak_bytes > MEMORY
         self.longest = max(self.longest, outcome.seconds)
         self.peak_bytes = max(self.peak_bytes, outcome.peak_bytes)
@@ -383,13 +396,19 @@ def _alarm(seconds: int) -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hang(f"still running after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    timers = {
+        signal.SIGPROF: (signal.ITIMER_PROF, seconds),
+        signal.SIGALRM: (signal.ITIMER_REAL, LONGEST_WAIT * seconds),
+    }
+    before = {number: signal.signal(number, ring) for number in timers}
+    for timer, limit in timers.values():
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def _reset_peak() -> None:

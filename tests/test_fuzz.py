@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 
 import fuzz
 import numpy as np
@@ -46,7 +47,7 @@ def writes_below_python(argv):
         (lambda argv: 1, "exit code 1"),
         (raises(ValueError("x")), "a traceback"),
         (raises(SystemExit("x")), "exit code 1"),
-        (raises(fuzz.Hang("x")), "a traceback"),
+        (raises(fuzz.Hang("x")), "a hang"),
         (said("wrong"), "exit code 2 with 1 lines"),
         (said("error: a\nb"), "exit code 2 with 2 lines"),
         (said("error: " + "x" * 2000), "an error line of 2007 characters"),
@@ -77,8 +78,15 @@ def test_a_hang_is_ended(monkeypatch, tmp_path):
         while True:
             pass
 
-    with pytest.raises(AssertionError, match="still running after 1 s"):
+    with pytest.raises(AssertionError, match=r"a hang(.|\n)*still running after 1 s"):
         fuzz.fuzz(hangs, lambda random, folder: [], 1, 0, tmp_path)
+
+
+def test_waiting_for_ever_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "LONGEST_WAIT", 1)
+    with pytest.raises(AssertionError, match="a hang"):
+        fuzz.fuzz(lambda argv: time.sleep(60), lambda random, folder: [], 1, 0, tmp_path)
 
 
 def test_output_of_a_case_is_its_own(capfd):

@@ -149,7 +149,8 @@ def evaluation_data(random, folder, model):
     task = random.choice(("lambada", "hellaswag", "wikitext2"))
     (folder / task).mkdir()
     if task == "wikitext2":
-        (folder / task / "wiki.test.raw").write_bytes(fuzz.mutate_text(random, WIKI))
+        text = fuzz.mutate_text(random, WIKI)[:5000]  # a long text takes long, which is no hang
+        (folder / task / "wiki.test.raw").write_bytes(text)
     else:
         row = {"text": "some words and the last"} if task == "lambada" else HELLASWAG
         name = "lambada_test.jsonl" if task == "lambada" else "hellaswag_val.jsonl"
@@ -212,10 +213,11 @@ def everything(folder, cache_file):
     }
 
 
-SURFACES = ("prompts", "flags", "caches", "folders", "data", "evaluate", "bodies")
+MANY = {"prompts": 300, "flags": 500, "caches": 400, "folders": 300, "data": 150, "evaluate": 300,
+        "bodies": 3000}  # fmt: skip
 
 
-@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("surface", MANY)
 def test_a_few_spoiled_inputs(surface, folder, cache_file, tmp_path):
     main, spoil, cases = everything(folder, cache_file)[surface]
     codes = fuzz.fuzz(main, spoil, cases, SEED, tmp_path)
@@ -223,11 +225,11 @@ def test_a_few_spoiled_inputs(surface, folder, cache_file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("surface", MANY)
 def test_many_spoiled_inputs(surface, folder, cache_file, fuzz_many):
-    main, spoil, cases = everything(folder, cache_file)[surface]
+    main, spoil, _ = everything(folder, cache_file)[surface]
     command = {generate.main: "generate", evaluate.main: "evaluate", check_body: "serve"}[main]
-    assert fuzz_many(f"{command}: {surface}", main, spoil, 30 * cases, SEED + 1)[2] > 0
+    assert fuzz_many(f"{command}: {surface}", main, spoil, MANY[surface])[2] > 0
 
 
 @pytest.fixture(scope="module")
@@ -272,5 +274,5 @@ def test_a_server_under_spoiled_requests(port, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_under_many_spoiled_requests(port, fuzz_many):
-    codes = fuzz_many("serve: requests", client(port), requests, 2000, SEED + 1)
+    codes = fuzz_many("serve: requests", client(port), requests, 1500)
     assert codes[0] and codes[2]

@@ -89,6 +89,8 @@ BAD = [
     {"prompt": "x" * N_POSITIONS},
     {"prompt": "x" * 5000},
     {"prompt": "The", "max_tokens": N_POSITIONS},
+    {"prompt": "The", "max_tokens": 0},
+    {"prompt": "The", "max_completion_tokens": -1},
     {"prompt": ""},
     {"prompt": ["a", "b"]},
     {"prompt": [1, 2]},

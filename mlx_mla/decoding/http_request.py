@@ -76,7 +76,7 @@ class RequestChecks:
         asked = body.get("max_completion_tokens", body.get("max_tokens"))
         if tokens == 0:
             raise UserError("the prompt has no tokens; give some text")
-        if room < max(1, asked or 1):
+        if room < (asked or 1):
             answer = "" if asked is None else f" and max_tokens {asked}"
             raise UserError(
                 f"{tokens} prompt tokens{answer} exceed the model's n_positions={self.n_positions}"
@@ -93,7 +93,8 @@ class RequestChecks:
                 raise UserError(f"{name} must be a {'whole ' if whole else ''}number")
             if name in OPTIONS and (problem := outside(OPTIONS[name], value)):
                 raise UserError(f"{name} {problem.split('; ')[0]}")
-            low, high = NUMBERS.get(name, (-1, LARGEST_INT))
+            lowest = 1 if name in ("max_tokens", "max_completion_tokens") else -1
+            low, high = NUMBERS.get(name, (lowest, LARGEST_INT))
             if name not in OPTIONS and not low <= value <= high:
                 raise UserError(f"{name} must be from {low} to {high}")
         if not 0 <= body.get("top_k", 0) < self.vocab_size:
