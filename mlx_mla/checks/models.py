@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
-from mlx_mla.backends.contract import Decoder
+from mlx_mla.backends.contract import Backend, Decoder
 from mlx_mla.checks.row import Outcome, at_most
 from mlx_mla.config import BackendName, DeviceName, DType, ModelConfig
 from mlx_mla.data.tokenizer import ByteEncoder
@@ -52,7 +52,7 @@ def decoding(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
         prompts = [list(map(int, _random_ids(1, n)[0])) for n in (PROMPT, 7, 19)]
         kinds: tuple[CacheKind, ...] = ("latent", "materialized")
         for kind in kinds if checkpoint.read_config(folder).kind.latent_widths else kinds[1:]:
-            decoder = there.decoder(folder, kind)
+            decoder = _decoder(there, folder, kind)
             tokens: list[list[int]] = [[] for _ in prompts]
             for i, piece in decoder.batch(prompts, _greedy()):
                 tokens[i] += piece.token_ids
@@ -71,7 +71,7 @@ def absorbed(place: Path) -> Outcome:
         draft = draft or folder  # the first preset's model, whose guesses are mostly wrong
         if not checkpoint.read_config(folder).kind.latent_widths:
             continue
-        reference, decoder = _reference(folder), there.decoder(folder)
+        reference, decoder = _reference(folder), _decoder(there, folder)
         prompt, more = (list(map(int, ids)) for ids in (_random_ids(1, PROMPT)[0], [5, 80, 9]))
         file = place / f"{name}.safetensors"
         first = _tokens(decoder, prompt, _greedy(save_prompt_cache=file, max_tokens=4))
@@ -89,14 +89,14 @@ def quantised_cache(place: Path) -> Outcome:
     """Greedy text with the cache in 8 and 4 bits, whose tokens may be a little less likely."""
     there, lost = get_backend("mlx"), {8: 0.0, 4: 0.0}
     for _, folder in preset_models(place):
-        reference, decoder = _reference(folder), there.decoder(folder)
+        reference, decoder = _reference(folder), _decoder(there, folder)
         prompt = list(map(int, _random_ids(1, PROMPT)[0]))
         for bits in lost:
             tokens = _tokens(decoder, prompt, _greedy(kv_bits=bits))
             lost[bits] = max(lost[bits], regret(reference, prompt, tokens))
     passed = lost[8] <= QUANTISED[8] and lost[4] <= QUANTISED[4]
     figures = (f"{bits} bits {lost[bits]:.2g} (at most {QUANTISED[bits]:g})" for bits in lost)
-    return Outcome(passed, f"{_REGRET}: {', '.join(figures)}")
+    return Outcome(passed, f"{_REGRET} {', '.join(figures)}")
 
 
 def half_precision(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
@@ -120,7 +120,7 @@ def cache_choice(place: Path) -> Outcome:
     rates = {}
     kinds: tuple[CacheKind, ...] = ("latent", "materialized", "auto")
     for kind in kinds:
-        decoder = there.decoder(folder, kind)
+        decoder = _decoder(there, folder, kind)
         _tokens(decoder, prompt, _greedy())
         *_, last = decoder.stream(prompt, _greedy(max_tokens=64))
         rates[kind] = last.figures["generation_tps"]
@@ -129,7 +129,7 @@ def cache_choice(place: Path) -> Outcome:
     return Outcome(chosen in kinds[:2], f"{found}; auto takes {chosen}")
 
 
-_REGRET = "nats by which a token was less likely than the best, at most"
+_REGRET = "worst token below the likeliest, nats:"
 _BOTH_DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 QUANTISED = {8: 0.2, 4: 2.0}
 BFLOAT16 = 0.25
@@ -178,6 +178,10 @@ def regret(scorer: Scorer, prompt: Sequence[int], tokens: Sequence[int]) -> floa
 
 def _reference(folder: Path) -> Scorer:
     return get_backend("mlx", "cpu").scorer(folder)
+
+
+def _decoder(backend: Backend, folder: Path, cache: CacheKind = "latent") -> Decoder:
+    return backend.decoder(folder, cache)
 
 
 def _greedy(**options: object) -> GenerationOptions:

@@ -51,7 +51,7 @@ No figure in this repository was measured on a Mac.
 
 runs every row of the first table that this machine can run, in about {minutes:.0f} minutes, goes on
 after a failure, and writes `runs/check/check.md`. Please send that file, whatever it says, with the
-form "{form}". `.venv/bin/python -m mlx_mla.checks NAME` runs one row again.
+form "{form}".
 
 {table}
 

@@ -49,8 +49,8 @@ def _on_devices() -> Iterator[Row]:
         )
         yield Row(
             name=f"training-{key}",
-            what=f"Training steps on {words} in float32; Muon, recomputed activations and the "
-            "loss in chunks",
+            what=f"Training steps on {words} in float32; short sequences; Muon, recomputed "
+            "activations and the loss in chunks",
             where=tuple(f"mlx_mla/backends/{backend}/{f}.py" for f in ("session", "loss", "optim")),
             needs=needs,
             expected="the losses of MLX on the CPU, to 0.01 nats",
@@ -137,7 +137,8 @@ _OTHERS = (
     ),
     Row(
         name="devices",
-        what="`--device cpu` and `auto`: training and generation, with wired memory on Metal",
+        what="`--device cpu` and `auto`: training, and generation with a cache in 8 bits; wired "
+        "memory on Metal",
         where=(
             "mlx_mla/backends/mlx/backend.py:limited_memory",
             "mlx_mla/backends/mlx/backend.py:memory_bytes",

@@ -92,12 +92,17 @@ def available(facts: Mapping[str, str]) -> set[Need]:
     return {need for need, is_here in here.items() if is_here}
 
 
+def command(row: Row) -> list[str]:
+    """Command line of the process of a row."""
+    return [sys.executable, "-m", "mlx_mla.checks", row.name]
+
+
 def run_row(row: Row) -> Outcome:
     """Run a row in a process of its own, which may crash or hang."""
     limit = 600 + 20 * 60 * row.minutes
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "mlx_mla.checks", row.name],
+            command(row),
             capture_output=True,
             text=True,
             check=False,
