@@ -25,7 +25,7 @@ def facts(place: Path) -> Outcome:
     if sys.platform == "darwin":
         right = right and found["MLX GPU"] == "Metal" and found["MLX BLAS"] == "Accelerate"
         right = right and "MLX memory limit" in found
-    return Outcome(right, ", ".join(f"{key} {value}" for key, value in found.items()))
+    return Outcome(right, ", ".join(f"{key} {value}" for key, value in rates.items()))
 
 
 def fused_kernels(place: Path) -> Outcome:
