@@ -98,10 +98,19 @@ def calibration(place: Path) -> Outcome:
 def benchmark(place: Path) -> Outcome:
     """Both backends side by side; one whose logits differ is reported and not timed."""
     commands.run("bench.compare_backends", "--quick", "--out", place / "out", cwd=commands.ROOT)
-    rows = json.loads((place / "out" / "results.json").read_text(encoding="utf-8"))["rows"]
-    wrong = [f"{r['measure']} of {r['backend']} {r['model']}: {r['status']}"
-             for r in rows if r.get("status", "ok") != "ok"]  # fmt: skip
-    return Outcome(not wrong, "; ".join(wrong) or f"{len(rows)} rows measured, logits agree")
+    found = json.loads((place / "out" / "results.json").read_text(encoding="utf-8"))
+    wrong = [
+        f"{r['measure']} of {r['backend']} {r['model']}: {r['status']}"
+        for r in found["rows"]
+        if r.get("status", "ok") != "ok"
+    ] + [
+        f"logits of {p['backend']} {p['model']} differ by {p['largest_logit_difference']:.2g}"
+        for p in found.get("parity", ())
+        if not p["ok"]
+    ]
+    return Outcome(
+        not wrong, "; ".join(wrong) or f"{len(found['rows'])} rows measured, logits agree"
+    )
 
 
 def _request(prompt: str) -> dict[str, object]:
