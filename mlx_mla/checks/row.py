@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-Need = Literal["metal", "gpu", "torch", "mps", "cuda", "checkout"]
+Need = Literal["metal", "gpu", "torch", "mps", "cuda", "compiler", "checkout"]
 
 NEEDS: dict[Need, str] = {
     "metal": "a Mac's GPU in MLX (Metal)",
@@ -13,6 +13,7 @@ NEEDS: dict[Need, str] = {
     "torch": "PyTorch (pip install torch)",
     "mps": "a Mac's GPU in PyTorch (MPS)",
     "cuda": "an NVIDIA GPU in PyTorch (CUDA)",
+    "compiler": "g++, without which MLX compiles no steps on Linux",
     "checkout": "a checkout of the repository, which has bench/",
 }
 

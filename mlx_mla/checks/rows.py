@@ -198,6 +198,7 @@ _OTHERS = (
             "mlx_mla/estimate.py:_peak_of_pass",
             "mlx_mla/backends/mlx/backend.py:peak_flops",
         ),
+        needs=("compiler",),
         expected="within 15 % of the estimate; an MFU below 100 %",
         minutes=1,
         run=training.memory,

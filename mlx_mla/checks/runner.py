@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,7 @@ def available(facts: Mapping[str, str]) -> set[Need]:
         "torch": torch is not None,
         "mps": torch == "mps",
         "cuda": torch == "cuda",
+        "compiler": not sys.platform.startswith("linux") or shutil.which("g++") is not None,
         "checkout": (ROOT / "bench").is_dir(),
     }
     return {need for need, is_here in here.items() if is_here}
