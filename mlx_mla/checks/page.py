@@ -49,9 +49,9 @@ No figure in this repository was measured on a Mac.
     make setup
     .venv/bin/python -m mlx_mla.doctor --check
 
-runs every row of the first table that this machine can run, in about {minutes:.0f} minutes, goes on
-after a failure, and writes `runs/check/check.md`. Please send that file, whatever it says, with the
-form "{form}".
+runs every row of the first table that this machine can run, which takes minutes, goes on after a
+failure, and writes `runs/check/check.md`. Please send that file, whatever it says, with the form
+"{form}".
 
 {table}
 
@@ -91,7 +91,6 @@ def untested() -> str:
         [(f"`{r.name}`", r.what, ", ".join(map(_place, r.where)), r.expected) for r in here],
     )
     return UNTESTED.format(
-        minutes=sum(row.minutes for row in here),
         form=FORM,
         table=table,
         by_hand=_table(("what", "where", "how to check on a Mac", "expected"), BY_HAND),

@@ -39,7 +39,7 @@ class Row:
     expected: str
     """What a right result looks like."""
     minutes: float
-    """Roughly, on a Mac."""
+    """A rough guess, by which the rows are ordered."""
     run: Callable[[Path], Outcome]
     """Does the check in an empty folder that is removed afterwards; whatever it raises fails the
     row."""
