@@ -165,6 +165,15 @@ _OTHERS = (
         run=training.resume,
     ),
     Row(
+        name="resume-torch",
+        what="The same in PyTorch, on MPS or CUDA where it is",
+        where=("mlx_mla/training/loop.py", "mlx_mla/backends/torch/session.py"),
+        needs=("torch",),
+        expected="bit-identical weights and moments",
+        minutes=0.3,
+        run=functools.partial(training.resume, backend="torch"),
+    ),
+    Row(
         name="ring",
         what="Data parallel on one machine: two ranks on an MLX ring over loopback, gradients "
         "averaged on the CPU's stream",

@@ -90,9 +90,9 @@ def memory(place: Path) -> Outcome:
     return together(found)
 
 
-def resume(place: Path) -> Outcome:
+def resume(place: Path, backend: BackendName = "mlx") -> Outcome:
     """A run that is killed and resumed, against the run that never stopped."""
-    flags = (*SMALL, "--steps", "100", "--save-every", "10")
+    flags = (*SMALL, "--steps", "100", "--save-every", "10", "--backend", backend)
     straight, broken = place / "straight", place / "broken"
     commands.run("mlx_mla.train", *flags, "--out", straight)
     with commands.started("mlx_mla.train", *flags, "--out", broken) as process:
