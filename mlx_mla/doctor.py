@@ -1,18 +1,22 @@
-"""Say what this machine offers and what to fix: `python -m mlx_mla.doctor`.
+"""Say what this machine offers and what to fix, and check that all of it works:
+`python -m mlx_mla.doctor [--check]`.
 
 MLX and PyTorch are measured in a process each, so that neither sees the other's libraries.
 """
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any, cast, get_args
+from pathlib import Path
+from typing import Any, Optional, cast, get_args
 
 from mlx_mla import blas, cli
 from mlx_mla.backends import get_backend
@@ -20,7 +24,8 @@ from mlx_mla.config import BackendName, DType
 from mlx_mla.errors import UserError
 from mlx_mla.machine import memory, processor
 
-PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "tokenizers", "tiktoken", "numpy")
+PROG = "python -m mlx_mla.doctor"
+PACKAGES = ("mlx-mla", "mlx", "mlx-lm", "torch", "transformers", "tokenizers", "tiktoken", "numpy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,46 +33,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(_main, argv)
 
 
+@dataclasses.dataclass(kw_only=True)
+class DoctorCommand:
+    """Say what this machine offers and what to fix."""
+
+    check: bool = False
+    """Then run everything that has not been run on Apple silicon, as far as this machine can, and
+    write check.json and check.md: minutes. Ends with 1 if a row failed."""
+    out: Optional[Path] = None
+    """--check: folder for the two files. None: runs/check."""
+
+
 def _main(argv: Sequence[str]) -> int:
     if list(argv[:1]) == ["--probe"]:  # how this command calls itself
         print(json.dumps(probe(cast(BackendName, argv[1]))))
         return 0
-    if list(argv) in (["-h"], ["--help"]):
-        print(f"usage: python -m mlx_mla.doctor [-h]\n\n{__doc__}")
-        return 0
-    if argv:
-        raise UserError(f"unknown argument {argv[0]!r}; the doctor takes none")
-    lines, advice = examine()
-    print("\n".join(lines))
+    command = cli.parse(DoctorCommand, argv, PROG)
+    if command.out is not None and not command.check:
+        raise UserError("--out goes with --check; leave it out")
+    facts, advice = examine()
+    print("\n".join(f"{key:<24}{value}" for key, value in facts.items()))
     print("\nto fix:" if advice else "\nnothing to fix")
     for item in advice:
         print(f"  - {item}")
-    return 0
+    return _check(facts, advice, command.out or Path("runs/check")) if command.check else 0
 
 
-def examine() -> tuple[list[str], list[str]]:
-    """The report's lines, and what to fix."""
-    lines = [
-        _row(
-            "system",
-            f"{platform.system()} {platform.release()}, {platform.machine()}, Python "
-            f"{platform.python_version()}",
-        ),
-        _row("processor", f"{processor()}, {os.cpu_count()} cores"),
-        _row("memory", memory()),
-        _row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB here"),
-        _row("packages", ", ".join(f"{p} {_version(p)}" for p in PACKAGES)),
-    ]
+def _check(facts: dict[str, str], advice: list[str], out: Path) -> int:
+    from mlx_mla.checks.page import FORM
+    from mlx_mla.checks.rows import ROWS
+    from mlx_mla.checks.runner import check
+
+    print()
+    results = check(ROWS, facts, advice, out)
+    failed = sum(result.status == "fail" for result in results)
+    passed = sum(result.status == "pass" for result in results)
+    print(f"\n{passed} passed, {failed} failed, {len(results) - passed - failed} skipped")
+    print(f"report      {out / 'check.md'}  (and check.json)")
+    print(f'please send it with the form "{FORM}": {form_address()}')
+    return cli.EXIT_FAULT if failed else 0
+
+
+def examine() -> tuple[dict[str, str], list[str]]:
+    """Facts of this machine by labels for people, and what to fix."""
+    facts = {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, Python "
+        f"{platform.python_version()}",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
+        "memory": memory(),
+        "free disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB here",
+        "packages": ", ".join(f"{p} {_version(p)}" for p in PACKAGES),
+    }
     advice = []
     for name in get_args(BackendName):
         if name == "torch" and importlib.util.find_spec(name) is None:
-            lines.append(
-                _row("PyTorch", "not installed; only what names it needs it (pip install torch)")
-            )
+            facts["PyTorch"] = "not installed; only what names it needs it (pip install torch)"
             continue
         found = _run_probe(name)
         if "error" in found:
-            lines.append(_row(name, f"does not work: {found['error']}"))
+            facts[name] = f"does not work: {found['error']}"
             if name == "mlx":
                 advice.append(
                     "install MLX: pip install 'mlx[cpu]' on Linux, pip install mlx on a Mac"
@@ -78,9 +102,9 @@ def examine() -> tuple[list[str], list[str]]:
                     "pip install --force-reinstall torch"
                 )
             continue
-        lines += [_row(key, value) for key, value in found["facts"].items()]
+        facts |= found["facts"]
         advice += found["advice"]
-    return lines, advice
+    return facts, advice
 
 
 def probe(name: BackendName) -> dict[str, Any]:
@@ -115,8 +139,19 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _row(key: str, value: str) -> str:
-    return f"{key:<24}{value}"
+def form_address() -> str:
+    """Address of the issue form, by the repository that this checkout was cloned from; its file
+    where that is not on GitHub."""
+    remote = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "remote", "get-url", "origin"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    name = re.search(r"\bgithub\.com[:/](.+?)(?:\.git)?/?$", remote)
+    if name is None:
+        return ".github/ISSUE_TEMPLATE/mac.yml"
+    return f"https://github.com/{name[1]}/issues/new?template=mac.yml"
 
 
 if __name__ == "__main__":

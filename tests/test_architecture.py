@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = ("mlx_mla/serve.py", "mlx_mla/decoding/http_request.py")
 """mlx-lm's own, with checks of requests in front: it has no other backend."""
+KERNELS = "mlx_mla/checks/metal.py"
+"""What Metal's kernels take is asked of MLX itself."""
 COMMANDS = {"serve", "train", "generate", "evaluate", "prepare", "plot", "doctor"}
 
 
@@ -50,7 +52,7 @@ def test_the_package_imports_neither_the_converter_nor_the_benchmarks():
 @pytest.mark.parametrize(
     ("framework", "rooms"),
     [
-        (("mlx", "mlx_lm"), ("mlx_mla/backends/mlx/", "mlx_mla/model_mlx.py", *SERVER)),
+        (("mlx", "mlx_lm"), ("mlx_mla/backends/mlx/", "mlx_mla/model_mlx.py", KERNELS, *SERVER)),
         # blas.py imports PyTorch before a system's OpenBLAS, whose symbols it would bind to.
         (("torch",), ("mlx_mla/backends/torch/", "mlx_mla/model_torch.py", "mlx_mla/blas.py")),
     ],
@@ -63,7 +65,7 @@ def test_a_framework_is_imported_in_its_own_room(framework, rooms):
 def test_one_place_names_the_backends():
     for name in ("mlx", "torch"):
         own = f"mlx_mla/backends/{name}/"
-        others = outside(importers(f"mlx_mla.backends.{name}"), own, *SERVER)
+        others = outside(importers(f"mlx_mla.backends.{name}"), own, KERNELS, *SERVER)
         assert others == {"mlx_mla/backends/__init__.py"}
 
 

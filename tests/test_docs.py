@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mla import cli, doctor, presets, train
+from mlx_mla import cli, presets, train
 from mlx_mla.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,8 +163,6 @@ def parse_only(module: str, argv: list[str], monkeypatch, folder: Path) -> None:
     elif module == "mlx_mla.serve":
         serve = importlib.import_module(module)
         monkeypatch.setattr(serve, "_flags", then_stop(serve._flags))
-    elif module == "mlx_mla.doctor":
-        monkeypatch.setattr(doctor, "examine", then_stop(lambda *args, **kwargs: None))
     else:
         monkeypatch.setattr(cli, "parse", then_stop(cli.parse))
     command = importlib.import_module(MODULES.get(module, module))

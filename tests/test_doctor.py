@@ -2,6 +2,8 @@
 
 import re
 
+from helpers import refused
+
 from mlx_mla import doctor
 
 
@@ -15,10 +17,11 @@ def test_doctor_reports_every_part(capfd):
         assert float(speed.group(1).replace(",", "")) > 0
 
 
-def test_doctor_takes_no_arguments(capfd):
-    assert doctor.main(["--fast"]) == 2
-    assert "takes none" in capfd.readouterr().err
-    assert doctor.main(["--help"]) == 0
+def test_doctor_refuses_what_it_does_not_know(capsys, tmp_path):
+    assert "unknown argument '--chek'; did you mean --check?" in refused(
+        capsys, "--chek", command=doctor.main
+    )
+    assert "--out goes with --check" in refused(capsys, "--out", tmp_path, command=doctor.main)
 
 
 def test_doctor_says_what_to_install(monkeypatch):

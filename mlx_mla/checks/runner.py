@@ -1,0 +1,140 @@
+"""Runs rows one after the other and writes what they found: check.json and check.md.
+
+check.json: {"facts": what the doctor says of the machine, "to_fix": its advice, "rows": [{"name",
+"what", "status": pass, fail or skip, "figure": what was measured, or why there is nothing,
+"expected", "seconds"}]}. Neither file has names of the user, the machine or its folders.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from mlx_mla.checks import page
+from mlx_mla.checks.commands import ROOT
+from mlx_mla.checks.row import NEEDS, Need, Outcome, Row
+from mlx_mla.files import write_text
+
+SETTINGS = {
+    # Else float32 products are rounded to TF32 on chips that have it, and parity is off by 1e-3.
+    "MLX_ENABLE_TF32": "0",
+    # No row needs the network.
+    "HF_HUB_OFFLINE": "1",
+}
+"""Environment of every row, where the user's has no value."""
+
+
+Status = Literal["pass", "fail", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A row of the report."""
+
+    name: str
+    what: str
+    status: Status
+    figure: str
+    expected: str
+    seconds: float
+
+
+def check(
+    rows: Sequence[Row], facts: Mapping[str, str], to_fix: Sequence[str], out: Path
+) -> list[Result]:
+    """Run rows, with a line of progress each, and write the report after every one.
+
+    Args:
+        facts: What `doctor.examine` found, which tells what can run.
+        to_fix: Its advice.
+        out: Folder of the report, made if it is not there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    there, results = available(facts), list[Result]()
+    facts = {key: impersonal(value) for key, value in facts.items()}
+    width = max(len(row.name) for row in rows)
+    for number, row in enumerate(rows, 1):
+        print(f"[{number:>2}/{len(rows)}] {row.name:<{width}}  ", end="", flush=True)
+        began = time.monotonic()
+        status: Status
+        missing = [NEEDS[need] for need in row.needs if need not in there]
+        if missing:
+            status, figure = "skip", f"needs {' and '.join(missing)}"
+        else:
+            outcome = run_row(row)
+            status, figure = "pass" if outcome.passed else "fail", outcome.figure
+        seconds = round(time.monotonic() - began, 1)
+        print(f"{status}  {figure}" + ("" if missing else f"  ({seconds:.0f} s)"), flush=True)
+        results.append(Result(row.name, row.what, status, figure, row.expected, seconds))
+        _write(out, facts, to_fix, results)
+    return results
+
+
+def available(facts: Mapping[str, str]) -> set[Need]:
+    """What rows may need, by the doctor's facts."""
+    gpu, torch = facts.get("MLX GPU"), facts.get("PyTorch device")
+    here: dict[Need, bool] = {
+        "metal": gpu == "Metal",
+        "gpu": gpu in ("Metal", "CUDA"),
+        "torch": torch is not None,
+        "mps": torch == "mps",
+        "cuda": torch == "cuda",
+        "compiler": not sys.platform.startswith("linux") or shutil.which("g++") is not None,
+        "checkout": (ROOT / "bench").is_dir(),
+    }
+    return {need for need, is_here in here.items() if is_here}
+
+
+def command(row: Row) -> list[str]:
+    """Command line of the process of a row."""
+    return [sys.executable, "-m", "mlx_mla.checks", row.name]
+
+
+def run_row(row: Row) -> Outcome:
+    """Run a row in a process of its own, which may crash or hang."""
+    limit = 600 + 20 * 60 * row.minutes
+    try:
+        done = subprocess.run(
+            command(row),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit,
+            env={**SETTINGS, **os.environ},
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(False, f"did not end within {limit / 60:.0f} minutes")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Outcome(False, impersonal(f"ended with exit code {done.returncode}: {last}"))
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Outcome(found["passed"], impersonal(found["figure"]))
+
+
+def impersonal(text: str) -> str:
+    """A message without the names of this machine, its folders and its user, on one line."""
+    for path, name in ((ROOT, "."), (tempfile.gettempdir(), "TMP"), (Path.home(), "~")):
+        if len(str(path)) > 1:
+            text = text.replace(str(path), name)
+    text = re.sub(r"/(?:Users|home)/[^/\s]+", "~", text)
+    if host := platform.node():
+        text = re.sub(rf"(?<!\w){re.escape(host)}(?!\w)", "HOST", text)
+    return " ".join(text.split())
+
+
+def _write(
+    out: Path, facts: Mapping[str, str], to_fix: Sequence[str], results: Collection[Result]
+) -> None:
+    rows = [dataclasses.asdict(result) for result in results]
+    document = {"facts": dict(facts), "to_fix": list(to_fix), "rows": rows}
+    write_text(out / "check.json", json.dumps(document, indent=1) + "\n")
+    write_text(out / "check.md", page.report(facts, to_fix, rows))

@@ -1,0 +1,236 @@
+"""`python -m mlx_mla.doctor --check`: its list of rows, what they notice, and its report."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import python
+
+from mlx_mla import doctor
+from mlx_mla.backends import get_backend
+from mlx_mla.checks import commands, models, page, runner, training
+from mlx_mla.checks.row import NEEDS, Outcome, Row, at_most, together
+from mlx_mla.checks.rows import ROWS
+
+ROOT = Path(__file__).resolve().parents[1]
+BY_NAME = {row.name: row for row in ROWS}
+FACTS = {"system": "Linux", "MLX GPU": "none", "PyTorch device": "cpu"}
+
+
+def symbols(file: Path) -> set[str]:
+    """Names that a file defines, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {t.id for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_rows_name_places_in_the_code_that_exist(row):
+    assert row.where
+    for place in row.where:
+        file, _, symbol = place.partition(":")
+        assert (ROOT / file).is_file(), place
+        assert not symbol or symbol in symbols(ROOT / file), place
+    assert set(row.needs) <= NEEDS.keys()
+
+
+def test_rows_have_names_of_their_own_and_the_short_ones_come_first():
+    assert len(BY_NAME) == len(ROWS)
+    minutes = [row.minutes for row in ROWS]
+    assert minutes == sorted(minutes)
+
+
+def test_the_page_for_mac_owners_is_made_from_the_rows():
+    path = ROOT / "docs" / "untested-on-apple.md"
+    assert path.read_text(encoding="utf-8") == page.untested(), (
+        f"write it anew: python -m mlx_mla.checks > {path.relative_to(ROOT)}"
+    )
+
+
+def test_the_issue_form_asks_for_the_report():
+    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "mac.yml").read_text(encoding="utf-8")
+    assert f"name: {page.FORM}\n" in form
+    assert "python -m mlx_mla.doctor --check" in form and "check.md" in form
+
+
+@pytest.mark.parametrize("name", ["bfloat16-training-mlx", "quantised-cache"])
+def test_a_row_passes_in_a_process_of_its_own(name):
+    outcome = runner.run_row(BY_NAME[name])
+    assert outcome.passed, outcome.figure
+    assert re.search(r"\d", outcome.figure)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return models.small_model(tmp_path_factory.mktemp("models") / "nano")
+
+
+def test_regret_is_what_a_token_lacks_of_the_likeliest(folder):
+    backend = get_backend("mlx", "cpu")
+    scorer, prompt = backend.scorer(folder), [1, 2, 3]
+    rows = models.log_probabilities(scorer, np.array([[*prompt, 7]], np.int32), np.arange(4))
+    np.testing.assert_allclose(np.exp(rows).sum(-1), 1, rtol=1e-5)
+    order = rows[2].argsort()
+    best, third = int(order[-1]), int(order[-3])
+    assert models.regret(scorer, prompt, [best]) == 0
+    lacking = float(rows[2, best] - rows[2, third])
+    assert models.regret(scorer, prompt, [third]) == pytest.approx(lacking, abs=1e-4) != 0
+
+
+def test_decoding_that_is_wrong_fails(tmp_path, monkeypatch):
+    """Keys and queries whose scores are scaled wrongly in the absorbed path alone."""
+    from mlx_mla.model_mlx import LatentAttention
+
+    right = LatentAttention._attend_absorbed
+
+    def wrong(self, q, *rest):
+        return right(self, 1.1 * q, *rest)
+
+    monkeypatch.setattr(models, "PRESETS", ["nano", "mla-124m"])
+    assert models.absorbed(tmp_path / "right").passed
+    monkeypatch.setattr(LatentAttention, "_attend_absorbed", wrong)
+    outcome = models.absorbed(tmp_path / "wrong")
+    assert not outcome.passed, outcome.figure
+
+
+def test_steps_that_are_wrong_fail(monkeypatch):
+    from mlx_mla.backends.mlx.session import MLXTrainSession
+
+    real, expected = (
+        MLXTrainSession.step,
+        training._train(get_backend("mlx", "cpu"), training._config()),
+    )
+    monkeypatch.setattr(
+        MLXTrainSession,
+        "step",
+        lambda self, step, rate, batches: real(self, step, 0.9 * rate, batches),
+    )
+    found = training._train(get_backend("mlx", "cpu"), training._config())
+    assert training._compared(expected, expected, training.TOLERANCE).passed
+    assert not training._compared(found, expected, training.TOLERANCE).passed
+
+
+def test_fused_kernels_are_held_against_float64():
+    """The reference of the rows for Metal, against MLX's unfused attention."""
+    import mlx.core as mx
+
+    from mlx_mla.checks import metal
+
+    if mx.metal.is_available():
+        assert metal.shared_head().passed
+    for queries in (1, 4):
+        for dtype, tolerance in metal.TOLERANCE.items():
+            assert metal.difference(192, 128, queries, dtype) <= tolerance
+
+
+def test_nan_fails():
+    assert not at_most(float("nan"), 1, "x").passed
+    assert not models._worst({"a": 0.0, "b": float("nan"), "c": 0.5}, 1, "x").passed
+    both = together({"a": Outcome(True, "1"), "b": Outcome(False, "2")})
+    assert both == Outcome(False, "b: 2; a: 1")
+
+
+def row(name: str, **fields) -> Row:
+    return dataclasses.replace(BY_NAME["facts"], name=name, **fields)
+
+
+def test_the_report_has_every_row_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    found = {
+        "good": Outcome(True, "0.5 of x|y"),
+        "bad": Outcome(False, "ValueError: no"),
+        "last": Outcome(True, "fine"),
+    }
+    monkeypatch.setattr(runner, "run_row", lambda row: found[row.name])
+    rows = [row("good"), row("bad"), row("elsewhere", needs=("mps",)), row("last")]
+    results = runner.check(rows, FACTS, ["a thing"], tmp_path / "new" / "out")
+    assert [r.status for r in results] == ["pass", "fail", "skip", "pass"]
+    written = json.loads((tmp_path / "new" / "out" / "check.json").read_text())
+    assert written["facts"] == FACTS and written["to_fix"] == ["a thing"]
+    assert [r["figure"] for r in written["rows"]] == [
+        "0.5 of x|y", "ValueError: no", "needs a Mac's GPU in PyTorch (MPS)", "fine",
+    ]  # fmt: skip
+    said = (tmp_path / "new" / "out" / "check.md").read_text()
+    assert "2 passed, 1 failed, 1 skipped" in said and "0.5 of x\\|y" in said
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[1].startswith("[ 2/4] bad        fail  ValueError: no")
+
+
+def test_a_row_that_raises_or_is_killed_fails_with_one_line(monkeypatch):
+    """In a real process of its own."""
+    folder = f"{ROOT}/nowhere"
+    code = (
+        "import sys, os, dataclasses; from mlx_mla.checks import __main__ as m\n"
+        "def fault(place):\n"
+        f"    if {{kill}}: os.abort()\n"
+        f"    raise ValueError('no file {folder}/x\\nand more')\n"
+        "m.ROWS = [dataclasses.replace(m.ROWS[0], name='x', run=fault)]\n"
+        "m.main(['x'])\n"
+    )
+    for kill, expected in (
+        (0, r"^ValueError: no file \./nowhere/x$"),
+        (1, "^ended with exit code -6"),
+    ):
+        script = ["-c", code.format(kill=kill)]
+        monkeypatch.setattr(runner, "command", lambda row, script=script: python(*script))
+        outcome = runner.run_row(row("x"))
+        assert not outcome.passed
+        assert re.search(expected, outcome.figure)
+
+
+def test_reports_are_impersonal(monkeypatch):
+    monkeypatch.setattr(runner.platform, "node", lambda: "annas-mac.local")
+    said = runner.impersonal(
+        f"{Path.home()}/x, /Users/anna/model, /home/bert/y and {ROOT}/z\non annas-mac.local"
+    )
+    assert said == "~/x, ~/model, ~/y and ./z on HOST"
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("git@github.com:ann/mla.git", "https://github.com/ann/mla/issues/new?template=mac.yml"),
+        ("https://t:x@github.com/a/b", "https://github.com/a/b/issues/new?template=mac.yml"),
+        ("/srv/mirror", ".github/ISSUE_TEMPLATE/mac.yml"),
+        ("", ".github/ISSUE_TEMPLATE/mac.yml"),
+    ],
+)
+def test_the_form_is_where_the_checkout_came_from(remote, address, monkeypatch):
+    class Done:
+        stdout = remote + "\n"
+
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: Done)
+    assert doctor.form_address() == address
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
+def test_exit_code_and_last_lines(passed, code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: (FACTS, []))
+    monkeypatch.setattr(runner, "run_row", lambda row: Outcome(passed, "1"))
+    assert doctor.main(["--check", "--out", str(tmp_path)]) == code
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert page.FORM in last and "mac.yml" in last
+
+
+@pytest.mark.slow
+def test_the_whole_command_on_this_machine(tmp_path):
+    """Every row that this machine can run passes; the others say what they need."""
+    out = tmp_path / "out"
+    said = commands.run("mlx_mla.doctor", "--check", "--out", out)
+    rows = json.loads((out / "check.json").read_text())["rows"]
+    assert [r["name"] for r in rows] == [r.name for r in ROWS]
+    assert not [r for r in rows if r["status"] == "fail"]
+    assert all(r["figure"].startswith("needs ") for r in rows if r["status"] == "skip")
+    assert sum(r["status"] == "pass" for r in rows) >= 10
+    written = said + (out / "check.md").read_text() + (out / "check.json").read_text()
+    assert str(Path.home()) not in (out / "check.md").read_text()
+    assert os.uname().nodename not in written
