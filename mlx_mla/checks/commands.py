@@ -86,10 +86,13 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def serving(model: Path) -> Iterator[str]:
-    """The server with a model; gives the address of its completions."""
+    """The server with a model, in float32, in which a text does not depend on the others of its
+    batch; gives the address of its completions."""
     (port,) = free_ports(1)
     address = f"http://127.0.0.1:{port}"
-    with started("mlx_mla.serve", "--model", model, "--port", port) as process:
+    with started(
+        "mlx_mla.serve", "--model", model, "--port", port, "--dtype", "float32"
+    ) as process:
         for _ in range(1200):
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with exit code {process.returncode}")

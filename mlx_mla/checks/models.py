@@ -13,11 +13,11 @@ import numpy as np
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Decoder
-from mlx_mla.checks.row import Outcome, at_most
+from mlx_mla.checks.row import Outcome, at_most, together
 from mlx_mla.config import BackendName, DeviceName, DType, ModelConfig
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.decoding.request import CacheKind, GenerationOptions
-from mlx_mla.evaluation.scoring import Scorer
+from mlx_mla.evaluation.scoring import Block, Scorer
 from mlx_mla.files import atomic_folder
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
@@ -100,8 +100,9 @@ def quantised_cache(place: Path) -> Outcome:
 
 
 def half_precision(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
-    """bfloat16 against float32 on the same device."""
-    there, largest = get_backend(backend, device), {}
+    """bfloat16 against float32 on the same device: logits, and greedy text."""
+    there, largest, lost = get_backend(backend, device), {}, {}
+    prompt = list(map(int, _random_ids(1, PROMPT)[0]))
     for name, folder in preset_models(place):
         ids = _random_ids(2, 33)
         exact, rounded = (
@@ -109,7 +110,10 @@ def half_precision(place: Path, backend: BackendName, device: DeviceName) -> Out
             for dtype in _BOTH_DTYPES
         )
         largest[name] = _largest(exact, rounded)
-    return _worst(largest, BFLOAT16, "largest difference of a log-probability")
+        text = _tokens(there.decoder(folder, "latent", "bfloat16"), prompt, _greedy())
+        lost[name] = regret(there.scorer(folder), prompt, text)
+    logits = _worst(largest, BFLOAT16, "largest difference of a log-probability")
+    return together({"logits": logits, "text": _worst(lost, BFLOAT16, _REGRET)})
 
 
 def cache_choice(place: Path) -> Outcome:
@@ -158,7 +162,8 @@ def log_probabilities(
     """
     V = len(scorer.tokenizer)
     where, targets = np.repeat(at, V), np.tile(np.arange(V), len(at))
-    found, _ = scorer.run(prefix, ids, where.astype(np.int32), targets.astype(np.int32))
+    block = Block(ids, np.arange(len(ids)), where.astype(np.int32), targets.astype(np.int32))
+    found, _ = scorer.run(prefix, [block])
     return found.reshape(len(at), V)
 
 
@@ -168,7 +173,7 @@ def regret(scorer: Scorer, prompt: Sequence[int], tokens: Sequence[int]) -> floa
     assert tokens
     ids = np.array([[*prompt, *tokens[:-1]]], np.int32)
     at, chosen = np.arange(len(prompt) - 1, ids.size, dtype=np.int32), np.array(tokens, np.int32)
-    logprobs, greedy = scorer.run(None, ids, at, chosen)
+    logprobs, greedy = scorer.run(None, [Block(ids, np.zeros(1, np.int32), at, chosen)])
     lost = [
         float(log_probabilities(scorer, ids, at[[i]]).max()) - float(logprobs[i])
         for i in np.flatnonzero(~greedy | np.isnan(logprobs))
@@ -181,7 +186,8 @@ def _reference(folder: Path) -> Scorer:
 
 
 def _decoder(backend: Backend, folder: Path, cache: CacheKind = "latent") -> Decoder:
-    return backend.decoder(folder, cache)
+    """In float32, in which texts are claimed to be equal."""
+    return backend.decoder(folder, cache, "float32")
 
 
 def _greedy(**options: object) -> GenerationOptions:

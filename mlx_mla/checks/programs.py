@@ -105,7 +105,7 @@ def benchmark(place: Path) -> Outcome:
         if r.get("status", "ok") != "ok"
     ] + [
         f"logits of {p['backend']} {p['model']} differ by {p['largest_logit_difference']:.2g}"
-        for p in found.get("parity", ())
+        for p in found["parity"]
         if not p["ok"]
     ]
     return Outcome(

@@ -22,6 +22,18 @@ _CODE = {
     "mlx": ("mlx_mla/model_mlx.py:LatentAttention",),
     "torch": ("mlx_mla/model_torch.py:attend",),
 }
+_TRAINING = {
+    "mlx": (
+        "mlx_mla/backends/mlx/session.py",
+        "mlx_mla/backends/mlx/loss.py",
+        "mlx_mla/model_mlx.py:differentiable_mask",
+    ),
+    "torch": (
+        "mlx_mla/backends/torch/session.py",
+        "mlx_mla/backends/torch/loss.py",
+        "mlx_mla/backends/torch/optim.py:fuses",
+    ),
+}
 
 
 def _on_devices() -> Iterator[Row]:
@@ -51,7 +63,7 @@ def _on_devices() -> Iterator[Row]:
             name=f"training-{key}",
             what=f"Training steps on {words} in float32; short sequences; Muon, recomputed "
             "activations and the loss in chunks",
-            where=tuple(f"mlx_mla/backends/{backend}/{f}.py" for f in ("session", "loss", "optim")),
+            where=_TRAINING[backend],
             needs=needs,
             expected="the losses of MLX on the CPU, to 0.01 nats",
             minutes=0.3,
@@ -59,15 +71,21 @@ def _on_devices() -> Iterator[Row]:
         )
 
 
+_HALF = {
+    "mlx": ("mlx_mla/model_mlx.py:attend_in_half", "mlx_mla/backends/contract.py:GPU_DTYPE"),
+    "torch": ("mlx_mla/model_torch.py:_attend_absorbed",),
+}
+
+
 def _in_half_precision() -> Iterator[Row]:
     backends: dict[BackendName, tuple[Need, ...]] = {"mlx": (), "torch": ("torch",)}
     for backend, needs in backends.items():
         yield Row(
             name=f"bfloat16-{backend}",
-            what=f"Logits in bfloat16, {backend} on the device that it takes by itself",
-            where=(f"mlx_mla/backends/{backend}/score.py",),
+            what=f"Logits and text in bfloat16, {backend} on the device that it takes by itself",
+            where=_HALF[backend],
             needs=needs,
-            expected="those of float32, to 0.25 nats",
+            expected="log-probabilities of float32, to 0.25 nats; tokens as near to the likeliest",
             minutes=0.3,
             run=functools.partial(models.half_precision, backend=backend, device="auto"),
         )
@@ -142,7 +160,7 @@ _OTHERS = (
         where=(
             "mlx_mla/backends/mlx/backend.py:limited_memory",
             "mlx_mla/backends/mlx/backend.py:memory_bytes",
-            "mlx_mla/backends/mlx/decode.py:MLXDecoder",
+            "mlx_mla/backends/mlx/device.py:stream_of",
         ),
         expected="text from both",
         minutes=0.3,
@@ -159,7 +177,10 @@ _OTHERS = (
     Row(
         name="resume",
         what="Exact resuming: a run that is killed and resumed",
-        where=("mlx_mla/training/loop.py",),
+        where=(
+            "mlx_mla/training/loop.py",
+            "mlx_mla/backends/mlx/loss.py:EMBEDDING_STREAM",
+        ),
         expected="bit-identical weights and moments",
         minutes=0.3,
         run=training.resume,
@@ -205,6 +226,7 @@ _OTHERS = (
         "matrix rate (MFU)",
         where=(
             "mlx_mla/estimate.py:_peak_of_pass",
+            "mlx_mla/fusion.py:fused_by_mlx",
             "mlx_mla/backends/mlx/backend.py:peak_flops",
         ),
         needs=("compiler",),

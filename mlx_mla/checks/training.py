@@ -64,13 +64,13 @@ def memory(place: Path) -> Outcome:
     """The peak of a step against the estimate, and the share of the measured matrix rate (MFU)."""
     backend = get_backend("mlx")
     base = dataclasses.replace(preset("mla-124m"), batch_size=1, tokens_per_step=None)
-    if not backend.fused_attention:  # a CPU has no time for it
+    if not backend.fused_attention(base.resolved()):  # a CPU has no time for it
         base = preset("nano")
     found = {}
     for dtype in ("float32", "bfloat16"):
         config = dataclasses.replace(base, dtype=dtype).resolved()
         rate = backend.peak_flops(config.dtype)
-        costs = estimate(config, backend.fused_attention)
+        costs = estimate(config, backend.fused_attention(config))
         with backend.limited_memory(costs.total_bytes):
             session = backend.train_session(config, Start(initial_weights(config.model, 0)))
             batch = _batch(config, 0)
