@@ -433,7 +433,7 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         return super().resize_token_embeddings(*args, **kwargs)
 
     def _end_of_text(self) -> int | None:
-        ends = self.config.eos_token_id
+        ends = getattr(self.config, "eos_token_id", None)
         return ends[0] if isinstance(ends, (list, tuple)) else ends
 
     def _past_positions(

@@ -160,9 +160,9 @@ def test_a_prompt_cache_whose_tokens_or_values_were_changed_is_refused(folder, t
     for damaged in (swapped, later):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"damaged \(its sha256 differs"):
-            prompt_cache.load(file, checkpoint.model_folder(folder))
+            prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
     file.write_bytes(whole)
-    _, tokens = prompt_cache.load(file, checkpoint.model_folder(folder))
+    _, tokens = prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
     assert bytes(tokens[:6]) == b"The st"
 
 

@@ -300,8 +300,8 @@ def test_an_unknown_type_is_refused(folder, tmp_path, capsys):
 
 
 def test_the_server_holds_the_model_in_the_type(folder):
-    args = serve._flags(["--model", str(folder), "--dtype", "bfloat16"])
-    provider = serve.Provider(args, folder, args.dtype)
+    own, others = serve._own_flags(["--model", str(folder), "--dtype", "bfloat16"])
+    provider = serve.Provider(serve._flags(others), folder, own.dtype)
     provider._load()
     assert provider.problem is None
     assert {w.dtype for _, w in tree_flatten(provider.model.parameters())} == {mx.bfloat16}

@@ -65,7 +65,7 @@ def test_decoding_quantises_no_values_of_width_0(folder, tmp_path, bits):
 
 
 def test_serving_quantises_no_values_of_width_0(folder):
-    provider = serve.Provider(mock.Mock(model=str(folder)), folder)
+    provider = serve.Provider(mock.Mock(model=str(folder)), folder, "float32")
     provider._load()
     assert provider.problem is None
     cache = stock.make_prompt_cache(provider.model)
