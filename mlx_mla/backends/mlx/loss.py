@@ -29,16 +29,19 @@ def hidden_states(
     if "wpe" in transformer:
         h = h + transformer.wpe(mx.arange(ids_BL.shape[1]))
     h, latent = transformer.drop(h.astype(dtype)), None
+    mask = differentiable_mask("causal", h.shape[1])
     if not checkpoint_every:
         for block in transformer.h:
-            h, latent = block(h, "causal", latent=latent)
+            h, latent = block(h, mask, latent=latent)
     else:
         for i in range(0, len(transformer.h), checkpoint_every):
-            h, latent = _checkpointed(transformer.h[i : i + checkpoint_every], h, latent)
+            h, latent = _checkpointed(transformer.h[i : i + checkpoint_every], h, mask, latent)
     return transformer.ln_f(h)
 
 
-def _checkpointed(blocks: Sequence[Block], h: mx.array, latent: Any) -> tuple[mx.array, Any]:
+def _checkpointed(
+    blocks: Sequence[Block], h: mx.array, mask: Any, latent: Any
+) -> tuple[mx.array, Any]:
     def run(parameters: list, h: mx.array, latent: Any) -> tuple[mx.array, Any]:
         # Computed again, the group must drop the same values: it draws from a key of its own.
         outer = _random_state()[:]
@@ -49,7 +52,6 @@ def _checkpointed(blocks: Sequence[Block], h: mx.array, latent: Any) -> tuple[mx
         _random_state()[:] = outer
         return h, latent
 
-    mask = differentiable_mask("causal", h.shape[1])
     _random_state()[:], key = mx.random.split(_random_state())
     return mx.checkpoint(run)([block.trainable_parameters() for block in blocks], h, latent)
 
