@@ -229,7 +229,7 @@ def test_bad_input_gets_one_line(folder, tiny_run, tmp_path, capsys):
     assert "invalid choice" in no(*prompt, "--cache", "big")
     assert "either --prompt TEXT or --prompts-file" in no(*model)
     assert "has no prompts" in no(*model, "--prompts-file", "/dev/null")
-    assert "cannot be read" in no(*model, "--prompts-file", tmp_path / "none")
+    assert "no such file" in no(*model, "--prompts-file", tmp_path / "none")
     assert "did you mean --prompt?" in no(*model, "--promt", "x")
     assert "no such folder" in no("--model", tmp_path / "none", "--prompt", "x")
     assert "hub cannot be reached" in no("--model", "someone/something", "--prompt", "x")
