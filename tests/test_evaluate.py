@@ -199,7 +199,7 @@ def test_users_mistakes_are_one_line(models, data, tmp_path, capsys, shared_data
     assert "unknown task 'helaswag'; did you mean hellaswag?" in no("--tasks", "helaswag")
     assert "--limit must be at least 1" in no("--limit", "0")
     assert "no such folder" in no("--data-dir", tmp_path / "missing")
-    assert "lambada_test.jsonl: cannot be read" in no("--data-dir", tmp_path, "--tasks", "lambada")
+    assert "lambada_test.jsonl: no such file" in no("--data-dir", tmp_path, "--tasks", "lambada")
     assert "give it as --data-dir" in no("--tasks", "lambada")
     assert "--resume needs --out" in no("--resume")
     assert "--model names a model twice" in no("--model", models[0], models[0])
