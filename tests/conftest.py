@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Newer GPUs multiply float32 matrices in TF32 by default, three digits short of the tests'
 # tolerances. MLX reads this once, at its first product; commands that tests start inherit it.
 os.environ["MLX_ENABLE_TF32"] = "0"
+
+# A shell ignores these for what it runs in the background, and so would the commands that tests
+# start and interrupt.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports first)
 
@@ -22,7 +32,7 @@ import pytest
 from helpers import TINY
 from hypothesis import settings
 
-from mlx_mla import train
+from mlx_mla import checkpoint, train
 from mlx_mla.backends import contract
 
 SEED = 17  # of the slow fuzz tests
@@ -114,6 +124,14 @@ def tiny_run(tmp_path_factory, text_file) -> Path:
     ]
     assert train.main(argv) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_run) -> Path:
+    """The model folder of that run's last checkpoint."""
+    last = checkpoint.latest(tiny_run)
+    assert last is not None
+    return last
 
 
 @pytest.fixture(scope="session", autouse=True)
