@@ -10,9 +10,9 @@ vocabulary's logits are computed only where a token is scored.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ BUCKET = 8
 # Most tokens of one pass, over all rows, and most positions whose logits are held at once.
 PASS_TOKENS = 16384
 HEAD_POSITIONS = 1024
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,16 +206,25 @@ def _units(index: int, request: Request, n_positions: int) -> Iterator[_Unit]:
 
 def _batches(units: Sequence[_Unit], batch_size: int) -> Iterator[list[_Unit]]:
     """Neighbours with prefixes of one length, as many as --batch-size and a pass allow."""
-    batch: list[_Unit] = []
-    for unit in units:
+
+    def fits(batch: list[_Unit], unit: _Unit) -> bool:
         n, length = len(batch) + 1, len(unit.prefix)
-        full = n > batch_size or n * max(1, length) > PASS_TOKENS
-        if batch and (full or length != len(batch[0].prefix)):
-            yield batch
-            batch = []
-        batch.append(unit)
-    if batch:
-        yield batch
+        small = n <= batch_size and n * max(1, length) <= PASS_TOKENS
+        return small and length == len(batch[0].prefix)
+
+    return _grouped(units, fits)
+
+
+def _grouped(items: Iterable[T], fits: Callable[[list[T], T], bool]) -> Iterator[list[T]]:
+    """Neighbours together, for as long as the next one fits to those before it."""
+    group: list[T] = []
+    for item in items:
+        if group and not fits(group, item):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,17 +245,13 @@ def _blocks(batch: Sequence[_Unit], batch_size: int) -> Iterator[list[_Row]]:
         for k, (ids, target) in enumerate(zip(unit.rows, unit.targets))
     ]
     rows.sort(key=lambda row: len(row.ids), reverse=True)
-    block: list[_Row] = []
-    for row in rows:
-        if block:
-            n, longest = len(block) + 1, _padded(len(block[0].ids))
-            size = n * (len(batch[0].prefix) + longest)
-            if n > batch_size or size > PASS_TOKENS or _padded(len(row.ids)) != longest:
-                yield block
-                block = []
-        block.append(row)
-    if block:
-        yield block
+
+    def fits(block: list[_Row], row: _Row) -> bool:
+        n, longest = len(block) + 1, _padded(len(block[0].ids))
+        small = n <= batch_size and n * (len(batch[0].prefix) + longest) <= PASS_TOKENS
+        return small and _padded(len(row.ids)) == longest
+
+    return _grouped(rows, fits)
 
 
 def _block(rows: Sequence[_Row], room: int) -> Block:

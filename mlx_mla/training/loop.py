@@ -416,9 +416,9 @@ def _shared(world: World, start: Start | None) -> Start:
 def _expected_memory(config: TrainConfig, backend: Backend, console: Console) -> Estimate:
     """What a step takes by estimate; warns if the device has less, since swapping makes it many
     times slower."""
-    expected = estimate(config, backend.fused_attention(config))
-    limit = backend.memory_bytes()
-    if (advice := memory_advice(config, backend.fused_attention(config), limit)) is not None:
+    fused, limit = backend.fused_attention(config), backend.memory_bytes()
+    expected = estimate(config, fused)
+    if (advice := memory_advice(config, fused, limit)) is not None:
         console.print(
             f"warning: a step takes about {expected.total_bytes / 2**30:.1f} GiB, the device has "
             f"{limit / 2**30:.1f}: it will swap, many times slower, or fail; to fit: {advice}",
