@@ -5,9 +5,9 @@
 
 Method: the same weights go into both backends, and their logits must agree before anything is
 timed (float32 is not TF32 in either: MLX_ENABLE_TF32 is 0 unless the environment sets it). One
-subject is in memory at a time: each is loaded, warmed up until two runs agree within a
-tenth (the first, cold run is kept apart) and timed, in order for the first half of the repetitions
-and backwards for the second, so that drift of the machine hits all alike. Figures are the median,
+subject is in memory at a time: each is loaded, warmed up until two runs agree within a tenth (the
+first, cold run is kept apart) and timed, in order for the first half of the repetitions and
+backwards for the second, so that drift of the machine hits all alike. Figures are the median,
 smallest and largest of the repetitions.
 
 Decoding is timed by the loop that `generate` has: in MLX the next step is under way while a token
@@ -53,6 +53,7 @@ from bench.harness import Report, Row, document, markdown, rewrite
 from bench.rows import Results
 from bench.subjects import costs
 from bench.subjects.candidates import Candidate, Models
+from bench.subjects.contract import Subject, Timed
 from bench.timing import Case, time_cases
 from mlx_mla import cli
 from mlx_mla.config import ModelConfig, TrainConfig
@@ -266,7 +267,7 @@ class Bench:
                         flops = batch * context * forward_flops_per_token(s.config, context)
                     else:
                         flops = batch * costs.decode_flops(s.config, kind, context)
-                    run = functools.partial(_decode, batch, context, steps, kind)
+                    run = functools.partial(decode, batch, context, steps, kind)
                     cases.append(
                         self._case("decoding", s, kind, batch, context, run, steps * flops, steps)
                     )
@@ -385,7 +386,8 @@ def decode_steps(batch: int, kind: str) -> int:
     return 8 if batch == 1 and kind != "none" else 2
 
 
-def _decode(batch: int, context: int, steps: int, kind: str, subject: Any) -> Any:
+def decode(batch: int, context: int, steps: int, kind: str, subject: Subject) -> Timed:
+    """`Subject.decode` with the subject last, as what a case runs."""
     return subject.decode(batch, context, steps, kind)
 
 

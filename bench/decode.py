@@ -26,7 +26,7 @@ from typing import Any, Literal, Optional
 from unittest import mock
 
 from bench import subjects
-from bench.compare_backends import Bench, decode_steps, take
+from bench.compare_backends import Bench, decode, decode_steps, take
 from bench.decode_report import REPORT
 from bench.harness import Row, document, report_name
 from bench.rows import Results
@@ -133,7 +133,7 @@ class Decoding(Bench):
                     if kind == "none" or size > self.s.max_cache_gb * 1e9:
                         continue
                     flops = batch * costs.decode_flops(subject.config, kind, context)
-                    run = functools.partial(_decode, batch, context, steps, kind)
+                    run = functools.partial(decode, batch, context, steps, kind)
                     case = self._case(
                         "decoding", subject, kind, batch, context, run, steps * flops, steps
                     )
@@ -200,10 +200,6 @@ def _overhead(subject: Any, keys: list[Row], results: Results) -> None:
             f"{row['python_ms']:.2f} ms, MLX {row['compute_ms']:.2f} ms",
             flush=True,
         )
-
-
-def _decode(batch: int, context: int, steps: int, kind: str, subject: Subject) -> Timed:
-    return subject.decode(batch, context, steps, kind)
 
 
 def _read_on(context: int, new: int, absorb: bool | None, subject: Subject) -> Timed:
