@@ -158,8 +158,13 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
 
 
 def _report(study: Study, results: Results, out: Path, made_by: str) -> list[Row]:
-    rows, steps = summarise(study, results), chain(study, results, study.stair)
-    rivals = [step for pair in study.rivals for step in chain(study, results, pair)]
+    rows = summarise(study, results)
+    steps = {
+        "The stair, a step at a time": chain(study, results, study.stair),
+        "Rivals, the second against the first": [
+            step for pair in study.rivals for step in chain(study, results, pair)
+        ],
+    }
     results.summary = {
         "study": study.name,
         "title": study.title,
@@ -170,7 +175,7 @@ def _report(study: Study, results: Results, out: Path, made_by: str) -> list[Row
         "rows": [row.plain() for row in rows],
     }
     results.save()
-    text = markdown(study, results, rows, steps, rivals, draw(study, rows, out), made_by)
+    text = markdown(study, results, rows, steps, draw(study, rows, out), made_by)
     write_text(out / REPORT, text)
     return rows
 

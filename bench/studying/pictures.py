@@ -238,8 +238,12 @@ def _sizes(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
         xscale="log", xlabel="size (at the baseline's parameters)",
         ylabel=f"perplexity above {study.baseline}'s (%)",
     )  # fmt: skip
-    sizes = {c.size: num_parameters(c.config.model) for c in study.cells if c.arm == study.baseline}
-    ax.set_xticks([n / 1e6 for n in sizes.values()], list(sizes))
+    sizes = {
+        c.size: num_parameters(c.config.model) / 1e6 for c in study.cells if c.arm == study.baseline
+    }
+    low, high = ax.get_xlim()  # of the arms, which may all be smaller than the baseline
+    ax.set_xlim(min(low, *sizes.values()) / 1.03, max(high, *sizes.values()) * 1.03)
+    ax.set_xticks(list(sizes.values()), list(sizes))
     ax.set_xticks([], minor=True)
     label_ends(ax, ends)
     return _save(fig, out, "difference-size.png")

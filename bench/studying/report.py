@@ -15,8 +15,7 @@ def markdown(
     study: Study,
     results: Results,
     rows: Sequence[Row],
-    steps: Sequence[Step],
-    rivals: Sequence[Step],
+    steps: Mapping[str, Sequence[Step]],
     pictures: Mapping[str, str],
     command: str,
 ) -> str:
@@ -24,8 +23,7 @@ def markdown(
 
     Args:
         rows: Of every cell.
-        steps: Of the stair.
-        rivals: Second against first.
+        steps: Headings to comparisons of arms with one another.
         pictures: Captions to file names.
         command: What made it.
     """
@@ -34,8 +32,8 @@ def markdown(
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == (size, tokens)]
         lines += [f"## {size}: {here[0].cell.tokens:,} tokens", ""]
         lines += [*_losses(study, here), "", *_costs(here, results), ""]
-    lines += _steps("The stair, a step at a time", steps)
-    lines += _steps("Rivals, the second against the first", rivals)
+    for heading, compared in steps.items():
+        lines += _steps(heading, compared)
     lines += _evaluations(study, results)
     if pictures:
         lines += ["## Pictures", ""]
@@ -141,10 +139,10 @@ def _costs(rows: Sequence[Row], results: Results) -> list[str]:
     return lines
 
 
-def _steps(title: str, steps: Sequence[Step]) -> list[str]:
+def _steps(heading: str, steps: Sequence[Step]) -> list[str]:
     if not steps:
         return []
-    lines = [f"## {title}", ""]
+    lines = [f"## {heading}", ""]
     lines += ["| size, tokens | from | to | difference | in perplexity |", "|---|---|---|---|---|"]
     for step in steps:
         d = step.difference
