@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from mlx_mla import estimate
+
 Random = _random.Random
 Main = Callable[[Sequence[str]], int]
 Spoil = Callable[[Random, Path], Sequence[str]]
@@ -41,6 +43,13 @@ LONGEST_WAIT = 6
 MEMORY = int(2.5 * 2**30)
 LONGEST_LINE = 1000
 """Characters of an error line; what it echoes of the input is cut, but paths may be long."""
+
+
+@contextlib.contextmanager
+def small_machine() -> Iterator[None]:
+    """A machine of 512 MiB, for which what would break the promised memory is refused."""
+    with mock.patch.object(estimate, "physical_memory", lambda: 2**29):
+        yield
 
 
 class Hang(BaseException):

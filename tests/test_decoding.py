@@ -30,11 +30,6 @@ from mlx_mla.weights import initial_weights
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
-
-
-@pytest.fixture(scope="module")
 def quantisable(tmp_path_factory, text_file):
     """Latents 64 wide; learned positions."""
     out = tmp_path_factory.mktemp("runs") / "quantisable"

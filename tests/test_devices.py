@@ -9,7 +9,7 @@ import pytest
 from helpers import BASE, objects, refused
 from mlx_lm.generate import generate_step, speculative_generate_step
 
-from mlx_mla import checkpoint, model_mlx, serve
+from mlx_mla import model_mlx, serve
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx import device
@@ -21,11 +21,6 @@ GIB = 2**30
 
 def session():
     return MLXBackend("cpu").train_session(BASE, Start(initial_weights(BASE.model, 0)))
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from mlx_mla import checkpoint, train
 from mlx_mla.backends.contract import dropout_seed
+from mlx_mla.checks.commands import free_ports
 from mlx_mla.config import TrainConfig
 from mlx_mla.data import corpus
 from mlx_mla.data.windows import TokenWindows
@@ -50,14 +50,6 @@ COMMON = [
     "0",
 ]
 COMMON += ["--warmup-steps", "4"]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
 
 
 @contextlib.contextmanager

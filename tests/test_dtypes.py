@@ -178,11 +178,6 @@ def test_the_default_type_goes_by_the_device():
     assert done.stdout.split() == ["float32", "bfloat16", "bfloat16", "bfloat16", "float16"]
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
-
-
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_generate_computes_and_caches_in_the_type(folder, capfd, backend):
     argv = ("--model", folder, "--prompt", "The st", "--temp", "0", "--max-tokens", "9")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import TINY
 
-from mlx_mla import estimate, plot, prepare, train
+from mlx_mla import plot, prepare, train
 from mlx_mla.data.manifest import MANIFEST
 from mlx_mla.files import SUMS, parse_toml
 
@@ -73,10 +73,7 @@ def short_run(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def small_machine(short_run):
-    """A machine of 512 MiB, for which what would break the promised memory is refused, with its
-    libraries loaded by a run before."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "physical_memory", lambda: 2**29)
+    with fuzz.small_machine():  # with its libraries loaded, by what the fixture ran
         yield
 
 

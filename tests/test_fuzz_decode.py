@@ -15,7 +15,7 @@ import fuzz
 import pytest
 from test_serve import BAD, ask, good, serving
 
-from mlx_mla import checkpoint, cli, estimate, evaluate, generate
+from mlx_mla import cli, evaluate, generate
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.errors import UserError
 from mlx_mla.files import SUMS, parse_json_object, read_text
@@ -75,11 +75,6 @@ EVALUATE_FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
-
-
-@pytest.fixture(scope="module")
 def cache_file(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "c.safetensors"
     argv = ["--model", str(folder), "--prompt", "The st", *SHORT, "--save-prompt-cache", str(path)]
@@ -95,10 +90,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def small_machine(cache_file):
-    """A machine of 512 MiB, for which what would break the promised memory is refused, with its
-    libraries loaded by the command before."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "physical_memory", lambda: 2**29)
+    with fuzz.small_machine():  # with its libraries loaded, by what the fixture ran
         yield
 
 

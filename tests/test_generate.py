@@ -9,14 +9,9 @@ import subprocess
 import pytest
 from helpers import TINY, objects, python, refused
 
-from mlx_mla import checkpoint, generate, train
+from mlx_mla import generate, train
 from mlx_mla.backends import get_backend
 from mlx_mla.decoding.request import GenerationOptions
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
 
 
 @pytest.fixture(scope="module")

@@ -49,11 +49,6 @@ def logits(model, x: mx.array, chunks=()) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
-
-
-@pytest.fixture(scope="module")
 def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).eval()
 

@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 from helpers import TINY, objects, refused
 
-from mlx_mla import checkpoint, generate, train
+from mlx_mla import generate, train
 from mlx_mla.backends import get_backend
 from mlx_mla.decoding.request import GenerationOptions, check_request
 from mlx_mla.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
 
 
 @pytest.mark.parametrize(

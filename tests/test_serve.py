@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import json
 import math
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,7 +16,8 @@ from typing import TextIO
 import pytest
 from helpers import python, refused
 
-from mlx_mla import checkpoint, serve
+from mlx_mla import serve
+from mlx_mla.checks.commands import free_ports
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.errors import UserError
@@ -30,9 +30,7 @@ PROMPTS = ["The st", "A longer prompt of words", "x", "def f(self)", "1, 2, 3"]
 @contextlib.contextmanager
 def serving(*command: str):
     """A server on a free port of this machine."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    (port,) = free_ports(1)
     with tempfile.TemporaryFile("w+") as log:  # a pipe would fill, and stop the server
         yield from _started(
             python(*command, "--port", str(port), "--log-level", "ERROR"), port, log
@@ -52,11 +50,6 @@ def _started(command: list[str], port: int, log: TextIO) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_run):
-    return checkpoint.latest(tiny_run)
 
 
 @pytest.fixture(scope="module")
