@@ -30,6 +30,7 @@ def sessions(config):
     return [get_backend(name).train_session(config, Start(weights)) for name in ("mlx", "torch")]
 
 
+@pytest.mark.slow
 def test_loss_curves_agree_over_50_steps_of_nano():
     config = dataclasses.replace(preset("nano").resolved(), compile=False)
     tokens = tokenize(read_documents("builtin"), ByteEncoder())

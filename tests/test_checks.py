@@ -63,7 +63,9 @@ def test_the_issue_form_asks_for_the_report():
     assert "python -m mlx_mla.doctor --check" in form and "check.md" in form
 
 
-@pytest.mark.parametrize("name", ["bfloat16-training-mlx", "quantised-cache"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16-training-mlx", pytest.param("quantised-cache", marks=pytest.mark.slow)]
+)
 def test_a_row_passes_in_a_process_of_its_own(name):
     outcome = runner.run_row(BY_NAME[name])
     assert outcome.passed, outcome.figure

@@ -144,6 +144,7 @@ def flags(tiny_run, text_file, *more):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_a_resumed_run_keeps_its_teacher(tiny_run, tmp_path, text_file, backend):
     argv = flags(

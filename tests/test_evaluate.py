@@ -110,6 +110,7 @@ def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(models, data, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.json", tmp_path / "r.json"
     argv = [

@@ -48,6 +48,7 @@ def test_a_loss_that_never_falls_is_told():
         lr_find.suggestion(lr_find.sweep(Flat(), lambda step: []))
 
 
+@pytest.mark.slow
 def test_the_command_suggests_a_rate_that_learns(tmp_path, text_file, capsys):
     argv = [*TINY, "--data", str(text_file), "--lr-find", "--out", str(tmp_path / "lr")]
     assert train.main(argv) == 0

@@ -187,6 +187,7 @@ def test_a_folder_that_mlx_lm_has_quantised(folder, tmp_path):
     assert text_of(latent) == text_of(without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_training_and_resuming(backend, kind, tmp_path, text_file):
     if backend == "torch":

@@ -94,6 +94,7 @@ def test_muon_agrees_between_the_backends_and_follows_the_schedule():
     np.testing.assert_array_equal(still.weights()[MATRIX], start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_muon_resumes_bit_identically(tmp_path, text_file, backend):
     def run(out, *flags):

@@ -68,6 +68,7 @@ def test_a_seed_gives_a_prompt_the_same_text_alone_and_in_a_batch(
     assert len({a["text"] for a in together}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_sampled_tokens_have_the_models_probabilities(folder, backend):
     """The first token of 4,000 seeds against the softmax of the model's logits (chi-squared)."""
