@@ -251,6 +251,10 @@ def test_bad_input_gets_one_line(tiny_run, tmp_path, capsys):
 def test_a_missing_framework_is_named(monkeypatch):
     import sys
 
+    import mlx_mla.backends.torch
+
+    # Importing the package anew puts another one into its parent, too.
+    monkeypatch.setattr(mlx_mla.backends, "torch", mlx_mla.backends.torch)
     monkeypatch.setitem(sys.modules, "torch", None)
     for name in [
         n
