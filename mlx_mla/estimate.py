@@ -222,7 +222,8 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     if group:
         begin = m.n_layer / group * m.n_embd * width * tokens + max(head, group * kept + working)
     else:
-        begin = m.n_layer * kept + max(head, working)
+        # The last block's values go while its gradients come: half of them at the peak.
+        begin = m.n_layer * kept + max(head, working - kept / 2)
     # In the last group of blocks all other gradients are there.
     end = weight * n + working + max(kept - of_block, group * (kept - of_block))
     copy = 2 * n if half else 0
