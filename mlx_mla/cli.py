@@ -146,7 +146,9 @@ def _known_flags(command: type, prog: str, default: object) -> list[str]:
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.suppress(SystemExit):
         tyro.cli(command, args=["--help"], prog=prog, **extra)
-    return sorted(set(re.findall(r"--[a-z0-9][a-z0-9-]*", stdout.getvalue())))
+    # Options begin their rows; their descriptions, which may name others' options, are indented.
+    rows = re.findall(r"^[^\w-]{0,2}(-.*?)(?:  |$)", stdout.getvalue(), re.MULTILINE)
+    return sorted({flag for row in rows for flag in re.findall(r"--[a-z0-9][a-z0-9-]*", row)})
 
 
 def _one_line(box: str) -> str:

@@ -286,6 +286,12 @@ def test_wrong_values_are_told_the_same_on_every_terminal(encoding):
     )
 
 
+def test_only_flags_of_the_command_are_suggested(capsys):
+    """The description of --eval-data-dir names --data-dir, which is another command's."""
+    line = refused(capsys, "--data-dir", "x")
+    assert "unknown argument '--data-dir'; did you mean --eval-data-dir?" in line
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no names that are not UTF-8")
 def test_a_working_folder_that_is_no_text(tmp_path, text_file):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
