@@ -115,15 +115,12 @@ def _costs(rows: Sequence[Row], results: Results) -> list[str]:
     decoded = {r["key"]: r for r in results.measured.get("decode", [])}
     with_decode = any(r.cell.key in decoded for r in rows)
     head = ["arm", "parameters", "non-embedding", "forward FLOPs a token", "cache bytes a token"]
-    head += ["training tok/s"]
     head += ["decoding tok/s at 1000 tokens", "cache bytes at 1000 tokens"] if with_decode else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        speeds = [r["tokens_per_second"] for r in row.finals.values() if r["tokens_per_second"]]
         cells = [
             row.cell.arm, f"{row.parameters:,}", f"{row.non_embedding:,}",
             f"{row.flops_per_token:,}", f"{row.cache_bytes:,}",
-            f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "-",
         ]  # fmt: skip
         if with_decode:
             d: Record | None = decoded.get(row.cell.key)
