@@ -2,6 +2,7 @@
 runs that stop and go on."""
 
 import dataclasses
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def memory(place: Path) -> Outcome:
         base = preset("nano")
     found = {}
     for dtype in ("float32", "bfloat16"):
+        gc.collect()  # a session and its compiled step name each other
         config = dataclasses.replace(base, dtype=dtype).resolved()
         rate = backend.peak_flops(config.dtype)
         costs = estimate(config, backend.fused_attention(config))
