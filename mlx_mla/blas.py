@@ -21,6 +21,8 @@ from pathlib import Path
 
 from mlx_mla.errors import UserError
 
+_TAKEN_BY_MLX = (b"cblas_sgemm", b"cblas_dgemm", b"cblas_cgemm")
+
 _loaded: str | None = None
 _problem: str | None = None
 
@@ -73,7 +75,7 @@ def _load_packaged() -> str:
     digest = entry.hash.value[:16] if entry.hash else "unknown"  # its sha256, from the wheel
     problem = "there is no folder to keep it in; set XDG_CACHE_HOME"
     for folder in _cache_folders():
-        copy = folder / f"libopenblas-{version}-{digest}.so"
+        copy = folder / f"libopenblas-of-mlx-{version}-{digest}.so"
         try:
             with contextlib.suppress(OSError):  # not made yet, or damaged since
                 ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
@@ -110,16 +112,18 @@ def _cache_folders() -> Iterator[Path]:
 
 
 def _rename_symbols(patchelf: Path, source: Path, copy: Path) -> None:
-    """Write a copy of OpenBLAS that has `cblas_*` under these names; complete or not at all.
+    """Write a copy of OpenBLAS that has MLX's names, and no other plain ones; complete or not at
+    all.
 
-    Every other name gets a prefix of this project: PyTorch and SciPy look for `sgemm_` and
-    `scipy_sgemm_` in the global scope too, and keep the BLAS they came with this way.
+    Every other name gets a prefix of this project: PyTorch looks for `sgemm_` and
+    `cblas_sgemm_batch` in the global scope too, SciPy for `scipy_sgemm_`, and they keep the BLAS
+    they came with this way.
 
     Raises:
         OSError: If it cannot be written.
     """
     names = sorted(set(re.findall(rb"\0scipy_(\w+)(?=\0)", source.read_bytes())))
-    new = [name if name.startswith(b"cblas_") else b"mlx_mla_" + name for name in names]
+    new = [name if name in _TAKEN_BY_MLX else b"mlx_mla_" + name for name in names]
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".making-") as folder:
         table, made = Path(folder, "names"), Path(folder, copy.name)

@@ -1,7 +1,9 @@
 """Which BLAS multiplies for MLX on Linux, and that no other library gets it."""
 
 import ctypes
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,8 +134,9 @@ def test_other_libraries_keep_their_own_blas(module):
     at all."""
     pytest.importorskip(module.partition(".")[0])
     product = {
+        # A product, and one of a batch, which PyTorch takes from elsewhere.
         "torch": "import torch; torch.manual_seed(0); a = torch.randn(300, 300); print((a @ "
-        "a)[:5, :5].tolist())",
+        "a)[:5, :5].tolist()); b = torch.randn(12, 300, 300); print((b @ b)[:, :2, :2].tolist())",
         "scipy.linalg": "import numpy as np; from scipy.linalg.blas import sgemm; "
         "a = np.random.default_rng(0).standard_normal((300, 300), np.float32); print(sgemm(1, a, "
         "a)[:5, :5].tolist())",
@@ -160,10 +163,20 @@ def test_only_the_names_that_mlx_takes_are_left_to_find(cache):
     assert blas._load_packaged().startswith("scipy-openblas32")
     [copy] = cache.iterdir()
     library = ctypes.CDLL(str(copy))
-    for name in ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm"):
-        assert hasattr(library, name)
-    for name in ("sgemm_", "scipy_sgemm_", "scipy_cblas_sgemm", "openblas_set_num_threads"):
-        assert not hasattr(library, name)
+    source, _ = blas._installed("scipy-openblas32", "libscipy_openblas.so")
+    names = {name.decode() for name in re.findall(rb"\0scipy_(\w+)(?=\0)", source.read_bytes())}
+    assert {"sgemm_", "cblas_sgemm_batch", "openblas_set_num_threads"} < names
+    plain = {name for name in names if hasattr(library, name)}
+    assert plain == {"cblas_sgemm", "cblas_dgemm", "cblas_cgemm"}
+    assert not any(hasattr(library, "scipy_" + name) for name in names)
+
+
+def test_mlx_takes_no_other_names():
+    lib = Path(importlib.metadata.distribution("mlx").locate_file("mlx/lib/libmlx.so"))
+    if not lib.is_file():
+        pytest.skip("MLX's library is elsewhere")
+    taken = set(re.findall(rb"\0(cblas_\w+)(?=\0)", lib.read_bytes()))
+    assert taken == set(blas._TAKEN_BY_MLX)
 
 
 def test_the_copy_is_made_once_and_whole_by_many_at_once(tmp_path):
