@@ -163,7 +163,7 @@ def _limits(ax: Any, xs: Sequence[float], ratios: Sequence[float]) -> None:
         margin = (high / low) ** 0.06
         ax.set_ylim(low / margin, high * margin)
     else:
-        ax.yaxis.set_major_formatter("{x:.2f}x")
+        ax.yaxis.set_major_formatter(lambda x, _: f"{round(x, 3):g}x")
         ax.tick_params(axis="y", labelsize=8)
         margin = 0.08 * (high - low) or 0.02
         ax.set_ylim(low - margin, high + margin)

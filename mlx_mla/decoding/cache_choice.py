@@ -34,8 +34,8 @@ class Rates:
 
 
 RATES = {
-    ("mlx", "cpu"): Rates(multiply=0.083, read=0.165, store=26, step=-150_000),
-    ("torch", "cpu"): Rates(multiply=0.016, read=0.11, store=5, step=0),
+    ("mlx", "cpu"): Rates(multiply=0.033, read=0.285, store=8.7, step=17_000),
+    ("torch", "cpu"): Rates(multiply=0.024, read=0.175, store=16, step=43_000),
 }
 
 
