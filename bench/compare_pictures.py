@@ -114,7 +114,7 @@ def _ratios(panels: dict[str, Lines], title: str, baseline: str | None) -> Any:
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
     for ax, (name, lines) in zip(axes.flat, shown.items()):
-        own = places if by_context else sorted({p for x in lines.values() for p, _ in x})
+        own = sorted({p for x in lines.values() for p, _ in x})
         if by_context:
             x_of = {place: float(place[0]) for place in own}
             label = "context (tokens)"
