@@ -108,7 +108,7 @@ def _ratios(panels: dict[str, Lines], title: str, baseline: str | None) -> Any:
     fig, axes = pyplot().subplots(rows, columns, figsize=(width, height), squeeze=False)
     # Each panel has room for its labels at its right.
     fig.subplots_adjust(
-        left=0.5 / width, right=1 - 1.9 / width, wspace=0.8,
+        left=0.6 / width, right=1 - 1.9 / width, wspace=0.8,
         bottom=0.5 / height, top=1 - 0.55 / height, hspace=0.45,
     )  # fmt: skip
     for ax in axes.flat[len(shown) :]:
