@@ -100,7 +100,7 @@ def _limits(study: Study, rows: list[Row]) -> tuple[float, float]:
     """Axis limits in percent that show all means, and of the intervals what is not far off."""
     seen = [r.difference for r in rows if r.difference is not None]
     means = [0.0, 100 * study.margin, *(_percent(d.mean) for d in seen)]
-    far = 0.5 * (max(means) - min(means)) + 0.5
+    far = 2 * (max(means) - min(means)) + 2
     low = [max(_percent(d.low), min(means) - far) for d in seen if d.count > 1]
     high = [min(_percent(d.high), max(means) + far) for d in seen if d.count > 1]
     return min([*means, *low]) - 0.1 * far, max([*means, *high]) + 0.1 * far
