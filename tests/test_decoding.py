@@ -375,8 +375,8 @@ def test_the_cost_model_follows_rank_context_batch_and_device():
     wide = dataclasses.replace(narrow, kv_lora_rank=narrow.n_embd)
     for backend in ("mlx", "torch"):
         for batch in (1, 16):
-            chosen = [choose_cache(narrow, backend, "cpu", batch, n) for n in (16, 1000, 16_000)]
-            assert chosen[1:] == ["latent"] * 2
+            for context in (1000, 16_000):
+                assert choose_cache(narrow, backend, "cpu", batch, context) == "latent"
     assert choose_cache(wide, "mlx", "cpu", 8, 1000) == "materialized"
     # Nobody has measured these, so they get the small cache; multi-head attention has nothing to
     # choose.
