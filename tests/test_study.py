@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from bench import study as command
 from bench.labels import spread
 from bench.studying.agenda import agenda
 from bench.studying.intervals import Interval, interval, t_quantile, verdict
+from bench.studying.pictures import far_arms
 from bench.studying.pool import cores
 from bench.studying.rates import search
 from bench.studying.reading import read_study
@@ -195,6 +197,8 @@ def test_rates_that_diverge_are_never_chosen():
         ("[arms.mla]", "[arms.mla]\nbatch_size = 8", "must be the same for all arms"),
         ("[arms.mla]", "[arms.mla]\nlearning_rate = 1e-3", "comes from learning_rates"),
         ("[arms.mla]", "[arms.mla]\nat.tny.seeds = [1]", "did you mean 'tiny'"),
+        ("[arms.mla]", "[arms.mla]\nat.tiny.tokens = 640", "mla trains on 640 tokens, which the"),
+        ("[arms.mha]", "[arms.mha]\nat.tiny.tokens = 640", "mla trains on 1,280 tokens, which the"),
         ("2e-3, 4e-3, 8e-3]", "2e-3]", "at least 4 rates"),
         ("[1e-3, ", "[1e-4, ", "a factor of 1.4 to 2 apart"),
         ("[1, 2, 3]", "[1, 1]", "different whole numbers"),
@@ -316,6 +320,22 @@ def test_rates_come_first_then_seeds_alike_for_all_arms(tmp_path):
     # What decides batches and held-out windows is the same at a seed.
     for field in ("batch_size", "seq_len", "val_fraction", "eval_batches", "steps"):
         assert len({settings(r.config)[field] for r in finals}) == 1
+
+
+def test_an_arm_may_have_fewer_budgets_than_the_baseline(tmp_path):
+    text = SMALL.replace("tokens = 1280", "tokens = [1280, 2560]\ntune_tokens = 640")
+    text = text.replace("[arms.mla]", "[arms.mla]\nat.tiny.tokens = 2560")
+    study, results = read_study(written(tmp_path, text)), Results(tmp_path)
+    results.use_data("d")
+    best = {"mha": 3e-3, "mla": 2.1e-3}
+    done = pretend(study, results, noisy(best, {"mha": 0, "mla": 0}))
+    # Rates are tried once an arm, whatever budgets follow.
+    assert Counter((r.arm, r.tokens) for r in done) == {
+        ("mha", 640): 4, ("mla", 640): 4, ("mha", 1280): 3, ("mha", 2560): 3, ("mla", 2560): 3
+    }  # fmt: skip
+    rows = {(r.cell.arm, r.cell.tokens): r for r in summarise(study, results)}
+    assert rows.keys() == {("mha", 1280), ("mha", 2560), ("mla", 2560)}
+    assert rows["mla", 2560].difference.count == 3
 
 
 def test_differences_are_paired_by_seed_and_agree_with_scipy(tmp_path):
@@ -454,6 +474,22 @@ def test_labels_are_apart_in_order_and_centred(heights, gap):
     placed = spread(heights, gap)
     assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(placed))
     assert sum(placed) == pytest.approx(sum(heights), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("percent", "far"),
+    [
+        ({}, set()),
+        ({"a": 58}, set()),
+        ({"a": 0.4, "b": 1.6, "c": 58}, {"c"}),
+        ({"a": -0.9, "b": 0.05, "c": 28, "d": 60}, {"c", "d"}),
+        ({"a": 0.0, "b": 7.9}, set()),
+        ({"a": -40, "b": 3}, {"a"}),
+        ({"a": 12, "b": 13, "c": 40}, set()),
+    ],
+)
+def test_arms_that_would_squeeze_the_others_are_far(percent, far):
+    assert far_arms(percent) == far
 
 
 def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):

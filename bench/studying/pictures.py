@@ -1,7 +1,8 @@
 """A study in pictures, one question a picture."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ Names = dict[str, str]
 """Captions to file names."""
 
 LABEL_INCHES = 1.4
+
+FAR, NEAR_PERCENT = 4, 2
+"""An arm is far if its difference is more than so many times the next smaller one, differences
+within so many percent being alike."""
 
 
 def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
@@ -68,6 +73,27 @@ def _percent(nats: float) -> float:
     return 100 * math.expm1(nats)
 
 
+def far_arms(differences: Mapping[str, float]) -> set[str]:
+    """Arms so far from the baseline that an axis with them would show all others as one.
+
+    Args:
+        differences: Mean difference from the baseline in percent, an arm without the baseline.
+    """
+    order = sorted(differences, key=lambda arm: abs(differences[arm]))
+    reach = float(NEAR_PERCENT)
+    for i, arm in enumerate(order):
+        if i and abs(differences[arm]) > FAR * reach:
+            return set(order[i:])
+        reach = max(reach, abs(differences[arm]))
+    return set()
+
+
+def _near(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of a size and budget, and those among them that are far from the baseline."""
+    far = far_arms({r.cell.arm: _percent(r.difference.mean) for r in rows if r.difference})
+    return [r for r in rows if r.cell.arm not in far], [r for r in rows if r.cell.arm in far]
+
+
 def _forest(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
     """Intervals of the final differences, arms from top to bottom, a panel a size and budget."""
     places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
@@ -79,15 +105,24 @@ def _forest(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) ->
     for ax, place in zip(axes[0], places):
         ax.axvline(0, color="black", lw=1)
         ax.axvspan(0, _percent(study.margin), color="0.9", zorder=0)
-        here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
-        for row in here:
+        near, far = _near([r for r in rows if (r.cell.size, r.cell.tokens) == place])
+        ax.set(xlim=_limits(study, near), title=_title(*place))
+        for row in far:
+            assert row.difference is not None
+            percent = _percent(row.difference.mean)
+            place_, side = (0.98, "right") if percent > 0 else (0.02, "left")
+            ax.text(
+                place_, arms.index(row.cell.arm), f"{percent:+.0f}% {'→' if percent > 0 else '←'}",
+                color=styles[row.cell.arm]["color"], ha=side, va="center",
+                transform=ax.get_yaxis_transform(),
+            )  # fmt: skip
+        for row in near:
             d, y = row.difference, arms.index(row.cell.arm)
             assert d is not None
             color = styles[row.cell.arm]["color"]
             if d.count > 1:
                 ax.plot([_percent(d.low), _percent(d.high)], [y, y], color=color, lw=2)
             ax.plot(_percent(d.mean), y, "o", color=color, ms=5)
-        ax.set(xlim=_limits(study, here), title=_title(*place))
         ax.set_xlabel("perplexity above the baseline's (%)")
         ax.grid(alpha=0.25, axis="x")
         ax.spines[["top", "right"]].set_visible(False)
@@ -118,8 +153,9 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
     )
     for ax, place in zip(axes[0], places):
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
+        near, _ = _near(here)
         losses: list[float] = []
-        for row in here:
+        for row in near:
             assert row.loss is not None
             color = styles[row.cell.arm]["color"]
             seeds = [r["loss"] for r in row.finals.values() if r["loss"] is not None]
@@ -148,7 +184,7 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
         to_axes = ax.transData + ax.transAxes.inverted()
         for column in _columns([r.cache_bytes for r in here]):
             names = [
-                (float(r.cache_bytes), r.loss.mean, r.cell.arm, styles[r.cell.arm]["color"])
+                _label(ax, r, float(r.cache_bytes), r.loss.mean, styles, f"{r.loss.mean:.2f}")
                 for r in here
                 if r.loss and r.cache_bytes in column
             ]
@@ -172,7 +208,8 @@ def _loss(rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: s
     for row in rows:
         points = [(p.tokens / 1e6, p.value.mean) for p in row.curve]
         ax.plot(*zip(*points), lw=1.4, **styles[row.cell.arm])
-    values = sorted(p.value.mean for r in rows for p in r.curve)
+    near, _ = _near(rows)
+    values = sorted(p.value.mean for r in near for p in r.curve)
     # The first points are far above; the end is what the question is about.
     top = values[int(0.85 * (len(values) - 1))]
     ax.set_ylim(values[0] - 0.05 * (top - values[0]), top)
@@ -181,7 +218,7 @@ def _loss(rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: s
         xlabel="tokens (millions)", ylabel="held-out loss (nats a token), mean over seeds",
         title=where,
     )  # fmt: skip
-    label_ends(ax, [_end(r, r.curve, styles) for r in rows])
+    label_ends(ax, [_end(ax, r, r.curve, styles) for r in rows])
     return _save(fig, out, f"loss-tokens-{end}")
 
 
@@ -196,44 +233,67 @@ def _gap(
         points = [(p.tokens / 1e6, _percent(p.value.mean)) for p in row.gap]
         ax.plot(*zip(*points), lw=1.4, **styles[row.cell.arm])
     last = max(p.tokens for r in rows for p in r.gap)
-    late = [_percent(p.value.mean) for r in rows for p in r.gap if p.tokens >= 0.2 * last]
+    near, _ = _near(rows)
+    late = [_percent(p.value.mean) for r in near for p in r.gap if p.tokens >= 0.2 * last]
     pad = 0.1 * (max([0, *late]) - min([0, *late])) + 0.1
     ax.set_ylim(min([0, *late]) - pad, max([0, *late]) + pad)
     ax.set_xlim(0, last / 1e6)
     ax.set(
         xlabel="tokens (millions)", ylabel=f"perplexity above {study.baseline}'s (%)", title=where
     )
-    label_ends(ax, [_end(r, r.gap, styles, percent=True) for r in rows])
+    label_ends(ax, [_end(ax, r, r.gap, styles, percent=True) for r in rows])
     return _save(fig, out, f"difference-tokens-{end}")
 
 
 def _end(
-    row: Row, points: Sequence[Any], styles: dict[str, Any], percent: bool = False
+    ax: Any, row: Row, points: Sequence[Any], styles: dict[str, Any], percent: bool = False
 ) -> tuple[float, float, str, str]:
     last = points[-1]
     value = _percent(last.value.mean) if percent else last.value.mean
-    return last.tokens / 1e6, value, row.cell.arm, styles[row.cell.arm]["color"]
+    said = f"{value:+.0f}%" if percent else f"{value:.2f}"
+    return _label(ax, row, last.tokens / 1e6, value, styles, said)
+
+
+def _label(
+    ax: Any, row: Row, x: float, y: float, styles: dict[str, Any], said: str
+) -> tuple[float, float, str, str]:
+    """An arm's name where its line ends; off the axes at their edge, with its value."""
+    name, color = row.cell.arm, styles[row.cell.arm]["color"]
+    low, high = ax.get_ylim()
+    if low <= y <= high:
+        return x, y, name, color
+    return (x, high, f"{name} {said} ↑", color) if y > high else (x, low, f"{name} {said} ↓", color)
 
 
 def _sizes(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
-    """Difference against size, arms that ran at several sizes, each at its largest budget."""
+    """Difference against size, of the arms that ran at several, at the largest budget of a size
+    that all of them have."""
+    count = Counter(arm for arm, _ in {(r.cell.arm, r.cell.size) for r in rows})
+    several = [r for r in rows if count[r.cell.arm] > 1]
+    shown, near = [], []
+    for size in study.sizes:
+        here = [r for r in several if r.cell.size == size]
+        budgets = [{r.cell.tokens for r in here if r.cell.arm == arm} for arm in count]
+        shared = set.intersection(*(b for b in budgets if b)) if here else set()
+        here = [r for r in here if r.cell.tokens == max(shared, default=None)]
+        shown += here
+        near += _near(here)[0]
     fig, ax = _axes()
     ax.axhspan(0, _percent(study.margin), color="0.93", zorder=0)
     ax.axhline(0, color="black", lw=1)
+    ax.set_ylim(_limits(study, near))
     ends = []
     for arm in study.arms:
-        last = {r.cell.size: r for r in rows if r.cell.arm == arm}
-        if len(last) < 2:
+        own = sorted((r for r in shown if r.cell.arm == arm), key=lambda r: r.parameters)
+        points = [(r.parameters / 1e6, r.difference) for r in own if r.difference is not None]
+        if not points:
             continue
-        points = sorted(
-            (r.parameters / 1e6, r.difference) for r in last.values() if r.difference is not None
-        )
         means = [_percent(d.mean) for _, d in points]
         ax.plot([n for n, _ in points], means, marker="o", ms=4, **styles[arm])
         for n, d in points:
             if d.count > 1:
                 ax.plot([n, n], [_percent(d.low), _percent(d.high)], color=styles[arm]["color"])
-        ends.append((points[-1][0], means[-1], arm, styles[arm]["color"]))
+        ends.append(_label(ax, own[-1], points[-1][0], means[-1], styles, f"{means[-1]:+.0f}%"))
     ax.set(
         xscale="log", xlabel="size (at the baseline's parameters)",
         ylabel=f"perplexity above {study.baseline}'s (%)",

@@ -20,6 +20,9 @@ PAIRED = (
 )
 """What all arms have alike, so that at a seed they see the same data and held-out windows."""
 
+OWN_AT_SIZE = ("tokens", "learning_rates", "seeds")
+"""What an arm may have otherwise than its size."""
+
 QUICK_STEPS, QUICK_RATES, QUICK_SEEDS = 20, 3, 2
 
 
@@ -143,6 +146,13 @@ class _Reader:
         for name in names:
             cells += self._cells(name, size, base, own, where)
         self._distinct(cells, baseline, size)
+        compared = {cell.tokens for cell in cells if cell.arm == baseline}
+        for cell in cells:
+            if cell.tokens not in compared:
+                raise UserError(
+                    f"{where}: {cell.arm} trains on {cell.tokens:,} tokens, which the baseline, "
+                    f"{baseline}, does not; give both the same"
+                )
         return cells
 
     def _cells(
@@ -161,7 +171,7 @@ class _Reader:
         here = at.get(size, {})
         _known(here, here, f"{self.where} [arms.{name}.at.{size}]")
         here = dict(here)
-        own = {**own, **{k: here.pop(k) for k in ("learning_rates", "seeds") if k in here}}
+        own = {**own, **{k: here.pop(k) for k in OWN_AT_SIZE if k in here}}
         for values, table in ((arm, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
             self._not_owned(values, table, rate_name)
             if values.keys() & {"preset", "data"}:
@@ -212,8 +222,6 @@ class _Reader:
         base = {**self.bases[size], "steps": 0}
         seen = dict[str, str]()
         for cell in cells:
-            if cell.tokens != cells[0].tokens:
-                continue  # the budgets of an arm differ in nothing else
             own = {**settings(cell.config), "steps": 0}
             if cell.arm != baseline and own == base:
                 raise UserError(f"{where}: {cell.arm} changes nothing of the base at size {size}")
