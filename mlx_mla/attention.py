@@ -182,6 +182,7 @@ class MultiHeadLatent(Attention):
         "q_lora_rank",
         "qk_rope_head_dim",
         "v_head_dim",
+        "attention_k_eq_v",
         "latent_norm",
     )
     biased = False
@@ -207,6 +208,8 @@ class MultiHeadLatent(Attention):
                     f"use {max(c.kv_lora_ranks)}, or leave out one of the two"
                 )
             c.kv_lora_rank = max(c.kv_lora_ranks)
+        if c.attention_k_eq_v:
+            cls._resolve_widths_of_a_latent_as_it_is(c)
         if c.kv_lora_rank is None:
             c.kv_lora_rank = max(1, c.n_embd // 2)
         if c.v_head_dim is None:
@@ -233,6 +236,24 @@ class MultiHeadLatent(Attention):
                 "--qk-rope-head-dim 0"
             )
 
+    @staticmethod
+    def _resolve_widths_of_a_latent_as_it_is(c: ModelConfig) -> None:
+        """Make heads as wide as the latent that every one of them reads."""
+        if c.kv_lora_ranks is not None:
+            raise UserError(
+                "--attention-k-eq-v gives every layer heads as wide as its latent, and heads have "
+                "one width; use --kv-lora-rank in place of --kv-lora-ranks"
+            )
+        if c.kv_lora_rank is None:
+            c.kv_lora_rank = _head_dim(c)
+        for name in ("head_dim", "v_head_dim"):
+            if getattr(c, name) not in (None, c.kv_lora_rank):
+                raise UserError(
+                    f"{flag(name)} {getattr(c, name)}: with --attention-k-eq-v a head is as wide "
+                    f"as the latent, --kv-lora-rank {c.kv_lora_rank}; leave it out"
+                )
+            setattr(c, name, c.kv_lora_rank)
+
     @property
     def ranks(self) -> list[int]:
         """Width of the latent that every layer reads, R."""
@@ -252,7 +273,8 @@ class MultiHeadLatent(Attention):
         rope = f", RoPE {self.c.qk_rope_head_dim} wide" if self.c.qk_rope_head_dim else ""
         shared = self.c.num_kv_shared_layers
         sharing = f", one latent for the last {shared + 1} layers" if shared else ""
-        return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}{sharing}"
+        tied = ", keys and values the latent itself" if self.c.attention_k_eq_v else ""
+        return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}{tied}{sharing}"
 
     @property
     def cache_text(self) -> str:
@@ -279,12 +301,13 @@ class MultiHeadLatent(Attention):
             yield from _linear("q_b_proj", c.q_lora_rank, q_width, False)
             if c.latent_norm:
                 yield "q_a_layernorm.weight", (c.q_lora_rank,)
-        up_width = c.n_head * (self.head_dim + value_width)
-        yield from _linear("kv_b_proj", rank, up_width, False)
+        if not c.attention_k_eq_v:
+            up_width = c.n_head * (self.head_dim + value_width)
+            yield from _linear("kv_b_proj", rank, up_width, False)
         yield from _linear("c_proj", c.n_head * value_width, c.n_embd, True)
 
     def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
-        if materialized:
+        if materialized and not self.c.attention_k_eq_v:
             return [(self.c.n_head, width) for width in self.head_widths]
         return [(1, self.latent_widths[layer])] if self.has_latent(layer) else []
 

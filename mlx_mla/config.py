@@ -116,6 +116,9 @@ class ModelConfig:
     0: off."""
     v_head_dim: Optional[int] = None
     """MLA: width of a value head. None: head_dim."""
+    attention_k_eq_v: bool = False
+    """MLA: no up-projection; the latent is the value of every head, and its key beside the RoPE
+    part (Gemma 4's name; Grouped-Tied Attention, arXiv:2505.21487). Heads are kv_lora_rank wide."""
     latent_norm: bool = False
     """MLA: RMSNorm on the latents, as in DeepSeek-V2."""
     attention_bias: Optional[bool] = None

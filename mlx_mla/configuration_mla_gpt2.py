@@ -41,6 +41,7 @@ class MLAGPT2Config(PretrainedConfig):
         q_lora_rank: int | None = None,
         qk_rope_head_dim: int = 0,
         v_head_dim: int | None = None,
+        attention_k_eq_v: bool = False,
         latent_norm: bool = False,
         attention_bias: bool | None = None,
         rope_theta: float = 10000.0,
@@ -100,6 +101,12 @@ class MLAGPT2Config(PretrainedConfig):
         self.q_lora_rank = q_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim or self.head_dim
+        self.attention_k_eq_v = attention_k_eq_v
+        if attention_k_eq_v and not self.head_dim == self.v_head_dim == self.kv_lora_rank:
+            raise ValueError(
+                "attention_k_eq_v needs equal head_dim, v_head_dim and kv_lora_rank, not "
+                f"{self.head_dim}, {self.v_head_dim} and {self.kv_lora_rank}"
+            )
         self.latent_norm = latent_norm
         self.attention_bias = attention == "mha" if attention_bias is None else attention_bias
         self.rope_theta = rope_theta

@@ -21,6 +21,9 @@ where that is cheaper than expanding all of those.
 The last `num_kv_shared_layers` (Gemma 3n's name) have no W_down and cache nothing: each expands the
 latents of the last layer before them with a W_up of its own.
 
+With `attention_k_eq_v` (Gemma 4's name) there is no W_up: the latent is the value of every head and
+its key but for the RoPE part, as in Grouped-Tied Attention of one group (arXiv:2505.21487).
+
 Shape legend, used as suffixes of array names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
     N query/key head width   V value head width   P RoPE head width   R kv_lora_rank
@@ -83,6 +86,7 @@ class ModelArgs(BaseModelArgs):
     q_lora_rank: Optional[int] = None
     qk_rope_head_dim: int = 0
     v_head_dim: Optional[int] = None
+    attention_k_eq_v: bool = False
     latent_norm: bool = False
     attention_bias: Optional[bool] = None
     rope_theta: float = 10000.0
@@ -136,6 +140,12 @@ class ModelArgs(BaseModelArgs):
             self.attention_bias = self.attention == "mha"
         self.n_inner = self.n_inner or 4 * self.n_embd
         self.v_head_dim = self.v_head_dim or self.head_dim
+        widths = {self.head_dim, self.v_head_dim, *(self.kv_lora_ranks or [])}
+        if self.attention_k_eq_v and len(widths) > 1:
+            raise ValueError(
+                "attention_k_eq_v needs equal head_dim, v_head_dim and kv_lora_rank, not "
+                f"{', '.join(map(str, sorted(widths)))}"
+            )
 
 
 class MultiHeadAttention(nn.Module):
@@ -227,9 +237,9 @@ class LatentAttention(nn.Module):
             self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, eps=args.layer_norm_epsilon)
         # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's
         # kv_b_proj).
-        self.kv_b_proj = nn.Linear(
-            self.kv_lora_rank, args.n_head * (self.qk_nope_head_dim + self.v_head_dim), bias=False
-        )
+        if not args.attention_k_eq_v:
+            up_width = args.n_head * (self.qk_nope_head_dim + self.v_head_dim)
+            self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_width, bias=False)
         self.c_proj = nn.Linear(args.n_head * self.v_head_dim, args.n_embd)
 
     @property
@@ -306,9 +316,12 @@ class LatentAttention(nn.Module):
         return mx.concatenate([c_BLR[:, None], k_rope], axis=-1)
 
     def _expand(self, latent: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
+        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P); without W_up
+        one head of them for all."""
         B, _, T, _ = latent.shape
         c, k_rope = mx.split(latent, [self.kv_lora_rank], axis=-1)
+        if "kv_b_proj" not in self:
+            return latent, c
         kv = self.kv_b_proj(c).reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3)
         k, v = mx.split(kv, [self.qk_nope_head_dim], axis=-1)
         if self.qk_rope_head_dim:
@@ -329,6 +342,8 @@ class LatentAttention(nn.Module):
             self.qk_rope_head_dim,
             self.kv_lora_rank,
         )
+        if "kv_b_proj" not in self:
+            return L == 1
         expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
         absorbed = L * R * (N + V + 2 * WRITTEN_VALUE) + L * T * 2 * (R + P)
         if mx.default_device() != mx.cpu:
@@ -340,6 +355,8 @@ class LatentAttention(nn.Module):
 
         None where kv_b_proj is wrapped (LoRA), which has no weight of its own to absorb.
         """
+        if "kv_b_proj" not in self:
+            return _as_it_is, _as_it_is
         proj, H = self.kv_b_proj, self.n_head
         if type(proj) is nn.Linear:
             w_HOR = proj.weight.reshape(H, -1, self.kv_lora_rank)
@@ -446,6 +463,10 @@ def rotate(x: mx.array, theta: float, offset: Any) -> mx.array:
         offset: Position of the first token, an int or one for each row of the batch.
     """
     return mx.fast.rope(x, x.shape[-1], traditional=True, base=theta, scale=1.0, offset=offset)
+
+
+def _as_it_is(x: mx.array) -> mx.array:
+    return x
 
 
 def _by_head(apply: Callable, x_BHLN: mx.array) -> mx.array:

@@ -139,7 +139,9 @@ class LatentAttention(nn.Module):
         # Rows of W_up: for each head its N key rows, then its V value rows (as DeepSeek's
         # kv_b_proj).
         up_width = config.n_head * (self.qk_nope_head_dim + self.v_head_dim)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_width, bias=False)
+        self.kv_b_proj = (
+            None if config.attention_k_eq_v else nn.Linear(self.kv_lora_rank, up_width, bias=False)
+        )
         self.c_proj = nn.Linear(config.n_head * self.v_head_dim, config.n_embd)
 
     def forward(
@@ -174,7 +176,7 @@ class LatentAttention(nn.Module):
             if cache is not None and self.layer == self.latent_layer:
                 latent, _ = cache.update(latent, latent[..., :0], self.layer)
             # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
-            absorb = cache is not None and type(self.kv_b_proj) is nn.Linear
+            absorb = cache is not None and type(self.kv_b_proj) in (nn.Linear, type(None))
             if absorb and self._absorbing_is_cheaper(L, latent.shape[2]):
                 out = self._attend_absorbed(q_BHLN, latent, mask)
             else:
@@ -191,9 +193,12 @@ class LatentAttention(nn.Module):
         return torch.cat([c_BLR[:, None], rotate(k_rope_BLP[:, None], rotation)], dim=-1)
 
     def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P)."""
+        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P); without W_up
+        one head of them for all."""
         B, _, T, _ = latent.shape
         c, k_rope = parts(latent, [self.kv_lora_rank, self.qk_rope_head_dim])
+        if self.kv_b_proj is None:
+            return latent, c
         kv = self.kv_b_proj(c).view(B, T, self.n_head, -1).transpose(1, 2)
         k, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         if self.qk_rope_head_dim:
@@ -213,6 +218,8 @@ class LatentAttention(nn.Module):
             self.qk_rope_head_dim,
             self.kv_lora_rank,
         )
+        if self.kv_b_proj is None:
+            return L == 1
         expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
         absorbed = L * R * (N + V + 2 * WRITTEN_VALUE) + L * T * (2 * (R + P) + WRITTEN_VALUE)
         return L == 1 or absorbed <= expanded
@@ -222,10 +229,12 @@ class LatentAttention(nn.Module):
         V)."""
         B, H, L, _ = q.shape
         T, R = latent.shape[2], self.kv_lora_rank
-        w_HOR = self.kv_b_proj.weight.view(H, -1, R)
-        w_uk, w_uv = w_HOR.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        w_uk = w_uv = None
+        if self.kv_b_proj is not None:
+            w_HOR = self.kv_b_proj.weight.view(H, -1, R)
+            w_uk, w_uv = w_HOR.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_nope, q_rope = parts(q, [self.qk_nope_head_dim, self.qk_rope_head_dim])
-        q_BHLR = by_head(q_nope, w_uk)
+        q_BHLR = q_nope if w_uk is None else by_head(q_nope, w_uk)
         if self.qk_rope_head_dim:
             q_BHLR = torch.cat([q_BHLR, q_rope], dim=-1)
         # Heads and queries go in as rows of one matrix, so that the latents are read once and not
@@ -238,7 +247,8 @@ class LatentAttention(nn.Module):
         if q.device.type == "mps":  # it rounds scores to the type of the queries
             q_BHLR, latent = q_BHLR.float(), latent.float()
         out = attend(q_BHLR.reshape(B, 1, H * L, -1), latent, latent, mask, self.scale).to(q.dtype)
-        return by_head(out[..., :R].reshape(B, H, L, R), w_uv.transpose(-1, -2))
+        out_BHLR = out[..., :R].reshape(B, H, L, R)
+        return out_BHLR if w_uv is None else by_head(out_BHLR, w_uv.transpose(-1, -2))
 
 
 def parts(x: torch.Tensor, widths: list[int]) -> Any:

@@ -83,6 +83,7 @@ KINDS = {
     "mla-rope": {"qk_rope_head_dim": 8},
     "mla-shared": {"num_kv_shared_layers": 1},
     "mla-rope-shared": {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
+    "mla-k-eq-v": {"attention_k_eq_v": True, "qk_rope_head_dim": 8},
     "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
     "gqa-rope": {
         "attention": "mha",
@@ -117,6 +118,14 @@ def model_configs(draw) -> ModelConfig:
             **common,
         ).resolved()
     shared = draw(st.integers(0, common["n_layer"] - 1))
+    if draw(st.integers(0, 3)) == 0:
+        return ModelConfig(
+            attention_k_eq_v=True,
+            num_kv_shared_layers=shared,
+            qk_rope_head_dim=draw(st.sampled_from([0, 4, 8])),
+            latent_norm=draw(st.booleans()),
+            **common,
+        ).resolved()
     ranks = st.integers(1, width)
     latents = common["n_layer"] - shared
     return ModelConfig(

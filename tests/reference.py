@@ -68,7 +68,10 @@ def attention(x, weights, name, c: ModelConfig, shared=None):
         if c.latent_norm:
             q = rms_norm(q, weights[f"{name}.q_a_layernorm.weight"], c.layer_norm_epsilon)
         q = linear(q, weights, f"{name}.q_b_proj")
-    up = weights[f"{name}.kv_b_proj.weight"].reshape(c.n_head, width + V, -1)
+    if c.attention_k_eq_v:
+        up = np.stack([np.concatenate([np.eye(width)] * 2)] * c.n_head)
+    else:
+        up = weights[f"{name}.kv_b_proj.weight"].reshape(c.n_head, width + V, -1)
     heads = []
     for h in range(c.n_head):
         q_h = q[:, h * (width + P) : (h + 1) * (width + P)]

@@ -109,6 +109,17 @@ def test_every_comparison_is_one_flag_apart():
             "--kv-lora-ranks needs 2 widths",
         ),
         ({"attention": "mha", "num_kv_shared_layers": 1}, "no meaning with --attention mha"),
+        (
+            {"attention_k_eq_v": True, "kv_lora_rank": 64, "head_dim": 32},
+            "--head-dim 32: with --attention-k-eq-v a head is as wide as the latent, "
+            "--kv-lora-rank 64; leave it out",
+        ),
+        ({"attention_k_eq_v": True, "v_head_dim": 32}, "--v-head-dim 32: with --attention-k-eq-v"),
+        (
+            {"n_layer": 1, "attention_k_eq_v": True, "kv_lora_ranks": [64]},
+            "use --kv-lora-rank in place of --kv-lora-ranks",
+        ),
+        ({"attention": "mha", "attention_k_eq_v": True}, "no meaning with --attention mha"),
         ({"head_dim": 0}, "--head-dim must be at least 1"),
         ({"num_key_value_heads": 3}, "--num-key-value-heads has no meaning with --attention mla"),
         (

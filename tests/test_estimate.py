@@ -28,6 +28,7 @@ from mlx_mla.weights import initial_weights
         {"kv_lora_rank": 24, "tie_word_embeddings": False},
         {"qk_rope_head_dim": 8},
         {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
+        {"qk_rope_head_dim": 8, "attention_k_eq_v": True},
         {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
     ],
     ids=str,
@@ -63,6 +64,7 @@ def test_cache_bytes_of_the_presets():
         {"attention": "mha", "num_key_value_heads": 2, "head_dim": 24},
         {"kv_lora_rank": 24},
         {"kv_lora_rank": 24, "num_kv_shared_layers": 1},
+        {"kv_lora_rank": 24, "attention_k_eq_v": True},
         {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "q_lora_rank": 40, "v_head_dim": 12},
     ],
 )
@@ -143,6 +145,7 @@ CHANGES = [
     {"n_head": 4},
     {"kv_lora_rank": 16},
     {"num_kv_shared_layers": 2},
+    {"attention_k_eq_v": True, "kv_lora_rank": 64},
     {"tie_word_embeddings": False, "vocab_size": 4000},
     {"checkpoint_every": 1},
     {"checkpoint_every": 2, "n_layer": 6},

@@ -227,6 +227,7 @@ def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
         {"kv_lora_rank": 96},
         {"kv_lora_rank": 64, "qk_rope_head_dim": 32},
         {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "num_kv_shared_layers": 2},
+        {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "attention_k_eq_v": True},
         {"attention": "mha", "position_embedding_type": "rope"},
         {"attention": "mha", "position_embedding_type": "rope", "num_key_value_heads": 2},
     ],
@@ -327,6 +328,10 @@ def test_bad_shapes_are_refused_by_the_model_file_itself():
         ),
         ({"attention": "mha", "num_key_value_heads": 5}, "num_key_value_heads 5"),
         ({"num_kv_shared_layers": 12}, "from 0 to 11, not 12"),
+        (
+            {"attention_k_eq_v": True, "kv_lora_rank": 96},
+            "equal head_dim, v_head_dim and kv_lora_rank",
+        ),
     ):
         for configuration in (ModelArgs.from_dict, lambda v: MLAGPT2Config(**v)):
             with pytest.raises(ValueError, match=message):

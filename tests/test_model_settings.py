@@ -47,6 +47,7 @@ KINDS = {
         "num_kv_shared_layers": 1,
         "q_lora_rank": 24,
     },
+    "mla-k-eq-v": {"attention_k_eq_v": True, "qk_rope_head_dim": 16, "num_kv_shared_layers": 1},
     "mha-untied": {"attention": "mha", "tie_word_embeddings": False},
     "mla-untied": {"kv_lora_rank": 32, "tie_word_embeddings": False},
 }
@@ -252,6 +253,7 @@ def test_what_gpt2_cannot_say_is_refused_by_name_and_the_rest_comes_back(
 def test_folders_and_runs_from_before_these_settings(tiny_run, tmp_path):
     """Without the new keys they are the same model, and the run goes on."""
     new = ("position_embedding_type", "head_dim", "num_key_value_heads", "num_kv_shared_layers")
+    new += ("attention_k_eq_v",)
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     toml = run / "config.toml"

@@ -40,7 +40,10 @@ RATES = {
 
 
 def cache_of(config: ModelConfig, cache: CacheKind) -> CacheKind:
-    """What a model keeps where `cache` is asked for: multi-head attention has no latents."""
+    """What a model keeps where `cache` is asked for: multi-head attention has no latents, and those
+    without an up-projection are keys and values already."""
+    if config.attention_k_eq_v:
+        return "latent"
     return "materialized" if config.attention == "mha" and cache == "latent" else cache
 
 
@@ -61,7 +64,7 @@ def choose_cache(
     if not kind.latent_widths:
         return "materialized"
     rates = RATES.get((backend, device))
-    if rates is None:
+    if rates is None or config.attention_k_eq_v:
         return "latent"
     values = kind.cached_values(materialized=True)
     latent = batch * context * config.n_head * 2 * sum(kind.latent_widths) * rates.multiply
