@@ -47,7 +47,7 @@ KINDS = {
         "num_kv_shared_layers": 1,
         "q_lora_rank": 24,
     },
-    "mla-k-eq-v": {"attention_k_eq_v": True, "qk_rope_head_dim": 16, "num_kv_shared_layers": 1},
+    "mla-k-eq-v": {"attention_k_eq_v": True, "qk_rope_head_dim": 32, "num_kv_shared_layers": 1},
     "mha-untied": {"attention": "mha", "tie_word_embeddings": False},
     "mla-untied": {"kv_lora_rank": 32, "tie_word_embeddings": False},
 }
