@@ -199,7 +199,8 @@ def test_training_and_resuming(backend, kind, tmp_path, text_file):
     for name, value in kind.to_dict().items():
         if value != fields[name] and not isinstance(value, bool):
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    flags += ["--latent-norm"] if kind.latent_norm else []
+    switches = {"latent_norm": "--latent-norm", "attention_k_eq_v": "--attention-k-eq-v"}
+    flags += [flag for name, flag in switches.items() if getattr(kind, name)]
     flags += [] if kind.tie_word_embeddings else ["--no-tie-word-embeddings"]
     common = [
         *flags, "--data", str(text_file), "--backend", backend, "--seq-len", "32", "--batch-size",

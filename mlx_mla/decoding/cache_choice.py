@@ -42,9 +42,9 @@ RATES = {
 def cache_of(config: ModelConfig, cache: CacheKind) -> CacheKind:
     """What a model keeps where `cache` is asked for: multi-head attention has no latents, and those
     without an up-projection are keys and values already."""
-    if config.attention_k_eq_v:
-        return "latent"
-    return "materialized" if config.attention == "mha" and cache == "latent" else cache
+    if config.attention == "mha" and cache == "latent":
+        return "materialized"
+    return "latent" if config.attention_k_eq_v and cache == "materialized" else cache
 
 
 def choose_cache(
