@@ -146,7 +146,8 @@ class ModelConfig:
         """
         c = dataclasses.replace(self)
         check_bounds(c, MODEL_BOUNDS)
-        if c.head_dim is None and c.n_embd % c.n_head:
+        as_wide_as_latent = c.attention_k_eq_v and c.kv_lora_rank is not None
+        if c.head_dim is None and not as_wide_as_latent and c.n_embd % c.n_head:
             raise UserError(
                 f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; "
                 f"try {flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
@@ -214,7 +215,7 @@ class TrainConfig:
 
     preset: str = "nano"
     """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128,
-    mla-124m-rope, gpt2-124m or gpt2-124m-rope."""
+    mla-124m-rope, mla-124m-tied, gpt2-124m or gpt2-124m-rope."""
     data: str = "builtin"
     """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one;
     also those of build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with

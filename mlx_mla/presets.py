@@ -61,11 +61,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mla-124m-rope": _with_model(
         _MLA_124M, position_embedding_type="rope", kv_lora_rank=128, qk_rope_head_dim=64
     ),
+    # The recipe of docs/study.md, in widths that Metal fuses in training too; a sixteenth of that
+    # cache.
+    "mla-124m-tied": _with_model(
+        _MLA_124M,
+        position_embedding_type="rope",
+        kv_lora_rank=64,
+        qk_rope_head_dim=32,
+        attention_k_eq_v=True,
+    ),
     "gpt2-124m": _with_model(_MLA_124M, attention="mha"),
     "gpt2-124m-rope": _with_model(_MLA_124M, attention="mha", position_embedding_type="rope"),
 }
 """Named starting points: `nano` for seconds on a Mac, the original's 124M shape at three latent
-widths (384 is the original's), GPT-2 itself, and of both kinds one with rotated positions."""
+widths (384 is the original's), GPT-2 itself, of both kinds one with rotated positions, and one
+without an up-projection."""
 
 
 def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:

@@ -52,6 +52,7 @@ def test_cache_bytes_of_the_presets():
     }
     assert per_layer["gpt2-124m"] == per_layer["gpt2-124m-rope"] == 3072
     assert per_layer["mla-124m-rope"] == 3072 / 8
+    assert per_layer["mla-124m-tied"] == 3072 / 16
     assert per_layer["mla-124m"] == 768
     assert per_layer["mla-124m-r256"] == 512
     assert per_layer["mla-124m-r128"] == 256

@@ -111,7 +111,15 @@ def steps(context: int, every: int, **shape) -> list[float]:
 
 @pytest.mark.parametrize("context", [1, 2, NO_FUSED_GRADIENT, METAL_SHORTEST])
 @pytest.mark.parametrize("every", [0, 1], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("shape", [{"qk_rope_head_dim": 4}, {"attention": "mha"}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"qk_rope_head_dim": 4},
+        {"qk_rope_head_dim": 4, "attention_k_eq_v": True, "kv_lora_rank": 16},
+        {"attention": "mha"},
+    ],
+    ids=str,
+)
 def test_short_sequences_train_on_metal(context, every, shape, request):
     expected = steps(context, every, **shape)
     request.getfixturevalue("metal")

@@ -111,7 +111,7 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path):
 
 
 def test_multi_head_attention_is_one_flag_apart(capsys):
-    for name in ("nano", "mla-124m", "mla-124m-r128", "mla-124m-rope"):
+    for name in ("nano", "mla-124m", "mla-124m-r128", "mla-124m-rope", "mla-124m-tied"):
         mla = train.parse(["--preset", name])
         mha = train.parse(["--preset", name, "--attention", "mha"])
         assert mha.resolved().model.attention == "mha"

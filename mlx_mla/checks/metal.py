@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache  # isort: skip
 LENGTH = 200  # of the cache; not a multiple of any block
 # Of numbers of size 1 that were rounded once, relative to float64.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 4e-2}
-RECOMMENDED = ("nano", "mla-124m-rope")
+RECOMMENDED = ("nano", "mla-124m-rope", "mla-124m-tied")
 """Presets whose widths were chosen for fused decoding."""
 
 
