@@ -146,29 +146,28 @@ def _title(size: str, tokens: int) -> str:
 
 
 def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
-    """Which attention for which cache: final loss against bytes a token, with the seeds' range."""
+    """Which attention for which cache: final loss against bytes a token. Arms stand at the
+    baseline's mean loss and their paired difference from it, so that seeds which only some of them
+    have move none."""
     places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
     fig, axes = pyplot().subplots(
         1, len(places), figsize=(4.8 * len(places), 4.2), squeeze=False, layout="constrained"
     )
     for ax, place in zip(axes[0], places):
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
+        heights = _paired_losses(study, here)
         near, _ = _near(here)
-        losses: list[float] = []
         for row in near:
-            assert row.loss is not None
             color = styles[row.cell.arm]["color"]
-            seeds = [r["loss"] for r in row.finals.values() if r["loss"] is not None]
-            losses += seeds
-            ax.plot([row.cache_bytes] * 2, [min(seeds), max(seeds)], color=color, lw=1, alpha=0.5)
-            ax.plot(row.cache_bytes, row.loss.mean, "o", color=color, ms=5)
-        pad = 0.05 * (max(losses) - min(losses)) + 1e-3
+            ax.plot(row.cache_bytes, heights[row.cell.arm], "o", color=color, ms=5)
         columns = _columns([r.cache_bytes for r in here])
-        span = columns[-1][-1] / columns[0][0]
+        span = max(columns[-1][-1] / columns[0][0], 2)
+        shown = [heights[r.cell.arm] for r in near]
+        pad = 0.15 * (max(shown) - min(shown)) + 1e-3
         ax.set(
             xscale="log",
-            xlim=(columns[0][0] / span**0.08, columns[-1][-1] * max(span, 2) ** 0.35),
-            ylim=(min(losses) - pad, max(losses) + pad),
+            xlim=(columns[0][0] / span**0.08, columns[-1][-1] * span**0.35),
+            ylim=(min(shown) - pad, max(shown) + pad),
             xlabel="cache (bytes a token, 16 bits)",
             ylabel="held-out loss (nats a token)",
             title=_title(*place),
@@ -182,14 +181,25 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
     for ax, place in zip(axes[0], places):
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
         to_axes = ax.transData + ax.transAxes.inverted()
+        heights = _paired_losses(study, here)
         for column in _columns([r.cache_bytes for r in here]):
             names = [
-                _label(ax, r, float(r.cache_bytes), r.loss.mean, styles, f"{r.loss.mean:.2f}")
+                _label(ax, r, float(r.cache_bytes), height, styles, f"{height:.2f}")
                 for r in here
-                if r.loss and r.cache_bytes in column
+                if r.cache_bytes in column and (height := heights[r.cell.arm])
             ]
             label_ends(ax, names, at=to_axes.transform((column[-1], names[0][1]))[0], size=7)
     return _save(fig, out, "loss-cache.png")
+
+
+def _paired_losses(study: Study, rows: Sequence[Row]) -> dict[str, float]:
+    """Mean losses of arms at one size and budget, by their paired differences where there are
+    any."""
+    means = {r.cell.arm: r.loss.mean for r in rows if r.loss is not None}
+    base = means.get(study.baseline)
+    if base is None:
+        return means
+    return means | {r.cell.arm: base + r.difference.mean for r in rows if r.difference is not None}
 
 
 def _columns(widths: Sequence[int]) -> list[list[int]]:
