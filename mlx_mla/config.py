@@ -101,8 +101,8 @@ class ModelConfig:
     """MHA: heads of keys and values, each for as many heads of queries: grouped-query attention,
     and with 1 multi-query attention. None: n_head."""
     kv_lora_rank: Optional[int] = None
-    """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of
-    kv_lora_ranks."""
+    """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of kv_lora_ranks,
+    or head_dim with attention_k_eq_v."""
     kv_lora_ranks: Optional[list[int]] = None
     """MLA: that width for every layer with a latent of its own, where they differ. None:
     kv_lora_rank for all."""

@@ -110,9 +110,9 @@ def _forest(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) ->
         for row in far:
             assert row.difference is not None
             percent = _percent(row.difference.mean)
-            place_, side = (0.98, "right") if percent > 0 else (0.02, "left")
+            x, side = (0.98, "right") if percent > 0 else (0.02, "left")
             ax.text(
-                place_, arms.index(row.cell.arm), f"{percent:+.0f}% {'→' if percent > 0 else '←'}",
+                x, arms.index(row.cell.arm), f"{percent:+.0f}% {'→' if percent > 0 else '←'}",
                 color=styles[row.cell.arm]["color"], ha=side, va="center",
                 transform=ax.get_yaxis_transform(),
             )  # fmt: skip
@@ -184,9 +184,9 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
         heights = _paired_losses(study, here)
         for column in _columns([r.cache_bytes for r in here]):
             names = [
-                _label(ax, r, float(r.cache_bytes), height, styles, f"{height:.2f}")
+                _label(ax, r, r.cache_bytes, heights[r.cell.arm], styles)
                 for r in here
-                if r.cache_bytes in column and (height := heights[r.cell.arm])
+                if r.cache_bytes in column
             ]
             label_ends(ax, names, at=to_axes.transform((column[-1], names[0][1]))[0], size=7)
     return _save(fig, out, "loss-cache.png")
@@ -260,15 +260,15 @@ def _end(
 ) -> tuple[float, float, str, str]:
     last = points[-1]
     value = _percent(last.value.mean) if percent else last.value.mean
-    said = f"{value:+.0f}%" if percent else f"{value:.2f}"
-    return _label(ax, row, last.tokens / 1e6, value, styles, said)
+    return _label(ax, row, last.tokens / 1e6, value, styles, percent)
 
 
 def _label(
-    ax: Any, row: Row, x: float, y: float, styles: dict[str, Any], said: str
+    ax: Any, row: Row, x: float, y: float, styles: dict[str, Any], percent: bool = False
 ) -> tuple[float, float, str, str]:
     """An arm's name where its line ends; off the axes at their edge, with its value."""
     name, color = row.cell.arm, styles[row.cell.arm]["color"]
+    said = f"{y:+.0f}%" if percent else f"{y:.2f}"
     low, high = ax.get_ylim()
     if low <= y <= high:
         return x, y, name, color
@@ -303,7 +303,7 @@ def _sizes(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
         for n, d in points:
             if d.count > 1:
                 ax.plot([n, n], [_percent(d.low), _percent(d.high)], color=styles[arm]["color"])
-        ends.append(_label(ax, own[-1], points[-1][0], means[-1], styles, f"{means[-1]:+.0f}%"))
+        ends.append(_label(ax, own[-1], points[-1][0], means[-1], styles, percent=True))
     ax.set(
         xscale="log", xlabel="size (at the baseline's parameters)",
         ylabel=f"perplexity above {study.baseline}'s (%)",
