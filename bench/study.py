@@ -24,7 +24,7 @@ from bench.studying.pictures import draw
 from bench.studying.plan import Cell, Run, Study
 from bench.studying.pool import Pool, cores, only_one, stopped_by
 from bench.studying.reading import read_study
-from bench.studying.report import markdown, record_name
+from bench.studying.report import markdown
 from bench.studying.results import Record, Results
 from bench.studying.summary import Row, chain, summarise
 from bench.studying.trainer import Trainer
@@ -115,12 +115,8 @@ def _train(study: Study, results: Results, command: StudyCommand, console: Conso
     if plan.ready:  # else the data need not be here
         results.use_data(_fingerprint(plan.ready[0].config))
         plan = agenda(study, results)
-    for record in results.others(study):
-        console.print(
-            f"kept apart, the study does not ask for it: {record_name(record)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if others := len(results.others(study)):
+        print(f"kept apart, the study does not ask for them: {others} runs, which the report names")
     if command.jobs > cores():
         console.print(
             f"--jobs {command.jobs} on {cores()} cores: each run has one", highlight=False

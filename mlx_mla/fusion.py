@@ -9,6 +9,7 @@ Device = Literal["metal", "cuda", "cpu"]
 
 METAL_WIDTHS = {(w, w) for w in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
 METAL_SHORTEST = 9  # queries; fewer have no fused gradient
+CPU_SHORTEST = 32  # queries for which the PyTorch model pads keys and values to one width
 
 
 def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
@@ -25,7 +26,7 @@ def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
 
 def fused_by_torch(device: str, config: TrainConfig) -> bool:
     """The same of PyTorch's."""
-    if device == "cpu":  # flash attention has keys as wide as the values
+    if device == "cpu":  # few queries with keys wider than values are not worth a copy
         keys, values = config.model.kind.head_widths
-        return keys == values
+        return keys == values or config.context >= CPU_SHORTEST
     return device == "cuda"

@@ -34,6 +34,8 @@ from .configuration_mla_gpt2 import MLAGPT2Config
 
 # The cost of writing a value that the next product reads, in multiply-adds (as in model_mlx.py).
 WRITTEN_VALUE = 100
+# Queries from which keys and values are worth copying to one width on a CPU.
+FUSED_QUERIES = 32
 
 
 def attend(
@@ -41,13 +43,18 @@ def attend(
 ) -> torch.Tensor:
     """Scaled dot-product attention; causal where there is no mask and more than one query.
 
-    Keys and values may have fewer heads than queries, by a whole factor.
+    Keys and values may have fewer heads than queries, by a whole factor, and other widths.
     """
+    width = v.shape[-1]
     if q.device.type == "mps":
         # It has given silently wrong results for strided inputs (pytorch#163597).
         groups = q.shape[1] // k.shape[1]
         q, k, v = q.contiguous(), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(
+    elif q.device.type == "cpu" and q.shape[-2] >= FUSED_QUERIES and width != k.shape[-1]:
+        # Its flash attention takes one width; zeros change neither scores nor values.
+        widest = max(width, k.shape[-1])
+        q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
         q,
         k,
         v,
@@ -56,6 +63,7 @@ def attend(
         scale=scale,
         enable_gqa=k.shape[1] != q.shape[1],
     )
+    return out[..., :width]
 
 
 class MultiHeadAttention(nn.Module):

@@ -10,7 +10,7 @@ from mlx_mla import model_mlx, train
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.fusion import METAL_SHORTEST, fused_by_mlx, fused_by_torch
+from mlx_mla.fusion import CPU_SHORTEST, METAL_SHORTEST, fused_by_mlx, fused_by_torch
 from mlx_mla.model_mlx import FUSED_SHARED_HEAD, NO_FUSED_GRADIENT
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
@@ -55,20 +55,38 @@ def test_where_training_keeps_no_scores_in_mlx(device, changes, fused, monkeypat
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("shape", [{}, {"qk_rope_head_dim": 32}, {"head_dim": 20}])
+@pytest.mark.parametrize("context", [16, 31, 32])
+@pytest.mark.parametrize("shape", [{}, {"qk_rope_head_dim": 32}, {"v_head_dim": 96}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_where_pytorch_keeps_no_scores_on_the_cpu(shape, dtype):
+def test_where_pytorch_keeps_no_scores_on_the_cpu(context, shape, dtype, monkeypatch):
     """By its own choice of a kernel: 0 is the one of products and a softmax."""
     import torch
 
-    config = settings(**shape)
+    from mlx_mla import model_torch
+
+    config = settings(context=context, **shape)
     keys, values = config.model.kind.head_widths
     q, k, v = (
-        torch.randn(2, 2, 16, w, dtype=getattr(torch, dtype), requires_grad=True)
+        torch.randn(2, 2, context, w, dtype=getattr(torch, dtype), requires_grad=True)
         for w in (keys, keys, values)
     )
-    chosen = torch._fused_sdp_choice(q, k, v, is_causal=True)
-    assert fused_by_torch("cpu", config) is (chosen != 0)
+    chosen = []
+
+    def spy(*args, is_causal, **kwargs):
+        chosen.append(torch._fused_sdp_choice(*args[:3], is_causal=is_causal))
+        return attention(*args, is_causal=is_causal, **kwargs)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model_torch.attend(q, k, v, None, 1.0)
+    assert [fused_by_torch("cpu", config)] == [choice != 0 for choice in chosen]
+
+
+@pytest.mark.torch
+def test_the_models_agree_on_the_fewest_queries_that_are_padded():
+    from mlx_mla import model_torch
+
+    assert CPU_SHORTEST == model_torch.FUSED_QUERIES
 
 
 def test_a_dry_run_says_where_attention_is_fused(capsys):

@@ -95,6 +95,59 @@ def test_absorbed_chunks_give_the_logits_of_the_full_forward(config, batch, leng
         np.testing.assert_allclose(logits(model, x, chunks), expected, atol=TOLERANCE, rtol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "left-padded"])
+@given(
+    length=st.integers(1, 80),
+    before=st.integers(0, 40),
+    groups=st.sampled_from([1, 2, 4]),
+    widths=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_attention_of_any_widths_is_numpys(masked, length, before, groups, widths, seed):
+    rng = np.random.default_rng(seed)
+    before = before if masked else 0  # without a mask the first query is the first token
+    total = before + length
+    q, k, v = (
+        rng.standard_normal((2, heads, n, width))
+        for heads, n, width in (
+            (4, length, widths[0]),
+            (groups, total, widths[0]),
+            (groups, total, widths[1]),
+        )
+    )
+    allowed = np.tril(np.ones((length, total), bool), before)
+    if masked:
+        allowed[:, : before // 2] = False
+    scores = q @ k.repeat(4 // groups, 1).swapaxes(-1, -2) * 0.3
+    scores = np.where(allowed, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    expected = scores / scores.sum(-1, keepdims=True) @ v.repeat(4 // groups, 1)
+
+    mask = torch.tensor(allowed)[None, None] if masked else None
+    got = model_torch.attend(*(torch.tensor(x).float() for x in (q, k, v)), mask, 0.3)
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(24, 16), (16, 24)], ids=str)
+def test_gradients_of_keys_wider_than_values_are_those_of_plain_products(widths):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 4, 40, w, dtype=torch.float64) for w in (widths[0], *widths)]
+    weight = torch.randn(2, 4, 40, widths[1])
+
+    def gradients(attention, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        (attention(*leaves) * weight.to(dtype)).sum().backward()
+        return [leaf.grad.numpy() for leaf in leaves]
+
+    def plain(q, k, v):
+        above = torch.ones(40, 40, dtype=torch.bool).triu(1)
+        return (q @ k.mT * 0.3).masked_fill(above, -torch.inf).softmax(-1) @ v
+
+    got = gradients(lambda *qkv: model_torch.attend(*qkv, None, 0.3), torch.float32)
+    for a, b in zip(got, gradients(plain, torch.float64)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_the_cache_holds_latents_alone(loaded):
     ids = torch.tensor([[1, 2, 3]])
     cache = loaded(ids, use_cache=True).past_key_values

@@ -220,11 +220,11 @@ def _apart(study: Study, results: Results) -> list[str]:
     lines.append("")
     for r in others:
         loss = "diverged" if r["loss"] is None else f"loss {r['loss']:.4f}"
-        lines.append(f"- {record_name(r)}: {loss}")
+        lines.append(f"- {_record_name(r)}: {loss}")
     return [*lines, ""]
 
 
-def record_name(record: Record) -> str:
+def _record_name(record: Record) -> str:
     """The name of a finished run."""
     return "{arm}/{size}/{tokens}/{rate:g}-{seed}".format(**record)
 
