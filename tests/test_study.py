@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from bench import study as command
 from bench.labels import spread
+from bench.studying import pictures
 from bench.studying.agenda import agenda
 from bench.studying.intervals import Interval, interval, t_quantile, verdict
 from bench.studying.pictures import far_arms
@@ -490,6 +491,49 @@ def test_labels_are_apart_in_order_and_centred(heights, gap):
 )
 def test_arms_that_would_squeeze_the_others_are_far(percent, far):
     assert far_arms(percent) == far
+
+
+LONG_NAMES = """
+baseline = "mha"
+[base.model]
+attention = "mha"
+n_layer = 2
+n_head = 4
+n_embd = 64
+n_positions = 32
+[sizes.tiny]
+tokens = 1280
+learning_rates = [1e-3]
+seeds = [1, 2]
+[arms.mha]
+[arms.a-quarter-of-the-cache]
+model = { attention = "mla", kv_lora_rank = 32 }
+[arms.an-eighth-in-many-words]
+model = { attention = "mla", kv_lora_rank = 16 }
+"""
+
+
+def test_no_name_in_a_picture_lies_over_another(tmp_path, monkeypatch):
+    study = read_study(written(tmp_path, LONG_NAMES))
+    results = Results(tmp_path)
+    results.use_data("d")
+    # All alike, so that names of one height stand in neighbouring columns.
+    pretend(study, results, lambda run: 2 + run.seed / 100 + len(run.arm) / 1e6)
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    assert len(pictures.draw(study, summarise(study, results), tmp_path)) == len(figures) == 4
+    for figure in figures:
+        figure.canvas.draw()
+        names = [t for ax in figure.axes for t in ax.texts if t.get_text() in study.arms]
+        boxes = [name.get_window_extent() for name in names]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        points = [
+            ax.transData.transform(line.get_xydata()[-1])
+            for ax in figure.axes
+            for line in ax.lines
+            if line.get_marker() == "o"
+        ]
+        assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):

@@ -1,5 +1,6 @@
 """A study in pictures, one question a picture."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from mlx_mla.weights import num_parameters
 Names = dict[str, str]
 """Captions to file names."""
 
-LABEL_INCHES = 1.4
+LABEL_INCHES, LABEL_POINTS = 1.4, 7
 
 FAR, NEAR_PERCENT = 4, 2
 """An arm is far if its difference is more than so many times the next smaller one, differences
@@ -150,9 +151,14 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
     baseline's mean loss and their paired difference from it, so that seeds which only some of them
     have move none."""
     places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
+    widths = [
+        _panel_inches([r for r in rows if (r.cell.size, r.cell.tokens) == place])
+        for place in places
+    ]
     fig, axes = pyplot().subplots(
-        1, len(places), figsize=(4.8 * len(places), 4.2), squeeze=False, layout="constrained"
-    )
+        1, len(places), figsize=(sum(widths), 4.2), width_ratios=widths, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for ax, place in zip(axes[0], places):
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
         heights = _paired_losses(study, here)
@@ -161,12 +167,11 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
             color = styles[row.cell.arm]["color"]
             ax.plot(row.cache_bytes, heights[row.cell.arm], "o", color=color, ms=5)
         columns = _columns([r.cache_bytes for r in here])
-        span = max(columns[-1][-1] / columns[0][0], 2)
         shown = [heights[r.cell.arm] for r in near]
         pad = 0.15 * (max(shown) - min(shown)) + 1e-3
         ax.set(
             xscale="log",
-            xlim=(columns[0][0] / span**0.08, columns[-1][-1] * span**0.35),
+            xlim=_cache_limits(columns),
             ylim=(min(shown) - pad, max(shown) + pad),
             xlabel="cache (bytes a token, 16 bits)",
             ylabel="held-out loss (nats a token)",
@@ -188,7 +193,8 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
                 for r in here
                 if r.cache_bytes in column
             ]
-            label_ends(ax, names, at=to_axes.transform((column[-1], names[0][1]))[0], size=7)
+            at = to_axes.transform((column[-1], names[0][1]))[0]
+            label_ends(ax, names, at=at, size=LABEL_POINTS)
     return _save(fig, out, "loss-cache.png")
 
 
@@ -200,6 +206,25 @@ def _paired_losses(study: Study, rows: Sequence[Row]) -> dict[str, float]:
     if base is None:
         return means
     return means | {r.cell.arm: base + r.difference.mean for r in rows if r.difference is not None}
+
+
+def _cache_limits(columns: Sequence[Sequence[int]]) -> tuple[float, float]:
+    low, high = columns[0][0], columns[-1][-1]
+    span = max(high / low, 2)
+    return low / span**0.08, high * span**0.35
+
+
+def _panel_inches(rows: Sequence[Row]) -> float:
+    """Width of a panel where no column's names reach the next column."""
+    columns = _columns([r.cache_bytes for r in rows])
+    low, high = map(math.log, _cache_limits(columns))
+    needed = 4.8
+    for column, following in itertools.pairwise(columns):
+        share = math.log(following[0] / column[-1]) / (high - low)
+        longest = max(len(r.cell.arm) for r in rows if r.cache_bytes in column)
+        # A letter is 0.6 of its size wide, and the axes are an inch narrower than their panel.
+        needed = max(needed, 1 + (0.6 * LABEL_POINTS / 72 * longest + 0.25) / share)
+    return needed
 
 
 def _columns(widths: Sequence[int]) -> list[list[int]]:
