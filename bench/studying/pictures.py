@@ -151,15 +151,14 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
     baseline's mean loss and their paired difference from it, so that seeds which only some of them
     have move none."""
     places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
-    widths = [
+    width = max(
         _panel_inches([r for r in rows if (r.cell.size, r.cell.tokens) == place])
         for place in places
-    ]
+    )
     fig, axes = pyplot().subplots(
-        1, len(places), figsize=(sum(widths), 4.2), width_ratios=widths, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for ax, place in zip(axes[0], places):
+        len(places), 1, figsize=(width, 3.6 * len(places)), squeeze=False, layout="constrained"
+    )
+    for ax, place in zip(axes[:, 0], places):
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
         heights = _paired_losses(study, here)
         near, _ = _near(here)
@@ -183,7 +182,7 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     fig.canvas.draw()  # labels are placed where the layout has put the axes
-    for ax, place in zip(axes[0], places):
+    for ax, place in zip(axes[:, 0], places):
         here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
         to_axes = ax.transData + ax.transAxes.inverted()
         heights = _paired_losses(study, here)
