@@ -56,7 +56,9 @@ def test_where_training_keeps_no_scores_in_mlx(device, changes, fused, monkeypat
 
 @pytest.mark.torch
 @pytest.mark.parametrize("context", [16, 31, 32])
-@pytest.mark.parametrize("shape", [{}, {"qk_rope_head_dim": 32}, {"v_head_dim": 96}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{}, {"qk_rope_head_dim": 32}, {"head_dim": 20}, {"v_head_dim": 96}], ids=str
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_where_pytorch_keeps_no_scores_on_the_cpu(context, shape, dtype, monkeypatch):
     """By its own choice of a kernel: 0 is the one of products and a softmax."""

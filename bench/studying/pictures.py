@@ -34,8 +34,7 @@ def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
         pictures["Difference from the baseline"] = _forest(study, paired, styles, out)
     if shown:
         pictures["Loss against cache"] = _cache(study, shown, styles, out)
-    for size, tokens in dict.fromkeys((r.cell.size, r.cell.tokens) for r in shown):
-        here = [r for r in shown if (r.cell.size, r.cell.tokens) == (size, tokens)]
+    for (size, tokens), here in _by_place(shown).items():
         where = _title(size, tokens)
         end = f"{size}-{tokens}.png"
         if max(len(r.curve) for r in here) > 1:
@@ -47,6 +46,14 @@ def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
     if len({r.cell.size for r in paired}) > 1:
         pictures["Difference against size"] = _sizes(study, paired, styles, out)
     return pictures
+
+
+def _by_place(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    """Rows by size and budget, in order."""
+    places: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        places.setdefault((row.cell.size, row.cell.tokens), []).append(row)
+    return places
 
 
 def _styles(study: Study) -> dict[str, dict[str, Any]]:
@@ -97,16 +104,16 @@ def _near(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 def _forest(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> str:
     """Intervals of the final differences, arms from top to bottom, a panel a size and budget."""
-    places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
+    places = _by_place(rows)
     arms = [arm for arm in study.arms if any(r.cell.arm == arm for r in rows)]
     fig, axes = pyplot().subplots(
         1, len(places), figsize=(2 + 3.6 * len(places), 1.2 + 0.32 * len(arms)),
         sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
-    for ax, place in zip(axes[0], places):
+    for ax, (place, here) in zip(axes[0], places.items()):
         ax.axvline(0, color="black", lw=1)
         ax.axvspan(0, _percent(study.margin), color="0.9", zorder=0)
-        near, far = _near([r for r in rows if (r.cell.size, r.cell.tokens) == place])
+        near, far = _near(here)
         ax.set(xlim=_limits(study, near), title=_title(*place))
         for row in far:
             assert row.difference is not None
@@ -150,16 +157,12 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
     """Which attention for which cache: final loss against bytes a token. Arms stand at the
     baseline's mean loss and their paired difference from it, so that seeds which only some of them
     have move none."""
-    places = list(dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows))
-    width = max(
-        _panel_inches([r for r in rows if (r.cell.size, r.cell.tokens) == place])
-        for place in places
-    )
+    places = _by_place(rows)
+    width = max(map(_panel_inches, places.values()))
     fig, axes = pyplot().subplots(
         len(places), 1, figsize=(width, 3.6 * len(places)), squeeze=False, layout="constrained"
     )
-    for ax, place in zip(axes[:, 0], places):
-        here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
+    for ax, (place, here) in zip(axes[:, 0], places.items()):
         heights = _paired_losses(study, here)
         near, _ = _near(here)
         for row in near:
@@ -182,8 +185,7 @@ def _cache(study: Study, rows: list[Row], styles: dict[str, Any], out: Path) -> 
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     fig.canvas.draw()  # labels are placed where the layout has put the axes
-    for ax, place in zip(axes[:, 0], places):
-        here = [r for r in rows if (r.cell.size, r.cell.tokens) == place]
+    for ax, here in zip(axes[:, 0], places.values()):
         to_axes = ax.transData + ax.transAxes.inverted()
         heights = _paired_losses(study, here)
         for column in _columns([r.cache_bytes for r in here]):
