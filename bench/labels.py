@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+LOWEST = -0.13
+"""The lowest label, as a share of the axes' height above them."""
+
 
 def style(index: int) -> dict[str, Any]:
     """Colour and line of the index-th thing shown; the first, what others are compared with, is
@@ -29,7 +32,8 @@ def label_ends(
     to_axes = ax.transData + ax.transAxes.inverted()
     places = [(*to_axes.transform((x, y)), name, color) for x, y, name, color in ends]
     places.sort(key=lambda place: place[1])
-    heights = spread([place[1] for place in places], gap)
+    placed = spread([place[1] for place in places], gap)
+    heights = [max(label, LOWEST + i * gap) for i, label in enumerate(placed)]
     for (x, y, name, color), label in zip(places, heights):
         joint = [x, at + 0.03], [y, label]
         ax.plot(*joint, color=color, lw=0.6, alpha=0.6, transform=ax.transAxes, clip_on=False)

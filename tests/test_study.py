@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import study as command
-from bench.labels import spread
+from bench.labels import label_ends, spread
 from bench.studying import pictures
 from bench.studying.agenda import agenda
 from bench.studying.intervals import Interval, interval, t_quantile, verdict
@@ -491,6 +491,14 @@ def test_labels_are_apart_in_order_and_centred(heights, gap):
 )
 def test_arms_that_would_squeeze_the_others_are_far(percent, far):
     assert far_arms(percent) == far
+
+
+def test_many_labels_at_the_bottom_stay_in_the_picture():
+    fig, ax = pictures._axes()
+    label_ends(ax, [(1, i / 1000, f"arm-{i}", "black") for i in range(14)])
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert all(fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 LONG_NAMES = """
