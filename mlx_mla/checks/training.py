@@ -62,7 +62,8 @@ def half_precision(place: Path, backend: BackendName, device: DeviceName) -> Out
 
 
 def memory(place: Path) -> Outcome:
-    """The peak of a step against the estimate, and the share of the measured matrix rate (MFU)."""
+    """The peak of a step against the estimate. The share of the measured matrix rate (MFU) is for
+    the reader: a machine that does other work while one of the two is timed gives any."""
     backend = get_backend("mlx")
     base = dataclasses.replace(preset("mla-124m"), batch_size=1, tokens_per_step=None)
     if not backend.fused_attention(base.resolved()):  # a CPU has no time for it
@@ -85,7 +86,7 @@ def memory(place: Path) -> Outcome:
         off = peak / costs.total_bytes - 1
         mfu = costs.train_flops_per_token * config.step_tokens / seconds / rate
         found[f"{config.preset} in {dtype}"] = Outcome(
-            abs(off) <= NEAR and mfu < 1,
+            abs(off) <= NEAR,
             f"peak {peak / 2**20:,.0f} MiB, {off:+.1%} of the estimate (within {NEAR:.0%}), "
             f"MFU {mfu:.0%}",
         )
