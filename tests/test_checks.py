@@ -204,7 +204,14 @@ def test_a_row_that_raises_or_is_killed_fails_with_one_line(monkeypatch):
         assert re.search(expected, outcome.figure)
 
 
-def test_reports_are_impersonal(monkeypatch):
+@pytest.mark.parametrize("home", [None, "/tmp/anna", "/private/anna"])
+@pytest.mark.parametrize("temporary", [None, "/tmp", "/private/anna/tmp"])
+def test_reports_are_impersonal(home, temporary, monkeypatch):
+    """Also where the home, the folder for temporary files and the checkout lie in one another."""
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    if temporary is not None:
+        monkeypatch.setattr(runner.tempfile, "gettempdir", lambda: temporary)
     monkeypatch.setattr(runner.platform, "node", lambda: "annas-mac.local")
     said = runner.impersonal(
         f"{Path.home()}/x, /Users/anna/model, /home/bert/y and {ROOT}/z\non annas-mac.local"

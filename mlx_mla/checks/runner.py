@@ -122,9 +122,10 @@ def run_row(row: Row) -> Outcome:
 
 def impersonal(text: str) -> str:
     """A message without the names of this machine, its folders and its user, on one line."""
-    for path, name in ((ROOT, "."), (tempfile.gettempdir(), "TMP"), (Path.home(), "~")):
-        if len(str(path)) > 1:
-            text = text.replace(str(path), name)
+    names = {str(Path.home()): "~", tempfile.gettempdir(): "TMP", str(ROOT): "."}
+    for path in sorted(names, key=len, reverse=True):  # one may lie in another
+        if len(path) > 1:
+            text = text.replace(path, names[path])
     text = re.sub(r"/(?:Users|home)/[^/\s]+", "~", text)
     if host := platform.node():
         text = re.sub(rf"(?<!\w){re.escape(host)}(?!\w)", "HOST", text)
