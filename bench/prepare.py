@@ -186,14 +186,13 @@ def peak(bench: PrepareBench, size: int, folder: Path) -> Row:
     ]
     argv += ["--bpe-dir", bench.bpe_dir] if bench.bpe_dir else []
     code = (
-        "import resource, sys; from mlx_mla import prepare; code = prepare.main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+        "import sys; from mlx_mla import machine, prepare; code = prepare.main(sys.argv[1:]); "
+        "print(machine.peak_memory()); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True, check=True
     )
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"bytes": size, "peak_bytes": int(done.stdout.splitlines()[-1]) * unit}
+    return {"bytes": size, "peak_bytes": int(done.stdout.splitlines()[-1])}
 
 
 def body(found: Document, pictures: Mapping[str, str]) -> list[str]:

@@ -1,7 +1,9 @@
 """The machine that this runs on: what reports and estimates say of it."""
 
+import contextlib
 import os
 import platform
+import resource
 import subprocess
 import sys
 
@@ -28,6 +30,17 @@ def processor() -> str:
 def physical_memory() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory() -> int:
+    """Most bytes that this process had in memory at once."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as f:
+        for line in f:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # Linux's ru_maxrss, in KiB, begins at the peak of the process that started this one.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory() -> str:

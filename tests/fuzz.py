@@ -15,7 +15,6 @@ import io
 import json
 import os
 import random as _random
-import resource
 import shutil
 import signal
 import struct
@@ -31,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 from mlx_mla import estimate
+from mlx_mla.machine import peak_memory
 
 Random = _random.Random
 Main = Callable[[Sequence[str]], int]
@@ -91,7 +91,7 @@ def run(main: Main, argv: Sequence[str]) -> Outcome:
         except BaseException:  # Rust's panics among them
             trace = traceback.format_exc()
     seconds = time.process_time() - began
-    return Outcome(code, texts[0], texts[1] + trace, seconds, _peak(), hung)
+    return Outcome(code, texts[0], texts[1] + trace, seconds, peak_memory(), hung)
 
 
 def broken_promise(outcome: Outcome) -> str | None:
@@ -424,12 +424,3 @@ def _reset_peak() -> None:
     """Forget the most memory that was resident, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,6 +1,7 @@
 """What several test files use: tiny models and runs, and how a command is called and refused."""
 
 import json
+import mmap
 import sys
 from pathlib import Path
 
@@ -37,6 +38,14 @@ TINY = [
 def python(*args: str) -> list[str]:
     """Command line of this interpreter."""
     return [sys.executable, *args]
+
+
+def take_memory(nbytes: int) -> int:
+    """Have so many bytes in memory that no allocator kept from before, and give them back; 0."""
+    with mmap.mmap(-1, nbytes) as memory:
+        for page in range(0, nbytes, mmap.PAGESIZE):
+            memory[page] = 1
+    return 0
 
 
 MEASURED = ("tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")

@@ -534,10 +534,10 @@ def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path):
 
 
 BOMB = """
-import resource, sys
-from mlx_mla import prepare
+import sys
+from mlx_mla import machine, prepare
 code = prepare.main([sys.argv[1], "--out", sys.argv[2], "--tokenizer", "bytes"])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)  # MiB on Linux
+print("peak", machine.peak_memory() >> 20)
 sys.exit(code)
 """
 

@@ -1,11 +1,9 @@
 """The device that PyTorch computes on, and what it has held there."""
 
-import resource
-import sys
-
 import torch
 
 from mlx_mla.errors import UserError
+from mlx_mla.machine import peak_memory
 
 
 def find_device(name: str) -> torch.device:
@@ -34,5 +32,4 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak_memory()
