@@ -18,16 +18,18 @@ import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from bench import study as command
 from bench.labels import label_ends, spread
-from bench.studying import pictures
+from bench.studying import measured, pictures
 from bench.studying.agenda import agenda
 from bench.studying.intervals import Interval, interval, t_quantile, verdict
 from bench.studying.pictures import far_arms
 from bench.studying.pool import cores
 from bench.studying.rates import search
 from bench.studying.reading import read_study
+from bench.studying.report import markdown
 from bench.studying.results import RESULTS, Results, thinned
 from bench.studying.settings import settings
 from bench.studying.summary import chain, summarise
@@ -618,6 +620,29 @@ def test_killed_at_any_moment_it_goes_on_and_another_machine_needs_results_json_
     assert not (elsewhere / "runs").exists()
     strip = lambda path: path.read_text().split("\n", 3)[3]  # noqa: E731
     assert strip(elsewhere / "report.md") == strip(out / "report.md")
+
+
+def test_decoding_is_timed_once_and_told_of_every_budget(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(measured, "DECODE_CONTEXT", 20)
+    monkeypatch.setattr(measured, "DECODE_STEPS", 3)
+    text = ONE_SEED.replace("tokens = 1280", "tokens = [1280, 2560]")
+    study = read_study(written(tmp_path, text))
+    results = Results(tmp_path)
+    measured.decode(study, results, Console())
+    rows = {row["key"]: row for row in results.measured["decode"]}
+    assert sorted(rows) == sorted(cell.key for cell in study.cells)
+    assert len(rows) == 4
+    said = markdown(study, results, summarise(study, results), {}, {}, "command")
+    for cell in study.cells:
+        row = rows[cell.key]
+        assert 0 < row["min"] <= row["tokens_per_second"] <= row["max"]
+        materialized = row["cache"] == "materialized"
+        values = cell.config.model.kind.cached_values(materialized)
+        assert row["cache_bytes"] % (4 * values) == 0
+        assert row["cache_bytes"] // (4 * values) >= 23
+        told = f" {row['cache_bytes']:,}" + (f" ({row['cache']})" if cell.arm == "mla" else "")
+        assert f"{told} |" in said
 
 
 @pytest.mark.slow

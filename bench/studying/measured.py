@@ -16,7 +16,7 @@ from bench.studying.results import Results
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 
-DECODE_CONTEXT, DECODE_STEPS, DECODE_REPETITIONS = 1000, 24, 5
+DECODE_CONTEXT, DECODE_STEPS, DECODE_REPETITIONS = 1000, 100, 9
 
 
 def evaluate(study: Study, results: Results, runs: Path, console: Console) -> None:
@@ -83,7 +83,8 @@ def decode(study: Study, results: Results, console: Console) -> None:
                 nbytes[arm] = decoded.cache_bytes
                 if repetition:  # the first round warms up
                     times[arm].append(DECODE_STEPS / decoded.seconds)
-        for arm, cell in cells.items():
+        for cell in (c for c in study.cells if c.size == size):  # of every budget
+            arm = cell.arm
             values = sorted(times[arm])
             rows.append(
                 {

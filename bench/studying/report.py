@@ -123,13 +123,15 @@ def _costs(rows: Sequence[Row], results: Results) -> list[str]:
             f"{row.flops_per_token:,}", f"{row.cache_bytes:,}",
         ]  # fmt: skip
         if with_decode:
+            # What `--cache auto` chose where there is a choice.
+            kept = " ({cache})" if row.cell.config.model.kind.latent_widths else ""
             d: Record | None = decoded.get(row.cell.key)
             cells += (
                 ["-", "-"]
                 if d is None
                 else [
                     f"{d['tokens_per_second']:,.0f} ({d['min']:,.0f} - {d['max']:,.0f})",
-                    f"{d['cache_bytes']:,}",
+                    f"{d['cache_bytes']:,}" + kept.format(**d),
                 ]
             )
         lines.append(f"| {' | '.join(cells)} |")
