@@ -633,6 +633,7 @@ def test_decoding_is_timed_once_and_told_of_every_budget(tmp_path, monkeypatch):
     rows = {row["key"]: row for row in results.measured["decode"]}
     assert sorted(rows) == sorted(cell.key for cell in study.cells)
     assert len(rows) == 4
+    assert len({row["tokens_per_second"] for row in rows.values()}) == 2
     said = markdown(study, results, summarise(study, results), {}, {}, "command")
     for cell in study.cells:
         row = rows[cell.key]

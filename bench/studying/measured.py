@@ -64,9 +64,9 @@ def decode(study: Study, results: Results, console: Console) -> None:
 
     rows = []
     for size in study.sizes:
-        cells = {c.arm: c for c in study.cells if c.size == size}
+        cells = [c for c in study.cells if c.size == size]
         timed, kinds = {}, {}
-        for arm, cell in cells.items():
+        for arm, cell in {c.arm: c for c in cells}.items():  # budgets decode alike
             config, length = cell.config, DECODE_CONTEXT + DECODE_STEPS + 2
             model = dataclasses.replace(
                 config.model, n_positions=max(length, config.model.n_positions)
@@ -75,7 +75,7 @@ def decode(study: Study, results: Results, console: Console) -> None:
             device = config.device
             timed[arm] = subjects.load(config.backend, arm, model, weights, config.dtype, device)
             kinds[arm] = choose_cache(model, config.backend, timed[arm].device_kind, 1, length)
-        times: dict[str, list[float]] = {arm: [] for arm in cells}
+        times: dict[str, list[float]] = {arm: [] for arm in timed}
         nbytes: dict[str, int | None] = {}
         for repetition in range(DECODE_REPETITIONS + 1):
             for arm, subject in timed.items():
@@ -83,7 +83,7 @@ def decode(study: Study, results: Results, console: Console) -> None:
                 nbytes[arm] = decoded.cache_bytes
                 if repetition:  # the first round warms up
                     times[arm].append(DECODE_STEPS / decoded.seconds)
-        for cell in (c for c in study.cells if c.size == size):  # of every budget
+        for cell in cells:
             arm = cell.arm
             values = sorted(times[arm])
             rows.append(

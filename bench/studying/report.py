@@ -123,19 +123,20 @@ def _costs(rows: Sequence[Row], results: Results) -> list[str]:
             f"{row.flops_per_token:,}", f"{row.cache_bytes:,}",
         ]  # fmt: skip
         if with_decode:
-            # What `--cache auto` chose where there is a choice.
-            kept = " ({cache})" if row.cell.config.model.kind.latent_widths else ""
-            d: Record | None = decoded.get(row.cell.key)
-            cells += (
-                ["-", "-"]
-                if d is None
-                else [
-                    f"{d['tokens_per_second']:,.0f} ({d['min']:,.0f} - {d['max']:,.0f})",
-                    f"{d['cache_bytes']:,}" + kept.format(**d),
-                ]
-            )
+            cells += _decoded(row, decoded.get(row.cell.key))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _decoded(row: Row, d: Record | None) -> list[str]:
+    if d is None:
+        return ["-", "-"]
+    # The cache that was chosen, where there is a choice.
+    kept = f" ({d['cache']})" if row.cell.config.model.kind.latent_widths else ""
+    return [
+        f"{d['tokens_per_second']:,.0f} ({d['min']:,.0f} - {d['max']:,.0f})",
+        f"{d['cache_bytes']:,}{kept}",
+    ]
 
 
 def _steps(heading: str, steps: Sequence[Step]) -> list[str]:
