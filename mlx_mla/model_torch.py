@@ -66,6 +66,10 @@ def attend(
     return out[..., :width]
 
 
+class ResidualProjection(nn.Linear):
+    """A projection that writes to the residual stream, which GPT-2 starts smaller."""
+
+
 class MultiHeadAttention(nn.Module):
     """GPT-2's attention: keys and values of every head are computed once and cached.
 
@@ -83,7 +87,7 @@ class MultiHeadAttention(nn.Module):
         # One matmul reads x: [q | k | v].
         self.widths = [q_width, kv_width, kv_width]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
-        self.c_proj = nn.Linear(q_width, config.n_embd)
+        self.c_proj = ResidualProjection(q_width, config.n_embd)
 
     def forward(
         self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
@@ -150,7 +154,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = (
             None if config.attention_k_eq_v else nn.Linear(self.kv_lora_rank, up_width, bias=False)
         )
-        self.c_proj = nn.Linear(config.n_head * self.v_head_dim, config.n_embd)
+        self.c_proj = ResidualProjection(config.n_head * self.v_head_dim, config.n_embd)
 
     def forward(
         self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
@@ -299,7 +303,7 @@ class MLP(nn.Module):
     def __init__(self, config: MLAGPT2Config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.n_inner)
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.c_proj = ResidualProjection(config.n_inner, config.n_embd)
         self.approximate = "tanh" if config.activation_function == "gelu_new" else "none"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -333,14 +337,14 @@ class MLAGPT2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
+        # Only for modules that hold parameters themselves does transformers call this.
         std = self.config.initializer_range
+        if isinstance(module, ResidualProjection):
+            std /= (2 * self.config.n_layer) ** 0.5
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, (MLP, LatentAttention, MultiHeadAttention)):
-            # GPT-2 scales the projections that write to the residual stream.
-            nn.init.normal_(module.c_proj.weight, std=std / (2 * self.config.n_layer) ** 0.5)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:

@@ -20,7 +20,7 @@ from mlx_mla import checkpoint, generate, model_torch
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.config import ModelConfig
 from mlx_mla.files import atomic_folder
-from mlx_mla.weights import parameter_shapes
+from mlx_mla.weights import initial_weights, parameter_shapes
 
 
 def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
@@ -51,6 +51,19 @@ def logits(model, x: mx.array, chunks=()) -> np.ndarray:
 @pytest.fixture(scope="module")
 def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_a_model_made_from_its_configuration_starts_as_training_does(attention):
+    config = ModelConfig(
+        attention=attention, vocab_size=256, n_layer=8, n_head=4, n_embd=128, n_positions=64
+    ).resolved()
+    made = model_torch.MLAGPT2Config(**config.to_dict(), initializer_range=0.08)
+    weights = model_torch.MLAGPT2LMHeadModel(made).state_dict()
+    for name, ours in initial_weights(config, seed=0, std=0.08).items():
+        theirs = weights[name].numpy()
+        np.testing.assert_allclose(theirs.mean(), ours.mean(), atol=0.005, err_msg=name)
+        np.testing.assert_allclose(theirs.std(), ours.std(), rtol=0.05, err_msg=name)
 
 
 @given(config=model_configs(), length=st.integers(1, 40), seed=st.integers(0, 99))
