@@ -56,6 +56,9 @@ class StudyCommand:
     """Runs at a time; each gets its share of the cores."""
     data: Optional[str] = None
     """What to train on, in place of the file's: as --data of mlx_mla.train."""
+    bpe_dir: Optional[str] = None
+    """Folder with GPT-2's encoder.json and vocab.bpe, where its tokens are studied without a
+    network."""
     quick: bool = False
     """Some steps a run, three rates, two seeds: a check that everything runs."""
     evaluate: bool = False
@@ -78,7 +81,7 @@ def _main(argv: Sequence[str]) -> int:
     command = cli.parse(StudyCommand, argv, PROG)
     if command.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {command.jobs}")
-    study = read_study(command.study, command.data, command.quick)
+    study = read_study(command.study, command.data, command.bpe_dir, command.quick)
     console = Console()
     if command.dry_run:
         console.print(_costs(study), markup=False, highlight=False, soft_wrap=True)

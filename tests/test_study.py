@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -277,6 +278,21 @@ def test_shipped_studies_are_read_and_every_run_is_read_back_as_it_was_meant(pat
         assert overlay(preset(run.config.preset), parse_toml(text, ""), "") == run.config
     for row in summarise(study, Results(Path("none"))):
         assert row.verdict == ("baseline" if row.cell.arm == study.baseline else "unfinished")
+
+
+def test_places_that_are_given_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    study = ROOT / "bench" / "studies" / "gpt2-tokens.toml"
+    meant = [settings(cell.config) for cell in read_study(study).cells]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "bpe").mkdir()
+    read = read_study(study, data="text.txt", bpe_dir="bpe")
+    for cell in read.cells:
+        assert Path(cell.config.data) == tmp_path / "text.txt"
+        assert Path(cell.config.bpe_dir) == tmp_path / "bpe"
+    assert [settings(cell.config) for cell in read.cells] == meant
+    err = refused(capsys, written(tmp_path), "--bpe-dir", "bpe", "--dry-run", command=command.main)
+    assert "--bpe-dir goes with --tokenizer gpt2" in err
 
 
 def test_the_file_that_the_guide_shows_is_one(tmp_path):

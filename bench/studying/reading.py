@@ -26,24 +26,29 @@ OWN_AT_SIZE = ("tokens", "learning_rates", "seeds")
 QUICK_STEPS, QUICK_RATES, QUICK_SEEDS = 20, 3, 2
 
 
-def read_study(path: Path, data: str | None = None, quick: bool = False) -> Study:
+def read_study(
+    path: Path, data: str | None = None, bpe_dir: str | None = None, quick: bool = False
+) -> Study:
     """Read and check a study.
 
     Args:
         path: The TOML file.
         data: What to train on, in place of the file's.
+        bpe_dir: Folder of GPT-2's vocabulary, in place of the file's.
         quick: Shrink every run to some steps, and the grids and seeds; see docs/study.md.
 
     Raises:
         UserError: For anything that the file must not say; the message names the place.
     """
-    return _Reader(path, read_toml(path), data, quick).study()
+    places = {"data": data, "bpe_dir": bpe_dir}
+    given = {name: place for name, place in places.items() if place is not None}
+    return _Reader(path, read_toml(path), given, quick).study()
 
 
 class _Reader:
     """Turns the tables of a TOML file into a study; `where` in messages is file and table."""
 
-    def __init__(self, path: Path, toml: dict[str, Any], data: str | None, quick: bool):
+    def __init__(self, path: Path, toml: dict[str, Any], places: dict[str, str], quick: bool):
         self.path, self.toml, self.quick = path, toml, quick
         self.where = str(path)
         known = ("title", "baseline", "stair", "rivals", "extensions", "keep", "evaluate")
@@ -63,15 +68,15 @@ class _Reader:
                 raise UserError(
                     f"{self.where}: two {kind} have names equal but for capitals; rename one"
                 )
-        base = dict(self._table("base"))
-        if data is not None:
-            base["data"] = data
+        base = {**self._table("base"), **places}
         self._not_owned(base, "base", "learning_rate")
         self.given = set(base)
         start = preset(base["preset"]) if "preset" in base else TrainConfig()
         self.base = overlay(start, base, f"{self.where} [base]")
-        if Path(self.base.data).exists():
-            self.base.data = str(Path(self.base.data).resolve())
+        for name in ("data", "bpe_dir"):
+            place = getattr(self.base, name)
+            if place is not None and Path(place).exists():
+                setattr(self.base, name, str(Path(place).resolve()))
         self.bases: dict[str, Settings] = {}
 
     def study(self) -> Study:
