@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 from tyro.conf import OmitArgPrefixes
@@ -346,6 +347,13 @@ class TrainConfig:
     def step_tokens(self) -> int:
         """Tokens of one optimiser step of a resolved configuration."""
         return self.batch_size * self.passes_per_step * self.context
+
+    def make_paths_absolute(self) -> None:
+        """Of what exists, so that a run folder finds it again from any working directory."""
+        for name in ("data", "init", "teacher", "bpe_dir", "eval_data_dir"):
+            value = getattr(self, name)
+            if value is not None and Path(value).exists():
+                setattr(self, name, str(Path(value).resolve()))
 
     def resolved(self) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""

@@ -240,11 +240,7 @@ def parse(argv: Sequence[str]) -> TrainCommand:
                     f"{flag(field.name)}: with --init the model's shape comes from its folder; "
                     "leave it out"
                 )
-    for name in ("data", "init", "teacher", "bpe_dir", "eval_data_dir"):
-        value = getattr(command, name)
-        # The run folder must find them again from any working directory.
-        if value is not None and Path(value).exists():
-            setattr(command, name, str(Path(value).resolve()))
+    command.make_paths_absolute()
     return command
 
 

@@ -73,10 +73,7 @@ class _Reader:
         self.given = set(base)
         start = preset(base["preset"]) if "preset" in base else TrainConfig()
         self.base = overlay(start, base, f"{self.where} [base]")
-        for name in ("data", "bpe_dir"):
-            place = getattr(self.base, name)
-            if place is not None and Path(place).exists():
-                setattr(self.base, name, str(Path(place).resolve()))
+        self.base.make_paths_absolute()
         self.bases: dict[str, Settings] = {}
 
     def study(self) -> Study:
