@@ -29,6 +29,7 @@ from bench.studying.results import Record, Results
 from bench.studying.summary import Row, chain, summarise
 from bench.studying.trainer import Trainer
 from mlx_mla import cli
+from mlx_mla.backends import get_backend
 from mlx_mla.config import TrainConfig
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_encoder
@@ -126,6 +127,9 @@ def _train(study: Study, results: Results, command: StudyCommand, console: Conso
         )
     facts = machine([])
     facts["threads"] = str(max(1, cores() // command.jobs))
+    config = study.cells[0].config
+    if config.device != "cpu":
+        facts |= get_backend(config.backend, config.device).facts()
 
     runs = command.out / "runs"
 

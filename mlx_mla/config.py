@@ -294,8 +294,8 @@ class TrainConfig:
     """Tokens whose logits the loss holds at a time. 0: all of a pass. None: 1024 where the logits
     of a pass exceed 64 MiB, else all."""
     compile: bool = True
-    """Compile the training step with mx.compile (--no-compile: run it eagerly, to look for a
-    fault)."""
+    """Compile the training step: mx.compile, and torch.compile on CUDA (--no-compile: run it
+    eagerly, to look for a fault)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 100

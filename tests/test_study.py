@@ -539,6 +539,21 @@ model = { attention = "mla", kv_lora_rank = 16 }
 """
 
 
+def test_one_arm_alone_is_not_drawn(tmp_path):
+    study, results = read_study(written(tmp_path)), Results(tmp_path)
+    results.use_data("d")
+    losses = {"mha": 2.0, "mla": 2.1}
+    for cell in study.cells:
+        for rate in cell.rates:
+            results.add(cell.tuning(rate), {"loss": 2 + abs(rate - 2e-3), "curve": []}, {})
+        run = cell.final(results.search(cell, 0).best, 1)
+        curve = [[run.tokens // 2, 3.0], [run.tokens, losses[cell.arm]]]
+        results.add(run, {"loss": losses[cell.arm], "curve": curve}, {})
+        drawn = pictures.draw(study, summarise(study, results), tmp_path)
+        assert ("Loss against cache" in drawn) == (cell is study.cells[-1])
+        assert bool(drawn) == (cell is study.cells[-1])
+
+
 def test_no_name_in_a_picture_lies_over_another(tmp_path, monkeypatch):
     study = read_study(written(tmp_path, LONG_NAMES))
     results = Results(tmp_path)

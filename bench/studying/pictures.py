@@ -27,7 +27,9 @@ within so many percent being alike."""
 def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
     """Draw what the rows allow into a folder; returns captions with their files, in order."""
     pictures: Names = {}
-    shown = [row for row in rows if row.loss is not None]
+    finished = _by_place([row for row in rows if row.loss is not None]).values()
+    # One arm alone compares nothing.
+    shown = [row for here in finished if len(here) > 1 for row in here]
     styles = _styles(study)
     paired = [row for row in shown if row.difference is not None]
     if paired:

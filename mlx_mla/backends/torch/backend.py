@@ -32,8 +32,11 @@ class TorchBackend:
 
     def facts(self) -> dict[str, str]:
         blas = "MKL" if torch.backends.mkl.is_available() else "other"
+        device = self.device.type
+        if device == "cuda":
+            device += f" ({torch.cuda.get_device_name(self.device)})"
         return {
-            "PyTorch device": self.device.type,
+            "PyTorch device": device,
             "PyTorch BLAS": f"{blas}, {torch.get_num_threads()} threads",
         }
 

@@ -23,8 +23,8 @@ class TorchTrainSession:
     """See `mlx_mla.backends.contract.TrainSession`.
 
     Weights, gradients and optimiser state are float32; bfloat16 runs the forward pass under
-    autocast. On CUDA the forward pass is compiled, there and on MPS AdamW is fused; elsewhere both
-    run as they are.
+    autocast. On CUDA the forward pass and the loss of all logits at once are compiled, there and on
+    MPS AdamW is fused; elsewhere all run as they are.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class TorchTrainSession:
         if start.optimizer_state is not None:
             self.optimizers.load_state(start.optimizer_state, start.step)
         on_cuda = device.type == "cuda"
-        self._hidden: Any = (
-            torch.compile(hidden_states) if on_cuda and config.compile else hidden_states
-        )
+        jit: Any = torch.compile if on_cuda and config.compile else lambda f: f
+        self._hidden: Any = jit(hidden_states)
+        # Eager, every operation of the loss writes all logits anew; in chunks they are few.
+        self._head_loss: Any = head_loss if config.loss_chunk else jit(head_loss)
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -127,9 +128,10 @@ class TorchTrainSession:
     def _cross_entropy(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Summed over all tokens."""
         with self._autocast():
-            return head_loss(
+            loss: torch.Tensor = self._head_loss(
                 self._last_hidden(x), self.model.lm_head.weight, y, self.config.loss_chunk or 0
             )
+            return loss
 
     def _last_hidden(self, x: torch.Tensor) -> torch.Tensor:
         every = self.config.checkpoint_every if self.model.training else 0
