@@ -57,12 +57,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mla-124m": _with_model(_MLA_124M, kv_lora_rank=384),
     "mla-124m-r256": _with_model(_MLA_124M, kv_lora_rank=256),
     "mla-124m-r128": _with_model(_MLA_124M, kv_lora_rank=128),
-    # Widths that Metal's fused decode kernel takes, and an eighth of multi-head attention's cache.
+    # The best of docs/study.md on GPT-2's tokens, in widths that Metal's fused decode kernel takes,
+    # and an eighth of multi-head attention's cache.
     "mla-124m-rope": _with_model(
         _MLA_124M, position_embedding_type="rope", kv_lora_rank=128, qk_rope_head_dim=64
     ),
-    # The recipe of docs/study.md, in widths that Metal fuses in training too; a sixteenth of that
-    # cache.
+    # The best of docs/study.md on bytes, in widths that Metal fuses in training too; a sixteenth of
+    # that cache.
     "mla-124m-tied": _with_model(
         _MLA_124M,
         position_embedding_type="rope",
