@@ -27,16 +27,17 @@ within so many percent being alike."""
 def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
     """Draw what the rows allow into a folder; returns captions with their files, in order."""
     pictures: Names = {}
-    finished = _by_place([row for row in rows if row.loss is not None]).values()
+    finished = _by_place([row for row in rows if row.loss is not None])
     # One arm alone compares nothing.
-    shown = [row for here in finished if len(here) > 1 for row in here]
+    places = {place: here for place, here in finished.items() if len(here) > 1}
+    shown = [row for here in places.values() for row in here]
     styles = _styles(study)
     paired = [row for row in shown if row.difference is not None]
     if paired:
         pictures["Difference from the baseline"] = _forest(study, paired, styles, out)
     if shown:
         pictures["Loss against cache"] = _cache(study, shown, styles, out)
-    for (size, tokens), here in _by_place(shown).items():
+    for (size, tokens), here in places.items():
         where = _title(size, tokens)
         end = f"{size}-{tokens}.png"
         if max(len(r.curve) for r in here) > 1:

@@ -1,7 +1,7 @@
 """Training in PyTorch: a model, its optimiser and the step."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,11 @@ class TorchTrainSession:
             self.optimizers.load_state(start.optimizer_state, start.step)
         on_cuda = device.type == "cuda"
         jit: Any = torch.compile if on_cuda and config.compile else lambda f: f
-        self._hidden: Any = jit(hidden_states)
+        self._hidden: Callable[..., torch.Tensor] = jit(hidden_states)
         # Eager, every operation of the loss writes all logits anew; in chunks they are few.
-        self._head_loss: Any = head_loss if config.loss_chunk else jit(head_loss)
+        self._head_loss: Callable[..., torch.Tensor] = (
+            head_loss if config.loss_chunk else jit(head_loss)
+        )
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -128,15 +130,13 @@ class TorchTrainSession:
     def _cross_entropy(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Summed over all tokens."""
         with self._autocast():
-            loss: torch.Tensor = self._head_loss(
+            return self._head_loss(
                 self._last_hidden(x), self.model.lm_head.weight, y, self.config.loss_chunk or 0
             )
-            return loss
 
     def _last_hidden(self, x: torch.Tensor) -> torch.Tensor:
         every = self.config.checkpoint_every if self.model.training else 0
-        h: torch.Tensor = self._hidden(self.model.transformer, x, every)
-        return h
+        return self._hidden(self.model.transformer, x, every)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         bfloat16 = self.config.dtype == "bfloat16"
