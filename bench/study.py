@@ -44,7 +44,7 @@ REPORT = "report.md"
 
 @dataclasses.dataclass(kw_only=True)
 class StudyCommand:
-    """Run a study: every arm's learning rate, then its seeds, then the report.
+    """Run a study: tune every arm, train it with every seed, write the report.
 
     Goes on where it was stopped; runs that stand in the results.json of --out are never repeated.
     """
@@ -147,14 +147,12 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
     """Remove the folders of finished runs that nothing needs any more."""
     if study.keep == "all":
         return
-    found = [(cell, results.search(cell, study.extensions)) for cell in study.cells]
-    best = {cell.final(s.best, cell.seeds[0]).key for cell, s in found if s.best}
-    for cell, s in found:
-        if s.wanted and study.keep == "best":
+    found = [results.tuning(cell, study.extensions) for cell in study.cells]
+    best = {tuning.finals[0].key for tuning in found if tuning.finals}
+    for tuning in found:
+        if tuning.wanted and study.keep == "best":
             continue  # any of them may be the best
-        trained = [cell.tuning(rate) for rate in s.tried]
-        trained += [cell.final(s.best, seed) for seed in cell.seeds] if s.best else []
-        for run in trained:
+        for run in [*tuning.tried, *tuning.finals]:
             needed = study.keep == "best" and run.key in best
             if not needed and results.get(run) is not None:
                 shutil.rmtree(runs / run.name, ignore_errors=True)
@@ -215,8 +213,10 @@ def _costs(study: Study) -> str:
 
 
 def _runs(cell: Cell) -> list[Run]:
-    tuning = [cell.tuning(rate) for rate in cell.rates] if len(cell.rates) > 1 else []
-    return [*tuning, *(cell.final(cell.rates[0], seed) for seed in cell.seeds)]
+    rate, scale = cell.rates[0], cell.scales[0]
+    tuning = [cell.tuning(r) for r in cell.rates] if len(cell.rates) > 1 else []
+    tuning += [cell.tuning(rate, s) for s in cell.scales] if cell.tunes_scale else []
+    return [*tuning, *(cell.final(rate, scale, seed) for seed in cell.seeds)]
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from bench.studying.agenda import agenda
 from bench.studying.intervals import Interval, interval, t_quantile, verdict
 from bench.studying.pictures import far_arms
 from bench.studying.pool import cores
-from bench.studying.rates import search
 from bench.studying.reading import read_study
 from bench.studying.report import markdown
 from bench.studying.results import RESULTS, Results, thinned
+from bench.studying.search import search
 from bench.studying.settings import settings
 from bench.studying.summary import chain, summarise
 from bench.studying.trainer import make_room, run_toml
@@ -161,13 +161,13 @@ def test_an_edge_extends_the_range_so_many_times():
         losses |= {r: -r for r in wanted}
     found = search([1.0, 2.0, 4.0, 8.0], losses, extensions=2)
     assert found.tried == (1, 2, 4, 8, 16, 32)
-    assert (found.best, found.note) == (32, "at the edge of the rates tried")
+    assert (found.best, found.note) == (32, "at the edge of those tried")
 
 
 def test_rates_that_diverge_are_never_chosen():
     losses = {1.0: 3.0, 2.0: 2.0, 4.0: math.inf, 8.0: math.inf}
     found = search(list(losses), losses, extensions=3)
-    assert (found.best, found.note) == (2.0, "the next rate diverged")
+    assert (found.best, found.note) == (2.0, "the next one diverged")
     dead = search([1.0, 2.0, 4.0, 8.0], dict.fromkeys([1.0, 2.0, 4.0, 8.0], math.inf), 0)
     assert (dead.best, dead.wanted) == (None, ())
 
@@ -203,8 +203,12 @@ def test_rates_that_diverge_are_never_chosen():
         ("[arms.mla]", "[arms.mla]\nat.tny.seeds = [1]", "did you mean 'tiny'"),
         ("[arms.mla]", "[arms.mla]\nat.tiny.tokens = 640", "mla trains on 640 tokens, which the"),
         ("[arms.mha]", "[arms.mha]\nat.tiny.tokens = 640", "mla trains on 1,280 tokens, which the"),
-        ("2e-3, 4e-3, 8e-3]", "2e-3]", "at least 4 rates"),
+        ("2e-3, 4e-3, 8e-3]", "2e-3]", "at least 4 values"),
         ("[1e-3, ", "[1e-4, ", "a factor of 1.4 to 2 apart"),
+        ("seeds =", "initializer_ranges = [0.02, 0.04]\nseeds =", "at least 3 values a factor"),
+        ("seeds =", "initializer_ranges = [0.02]\nseeds =", "initializer_range sets one"),
+        ("seeds =", "initializer_ranges = [0, 1, 2]\nseeds =", "a list of positive numbers"),
+        ("seeds =", "initializer_ranges = [60, 90, 135]\nseeds =", "at most 100, not 135"),
         ("[1, 2, 3]", "[1, 1]", "different whole numbers"),
         ("tokens = 1280", "tokens = 12", "at least a step's 128"),
         ("tokens = 1280", "", "tokens must be a whole number"),
@@ -234,7 +238,9 @@ def places(table: dict, path: tuple = ()) -> list[tuple]:
     return found
 
 
-FULL = SMALL.replace("[arms.mha]", "[arms.mha]\nat.tiny.seeds = [1]").replace(
+FULL = SMALL.replace(
+    "[arms.mha]", "[arms.mha]\nat.tiny = { seeds = [1], initializer_ranges = [0.01, 0.02, 0.04] }"
+).replace(
     "[base]",
     """title = "t"
 extensions = 1
@@ -273,7 +279,7 @@ def test_a_value_of_any_type_in_any_place_is_taken_or_refused(tmp_path, wrong):
 def test_shipped_studies_are_read_and_every_run_is_read_back_as_it_was_meant(path):
     study = read_study(path)
     for cell in study.cells:
-        run = cell.final(cell.rates[0], cell.seeds[0])
+        run = cell.final(cell.rates[0], cell.scales[0], cell.seeds[0])
         text = run_toml(run)
         assert overlay(preset(run.config.preset), parse_toml(text, ""), "") == run.config
     for row in summarise(study, Results(Path("none"))):
@@ -339,6 +345,82 @@ def test_rates_come_first_then_seeds_alike_for_all_arms(tmp_path):
     # What decides batches and held-out windows is the same at a seed.
     for field in ("batch_size", "seq_len", "val_fraction", "eval_batches", "steps"):
         assert len({settings(r.config)[field] for r in finals}) == 1
+
+
+SCALED = SMALL.replace("seeds = ", "initializer_ranges = [0.02, 0.03, 0.045]\nseeds = ")
+
+
+def scaled(best: dict[str, float]):
+    """Losses with a minimum at a scale of the first weights an arm, and at a rate of 2.8e-3."""
+
+    def loss(run) -> float:
+        rate, scale = run.rate / 2.8e-3, run.config.initializer_range / best[run.arm]
+        return 2 + run.seed / 100 + math.log(rate) ** 2 + math.log(scale) ** 2
+
+    return loss
+
+
+def test_scales_of_the_first_weights_are_tuned_at_the_rate_found(tmp_path, capsys):
+    path = written(tmp_path, SCALED)
+    study, results = read_study(path), Results(tmp_path)
+    results.use_data("d")
+    # mla's is beyond the grid, and beyond what one edge adds.
+    done = pretend(study, results, scaled({"mha": 0.028, "mla": 0.08}))
+    assert len({run.name for run in done}) == len(done)
+    tried = {arm: [] for arm in study.arms}
+    for run in done[: -2 * 3]:
+        tried[run.arm].append((run.rate, run.config.initializer_range))
+    grid = [1e-3, 2e-3, 4e-3, 8e-3]
+    scales = [0.02, 0.03, 0.045]
+    for arm, beyond in (("mha", []), ("mla", [0.0675, 0.101])):
+        assert tried[arm] == [*((r, 0.02) for r in grid), *((2.8e-3, s) for s in scales + beyond)]
+    for run in done[-2 * 3 :]:
+        assert run.rate == 2.8e-3
+        assert run.config.initializer_range == {"mha": 0.028, "mla": 0.08}[run.arm]
+        assert parse_toml(run_toml(run), "")["initializer_range"] == run.config.initializer_range
+    _, mla = summarise(study, results)
+    assert mla.verdict == "not worse"
+    assert mla.difference.mean == pytest.approx(0, abs=1e-3)
+    assert not results.others(study)
+    text = report_of(study, results)
+    assert "| mha | 0.0028 | 0.028 | 3 |" in text
+    assert "0.03 (2.0148), 0.045 (2.2351) | 0.028 | fitted |" in text
+    assert mla.plain()["initializer_range"] == 0.08
+    assert list(mla.plain()["initializer_ranges_tried"]) == [
+        f"{s:g}" for s in mla.tuning.scale.tried
+    ]
+    assert command.main([str(path), "--dry-run"]) == 0
+    assert "20 runs at least" in capsys.readouterr().out  # 2 arms x (4 rates + 3 scales + 3 seeds)
+
+
+def test_the_agenda_counts_the_scales_that_wait_for_a_rate(tmp_path):
+    study, results = read_study(written(tmp_path, SCALED)), Results(tmp_path)
+    results.use_data("d")
+    plan = agenda(study, results)
+    assert (len(plan.ready), len(plan.later)) == (8, 12)
+    pretend(read_study(written(tmp_path)), results, scaled({"mha": 0.03, "mla": 0.03}))
+    # Of the runs of the study without scales, those that tried rates count.
+    plan = agenda(study, results)
+    assert {(r.arm, r.config.initializer_range) for r in plan.ready} == {
+        (arm, scale) for arm in study.arms for scale in (0.03, 0.045)
+    }
+    assert len(plan.later) == 6
+
+
+def test_an_arm_whose_every_scale_diverges_has_diverged(tmp_path):
+    study, results = read_study(written(tmp_path, SCALED)), Results(tmp_path)
+    results.use_data("d")
+    finite = scaled({"mha": 0.03, "mla": 0.03})
+    while ready := agenda(study, results).ready:
+        run = ready[0]
+        dead = run.arm == "mla" and run.rate not in study.cells[1].rates
+        found = {"loss": None, "diverged": "training diverged"} if dead else {"loss": finite(run)}
+        results.add(run, {"curve": [], "tokens_per_second": 1.0, **found}, {})
+    mha, mla = summarise(study, results)
+    assert (mla.verdict, mla.tuning.scale.best, dict(mla.finals)) == ("diverged", None, {})
+    assert len(mha.finals) == 3
+    text = markdown(study, results, summarise(study, results), {}, {}, "command")
+    assert "(diverged) | - | diverged at every one |" in text
 
 
 def test_an_arm_may_have_fewer_budgets_than_the_baseline(tmp_path):
@@ -546,7 +628,7 @@ def test_one_arm_alone_is_not_drawn(tmp_path):
     for cell in study.cells:
         for rate in cell.rates:
             results.add(cell.tuning(rate), {"loss": 2 + abs(rate - 2e-3), "curve": []}, {})
-        run = cell.final(results.search(cell, 0).best, 1)
+        run = results.tuning(cell, 0).finals[0]
         curve = [[run.tokens // 2, 3.0], [run.tokens, losses[cell.arm]]]
         results.add(run, {"loss": losses[cell.arm], "curve": curve}, {})
         drawn = pictures.draw(study, summarise(study, results), tmp_path)
@@ -579,7 +661,7 @@ def test_no_name_in_a_picture_lies_over_another(tmp_path, monkeypatch):
 
 def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):
     study = read_study(written(tmp_path))
-    mha, mla = (study.cell(arm, "tiny", 1280).final(4e-3, 1) for arm in ("mha", "mla"))
+    mha, mla = (study.cell(arm, "tiny", 1280).final(4e-3, 0.02, 1) for arm in ("mha", "mla"))
     folder = tmp_path / "runs" / "4e-3"
     claim(folder, mha.config, contextlib.ExitStack())
     make_room(folder, mha)

@@ -14,14 +14,14 @@ class Agenda:
     ready: list[Run]
     """Runs that wait for nothing, in the order to start them."""
     later: list[Run]
-    """Runs that wait for a rate to be found; their rates are placeholders."""
+    """Runs that wait for others; their rates and scales are placeholders."""
 
 
 def agenda(study: Study, results: Results) -> Agenda:
     """What the finished runs leave to do.
 
-    Sizes come in the order of the file; in each, all arms' rates before any seed, then seed by seed
-    all arms, so that whatever has finished can be compared.
+    Sizes come in the order of the file; in each, all arms are tuned before any seed, then seed by
+    seed all arms, so that whatever has finished can be compared.
     """
     ready: list[Run] = []
     later: list[Run] = []
@@ -30,13 +30,13 @@ def agenda(study: Study, results: Results) -> Agenda:
         for cell in study.cells:
             if cell.size != size:
                 continue
-            found = results.search(cell, study.extensions)
-            ready += [cell.tuning(rate) for rate in found.wanted]
+            found = results.tuning(cell, study.extensions)
+            ready += found.wanted
             if found.wanted:
-                later += [cell.final(cell.rates[0], seed) for seed in cell.seeds]
-            elif found.best is not None:
-                runs = [cell.final(found.best, seed) for seed in cell.seeds]
-                repeated += [(i, r) for i, r in enumerate(runs) if results.get(r) is None]
+                tried = cell.scales if found.scale is None and cell.tunes_scale else ()
+                later += [cell.tuning(cell.rates[0], scale) for scale in tried]
+                later += [cell.final(cell.rates[0], cell.scales[0], s) for s in cell.seeds]
+            repeated += [(i, r) for i, r in enumerate(found.finals) if results.get(r) is None]
         ready += [run for _, run in sorted(repeated, key=lambda pair: pair[0])]
     # Budgets that are tuned with the same tokens share their tuning runs.
     return Agenda(list({run.key: run for run in ready}.values()), later)
@@ -48,6 +48,5 @@ def flops(run: Run) -> float:
 
 
 def best_run(study: Study, results: Results, cell: Cell) -> Run | None:
-    """The first seed's run at the rate that was found, which stands for its cell."""
-    best = results.search(cell, study.extensions).best
-    return None if best is None else cell.final(best, cell.seeds[0])
+    """The first seed's run with what was found, which stands for its cell."""
+    return next(iter(results.tuning(cell, study.extensions).finals), None)

@@ -20,6 +20,8 @@ class Run:
     config: TrainConfig
     """Resolved, with its rate, seed and steps."""
     rate: float
+    scale: float | None
+    """Of the first weights; None: that of its arm."""
     seed: int
 
     @property
@@ -30,7 +32,8 @@ class Run:
     @property
     def name(self) -> str:
         """Where it stands in the folder of runs."""
-        return f"{self.arm}/{self.size}/{self.tokens}/{self.rate:g}-{self.seed}"
+        start = "" if self.scale is None else f"-from-{self.scale:g}"
+        return f"{self.arm}/{self.size}/{self.tokens}/{self.rate:g}{start}-{self.seed}"
 
     @property
     def key(self) -> str:
@@ -44,10 +47,14 @@ class Cell:
     arm: str
     size: str
     config: TrainConfig
-    """Resolved, with the steps of the final runs; its rate and seed are placeholders."""
+    """Resolved, with the steps of the final runs; its rate and seed are placeholders. Rates are
+    tried with its `initializer_range`."""
     tune_steps: int
     rates: tuple[float, ...]
     rate_name: RateName
+    scales: tuple[float, ...]
+    """Of the first weights (`initializer_range`), tried at the rate found; a single one is taken as
+    it is."""
     seeds: tuple[int, ...]
 
     @property
@@ -57,21 +64,33 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What makes the cell what it is, its rate and seed apart."""
+        """What makes the cell what it is, apart from what the study chooses."""
         return key(settings(self.config))
 
-    def final(self, rate: float, seed: int) -> Run:
-        """The run of a seed at the rate that was found."""
-        return self._run(rate, seed, self.config.steps)
+    @property
+    def tunes_scale(self) -> bool:
+        return len(self.scales) > 1
 
-    def tuning(self, rate: float) -> Run:
-        """The run that tries a rate, with the first seed."""
-        return self._run(rate, self.seeds[0], self.tune_steps)
+    @property
+    def owned(self) -> frozenset[str]:
+        """Settings that the study chooses, run by run."""
+        scale = {"initializer_range"} if self.tunes_scale else set()
+        return frozenset({"steps", "seed", self.rate_name, *scale})
 
-    def _run(self, rate: float, seed: int, steps: int) -> Run:
+    def final(self, rate: float, scale: float, seed: int) -> Run:
+        """The run of a seed at the rate and the scale that were found."""
+        return self._run(rate, scale, seed, self.config.steps)
+
+    def tuning(self, rate: float, scale: float | None = None) -> Run:
+        """The run that tries a rate, or a scale at a rate, with the first seed."""
+        scale = self.config.initializer_range if scale is None else scale
+        return self._run(rate, scale, self.seeds[0], self.tune_steps)
+
+    def _run(self, rate: float, scale: float, seed: int, steps: int) -> Run:
         changes: dict[str, Any] = {self.rate_name: rate, "seed": seed, "steps": steps}
-        config = dataclasses.replace(self.config, **changes)
-        return Run(self.arm, self.size, config, rate, seed)
+        config = dataclasses.replace(self.config, initializer_range=scale, **changes)
+        named = None if scale == self.config.initializer_range else scale
+        return Run(self.arm, self.size, config, rate, named, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +115,9 @@ class Study:
     confidence: float
     """Of the intervals, such as 0.95."""
     extensions: int
-    """Rates that may be added beyond the ends of a grid."""
+    """Values that may be added beyond the ends of a grid."""
     keep: Keep
-    """Runs whose weights stay: the first seed's at the rate found, all, none."""
+    """Runs whose weights stay: the first seed's with what was found, all, none."""
     arms: Mapping[str, str]
     """Names to what is said of them."""
     stair: tuple[str, ...]
@@ -128,6 +147,5 @@ class Study:
     def differences(self, cell: Cell) -> dict[str, tuple[Any, Any]]:
         """Every setting in which an arm differs from the base at its size, defaults included."""
         base = self.bases[cell.size]
-        owned = {"steps", "seed", cell.rate_name}
         both = differences(base, settings(cell.config))
-        return {k: v for k, v in both.items() if k not in owned}
+        return {k: v for k, v in both.items() if k not in cell.owned}

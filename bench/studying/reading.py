@@ -20,10 +20,10 @@ PAIRED = (
 )
 """What all arms have alike, so that at a seed they see the same data and held-out windows."""
 
-OWN_AT_SIZE = ("tokens", "learning_rates", "seeds")
+OWN_AT_SIZE = ("tokens", "learning_rates", "initializer_ranges", "seeds")
 """What an arm may have otherwise than its size."""
 
-QUICK_STEPS, QUICK_RATES, QUICK_SEEDS = 20, 3, 2
+QUICK_STEPS, QUICK_VALUES, QUICK_SEEDS = 20, 3, 2
 
 
 def read_study(
@@ -127,10 +127,7 @@ class _Reader:
     def _cells_of(self, size: str, baseline: str) -> list[Cell]:
         where = f"{self.where} [sizes.{size}]"
         table = dict(self.sizes[size])
-        own = {
-            name: table.pop(name, None)
-            for name in ("tokens", "tune_tokens", "learning_rates", "seeds", "arms")
-        }
+        own = {name: table.pop(name, None) for name in ("tune_tokens", "arms", *OWN_AT_SIZE)}
         self._not_owned(table, f"sizes.{size}", "learning_rate")
         base = self._watched(overlay(self.base, table, where), self.given | table.keys())
         if self.quick:
@@ -196,7 +193,8 @@ class _Reader:
         if not steps or len(set(steps)) < len(steps):
             raise UserError(f"{where}: tokens must be one budget, or several that differ")
         tune = own["tune_tokens"]
-        rates = _rates(own["learning_rates"], f"{where}: learning_rates", self.quick)
+        rates = self._rates(own["learning_rates"], f"{where}: learning_rates")
+        scales = self._scales(own["initializer_ranges"], config, f"{where}: initializer_ranges")
         seeds = _seeds(own["seeds"], f"{where}: seeds")
         if self.quick:
             steps, tune, seeds = [min(QUICK_STEPS, *steps)], None, seeds[:QUICK_SEEDS]
@@ -208,8 +206,37 @@ class _Reader:
             tuned = count if tune is None else _steps(config, tune, f"{where}: tune_tokens")
             watched = _watched_often(config, count, given)
             final = dataclasses.replace(watched, steps=count)
-            cells.append(Cell(name, size, final, tuned, rates, rate_name, seeds))
+            cells.append(Cell(name, size, final, tuned, rates, rate_name, scales, seeds))
         return cells
+
+    def _rates(self, values: Any, where: str) -> tuple[float, ...]:
+        rates = _positive(values, where)
+        # A single rate is one that is known; it is reported as not tuned.
+        if len(rates) == 1:
+            return rates
+        return self._grid(rates, 4, "or one, not tuned", where)
+
+    def _scales(self, values: Any, config: TrainConfig, where: str) -> tuple[float, ...]:
+        if values is None:
+            return (config.initializer_range,)
+        scales = _positive(values, where)
+        for scale in scales:
+            _resolved(dataclasses.replace(config, initializer_range=scale), where)
+        return self._grid(scales, 3, "initializer_range sets one", where)
+
+    def _grid(
+        self, values: tuple[float, ...], least: int, otherwise: str, where: str
+    ) -> tuple[float, ...]:
+        steps = [high / low for low, high in itertools.pairwise(values)]
+        if len(values) < least or min(steps) < 1.3 or max(steps) > 2.3:
+            raise UserError(
+                f"{where} needs at least {least} values a factor of 1.4 to 2 apart ({otherwise}), "
+                f"not {', '.join(f'{v:g}' for v in values)}"
+            )
+        if not self.quick:
+            return values
+        first = (len(values) - QUICK_VALUES) // 2
+        return values[first : first + QUICK_VALUES]
 
     @staticmethod
     def _watched(config: TrainConfig, given: Set[str]) -> TrainConfig:
@@ -317,24 +344,13 @@ def _steps(config: TrainConfig, tokens: Any, where: str) -> int:
     return round(tokens / config.step_tokens)
 
 
-def _rates(values: Any, where: str, quick: bool) -> tuple[float, ...]:
+def _positive(values: Any, where: str) -> tuple[float, ...]:
     numbers = isinstance(values, list) and all(
         isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in values
     )
     if not numbers or not values:
-        raise UserError(f"{where} must be a list of positive rates, not {values!r}")
-    rates = sorted(float(v) for v in values)
-    steps = [high / low for low, high in itertools.pairwise(rates)]
-    # A single rate is one that is known; it is reported as not tuned.
-    if len(rates) > 1 and (len(rates) < 4 or min(steps) < 1.3 or max(steps) > 2.3):
-        raise UserError(
-            f"{where} needs at least 4 rates a factor of 1.4 to 2 apart (or one, not tuned), not "
-            f"{', '.join(f'{r:g}' for r in rates)}"
-        )
-    if quick and len(rates) > QUICK_RATES:
-        first = (len(rates) - QUICK_RATES) // 2
-        rates = rates[first : first + QUICK_RATES]
-    return tuple(rates)
+        raise UserError(f"{where} must be a list of positive numbers, not {values!r}")
+    return tuple(sorted(float(v) for v in values))
 
 
 def _seeds(values: Any, where: str) -> tuple[int, ...]:

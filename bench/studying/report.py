@@ -8,6 +8,7 @@ from bench.studying.agenda import best_run
 from bench.studying.intervals import Interval
 from bench.studying.plan import Cell, Study
 from bench.studying.results import Record, Results
+from bench.studying.search import Search
 from bench.studying.summary import Row, Step
 
 
@@ -41,6 +42,8 @@ def markdown(
             lines += [f"![{caption}]({name})", ""]
     lines += ["## What each arm changes", "", *_changes(study, rows), ""]
     lines += ["## Learning rates", "", *_rates(rows), ""]
+    if any(row.cell.tunes_scale for row in rows):
+        lines += ["## The scale of the first weights, at the rate found", "", *_scales(rows), ""]
     lines += _apart(study, results)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -80,11 +83,10 @@ def _head(study: Study, results: Results, rows: Sequence[Row], command: str) -> 
 
 
 def _losses(study: Study, rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "| arm | rate | seeds | loss | difference | in perplexity | verdict | tokens to the "
-        "baseline's loss |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    scaled = any(row.cell.tunes_scale for row in rows)
+    head = ["arm", "rate", *(["scale"] if scaled else []), "seeds", "loss", "difference"]
+    head += ["in perplexity", "verdict", "tokens to the baseline's loss"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in sorted(rows, key=_by_difference):
         d = row.difference
         reached = "-" if row.cell.arm == study.baseline or row.loss is None else "never"
@@ -92,7 +94,8 @@ def _losses(study: Study, rows: Sequence[Row]) -> list[str]:
             reached = f"{row.tokens_to_baseline / row.cell.tokens:.0%}"
         cells = [
             row.cell.arm,
-            "-" if row.search.best is None else f"{row.search.best:g}",
+            _found(row.tuning.rate),
+            *([_found(row.tuning.scale)] if scaled else []),
             f"{len(row.finals)}" + (f" ({len(row.diverged)} diverged)" if row.diverged else ""),
             _interval(row.loss, "{:.4f}"),
             _interval(d, "{:+.4f}"),
@@ -197,21 +200,40 @@ def _value(value: Any) -> str:
 
 
 def _rates(rows: Sequence[Row]) -> list[str]:
-    lines = ["| arm | size, tokens | rates tried (loss) | rate | how |", "|---|---|---|---|---|"]
-    for row in rows:
+    return _tuned("rates", [(row, row.rates, row.tuning.rate) for row in rows])
+
+
+def _scales(rows: Sequence[Row]) -> list[str]:
+    there = [row for row in rows if row.cell.tunes_scale]
+    return _tuned("scales", [(row, row.scales, row.tuning.scale) for row in there])
+
+
+def _tuned(
+    what: str, found: Sequence[tuple[Row, Mapping[float, float], Search | None]]
+) -> list[str]:
+    """A row for every arm: what was tried, and what came of it."""
+    lines = [
+        f"| arm | size, tokens | {what} tried (loss) | {what.removesuffix('s')} | how |",
+        "|---|---|---|---|---|",
+    ]
+    for row, losses, search in found:
         tried = ", ".join(
-            f"{rate:g} ({loss:.4f})" if math.isfinite(loss) else f"{rate:g} (diverged)"
-            for rate, loss in row.tuned.items()
+            f"{value:g} ({loss:.4f})" if math.isfinite(loss) else f"{value:g} (diverged)"
+            for value, loss in losses.items()
         )
-        best = "-" if row.search.best is None else f"{row.search.best:g}"
         cell = row.cell
         tuned = cell.tune_steps * cell.config.step_tokens
         with_ = "" if tuned == cell.tokens else f", with {tuned:,} tokens"
+        note = search.note if search else ""
         lines.append(
-            f"| {cell.arm} | {cell.size}, {cell.tokens:,} | {tried or '-'} | {best} | "
-            f"{row.search.note or 'unfinished'}{with_} |"
+            f"| {cell.arm} | {cell.size}, {cell.tokens:,} | {tried or '-'} | {_found(search)} | "
+            f"{note or 'unfinished'}{with_} |"
         )
     return lines
+
+
+def _found(search: Search | None) -> str:
+    return "-" if search is None or search.best is None else f"{search.best:g}"
 
 
 def _apart(study: Study, results: Results) -> list[str]:

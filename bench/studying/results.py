@@ -1,14 +1,15 @@
 """results.json of a study: every finished run, so that none is ever repeated, on any machine."""
 
+import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from bench.studying.plan import Cell, Run, Study
-from bench.studying.rates import Search, search
+from bench.studying.search import Search, search
 from bench.studying.settings import filled, key, settings
 from mlx_mla.errors import UserError
 from mlx_mla.files import write_text
@@ -16,11 +17,52 @@ from mlx_mla.files import write_text
 RESULTS = "results.json"
 FORMAT = 1
 
-_CHOSEN = ("learning_rate", "muon_learning_rate", "seed")
-
 Record = dict[str, Any]
 """A finished run: its settings, `loss` or `diverged`, `curve` of [tokens, held-out loss], and where
 and how fast it was trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What is known of what is tuned for a cell."""
+
+    cell: Cell
+    rate: Search
+    scale: Search | None
+    """Of the first weights, at the rate found; None before there is one."""
+
+    @property
+    def wanted(self) -> list[Run]:
+        """Runs that must finish before more can be said."""
+        if self.scale is None:
+            return [self.cell.tuning(rate) for rate in self.rate.wanted]
+        return [self._at(scale) for scale in self.scale.wanted]
+
+    @property
+    def tried(self) -> list[Run]:
+        """All tuning runs so far, wanted ones among them."""
+        rates = self.rate.tried if len(self.cell.rates) > 1 else ()
+        runs = [self.cell.tuning(rate) for rate in rates]
+        if self.scale is not None and self.cell.tunes_scale:
+            runs += [self._at(scale) for scale in self.scale.tried]
+        return runs
+
+    @property
+    def diverged(self) -> bool:
+        """Whether nothing that was tried came to a loss."""
+        return not self.wanted and not self.finals
+
+    @property
+    def finals(self) -> list[Run]:
+        """The runs over seeds, in their order; empty before the tuning has ended."""
+        if self.rate.best is None or self.scale is None or self.scale.best is None:
+            return []
+        best = self.rate.best, self.scale.best
+        return [self.cell.final(*best, seed) for seed in self.cell.seeds]
+
+    def _at(self, scale: float) -> Run:
+        assert self.rate.best is not None
+        return self.cell.tuning(self.rate.best, scale)
 
 
 class Results:
@@ -95,33 +137,40 @@ class Results:
     def others(self, study: Study) -> list[Record]:
         """Finished runs that the study does not ask for: settings that were changed since, or
         other data. They stay in the file and count for nothing."""
-        asked = set[str]()
+        asked: dict[frozenset[str], set[str]] = {}
         for cell in study.cells:
-            for run in (cell.tuning(1.0), cell.final(1.0, cell.seeds[0])):
-                asked.add(_without(settings(run.config), *_CHOSEN))
+            chosen = cell.owned - {"steps"}
+            for run in (cell.tuning(1.0), cell.final(1.0, cell.scales[0], cell.seeds[0])):
+                asked.setdefault(chosen, set()).add(_without(settings(run.config), chosen))
         return [
             r
             for r in self.records
-            if not self._counts(r) or _without(r["settings"], *_CHOSEN) not in asked
+            if not self._counts(r)
+            or all(_without(r["settings"], chosen) not in those for chosen, those in asked.items())
         ]
 
-    def search(self, cell: Cell, extensions: int) -> Search:
-        """What is known of a cell's learning rate."""
-        asked = _without(settings(cell.tuning(1.0).config), cell.rate_name)
-        losses = {
-            r["settings"][cell.rate_name]: loss_of(r)
-            for r in self._counting
-            if _without(r["settings"], cell.rate_name) == asked
-        }
-        return search(cell.rates, losses, extensions)
+    def tuning(self, cell: Cell, extensions: int) -> Tuning:
+        """What is known of a cell's learning rate and the scale of its first weights."""
+        losses = self._losses(cell.tuning(1.0), cell.rate_name)
+        rate = search(cell.rates, losses, extensions)
+        if rate.best is None:
+            return Tuning(cell, rate, None)
+        losses = self._losses(cell.tuning(rate.best), "initializer_range")
+        return Tuning(cell, rate, search(cell.scales, losses, extensions))
 
     def finals(self, cell: Cell, extensions: int) -> dict[int, Record]:
-        """Finished runs at the rate that was found, by seed."""
-        best = self.search(cell, extensions).best
-        if best is None:
-            return {}
-        found = {seed: self.get(cell.final(best, seed)) for seed in cell.seeds}
+        """Finished runs over seeds, with what was found, by seed."""
+        found = {run.seed: self.get(run) for run in self.tuning(cell, extensions).finals}
         return {seed: record for seed, record in found.items() if record is not None}
+
+    def _losses(self, run: Run, name: str) -> dict[float, float]:
+        """Losses of the finished runs that differ from one in a setting alone, by the setting."""
+        asked = _without(settings(run.config), {name})
+        return {
+            r["settings"][name]: loss_of(r)
+            for r in self._counting
+            if _without(r["settings"], {name}) == asked
+        }
 
     def _index(self) -> None:
         self._counting = [r for r in self.records if self._counts(r)]
@@ -149,7 +198,7 @@ def diverged(records: Iterable[Record]) -> list[Record]:
     return [r for r in records if r["loss"] is None]
 
 
-def _without(values: dict[str, Any], *names: str) -> str:
+def _without(values: dict[str, Any], names: Set[str]) -> str:
     """A run's settings as text, but for some."""
     return key({k: v for k, v in values.items() if k not in names})
 

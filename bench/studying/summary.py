@@ -9,8 +9,7 @@ from typing import Any
 
 from bench.studying.intervals import Interval, interval, verdict
 from bench.studying.plan import Cell, Study
-from bench.studying.rates import Search
-from bench.studying.results import Record, Results, diverged, loss_of
+from bench.studying.results import Record, Results, Tuning, diverged, loss_of
 from mlx_mla.estimate import cache_bytes_per_token, forward_flops_per_token
 from mlx_mla.weights import num_parameters, parameter_shapes
 
@@ -31,9 +30,11 @@ class Row:
     """An arm at a size and budget."""
 
     cell: Cell
-    search: Search
-    tuned: Mapping[float, float]
+    tuning: Tuning
+    rates: Mapping[float, float]
     """Loss of every rate tried."""
+    scales: Mapping[float, float]
+    """Loss of every scale of the first weights tried; empty where it is not tuned."""
     finals: Mapping[int, Record]
     loss: Interval | None
     """Final held-out loss over the seeds that did not diverge, nats a token."""
@@ -74,7 +75,14 @@ class Row:
 
     def plain(self) -> dict[str, Any]:
         """What results.json says of the row."""
-        cell = self.cell
+        cell, scale = self.cell, dict[str, Any]()
+        if cell.tunes_scale:
+            found = self.tuning.scale
+            scale = {
+                "initializer_range": found and found.best,
+                "initializer_range_found": found.note if found else "",
+                "initializer_ranges_tried": _plain_losses(self.scales),
+            }
         return {
             "arm": cell.arm,
             "size": cell.size,
@@ -83,9 +91,10 @@ class Row:
             "non_embedding_parameters": self.non_embedding,
             "forward_flops_per_token": self.flops_per_token,
             "cache_bytes_per_token": self.cache_bytes,
-            "rate": self.search.best,
-            "rate_found": self.search.note,
-            "rates_tried": {f"{r:g}": _finite(loss) for r, loss in self.tuned.items()},
+            "rate": self.tuning.rate.best,
+            "rate_found": self.tuning.rate.note,
+            "rates_tried": _plain_losses(self.rates),
+            **scale,
             "seeds": sorted(self.finals),
             "diverged_seeds": self.diverged,
             "loss": _plain(self.loss),
@@ -122,7 +131,7 @@ def chain(study: Study, results: Results, arms: Sequence[str]) -> list[Step]:
 
 
 def _row(study: Study, results: Results, cell: Cell) -> Row:
-    search = results.search(cell, study.extensions)
+    tuning = results.tuning(cell, study.extensions)
     finals = results.finals(cell, study.extensions)
     base_cell = study.baseline_of(cell)
     base = results.finals(base_cell, study.extensions) if base_cell else {}
@@ -130,10 +139,13 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
     difference = None if is_baseline else _paired(finals, base, study.confidence)
     losses = [loss_of(r) for r in finals.values() if r["loss"] is not None]
     curve = _curve([r["curve"] for r in finals.values() if r["loss"] is not None], study.confidence)
-    tuned = {r: results.get(cell.tuning(r)) for r in search.tried}
+    rates = {r: results.get(cell.tuning(r)) for r in tuning.rate.tried}
+    scales: dict[float, Record | None] = {}
+    if cell.tunes_scale and tuning.scale is not None and tuning.rate.best is not None:
+        scales = {s: results.get(cell.tuning(tuning.rate.best, s)) for s in tuning.scale.tried}
     if is_baseline:
         said = "baseline"
-    elif search.note == "diverged at every rate" or diverged(finals.values()):
+    elif tuning.diverged or diverged(finals.values()):
         said = DIVERGED
     elif difference is None or set(finals) != set(cell.seeds):
         said = UNFINISHED
@@ -142,8 +154,9 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
     pairs = _pairs(finals, base)
     return Row(
         cell=cell,
-        search=search,
-        tuned={r: loss_of(record) for r, record in tuned.items() if record is not None},
+        tuning=tuning,
+        rates=_losses(rates),
+        scales=_losses(scales),
         finals=finals,
         loss=interval(losses, study.confidence) if losses else None,
         difference=difference,
@@ -157,6 +170,10 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
         curve=curve,
         gap=() if is_baseline else _gap(finals, base, study.confidence),
     )
+
+
+def _losses(records: Mapping[float, Record | None]) -> dict[float, float]:
+    return {value: loss_of(record) for value, record in records.items() if record is not None}
 
 
 def _pairs(arm: Mapping[int, Record], base: Mapping[int, Record]) -> list[tuple[Record, Record]]:
@@ -200,6 +217,10 @@ def _reached(curve: Sequence[CurvePoint], loss: float) -> float | None:
             return last.tokens + share * (point.tokens - last.tokens)
         last = point
     return None
+
+
+def _plain_losses(losses: Mapping[float, float]) -> dict[str, float | None]:
+    return {f"{value:g}": _finite(loss) for value, loss in losses.items()}
 
 
 def _finite(value: float) -> float | None:
