@@ -813,6 +813,7 @@ def test_the_quick_study_runs_whole(tmp_path):
         "## The stair",
         "## Rivals",
         "## Learning rates",
+        "## The scale of the first weights",
         "--quick",
     ):
         assert part in text
