@@ -21,7 +21,7 @@ class Run:
     """Resolved, with its rate, seed and steps."""
     rate: float
     scale: float | None
-    """Of the first weights; None: that of its arm."""
+    """Of the first weights, where it is not the `initializer_range` of its arm."""
     seed: int
 
     @property

@@ -141,8 +141,8 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
     curve = _curve([r["curve"] for r in finals.values() if r["loss"] is not None], study.confidence)
     rates = {r: results.get(cell.tuning(r)) for r in tuning.rate.tried}
     scales: dict[float, Record | None] = {}
-    if cell.tunes_scale and tuning.scale is not None and tuning.rate.best is not None:
-        scales = {s: results.get(cell.tuning(tuning.rate.best, s)) for s in tuning.scale.tried}
+    if cell.tunes_scale and tuning.scale is not None:
+        scales = {s: results.get(tuning.at(s)) for s in tuning.scale.tried}
     if is_baseline:
         said = "baseline"
     elif tuning.diverged or diverged(finals.values()):
