@@ -200,28 +200,26 @@ def _value(value: Any) -> str:
 
 
 def _rates(rows: Sequence[Row]) -> list[str]:
-    return _tuned("rates", [(row, row.rates, row.tuning.rate) for row in rows])
+    return _tuned("rates", [(row.cell, row.tuning.rate) for row in rows])
 
 
 def _scales(rows: Sequence[Row]) -> list[str]:
     there = [row for row in rows if row.cell.tunes_scale]
-    return _tuned("scales", [(row, row.scales, row.tuning.scale) for row in there])
+    return _tuned("scales", [(row.cell, row.tuning.scale) for row in there])
 
 
-def _tuned(
-    what: str, found: Sequence[tuple[Row, Mapping[float, float], Search | None]]
-) -> list[str]:
+def _tuned(what: str, found: Sequence[tuple[Cell, Search | None]]) -> list[str]:
     """A row for every arm: what was tried, and what came of it."""
     lines = [
         f"| arm | size, tokens | {what} tried (loss) | {what.removesuffix('s')} | how |",
         "|---|---|---|---|---|",
     ]
-    for row, losses, search in found:
+    for cell, search in found:
+        losses = search.losses if search else {}
         tried = ", ".join(
             f"{value:g} ({loss:.4f})" if math.isfinite(loss) else f"{value:g} (diverged)"
             for value, loss in losses.items()
         )
-        cell = row.cell
         tuned = cell.tune_steps * cell.config.step_tokens
         with_ = "" if tuned == cell.tokens else f", with {tuned:,} tokens"
         note = search.note if search else ""

@@ -36,7 +36,7 @@ class Tuning:
         """Runs that must finish before more can be said."""
         if self.scale is None:
             return [self.cell.tuning(rate) for rate in self.rate.wanted]
-        return [self.at(scale) for scale in self.scale.wanted]
+        return [self._at(scale) for scale in self.scale.wanted]
 
     @property
     def tried(self) -> list[Run]:
@@ -44,7 +44,7 @@ class Tuning:
         rates = self.rate.tried if len(self.cell.rates) > 1 else ()
         runs = [self.cell.tuning(rate) for rate in rates]
         if self.scale is not None and self.cell.tunes_scale:
-            runs += [self.at(scale) for scale in self.scale.tried]
+            runs += [self._at(scale) for scale in self.scale.tried]
         return runs
 
     @property
@@ -60,8 +60,7 @@ class Tuning:
         best = self.rate.best, self.scale.best
         return [self.cell.final(*best, seed) for seed in self.cell.seeds]
 
-    def at(self, scale: float) -> Run:
-        """The run that tries a scale; there must be a rate."""
+    def _at(self, scale: float) -> Run:
         assert self.rate.best is not None
         return self.cell.tuning(self.rate.best, scale)
 

@@ -13,6 +13,8 @@ class Search:
     """Values that must be tried before more can be said."""
     tried: tuple[float, ...]
     """The grid, with what its edges added."""
+    losses: Mapping[float, float]
+    """Of those tried, as far as they have finished."""
     best: float | None
     """The value for the final runs; None while some are wanted, or where all diverged."""
     note: str
@@ -34,11 +36,16 @@ def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int
             at an edge.
     """
     values = sorted(grid)
+
+    def found(best: float | None, note: str, wanted: tuple[float, ...] = ()) -> Search:
+        known = {v: losses[v] for v in values if v in losses}
+        return Search(wanted, tuple(values), known, best, note)
+
     if len(values) == 1:
-        return Search((), tuple(values), values[0], "given, not tuned")
+        return found(values[0], "given, not tuned")
     for added in range(extensions + 1):
         if missing := tuple(v for v in values if v not in losses):
-            return Search(missing, tuple(values), None, "")
+            return found(None, "", missing)
         at = min(range(len(values)), key=lambda i: losses[values[i]])
         if 0 < at < len(values) - 1 and math.isfinite(losses[values[at]]):
             break
@@ -50,14 +57,14 @@ def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int
                 values.append(_three_digits(values[-1] ** 2 / values[-2]))
     best = values[at]
     if not math.isfinite(losses[best]):
-        return Search((), tuple(values), None, "diverged at every one")
+        return found(None, "diverged at every one")
     if at in (0, len(values) - 1):
-        return Search((), tuple(values), best, "at the edge of those tried")
+        return found(best, "at the edge of those tried")
     three = [losses[v] for v in values[at - 1 : at + 2]]
     if not all(map(math.isfinite, three)):
-        return Search((), tuple(values), best, "the next one diverged")
+        return found(best, "the next one diverged")
     x = [math.log(v) for v in values[at - 1 : at + 2]]
-    return Search((), tuple(values), float(f"{math.exp(_vertex(x, three)):.2g}"), "fitted")
+    return found(float(f"{math.exp(_vertex(x, three)):.2g}"), "fitted")
 
 
 def _vertex(x: Sequence[float], y: Sequence[float]) -> float:

@@ -31,10 +31,6 @@ class Row:
 
     cell: Cell
     tuning: Tuning
-    rates: Mapping[float, float]
-    """Loss of every rate tried."""
-    scales: Mapping[float, float]
-    """Loss of every scale of the first weights tried; empty where it is not tuned."""
     finals: Mapping[int, Record]
     loss: Interval | None
     """Final held-out loss over the seeds that did not diverge, nats a token."""
@@ -81,7 +77,7 @@ class Row:
             scale = {
                 "initializer_range": found and found.best,
                 "initializer_range_found": found.note if found else "",
-                "initializer_ranges_tried": _plain_losses(self.scales),
+                "initializer_ranges_tried": _plain_losses(found.losses if found else {}),
             }
         return {
             "arm": cell.arm,
@@ -93,7 +89,7 @@ class Row:
             "cache_bytes_per_token": self.cache_bytes,
             "rate": self.tuning.rate.best,
             "rate_found": self.tuning.rate.note,
-            "rates_tried": _plain_losses(self.rates),
+            "rates_tried": _plain_losses(self.tuning.rate.losses),
             **scale,
             "seeds": sorted(self.finals),
             "diverged_seeds": self.diverged,
@@ -139,10 +135,6 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
     difference = None if is_baseline else _paired(finals, base, study.confidence)
     losses = [loss_of(r) for r in finals.values() if r["loss"] is not None]
     curve = _curve([r["curve"] for r in finals.values() if r["loss"] is not None], study.confidence)
-    rates = {r: results.get(cell.tuning(r)) for r in tuning.rate.tried}
-    scales: dict[float, Record | None] = {}
-    if cell.tunes_scale and tuning.scale is not None:
-        scales = {s: results.get(tuning.at(s)) for s in tuning.scale.tried}
     if is_baseline:
         said = "baseline"
     elif tuning.diverged or diverged(finals.values()):
@@ -155,8 +147,6 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
     return Row(
         cell=cell,
         tuning=tuning,
-        rates=_losses(rates),
-        scales=_losses(scales),
         finals=finals,
         loss=interval(losses, study.confidence) if losses else None,
         difference=difference,
@@ -170,10 +160,6 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
         curve=curve,
         gap=() if is_baseline else _gap(finals, base, study.confidence),
     )
-
-
-def _losses(records: Mapping[float, Record | None]) -> dict[float, float]:
-    return {value: loss_of(record) for value, record in records.items() if record is not None}
 
 
 def _pairs(arm: Mapping[int, Record], base: Mapping[int, Record]) -> list[tuple[Record, Record]]:
