@@ -636,6 +636,27 @@ def test_one_arm_alone_is_not_drawn(tmp_path):
         assert bool(drawn) == (cell is study.cells[-1])
 
 
+def test_a_seed_that_one_arm_alone_has_moves_no_curve_off_another(tmp_path, monkeypatch):
+    study = read_study(written(tmp_path, SMALL.replace("[1e-3, 2e-3, 4e-3, 8e-3]", "[4e-3]")))
+    results = Results(tmp_path)
+    results.use_data("d")
+    losses = {"mha": {1: 2.0, 2: 2.3, 3: 2.9}, "mla": {1: 1.9, 2: 2.2}}
+    for cell in study.cells:
+        for seed, loss in losses[cell.arm].items():
+            run = cell.final(4e-3, 0.02, seed)
+            curve = [[run.tokens // 2, loss + 1], [run.tokens, loss]]
+            results.add(run, {"loss": loss, "curve": curve}, {})
+    figures = {}
+    monkeypatch.setattr(
+        pictures, "save_figure", lambda figure, path: figures.update({path.name: figure})
+    )
+    pictures.draw(study, summarise(study, results), tmp_path)
+    (ax,) = figures["loss-tokens-tiny-1280.png"].axes
+    # The baseline at its own mean, 2.4; the other 0.1 below, as at both seeds, not at 2.05.
+    drawn = [line.get_ydata().tolist() for line in ax.lines[:2]]  # the names have lines, too
+    assert drawn == [pytest.approx([3.4, 2.4]), pytest.approx([3.3, 2.3])]
+
+
 def test_no_name_in_a_picture_lies_over_another(tmp_path, monkeypatch):
     study = read_study(written(tmp_path, LONG_NAMES))
     results = Results(tmp_path)

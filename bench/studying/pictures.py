@@ -41,7 +41,7 @@ def draw(study: Study, rows: Sequence[Row], out: Path) -> Names:
         where = _title(size, tokens)
         end = f"{size}-{tokens}.png"
         if max(len(r.curve) for r in here) > 1:
-            pictures[f"Loss against tokens, {where}"] = _loss(here, styles, where, out, end)
+            pictures[f"Loss against tokens, {where}"] = _loss(study, here, styles, where, out, end)
         apart = [r for r in here if len(r.gap) > 1]
         if apart:
             caption = f"Difference against tokens, {where}"
@@ -212,6 +212,16 @@ def _paired_losses(study: Study, rows: Sequence[Row]) -> dict[str, float]:
     return means | {r.cell.arm: base + r.difference.mean for r in rows if r.difference is not None}
 
 
+def _paired_curves(study: Study, rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """The same at all tokens: (tokens, mean loss) of every arm."""
+    curves = {r.cell.arm: {p.tokens: p.value.mean for p in r.curve} for r in rows}
+    base = curves.get(study.baseline, {})
+    for row in rows:
+        paired = {p.tokens: base[p.tokens] + p.value.mean for p in row.gap if p.tokens in base}
+        curves[row.cell.arm] = paired or curves[row.cell.arm]
+    return {arm: list(curve.items()) for arm, curve in curves.items()}
+
+
 def _cache_limits(columns: Sequence[Sequence[int]]) -> tuple[float, float]:
     low, high = columns[0][0], columns[-1][-1]
     span = max(high / low, 2)
@@ -242,22 +252,26 @@ def _columns(widths: Sequence[int]) -> list[list[int]]:
     return columns
 
 
-def _loss(rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: str) -> str:
+def _loss(
+    study: Study, rows: list[Row], styles: dict[str, Any], where: str, out: Path, end: str
+) -> str:
+    """Loss against tokens, paired as in `_cache`."""
     fig, ax = _axes()
-    for row in rows:
-        points = [(p.tokens / 1e6, p.value.mean) for p in row.curve]
-        ax.plot(*zip(*points), lw=1.4, **styles[row.cell.arm])
+    curves = _paired_curves(study, rows)
+    for arm, points in curves.items():
+        ax.plot(*zip(*((tokens / 1e6, loss) for tokens, loss in points)), lw=1.4, **styles[arm])
     near, _ = _near(rows)
-    values = sorted(p.value.mean for r in near for p in r.curve)
+    values = sorted(loss for r in near for _, loss in curves[r.cell.arm])
     # The first points are far above; the end is what the question is about.
     top = values[int(0.85 * (len(values) - 1))]
     ax.set_ylim(values[0] - 0.05 * (top - values[0]), top)
-    ax.set_xlim(0, max(p.tokens for r in rows for p in r.curve) / 1e6)
+    ax.set_xlim(0, max(tokens for points in curves.values() for tokens, _ in points) / 1e6)
     ax.set(
         xlabel="tokens (millions)", ylabel="held-out loss (nats a token), mean over seeds",
         title=where,
     )  # fmt: skip
-    label_ends(ax, [_end(ax, r, r.curve, styles) for r in rows])
+    ends = [(row, *curves[row.cell.arm][-1]) for row in rows]
+    label_ends(ax, [_label(ax, row, n / 1e6, loss, styles) for row, n, loss in ends])
     return _save(fig, out, f"loss-tokens-{end}")
 
 
@@ -280,16 +294,9 @@ def _gap(
     ax.set(
         xlabel="tokens (millions)", ylabel=f"perplexity above {study.baseline}'s (%)", title=where
     )
-    label_ends(ax, [_end(ax, r, r.gap, styles, percent=True) for r in rows])
+    ends = [(row, row.gap[-1].tokens, _percent(row.gap[-1].value.mean)) for row in rows]
+    label_ends(ax, [_label(ax, row, n / 1e6, gap, styles, percent=True) for row, n, gap in ends])
     return _save(fig, out, f"difference-tokens-{end}")
-
-
-def _end(
-    ax: Any, row: Row, points: Sequence[Any], styles: dict[str, Any], percent: bool = False
-) -> tuple[float, float, str, str]:
-    last = points[-1]
-    value = _percent(last.value.mean) if percent else last.value.mean
-    return _label(ax, row, last.tokens / 1e6, value, styles, percent)
 
 
 def _label(
