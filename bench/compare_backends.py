@@ -112,7 +112,8 @@ def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(Compare, argv, PROG)
     _check(settings)
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at its first product
-    found = document("bench.compare_report", PROG, argv, settings, settings.backends)
+    devices = dict.fromkeys(settings.backends, settings.device)
+    found = document("bench.compare_report", PROG, argv, settings, devices)
     path = settings.out and settings.out / "results.json"
     results = Results(found, path, settings.resume)
     bench = Bench(settings, results)

@@ -78,7 +78,7 @@ def _main(argv: Sequence[str]) -> int:
         raise UserError("--repetitions must be at least 1, --new-tokens and --contexts at least 2")
     rows = training(bench) + decoding(bench) + saving(bench)
     packages = ("mlx", "mlx-lm", "numpy")
-    found = document("bench.core", PROG, argv, bench, ["mlx"], packages, rows=rows)
+    found = document("bench.core", PROG, argv, bench, {"mlx": "auto"}, packages, rows=rows)
     publish(REPORT, found, bench.out)
     return 0
 

@@ -100,7 +100,7 @@ def _main(argv: Sequence[str]) -> int:
         raise UserError(
             f"{path}: is there already; add --resume to complete it, or give --out a new name"
         )
-    found = document("bench.decode_report", PROG, argv, s, s.backends)
+    found = document("bench.decode_report", PROG, argv, s, dict.fromkeys(s.backends, s.device))
     bench = Decoding(s, Results(found, path, s.resume))
     measures = {"overhead": bench.overhead, "decoding": bench.decoding, "chunks": bench.chunks}
     return take(bench, [measures[name] for name in s.measures], REPORT, path)

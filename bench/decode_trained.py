@@ -75,7 +75,8 @@ def _main(argv: Sequence[str]) -> int:
         else []
     )
     measured = {"quality": quality, "speed": speed}
-    found = document("bench.decode_trained", PROG, argv, s, ["mlx"], ("mlx", "mlx-lm"), **measured)
+    packages = ("mlx", "mlx-lm")
+    found = document("bench.decode_trained", PROG, argv, s, {"mlx": "auto"}, packages, **measured)
     publish(REPORT, found, s.out)
     return 0
 

@@ -35,6 +35,7 @@ from bench.harness import PACKAGES, Document, Report, Row, document, publish
 from mlx_mla import checkpoint, cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.torch.backend import TorchBackend
+from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
@@ -98,6 +99,11 @@ class EvaluationBench:
     out: Optional[Path] = None
     """Folder for the report. None: only print."""
 
+    @property
+    def devices(self) -> dict[BackendName, DeviceName]:
+        """Our backends, with the value of the --device that each is given."""
+        return {name: self.device if name == "torch" else "auto" for name in self.backends}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
@@ -116,7 +122,7 @@ def _main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         rows = measure(bench, names, Path(temporary))
     packages = (*PACKAGES, "lm_eval")
-    found = document("bench.evaluation", PROG, argv, bench, bench.backends, packages, rows=rows)
+    found = document("bench.evaluation", PROG, argv, bench, bench.devices, packages, rows=rows)
     publish(REPORT, found, bench.out)
     return 0
 
@@ -126,8 +132,8 @@ def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> li
     folder = model_folder(bench, temporary)
     data = {name: sample(bench, name, temporary) for name in names}
     scorers: dict[str, Scorer] = {
-        b: get_backend(b, bench.device if b == "torch" else "auto").scorer(folder, "float32")
-        for b in bench.backends
+        name: get_backend(name, device).scorer(folder, "float32")
+        for name, device in bench.devices.items()
     }
     theirs = HFLM(
         pretrained=str(folder),

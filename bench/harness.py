@@ -23,7 +23,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from mlx_mla import blas, cli, files
+from mlx_mla import cli, files
+from mlx_mla.backends import get_backend
+from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.errors import UserError
 from mlx_mla.machine import memory, processor
 from mlx_mla.pictures import save
@@ -61,8 +63,15 @@ class Report:
     figures: Callable[[Document], dict[str, Any]] = _no_figures
 
 
-def machine(backends: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """What figures depend on, and that can be told."""
+def machine(
+    devices: Mapping[BackendName, DeviceName], packages: Sequence[str] = PACKAGES
+) -> dict[str, str]:
+    """What figures depend on, and that can be told.
+
+    Args:
+        devices: Frameworks that were measured, each with the value of its --device.
+        packages: Packages whose versions matter.
+    """
     facts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": f"{processor()}, {os.cpu_count()} cores",
@@ -75,15 +84,8 @@ def machine(backends: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "missing"
-    if "mlx" in backends:
-        facts["MLX BLAS"] = blas.in_use()
-        import mlx.core as mx
-
-        from mlx_mla.backends.mlx.device import float32_products
-
-        device = mx.default_device()
-        facts["MLX device"] = str(device)
-        facts["MLX float32 products"] = float32_products(device)
+    for backend, device in devices.items():
+        facts |= get_backend(backend, device).facts()
     return facts
 
 
@@ -129,7 +131,7 @@ def document(
     prog: str,
     argv: Sequence[str],
     settings: Any,
-    backends: Sequence[str],
+    devices: Mapping[BackendName, DeviceName],
     packages: Sequence[str] = PACKAGES,
     **measured: Any,
 ) -> Document:
@@ -140,7 +142,7 @@ def document(
         prog: How it is started.
         argv: Its arguments.
         settings: Its command's dataclass.
-        backends: Frameworks whose facts matter.
+        devices: Frameworks that were measured, each with the value of its --device.
         packages: Packages whose versions matter.
         measured: What its report reads.
     """
@@ -148,7 +150,7 @@ def document(
     return {
         "report": module,
         "command": f"{prog} {shlex.join(argv)}".rstrip(),
-        "machine": machine(backends, packages),
+        "machine": machine(devices, packages),
         "settings": plain,
         **measured,
     }

@@ -88,7 +88,7 @@ def _main(argv: Sequence[str]) -> int:
             )
     measured = {"speed": rows, "memory": memory, "threads": CORES}
     packages = ("tiktoken", "numpy", "pyarrow")
-    found = document("bench.prepare", PROG, argv, bench, (), packages, **measured)
+    found = document("bench.prepare", PROG, argv, bench, {}, packages, **measured)
     publish(REPORT, found, bench.out)
     return 0
 

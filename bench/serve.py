@@ -82,7 +82,7 @@ def _main(argv: Sequence[str]) -> int:
                 measure(s, label, model) for label, model in models(Path(folder), name, s.layers)
             ]
     packages = ("mlx", "mlx-lm")
-    found = document("bench.serve", PROG, argv, s, ["mlx"], packages, rows=rows)
+    found = document("bench.serve", PROG, argv, s, {"mlx": "auto"}, packages, rows=rows)
     publish(REPORT, found, s.out)
     return 0
 

@@ -29,7 +29,6 @@ from bench.studying.results import Record, Results
 from bench.studying.summary import Row, chain, summarise
 from bench.studying.trainer import Trainer
 from mlx_mla import cli
-from mlx_mla.backends import get_backend
 from mlx_mla.config import TrainConfig
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_encoder
@@ -125,11 +124,9 @@ def _train(study: Study, results: Results, command: StudyCommand, console: Conso
         console.print(
             f"--jobs {command.jobs} on {cores()} cores: each run has one", highlight=False
         )
-    facts = machine([])
-    facts["threads"] = str(max(1, cores() // command.jobs))
     config = study.cells[0].config
-    if config.device != "cpu":
-        facts |= get_backend(config.backend, config.device).facts()
+    facts = machine({} if config.device == "cpu" else {config.backend: config.device})
+    facts["threads"] = str(max(1, cores() // command.jobs))
 
     runs = command.out / "runs"
 

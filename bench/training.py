@@ -93,7 +93,7 @@ def _main(argv: Sequence[str]) -> int:
     rows = memory(bench, backend) if "memory" in bench.parts else []
     rows += speed(bench) if "speed" in bench.parts else []
     rows += plan(bench) if "plan" in bench.parts else []
-    found = document("bench.training", PROG, argv, bench, ["mlx", "torch"], rows=rows)
+    found = document("bench.training", PROG, argv, bench, {"mlx": bench.device}, rows=rows)
     publish(REPORT, found, bench.out)
     return 0
 

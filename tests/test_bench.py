@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_mla.errors import UserError
+
 pytest.importorskip("torch")
 
 NARROW = [
@@ -406,6 +408,19 @@ def test_stored_reports_say_what_their_results_say(path, tmp_path):
         assert path.with_name(written.name).is_file()
         if written.suffix == ".md":
             assert written.read_text() == path.with_name(written.name).read_text()
+
+
+def test_a_document_says_what_the_frameworks_found_on_the_devices_that_were_measured():
+    from bench import harness
+
+    facts = harness.machine({"mlx": "cpu", "torch": "cpu"}, ("numpy",))
+    assert facts["MLX device"].startswith("Device(cpu, 0)")
+    assert facts["MLX float32 products"] == "float32"
+    assert facts["PyTorch device"] == "cpu"
+    alone = {"system", "processor", "memory", "python", "threads", "numpy"}
+    assert set(harness.machine({}, ("numpy",))) == alone < set(facts)
+    with pytest.raises(UserError, match="--device cuda goes with --backend torch"):
+        harness.machine({"mlx": "cuda"})
 
 
 def test_the_harness_refuses_what_is_no_report(tmp_path, capsys):
