@@ -7,7 +7,7 @@ from mlx_mla.config import TrainConfig
 
 Device = Literal["metal", "cuda", "cpu"]
 
-METAL_WIDTHS = {(w, w) for w in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
+METAL_WIDTHS = {64, 72, 80, 96, 128, 192, 256}  # of keys and values; the model pads the narrower
 METAL_SHORTEST = 9  # queries; fewer have no fused gradient
 CPU_SHORTEST = 32  # queries for which the PyTorch model pads keys and values to one width
 
@@ -17,7 +17,7 @@ def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
     configuration."""
     widths = config.model.kind.head_widths
     if device == "metal":
-        return widths in METAL_WIDTHS and config.context >= METAL_SHORTEST
+        return max(widths) in METAL_WIDTHS and config.context >= METAL_SHORTEST
     if device == "cuda":  # by cuDNN
         fits = all(w <= 128 and w % 8 == 0 for w in widths) and config.context % 128 == 0
         return fits and config.dtype == "bfloat16"

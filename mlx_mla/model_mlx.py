@@ -52,6 +52,10 @@ FUSED_SHARED_HEAD = {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256,
 # Queries for which Metal's fused attention has no gradient, and raises (MLX 0.32).
 NO_FUSED_GRADIENT = 8
 
+# Widths that keys and values have alike in its kernels for more queries than those (MLX 0.32),
+# which know one other pair.
+FUSED_WIDTHS, FUSED_PAIR = {64, 72, 80, 96, 128, 192, 256}, (96, 64)
+
 # The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU
 # (docs/decoding.md); on GPUs the arithmetic that their data sheets give for every byte moved comes
 # to the same order.
@@ -301,8 +305,8 @@ class LatentAttention(nn.Module):
                     )
                 k, v = self._expand(whole)
                 out = mx.fast.scaled_dot_product_attention(
-                    q_BHLN, k, v, scale=self.scale, mask=mask
-                )
+                    *fusible(q_BHLN, k, v), scale=self.scale, mask=mask
+                )[..., : self.v_head_dim]
         return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)), latent
 
     def _latent(self, latent_BLW: mx.array, offset: Any) -> mx.array:
@@ -429,6 +433,18 @@ class LatentAttention(nn.Module):
             else:
                 out = attend_in_half(rows, latent, self.scale, mask)
         return _by_head(from_latent, out[..., :R].reshape(B, H, L, R))
+
+
+def fusible(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
+    """Queries, keys and values, on Metal all padded to one width where its kernels take only such:
+    zeros change neither scores nor values."""
+    widths = k.shape[-1], v.shape[-1]
+    widest = max(widths)
+    taken = widths == FUSED_PAIR or widths == (widest, widest)
+    few = q.shape[2] <= NO_FUSED_GRADIENT
+    if taken or few or widest not in FUSED_WIDTHS or not on_metal():
+        return q, k, v
+    return tuple(mx.pad(x, [(0, 0)] * 3 + [(0, widest - x.shape[-1])]) for x in (q, k, v))
 
 
 def attend_in_half(

@@ -62,8 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mla-124m-rope": _with_model(
         _MLA_124M, position_embedding_type="rope", kv_lora_rank=128, qk_rope_head_dim=64
     ),
-    # The best of docs/study.md on bytes, in widths that Metal fuses in training too; a sixteenth of
-    # that cache.
+    # The best of docs/study.md on bytes, in widths that Metal's kernels take as they are; a
+    # sixteenth of that cache.
     "mla-124m-tied": _with_model(
         _MLA_124M,
         position_embedding_type="rope",

@@ -10,8 +10,14 @@ from mlx_mla import model_mlx, train
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.fusion import CPU_SHORTEST, METAL_SHORTEST, fused_by_mlx, fused_by_torch
-from mlx_mla.model_mlx import FUSED_SHARED_HEAD, NO_FUSED_GRADIENT
+from mlx_mla.fusion import (
+    CPU_SHORTEST,
+    METAL_SHORTEST,
+    METAL_WIDTHS,
+    fused_by_mlx,
+    fused_by_torch,
+)
+from mlx_mla.model_mlx import FUSED_PAIR, FUSED_SHARED_HEAD, FUSED_WIDTHS, NO_FUSED_GRADIENT
 from mlx_mla.presets import PRESETS, preset
 from mlx_mla.weights import initial_weights
 
@@ -22,9 +28,7 @@ def settings(dtype="float32", context=64, **shape) -> TrainConfig:
 
 
 def test_training_presets_that_metal_fuses():
-    fused = [name for name in PRESETS if fused_by_mlx("metal", preset(name).resolved())]
-    # Decoupled RoPE as wide as the head (128, 64) has no kernel.
-    assert fused == [name for name in PRESETS if name != "mla-124m-rope"]
+    assert all(fused_by_mlx("metal", preset(name).resolved()) for name in PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +36,9 @@ def test_training_presets_that_metal_fuses():
     [
         ("metal", {}, True),
         ("metal", {"qk_rope_head_dim": 32}, True),  # (96, 64)
-        ("metal", {"qk_rope_head_dim": 64}, False),
-        ("metal", {"v_head_dim": 96}, False),
+        ("metal", {"qk_rope_head_dim": 64}, True),  # (128, 64), padded
+        ("metal", {"v_head_dim": 96}, True),  # (64, 96), padded
+        ("metal", {"v_head_dim": 100}, False),
         ("metal", {"head_dim": 20, "v_head_dim": 20}, False),
         ("metal", {"head_dim": 192, "v_head_dim": 192}, True),
         ("metal", {"context": 8}, False),
@@ -92,8 +97,9 @@ def test_the_models_agree_on_the_fewest_queries_that_are_padded():
 
 
 def test_a_dry_run_says_where_attention_is_fused(capsys):
-    for name, where in (("mla-124m", "(Metal, CUDA)"), ("mla-124m-rope", "(CUDA)")):
-        assert train.main(["--dry-run", "--preset", name]) == 0
+    for widths, where in (("64", "(Metal, CUDA)"), ("104", "(CUDA)")):
+        asked = ["--dry-run", "--preset", "mla-124m", "--v-head-dim", widths]
+        assert train.main(asked) == 0
         row = next(r for r in capsys.readouterr().out.splitlines() if "fused SDPA" in r)
         assert row.endswith(where)
 
@@ -146,8 +152,42 @@ def test_short_sequences_train_on_metal(context, every, shape, request):
     assert steps(context, every, **shape) == expected
 
 
-def test_the_two_tables_agree_on_the_shortest_fused_sequence():
+def test_the_tables_agree_on_what_metal_fuses():
     assert METAL_SHORTEST == NO_FUSED_GRADIENT + 1
+    assert METAL_WIDTHS == FUSED_WIDTHS
+    assert max(FUSED_PAIR) in METAL_WIDTHS
+
+
+@pytest.mark.parametrize("context", [NO_FUSED_GRADIENT, METAL_SHORTEST])
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ({"qk_rope_head_dim": 48}, (64, 64)),
+        ({"v_head_dim": 64}, (64, 64)),
+        ({"attention_k_eq_v": True, "kv_lora_rank": 64, "qk_rope_head_dim": 32}, FUSED_PAIR),
+        ({"attention_k_eq_v": True, "kv_lora_rank": 64, "qk_rope_head_dim": 16}, (80, 80)),
+        ({"attention_k_eq_v": True, "kv_lora_rank": 64, "qk_rope_head_dim": 48}, None),
+        ({"qk_rope_head_dim": 4}, None),
+        ({"attention": "mha"}, None),
+    ],
+    ids=str,
+)
+def test_metal_is_given_widths_that_it_fuses_and_learns_the_same(
+    context, shape, widths, request, monkeypatch
+):
+    expected = steps(context, 0, **shape)
+    request.getfixturevalue("metal")
+    attention, seen = mx.fast.scaled_dot_product_attention, set()
+
+    def spy(q, k, v, **kwargs):
+        seen.add((k.shape[-1], v.shape[-1]))
+        return attention(q, k, v, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+    assert steps(context, 0, **shape) == pytest.approx(expected, rel=1e-6)
+    own = TrainConfig(model=ModelConfig(n_head=2, n_embd=32, **shape)).resolved()
+    few = context <= NO_FUSED_GRADIENT
+    assert seen == {widths if widths and not few else own.model.kind.head_widths}
 
 
 # --- decoding ---

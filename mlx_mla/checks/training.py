@@ -3,7 +3,9 @@ runs that stop and go on."""
 
 import dataclasses
 import gc
+import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Start
 from mlx_mla.checks import commands
 from mlx_mla.checks.row import Outcome, at_most, together
-from mlx_mla.config import BackendName, DeviceName, TrainConfig
+from mlx_mla.config import BackendName, DeviceName, DType, TrainConfig
 from mlx_mla.data.corpus import BUILTIN, read_documents
 from mlx_mla.data.windows import Batch
 from mlx_mla.estimate import estimate
@@ -30,6 +32,7 @@ BFLOAT16 = 0.05
 VARIANTS: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "8 tokens": {"seq_len": 8},  # of few queries some kernels have no gradient
+    "keys wider than values": {"model": {"qk_rope_head_dim": 64}},  # which are then padded
     "Muon, recomputing, loss in chunks": {
         "optimizer": "muon",
         "checkpoint_every": 1,
@@ -65,11 +68,15 @@ def memory(place: Path) -> Outcome:
     """The peak of a step against the estimate. The share of the measured matrix rate (MFU) is for
     the reader: a machine that does other work while one of the two is timed gives any."""
     backend = get_backend("mlx")
-    base = dataclasses.replace(preset("mla-124m"), batch_size=1, tokens_per_step=None)
-    if not backend.fused_attention(base.resolved()):  # a CPU has no time for it
-        base = preset("nano")
+    large = [
+        dataclasses.replace(preset(name), batch_size=1, tokens_per_step=None)
+        for name in ("mla-124m", "mla-124m-rope")
+    ]
+    # A CPU has no time for them.
+    bases = large if backend.fused_attention(large[0].resolved()) else [preset("nano")]
+    dtypes: tuple[DType, ...] = ("float32", "bfloat16")
     found = {}
-    for dtype in ("float32", "bfloat16"):
+    for base, dtype in itertools.product(bases, dtypes):
         gc.collect()  # a session and its compiled step name each other
         config = dataclasses.replace(base, dtype=dtype).resolved()
         rate = backend.peak_flops(config.dtype)
@@ -122,10 +129,10 @@ def ring(place: Path) -> Outcome:
     return _compared(two, one, 1e-4)
 
 
-def _config(**changes: Any) -> TrainConfig:
+def _config(model: Mapping[str, Any] = {}, **changes: Any) -> TrainConfig:
     base = preset("nano")
-    model = dataclasses.replace(base.model, n_layer=2, n_positions=64)
-    return dataclasses.replace(base, model=model, **changes).resolved()
+    shape = dataclasses.replace(base.model, n_layer=2, n_positions=64, **model)
+    return dataclasses.replace(base, model=shape, **changes).resolved()
 
 
 def _train(backend: Backend, config: TrainConfig) -> list[float]:
