@@ -52,8 +52,8 @@ FUSED_SHARED_HEAD = {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256,
 # Queries for which Metal's fused attention has no gradient, and raises (MLX 0.32).
 NO_FUSED_GRADIENT = 8
 
-# Widths that keys and values have alike in its kernels for more queries than those (MLX 0.32),
-# which know one other pair.
+# For more queries its kernels take keys and values of one of these widths, and one pair of two
+# (MLX 0.32).
 FUSED_WIDTHS, FUSED_PAIR = {64, 72, 80, 96, 128, 192, 256}, (96, 64)
 
 # The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU
@@ -436,8 +436,8 @@ class LatentAttention(nn.Module):
 
 
 def fusible(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
-    """Queries, keys and values, on Metal all padded to one width where its kernels take only such:
-    zeros change neither scores nor values."""
+    """Queries and keys (B, heads, L or T, K) and values (B, heads, T, V), on Metal all as wide as
+    the wider where its kernels take them so alone: zeros change neither scores nor values."""
     widths = k.shape[-1], v.shape[-1]
     widest = max(widths)
     taken = widths == FUSED_PAIR or widths == (widest, widest)
