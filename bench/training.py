@@ -27,7 +27,7 @@ from bench.timing import there_and_back
 from mlx_mla import cli
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
-from mlx_mla.config import TrainConfig
+from mlx_mla.config import BackendName, TrainConfig
 from mlx_mla.errors import UserError
 from mlx_mla.estimate import Estimate, estimate
 from mlx_mla.presets import preset
@@ -93,7 +93,9 @@ def _main(argv: Sequence[str]) -> int:
     rows = memory(bench, backend) if "memory" in bench.parts else []
     rows += speed(bench) if "speed" in bench.parts else []
     rows += plan(bench) if "plan" in bench.parts else []
-    found = document("bench.training", PROG, argv, bench, {"mlx": bench.device}, rows=rows)
+    backends: tuple[BackendName, ...] = ("mlx", "torch") if "speed" in bench.parts else ("mlx",)
+    devices = dict.fromkeys(backends, bench.device)
+    found = document("bench.training", PROG, argv, bench, devices, rows=rows)
     publish(REPORT, found, bench.out)
     return 0
 

@@ -52,8 +52,7 @@ FUSED_SHARED_HEAD = {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256,
 # Queries for which Metal's fused attention has no gradient, and raises (MLX 0.32).
 NO_FUSED_GRADIENT = 8
 
-# For more queries its kernels take keys and values of one of these widths, and one pair of two
-# (MLX 0.32).
+# For more queries its kernels take keys and values of one of these widths, or this pair (MLX 0.32).
 FUSED_WIDTHS, FUSED_PAIR = {64, 72, 80, 96, 128, 192, 256}, (96, 64)
 
 # The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU
