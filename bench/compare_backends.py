@@ -56,9 +56,9 @@ from bench.subjects.candidates import Candidate, Models
 from bench.subjects.contract import Subject, Timed
 from bench.timing import Case, time_cases
 from mlx_mla import cli
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import forward_flops_per_token
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.estimate import forward_flops_per_token
 
 PROG = "python bench/compare_backends.py"
 PARITY = {"float32": 1e-3, "bfloat16": 0.5}

@@ -37,14 +37,14 @@ from mlx_mla import checkpoint, cli, files
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.torch.load import build_model
-from mlx_mla.config import ModelConfig
 from mlx_mla.data import corpus
 from mlx_mla.data.shards import training_part
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.schedule import learning_rate
 from mlx_mla.pictures import pyplot
-from mlx_mla.schedule import learning_rate
 from mlx_mla.training.run_folder import run_config
 
 PROG = "python -m bench.convert_mla"

@@ -29,13 +29,13 @@ from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.decode import WithoutCache
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.backends.mlx.session import MLXTrainSession
-from mlx_mla.config import TrainConfig
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
-from mlx_mla.model_mlx import Model
+from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.model_mlx import Model
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights, num_parameters
 from mlx_mla.pictures import pyplot
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights, num_parameters
 
 PROG = "python -m bench.core"
 CACHES = ("latent", "materialized", "none")

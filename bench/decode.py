@@ -203,7 +203,7 @@ def _overhead(subject: Any, keys: list[Row], results: Results) -> None:
 
 
 def _read_on(context: int, new: int, absorb: bool | None, subject: Subject) -> Timed:
-    attention = importlib.import_module(f"mlx_mla.model_{subject.backend}").LatentAttention
+    attention = importlib.import_module(f"mlx_mla.model.model_{subject.backend}").LatentAttention
     if absorb is None:
         return subject.read_on(1, context, new)
     with mock.patch.object(attention, "_absorbing_is_cheaper", lambda *_: absorb):

@@ -35,7 +35,6 @@ from bench.harness import PACKAGES, Document, Report, Row, document, publish
 from mlx_mla import checkpoint, cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.torch.backend import TorchBackend
-from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
@@ -43,8 +42,9 @@ from mlx_mla.evaluation.scoring import Block, Request, Scorer, Scores
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.base import Context, Definition, Measured
 from mlx_mla.evaluation.tasks.hellaswag import HellaSwag
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import BackendName, DeviceName
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights
 
 PROG = "python -m bench.evaluation"
 WARM_UP = 4

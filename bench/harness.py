@@ -25,9 +25,9 @@ import tyro
 
 from mlx_mla import cli, files
 from mlx_mla.backends import get_backend
-from mlx_mla.config import BackendName, DeviceName
 from mlx_mla.errors import UserError
 from mlx_mla.machine import memory, processor
+from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.pictures import save
 
 PROG = "python -m bench.harness"

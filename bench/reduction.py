@@ -18,10 +18,10 @@ import numpy as np
 from mlx_mla import cli
 from mlx_mla.backends import get_backend, get_engine
 from mlx_mla.backends.contract import Start
-from mlx_mla.config import BackendName
 from mlx_mla.errors import UserError
-from mlx_mla.presets import preset
-from mlx_mla.weights import initial_weights, num_parameters
+from mlx_mla.model.config import BackendName
+from mlx_mla.model.presets import preset
+from mlx_mla.model.weights import initial_weights, num_parameters
 from mlx_mla.world import EngineName, join
 
 PROG = "python -m bench.reduction"

@@ -34,11 +34,11 @@ from bench.subjects.contract import gpt2_shape
 from mlx_mla import checkpoint, cli
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
-from mlx_mla.presets import preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.presets import preset
+from mlx_mla.model.weights import initial_weights
 
 PROG = "python -m bench.serve"
-SERVER = "from mlx_mla import blas; blas.load_openblas(); from mlx_lm.server import main; main()"
+SERVER = "import mlx_mla.backends.mlx; from mlx_lm.server import main; main()"
 THEIRS = "mlx-lm gpt2"
 
 

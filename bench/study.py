@@ -29,13 +29,13 @@ from bench.studying.results import Record, Results
 from bench.studying.summary import Row, chain, summarise
 from bench.studying.trainer import Trainer
 from mlx_mla import cli
-from mlx_mla.config import TrainConfig
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_encoder
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import cache_bytes_per_token
 from mlx_mla.files import write_text
-from mlx_mla.weights import num_parameters
+from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.estimate import cache_bytes_per_token
+from mlx_mla.model.weights import num_parameters
 
 PROG = "python -m bench.study"
 REPORT = "report.md"

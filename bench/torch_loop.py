@@ -14,8 +14,8 @@ from bench.subjects.torch import reference_network
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.backends.torch.load import build_model
-from mlx_mla.config import TrainConfig
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.weights import initial_weights
 
 Step = Callable[[np.ndarray, np.ndarray], None]
 """Takes one optimiser step on inputs and targets (B, T)."""

@@ -27,11 +27,11 @@ from bench.timing import there_and_back
 from mlx_mla import cli
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
-from mlx_mla.config import BackendName, TrainConfig
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import Estimate, estimate
-from mlx_mla.presets import preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import BackendName, TrainConfig
+from mlx_mla.model.estimate import Estimate, estimate
+from mlx_mla.model.presets import preset
+from mlx_mla.model.weights import initial_weights
 
 PROG = "python -m bench.training"
 GIB = 2**30

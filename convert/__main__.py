@@ -10,12 +10,12 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mlx_mla import checkpoint, cli, files
-from mlx_mla.config import InferenceDType
 from mlx_mla.errors import UserError
 from mlx_mla.locks import locked
-from mlx_mla.weights import num_parameters
+from mlx_mla.model.config import InferenceDType
+from mlx_mla.model.weights import num_parameters
 
-from .framework import require_torch
+from .pickles import require_torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,8 +90,9 @@ def _main(argv: Sequence[str]) -> int:
     _check_flags(command)
 
     # These import transformers, which --help and mistakes need not wait for.
+    from mlx_mla.card import converted_card
+
     from . import hf
-    from .card import converted_card
     from .recognise import open_source
     from .to_mla import check_rank, convert_to_mla
     from .vocabulary import find_tokenizer

@@ -16,7 +16,7 @@ from mlx_mla.data.corpus import BUILTIN, read_documents
 from mlx_mla.data.shards import training_part
 from mlx_mla.data.tokenizer import encode
 from mlx_mla.errors import UserError
-from mlx_mla.model_torch import MLAGPT2LMHeadModel
+from mlx_mla.model.model_torch import MLAGPT2LMHeadModel
 
 from .latent import Moments
 

@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.checkpoint import in_type
-from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.errors import UserError
 from mlx_mla.files import give_usual_mode, read_json
-from mlx_mla.weights import parameter_shapes
+from mlx_mla.model.config import InferenceDType, ModelConfig
+from mlx_mla.model.weights import parameter_shapes
 
 from .foreign import (
     EMBEDDING,

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
-from mlx_mla.weights import parameter_shapes
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.weights import parameter_shapes
 
 from .foreign import (
     EMBEDDING,

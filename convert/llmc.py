@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mla.errors import UserError
-from mlx_mla.weights import parameter_shapes
+from mlx_mla.model.weights import parameter_shapes
 
 from .foreign import ForeignCheckpoint, LazyTensor, Tensors, resolved
 

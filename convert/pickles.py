@@ -1,5 +1,6 @@
 """PyTorch's pickled files, opened without running what is in them."""
 
+import importlib.util
 import pickle
 import warnings
 import zipfile
@@ -12,7 +13,6 @@ import numpy as np
 from mlx_mla.errors import UserError
 
 from .foreign import LazyTensor, Tensors, unwrapped
-from .framework import require_torch
 
 
 class PickledConfig:
@@ -128,3 +128,13 @@ def as_float32(value: Any, name: str, where: Path) -> np.ndarray:
 
 def _reader(value: Any, name: str, where: Path) -> Callable[[], np.ndarray]:
     return lambda: as_float32(value, name, where)
+
+
+def require_torch(what: str) -> None:
+    """Raise UserError if PyTorch is not installed; to be called before it is imported.
+
+    Args:
+        what: What needs it, to begin the message with.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{what} needs PyTorch; install it with: pip install torch")

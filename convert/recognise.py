@@ -9,8 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
-from mlx_mla.files import read_json
-from mlx_mla.hub import find_model, is_hub_id
+from mlx_mla.files import is_hub_id, read_json
+from mlx_mla.hub import find_model
 
 from . import hf, karpathy, llmc
 from .foreign import ForeignCheckpoint, check_tensors

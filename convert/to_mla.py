@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
-from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import cache_bytes_per_token
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.estimate import cache_bytes_per_token
 
 from .latent import (
     Decomposition,

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, told
 from mlx_mla.errors import UserError, shown
 from mlx_mla.files import (
@@ -34,9 +33,11 @@ from mlx_mla.files import (
     read_text,
     sha256,
 )
-from mlx_mla.weights import not_finite, parameter_shapes
+from mlx_mla.model.config import InferenceDType, ModelConfig
+from mlx_mla.model.weights import not_finite, parameter_shapes
 
 WEIGHTS = "model.safetensors"
+MODEL_FILES = Path(__file__).with_name("model")
 STATE = "train_state.safetensors"
 STATE_INFO = "train_state.json"
 STATE_FORMAT = 1
@@ -72,7 +73,7 @@ def write_model(
     _write_json(folder / "config.json", values)
     (folder / "README.md").write_text(card, encoding="utf-8")
     for name in (MLX_FILE, TORCH_FILE, CONFIGURATION_FILE):
-        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        shutil.copyfile(MODEL_FILES / name, folder / name)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(str(folder))
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, cast, get_args
 
-from mlx_mla import blas, cli
-from mlx_mla.backends import get_backend
-from mlx_mla.config import BackendName, DType
+from mlx_mla import cli
+from mlx_mla.backends import blas, get_backend
 from mlx_mla.errors import UserError
 from mlx_mla.machine import memory, processor
+from mlx_mla.model.config import BackendName, DType
 
 PROG = "python -m mlx_mla.doctor"
 PACKAGES = ("mlx-mla", "mlx", "mlx-lm", "torch", "transformers", "tokenizers", "tiktoken", "numpy")

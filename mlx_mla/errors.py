@@ -1,6 +1,8 @@
-"""The one exception that means "the user's input was wrong", and how its messages quote a value."""
+"""The one exception that means "the user's input was wrong", how its messages quote a value, and
+the hints that a command prints when it succeeds."""
 
 import reprlib
+import sys
 from typing import Any
 
 _LONGEST = 60
@@ -25,3 +27,24 @@ class UserError(ValueError):
 def flag(name: str) -> str:
     """The command-line spelling of a setting, for messages."""
     return "--" + name.replace("_", "-")
+
+
+_hints: list[str] = []
+
+
+def add_hint(text: str | None) -> None:
+    """Queue a hint, deduplicated, to print if the command succeeds. None is ignored."""
+    if text is not None and text not in _hints:
+        _hints.append(text)
+
+
+def drop_hints() -> None:
+    """Discard queued hints, for example those of an earlier command in this process."""
+    _hints.clear()
+
+
+def print_hints() -> None:
+    """Print the queued hints to stderr."""
+    for text in _hints:
+        print(text, file=sys.stderr)
+    drop_hints()

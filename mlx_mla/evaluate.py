@@ -3,19 +3,21 @@
 import contextlib
 import dataclasses
 import json
+import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import numpy as np
 from rich.markup import escape
 from rich.progress import Progress
 
 from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend
-from mlx_mla.config import BackendName, DeviceName, InferenceDType
-from mlx_mla.decoding.request import outside
+from mlx_mla.decoding.request import GenerationOptions, outside
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation import report
@@ -26,13 +28,13 @@ from mlx_mla.evaluation.runner import (
     context_of,
     load,
     metrics,
-    speed,
     task_names,
 )
-from mlx_mla.evaluation.scoring import Scorer
+from mlx_mla.evaluation.scoring import Block, Scorer
 from mlx_mla.evaluation.tasks import TASKS, Measured, Task
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 from mlx_mla.locks import locked
+from mlx_mla.model.config import BackendName, DeviceName, InferenceDType
 
 PROG = "python -m mlx_mla.evaluate"
 SPEED = "speed"
@@ -213,6 +215,41 @@ class Evaluation:
     def _note(self, text: str) -> None:
         if text not in self.document["notes"]:
             self.document["notes"].append(text)
+
+
+def speed(
+    backend: Backend, folder: Path, scorer: Scorer, dtype: InferenceDType
+) -> dict[str, dict[str, float]]:
+    """Tokens per second: median, smallest and largest of 5 runs after a warm-up, in this process.
+
+    Args:
+        dtype: The scorer's, and generation's.
+
+    `forward_tps`: one row of 512 tokens (or n_positions), logits of all. `generation_tps` and
+        `ttft_ms`: greedy,
+    64 tokens after a prompt of 64, with the latent cache; the first token is apart from the rate.
+    """
+    length = min(512, scorer.n_positions)
+    ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), (1, length)).astype(np.int32)
+    block = Block(ids, np.zeros(1, np.int32), np.arange(length, dtype=np.int32), ids[0])
+    forward = []
+    for _ in range(6):
+        began = time.perf_counter()
+        scorer.run(None, [block])
+        forward.append(length / (time.perf_counter() - began))
+    half = min(64, scorer.n_positions // 2)
+    decoder = backend.decoder(folder, "latent", dtype)
+    options = GenerationOptions(max_tokens=half, temp=0)
+    figures = [list(decoder.stream(ids[0, :half].tolist(), options))[-1].figures for _ in range(6)]
+    columns = {
+        "forward_tps": forward[1:],
+        "generation_tps": [f["generation_tps"] for f in figures[1:]],
+        "ttft_ms": [f["ttft_ms"] for f in figures[1:]],
+    }
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in columns.items()
+    }
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_mla.errors import UserError
-from mlx_mla.text import decoded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -220,3 +220,38 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def decoded(data: bytes, where: str, offset: int = 0) -> str:
+    """UTF-8 bytes as text, without the byte-order mark that some editors put in front.
+
+    Args:
+        where: Name of their source, for messages.
+        offset: How many bytes of the source are before these.
+
+    Raises:
+        UserError: Naming the first byte that is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8" if offset else "utf-8-sig")
+    except UnicodeDecodeError as e:
+        at = offset + len(data) - len(e.object) + e.start  # the mark is not in `e.object`
+        raise UserError(
+            f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {at:,}); "
+            "convert it, for example with iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def encodable(text: str) -> bool:
+    """Whether a text is one: JSON's escapes also spell halves of characters (surrogates), which no
+    encoding has."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no local path is the hub's: owner/name, in its letters, and the owner
+    is no folder here, nor the one that runs go into."""
+    owner, slash, rest = name.partition("/")
+    letters = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)
+    local = owner == "runs" or owner.startswith(".") or Path(owner).exists()
+    return bool(slash and letters and rest.strip(".")) and not local

@@ -10,12 +10,11 @@ from typing import Optional
 from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Decoder, Piece
-from mlx_mla.config import BackendName, DeviceName, InferenceDType
 from mlx_mla.data import tokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
-from mlx_mla.files import read_text
-from mlx_mla.text import decoded
+from mlx_mla.files import decoded, read_text
+from mlx_mla.model.config import BackendName, DeviceName, InferenceDType
 
 PROG = "python -m mlx_mla.generate"
 

@@ -1,7 +1,6 @@
 """Find a model: a run folder, a model folder, or a repository on the Hugging Face hub."""
 
 import difflib
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -9,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
+from mlx_mla.files import is_hub_id
 
 FILES = ["*.json", "*.safetensors", "*.py", "SHA256SUMS"]
 """What a model folder needs to be whole by its SHA256SUMS."""
@@ -44,15 +44,6 @@ def find_model(name: str, revision: str | None = None) -> Path:
         advice = f"the one before is {others[-1]}" if others else "restore it from a copy"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     return folder
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no local path is the hub's: owner/name, in its letters, and the owner
-    is no folder here, nor the one that runs go into."""
-    owner, slash, rest = name.partition("/")
-    letters = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)
-    local = owner == "runs" or owner.startswith(".") or Path(owner).exists()
-    return bool(slash and letters and rest.strip(".")) and not local
 
 
 def _near(path: Path) -> str:

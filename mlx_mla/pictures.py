@@ -1,12 +1,10 @@
 """What pictures share, and the picture of a run's loss."""
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 from mlx_mla.files import atomic_file
-from mlx_mla.metrics import read_metrics
 
 LONGEST_NAME = 60
 
@@ -54,31 +52,3 @@ def loss_axis(ax: Any) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(8))
     ax.yaxis.set_major_formatter("{x:.3g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def plot_loss(metrics: Path, out: Path, title: str) -> None:
-    """Draw training and validation loss against steps into a PNG.
-
-    Both axes are logarithmic where the run is long enough for that to read better: most of the fall
-    is in the first steps.
-    """
-    plt = pyplot()
-    rows = read_metrics(metrics)
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for split, style in (
-        ("train", {"lw": 1.2, "alpha": 0.8}),
-        ("val", {"lw": 1.8, "marker": "o", "ms": 4}),
-    ):
-        points = [
-            (r["step"], r["loss"])
-            for r in rows
-            if r.get("split") == split and math.isfinite(r["loss"])
-        ]
-        if points:
-            ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)
-    loss_axis(ax)
-    ax.set(xlabel="step", ylabel="loss (nats per token)", title=plain(title))
-    ax.grid(alpha=0.3, which="major")
-    if ax.lines:
-        ax.legend()
-    save(fig, out)

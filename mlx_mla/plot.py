@@ -14,8 +14,8 @@ import tyro
 from mlx_mla import cli
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_toml
-from mlx_mla.metrics import METRICS, read_metrics
 from mlx_mla.pictures import loss_axis, plain, pyplot, save
+from mlx_mla.training.metrics import METRICS, read_metrics
 
 PROG = "python -m mlx_mla.plot"
 CONFIG = "config.toml"

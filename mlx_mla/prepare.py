@@ -20,7 +20,6 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mlx_mla import cli
-from mlx_mla.config import MAX_SEED, TokenizerName
 from mlx_mla.data.documents import Block, Reading, Source, find_sources
 from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.data.shards import SUFFIXES, Format, open_listed, write_shard
@@ -30,6 +29,7 @@ from mlx_mla.errors import UserError, flag, shown
 from mlx_mla.fields import at_least_1, check_bounds, not_negative
 from mlx_mla.files import clear_leftovers, write_text
 from mlx_mla.locks import LOCK, locked
+from mlx_mla.model.config import MAX_SEED, TokenizerName
 
 PROG = "python -m mlx_mla.prepare"
 

@@ -20,11 +20,11 @@ from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx.caches import KVCache
 from mlx_mla.backends.mlx.device import find_device, kind_of
 from mlx_mla.backends.mlx.load import load
-from mlx_mla.config import InferenceDType
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.decoding.request import outside
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
+from mlx_mla.model.config import InferenceDType
 
 import mlx.core as mx  # isort: skip  (after the backend, which loads its BLAS)
 from mlx_lm import server  # isort: skip

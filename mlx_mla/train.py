@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Optional
 
 from rich.console import Console
 
-from mlx_mla import cli, estimate
-from mlx_mla.attention import meaningless_fields
+from mlx_mla import cli
 from mlx_mla.backends import get_engine
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError, flag
 from mlx_mla.files import read_toml
-from mlx_mla.metrics import perplexity_text
-from mlx_mla.presets import overlay, preset
+from mlx_mla.model import estimate
+from mlx_mla.model.attention import meaningless_fields
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.presets import overlay, preset
+from mlx_mla.training.metrics import perplexity_text
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from mlx_mla.cli import EXIT_USER
-from mlx_mla.config import BackendName
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_json, read_text
+from mlx_mla.model.config import BackendName
 
 EngineName = Literal["auto", "ring", "jaccl", "mpi", "nccl", "gloo"]
 LOST = 1

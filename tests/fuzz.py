@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mlx_mla import estimate
 from mlx_mla.machine import peak_memory
+from mlx_mla.model import estimate
 
 Random = _random.Random
 Main = Callable[[Sequence[str]], int]

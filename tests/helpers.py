@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends.mlx.session import MLXTrainSession
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.data.tokenizer import GPT2Encoder
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.weights import initial_weights
 
 # A model small enough for a training step in milliseconds.
 TINY = [

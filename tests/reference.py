@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mlx_mla.config import ModelConfig
+from mlx_mla.model.config import ModelConfig
 
 
 def layer_norm(x, weights, name, eps):

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
-from mlx_mla import model_mlx
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import ModelConfig
-from mlx_mla.presets import preset
+from mlx_mla.model import model_mlx
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.presets import preset
 
 
 def absorb(on: bool):

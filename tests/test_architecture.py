@@ -52,9 +52,15 @@ def test_the_package_imports_neither_the_converter_nor_the_benchmarks():
 @pytest.mark.parametrize(
     ("framework", "rooms"),
     [
-        (("mlx", "mlx_lm"), ("mlx_mla/backends/mlx/", "mlx_mla/model_mlx.py", KERNELS, *SERVER)),
+        (
+            ("mlx", "mlx_lm"),
+            ("mlx_mla/backends/mlx/", "mlx_mla/model/model_mlx.py", KERNELS, *SERVER),
+        ),
         # blas.py imports PyTorch before a system's OpenBLAS, whose symbols it would bind to.
-        (("torch",), ("mlx_mla/backends/torch/", "mlx_mla/model_torch.py", "mlx_mla/blas.py")),
+        (
+            ("torch",),
+            ("mlx_mla/backends/torch/", "mlx_mla/model/model_torch.py", "mlx_mla/backends/blas.py"),
+        ),
     ],
 )
 def test_a_framework_is_imported_in_its_own_room(framework, rooms):
@@ -86,7 +92,7 @@ def test_no_library_imports_a_command():
 def test_the_model_files_stand_alone():
     """Copies of them travel in model folders."""
     for name in ("model_mlx", "model_torch", "configuration_mla_gpt2"):
-        assert not {n for n in FILES[f"mlx_mla/{name}.py"] if n.startswith("mlx_mla")}
+        assert not {n for n in FILES[f"mlx_mla/model/{name}.py"] if n.startswith("mlx_mla")}
 
 
 def test_modules_do_not_import_each_other_in_circles():

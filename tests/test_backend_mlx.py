@@ -12,7 +12,7 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.errors import UserError
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.weights import initial_weights
 
 
 def session(**changes) -> MLXTrainSession:

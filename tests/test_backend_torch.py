@@ -19,10 +19,10 @@ from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
-from mlx_mla.metrics import read_metrics
-from mlx_mla.presets import preset
-from mlx_mla.schedule import learning_rate
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.presets import preset
+from mlx_mla.model.schedule import learning_rate
+from mlx_mla.model.weights import initial_weights
+from mlx_mla.training.metrics import read_metrics
 
 
 def sessions(config):
@@ -259,7 +259,7 @@ def test_a_missing_framework_is_named(monkeypatch):
     for name in [
         n
         for n in sys.modules
-        if n.startswith("mlx_mla.backends.torch") or n == "mlx_mla.model_torch"
+        if n.startswith("mlx_mla.backends.torch") or n == "mlx_mla.model.model_torch"
     ]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(

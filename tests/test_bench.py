@@ -131,8 +131,8 @@ BATCH, CONTEXT = 4, 4000
 
 def _weighed(attention: str):
     """A model whose cache is most of what decoding holds."""
-    from mlx_mla.config import ModelConfig
-    from mlx_mla.weights import initial_weights
+    from mlx_mla.model.config import ModelConfig
+    from mlx_mla.model.weights import initial_weights
 
     rank = {} if attention == "mha" else {"kv_lora_rank": 32}
     config = ModelConfig(attention=attention, **MLA_TO_WEIGH, **rank).resolved()
@@ -230,7 +230,7 @@ def test_a_trainer_gives_its_memory_back():
 def _sizes(model):
     from math import prod
 
-    from mlx_mla.weights import parameter_shapes
+    from mlx_mla.model.weights import parameter_shapes
 
     return [prod(shape) for shape in parameter_shapes(model).values()]
 
@@ -288,7 +288,7 @@ def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
 def test_the_first_token_needs_the_head_once():
     """Counted by hand: a block's matrices for every token, the head's for the last."""
     from bench.subjects import costs
-    from mlx_mla.config import ModelConfig
+    from mlx_mla.model.config import ModelConfig
 
     c = ModelConfig(attention="mha", n_layer=2, n_head=2, n_embd=8, n_positions=32, vocab_size=100)
     c = c.resolved()
@@ -616,7 +616,7 @@ def test_training_measures_memory_speed_and_plans(tmp_path, capsys):
 
 def test_a_plan_puts_in_what_fits():
     from bench import training
-    from mlx_mla.estimate import estimate
+    from mlx_mla.model.estimate import estimate
 
     config = training.settings("mla-124m", dtype="float32", seq_len=1024)
     batch = training.largest_batch(config, 32e9)

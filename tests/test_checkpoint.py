@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mlx_mla import checkpoint, files, hub
-from mlx_mla.config import ModelConfig
 from mlx_mla.errors import UserError
-from mlx_mla.weights import not_finite
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.weights import not_finite
 
 
 def contents(folder) -> dict[str, bytes]:

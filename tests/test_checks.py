@@ -92,7 +92,7 @@ def test_regret_is_what_a_token_lacks_of_the_likeliest(folder):
 
 def test_decoding_that_is_wrong_fails(tmp_path, monkeypatch):
     """Keys and queries whose scores are scaled wrongly in the absorbed path alone."""
-    from mlx_mla.model_mlx import LatentAttention
+    from mlx_mla.model.model_mlx import LatentAttention
 
     right = LatentAttention._attend_absorbed
 

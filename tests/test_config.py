@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_mla import config as c
-from mlx_mla import files, presets
+from mlx_mla import files
 from mlx_mla.errors import UserError
+from mlx_mla.model import config as c
+from mlx_mla.model import presets
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -21,13 +21,13 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import ModelConfig
 from mlx_mla.decoding import cache_choice
 from mlx_mla.decoding.cache_choice import choose_cache
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
-from mlx_mla.presets import preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.presets import preset
+from mlx_mla.model.weights import initial_weights
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ import pytest
 from helpers import BASE, objects, refused
 from mlx_lm.generate import generate_step, speculative_generate_step
 
-from mlx_mla import model_mlx, serve
+from mlx_mla import serve
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx import device
 from mlx_mla.backends.mlx.backend import LIMIT, MLXBackend
-from mlx_mla.weights import initial_weights
+from mlx_mla.model import model_mlx
+from mlx_mla.model.weights import initial_weights
 
 GIB = 2**30
 

@@ -19,7 +19,7 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.mlx.session import distillation_divergence as divergence_mlx
 from mlx_mla.backends.torch.session import distillation_divergence as divergence_torch
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.weights import initial_weights
 
 
 @given(

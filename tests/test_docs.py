@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mla import cli, presets, train
+from mlx_mla import cli, train
 from mlx_mla.errors import UserError
+from mlx_mla.model import presets
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(

@@ -20,8 +20,8 @@ from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.backends.mlx.loss import cross_entropy
 from mlx_mla.data.tokenizer import ByteEncoder
-from mlx_mla.model_mlx import LatentAttention, ModelArgs
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.model_mlx import LatentAttention, ModelArgs
+from mlx_mla.model.weights import initial_weights
 
 HALF = ["bfloat16", "float16"]
 
@@ -152,7 +152,7 @@ def test_absorbed_scores_are_not_rounded_to_bfloat16(rope, seed):
 def test_absorbed_scores_are_not_rounded_to_bfloat16_in_pytorch(rope, rng):
     import torch
 
-    from mlx_mla.model_torch import LatentAttention, MLAGPT2Config
+    from mlx_mla.model.model_torch import LatentAttention, MLAGPT2Config
 
     q, latent, w = large_scores(rng, rope)
     _, expected = float64_attention(q, latent, w)

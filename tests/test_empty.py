@@ -17,9 +17,9 @@ from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx import caches
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.decoding.request import GenerationOptions
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.weights import initial_weights
 
 quantize = mx.quantize
 
@@ -154,8 +154,8 @@ def test_models_split_nothing_off_that_has_no_width():
     """What replaces torch.split gives the same losses, to the bit."""
     import torch
 
-    from mlx_mla import model_torch
     from mlx_mla.backends.torch.load import build_model as build_torch
+    from mlx_mla.model import model_torch
 
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=20).resolved()
     model = build_torch(config, random_weights(config, 0), torch.device("cpu"))

@@ -14,10 +14,15 @@ from mlx_mla import train
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import ModelConfig
-from mlx_mla.estimate import cache_bytes_per_token, estimate, forward_flops_per_token, memory_advice
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.estimate import (
+    cache_bytes_per_token,
+    estimate,
+    forward_flops_per_token,
+    memory_advice,
+)
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights
 
 
 @pytest.mark.parametrize(

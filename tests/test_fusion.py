@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 from helpers import difference
 
-from mlx_mla import model_mlx, train
+from mlx_mla import train
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
-from mlx_mla.config import ModelConfig, TrainConfig
-from mlx_mla.fusion import (
+from mlx_mla.model import model_mlx
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.fusion import (
     CPU_SHORTEST,
     METAL_SHORTEST,
     METAL_WIDTHS,
     fused_by_mlx,
     fused_by_torch,
 )
-from mlx_mla.model_mlx import FUSED_PAIR, FUSED_SHARED_HEAD, FUSED_WIDTHS, NO_FUSED_GRADIENT
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.model_mlx import FUSED_PAIR, FUSED_SHARED_HEAD, FUSED_WIDTHS, NO_FUSED_GRADIENT
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights
 
 
 def settings(dtype="float32", context=64, **shape) -> TrainConfig:
@@ -69,7 +70,7 @@ def test_where_pytorch_keeps_no_scores_on_the_cpu(context, shape, dtype, monkeyp
     """By its own choice of a kernel: 0 is the one of products and a softmax."""
     import torch
 
-    from mlx_mla import model_torch
+    from mlx_mla.model import model_torch
 
     config = settings(context=context, **shape)
     keys, values = config.model.kind.head_widths
@@ -91,7 +92,7 @@ def test_where_pytorch_keeps_no_scores_on_the_cpu(context, shape, dtype, monkeyp
 
 @pytest.mark.torch
 def test_the_models_agree_on_the_fewest_queries_that_are_padded():
-    from mlx_mla import model_torch
+    from mlx_mla.model import model_torch
 
     assert CPU_SHORTEST == model_torch.FUSED_QUERIES
 

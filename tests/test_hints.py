@@ -3,7 +3,8 @@
 import pytest
 from helpers import TINY
 
-from mlx_mla import blas, evaluate, generate, train
+from mlx_mla import evaluate, generate, train
+from mlx_mla.backends import blas
 
 ADVICE = "this machine could be faster"
 

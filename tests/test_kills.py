@@ -10,7 +10,7 @@ import pytest
 from helpers import TINY, python
 
 from mlx_mla import checkpoint
-from mlx_mla.metrics import read_metrics
+from mlx_mla.training.metrics import read_metrics
 
 KILLS = pytest.mark.parametrize(
     "kills", [pytest.param(1, id="once"), pytest.param(8, id="often", marks=pytest.mark.slow)]

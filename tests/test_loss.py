@@ -17,8 +17,8 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx import loss as loss_mlx
 from mlx_mla.backends.torch import loss as loss_torch
-from mlx_mla.presets import preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.presets import preset
+from mlx_mla.model.weights import initial_weights
 
 
 def float64_gradients(h, w, y):

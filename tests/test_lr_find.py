@@ -9,10 +9,10 @@ from helpers import TINY, refused
 
 from mlx_mla import train
 from mlx_mla.backends.mlx.backend import MLXBackend
-from mlx_mla.config import TrainConfig
 from mlx_mla.errors import UserError
-from mlx_mla.metrics import read_metrics
+from mlx_mla.model.config import TrainConfig
 from mlx_mla.training import lr_find
+from mlx_mla.training.metrics import read_metrics
 
 
 class Bowl:

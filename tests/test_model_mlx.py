@@ -27,14 +27,14 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from mlx_mla import model_mlx
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import ModelConfig
-from mlx_mla.configuration_mla_gpt2 import MLAGPT2Config
-from mlx_mla.model_mlx import Model, ModelArgs
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights, num_parameters, parameter_shapes
+from mlx_mla.model import model_mlx
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.configuration_mla_gpt2 import MLAGPT2Config
+from mlx_mla.model.model_mlx import Model, ModelArgs
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights, num_parameters, parameter_shapes
 
 
 def test_parameter_counts_are_the_published_ones():

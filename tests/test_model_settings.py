@@ -29,11 +29,11 @@ from convert import hf
 from mlx_mla import checkpoint, train
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import ModelConfig
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.weights import initial_weights
 
 KINDS = {
     "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
@@ -127,7 +127,7 @@ def test_stock_mlx_lm(kind, folder, expected):
     model, tokenizer = mlx_lm_load(
         str(folder), {"trust_remote_code": True}, trust_remote_code=True
     )[:2]
-    assert type(model).__module__ != "mlx_mla.model_mlx"
+    assert type(model).__module__ != "mlx_mla.model.model_mlx"
     prompt = mx.array(list(PROMPT))
 
     def taken(steps) -> list[int]:

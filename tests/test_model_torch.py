@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from mlx_mla import checkpoint, generate, model_torch
+from mlx_mla import checkpoint, generate
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import ModelConfig
 from mlx_mla.files import atomic_folder
-from mlx_mla.weights import initial_weights, parameter_shapes
+from mlx_mla.model import model_torch
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.weights import initial_weights, parameter_shapes
 
 
 def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
@@ -303,6 +303,4 @@ def test_a_folder_with_its_configuration_in_the_model_file_loads_too(folder, loa
 def test_the_copied_files_are_the_packages(folder):
 
     for name in ("model_mlx.py", "model_torch.py", "configuration_mla_gpt2.py"):
-        assert (folder / name).read_bytes() == Path(checkpoint.__file__).with_name(
-            name
-        ).read_bytes()
+        assert (folder / name).read_bytes() == (checkpoint.MODEL_FILES / name).read_bytes()

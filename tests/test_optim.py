@@ -17,12 +17,12 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.optim import Muon
 from mlx_mla.backends.torch.optim import fuses
-from mlx_mla.config import TrainConfig
 from mlx_mla.errors import UserError
-from mlx_mla.metrics import read_metrics
-from mlx_mla.presets import preset
-from mlx_mla.schedule import learning_rate
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.presets import preset
+from mlx_mla.model.schedule import learning_rate
+from mlx_mla.model.weights import initial_weights
+from mlx_mla.training.metrics import read_metrics
 
 MUON = dataclasses.replace(BASE, optimizer="muon", muon_learning_rate=0.02, grad_clip=0.0)
 MATRIX = "transformer.h.1.mlp.c_fc.weight"

@@ -13,10 +13,10 @@ from helpers import TINY, python, refused
 
 from convert import __main__ as convert
 from mlx_mla import cli, evaluate, generate, plot, train
+from mlx_mla.cli import Output, shortened
 from mlx_mla.errors import UserError
-from mlx_mla.metrics import perplexity_text
-from mlx_mla.output import Output, shortened
 from mlx_mla.pictures import plain
+from mlx_mla.training.metrics import perplexity_text
 
 STEPS = ["--steps", "4", "--sample-every", "1", "--sample-tokens", "30", "--log-every", "1"]
 

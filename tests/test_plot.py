@@ -8,8 +8,8 @@ import pytest
 from helpers import refused
 
 from mlx_mla import plot
-from mlx_mla.metrics import read_metrics
 from mlx_mla.plot import read_runs, smoothed
+from mlx_mla.training.metrics import read_metrics
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from helpers import MEASURED, TINY, python
 
 from mlx_mla import checkpoint
-from mlx_mla.metrics import read_metrics
+from mlx_mla.training.metrics import read_metrics
 
 STEPS = 30
 COMPILED = "compiled"  # no flag: compiling is the default that TINY switches off

@@ -13,11 +13,11 @@ from mlx_mla.backends.mlx.load import build_model as build_mlx
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.backends.torch.load import build_model as build_torch
 from mlx_mla.backends.torch.score import TorchScorer
-from mlx_mla.config import ModelConfig
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Block, Request, encode_choices, encode_pair, score
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.weights import initial_weights
 
 CONFIGS = {
     "mla": {"attention": "mla", "kv_lora_rank": 8},

@@ -22,7 +22,7 @@ from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.errors import UserError
 
-STOCK = "from mlx_mla import blas; blas.load_openblas(); from mlx_lm.server import main; main()"
+STOCK = "import mlx_mla.backends.mlx; from mlx_lm.server import main; main()"
 N_POSITIONS = 48  # of the tiny run
 PROMPTS = ["The st", "A longer prompt of words", "x", "def f(self)", "1, 2, 3"]
 

@@ -37,7 +37,7 @@ from bench.studying.summary import chain, summarise
 from bench.studying.trainer import make_room, run_toml
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml
-from mlx_mla.presets import overlay, preset
+from mlx_mla.model.presets import overlay, preset
 from mlx_mla.training.run_folder import claim
 
 ROOT = Path(__file__).parent.parent

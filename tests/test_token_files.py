@@ -15,7 +15,7 @@ from mlx_mla.data import shards
 from mlx_mla.data.shards import open_folder, open_shard
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
-from mlx_mla.metrics import read_metrics
+from mlx_mla.training.metrics import read_metrics
 
 STEPS = (
     "--steps",

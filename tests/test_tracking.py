@@ -12,7 +12,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from mlx_mla import train
 from mlx_mla.errors import UserError
-from mlx_mla.metrics import read_metrics
+from mlx_mla.training.metrics import read_metrics
 from mlx_mla.training.tracking import Tracking, scalars
 
 STEPS = (

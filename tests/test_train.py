@@ -14,9 +14,9 @@ import pytest
 from helpers import MEASURED, TINY, python, refused
 
 from mlx_mla import checkpoint, files, generate, train
-from mlx_mla.metrics import read_metrics
-from mlx_mla.presets import preset
-from mlx_mla.schedule import learning_rate
+from mlx_mla.model.presets import preset
+from mlx_mla.model.schedule import learning_rate
+from mlx_mla.training.metrics import read_metrics
 
 
 def test_a_run_leaves_the_documented_files(tiny_run):

@@ -7,7 +7,7 @@ from helpers import TINY
 
 from mlx_mla import evaluate, train
 from mlx_mla.evaluation.tasks import TASKS
-from mlx_mla.metrics import read_metrics
+from mlx_mla.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import dataclasses
 
 from bench.studying.plan import Cell, Run, Study
 from bench.studying.results import Results
-from mlx_mla.estimate import forward_flops_per_token
+from mlx_mla.model.estimate import forward_flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)

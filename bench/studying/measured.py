@@ -60,7 +60,7 @@ def decode(study: Study, results: Results, console: Console) -> None:
     """
     from bench import subjects
     from mlx_mla.decoding.cache_choice import choose_cache
-    from mlx_mla.weights import initial_weights
+    from mlx_mla.model.weights import initial_weights
 
     rows = []
     for size in study.sizes:

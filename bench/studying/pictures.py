@@ -11,8 +11,8 @@ from bench.harness import save_figure
 from bench.labels import label_ends, style
 from bench.studying.plan import Study
 from bench.studying.summary import Row
+from mlx_mla.model.weights import num_parameters
 from mlx_mla.pictures import pyplot
-from mlx_mla.weights import num_parameters
 
 Names = dict[str, str]
 """Captions to file names."""

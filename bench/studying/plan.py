@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from bench.studying.settings import Settings, differences, key, settings
-from mlx_mla.config import TrainConfig
+from mlx_mla.model.config import TrainConfig
 
 RateName = Literal["learning_rate", "muon_learning_rate"]
 Keep = Literal["best", "all", "none"]

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from bench.studying.plan import Cell, Keep, Machine, RateName, Study
 from bench.studying.settings import Settings, key, settings
-from mlx_mla.config import TrainConfig, nearest
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_toml
-from mlx_mla.presets import overlay, preset
+from mlx_mla.model.config import TrainConfig, nearest
+from mlx_mla.model.presets import overlay, preset
 
 PAIRED = (
     *("tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len"),

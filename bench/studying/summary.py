@@ -10,8 +10,8 @@ from typing import Any
 from bench.studying.intervals import Interval, interval, verdict
 from bench.studying.plan import Cell, Study
 from bench.studying.results import Record, Results, Tuning, diverged, loss_of
-from mlx_mla.estimate import cache_bytes_per_token, forward_flops_per_token
-from mlx_mla.weights import num_parameters, parameter_shapes
+from mlx_mla.model.estimate import cache_bytes_per_token, forward_flops_per_token
+from mlx_mla.model.weights import num_parameters, parameter_shapes
 
 CACHE_BYTES_PER_VALUE = 2
 DIVERGED, UNFINISHED = "diverged", "unfinished"

@@ -14,8 +14,8 @@ from bench.studying.results import Record, thinned
 from bench.studying.settings import settings
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml, write_text
-from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.presets import overlay, preset, to_toml
+from mlx_mla.model.presets import overlay, preset, to_toml
+from mlx_mla.training.metrics import METRICS, read_metrics
 from mlx_mla.training.run_folder import CONFIG, run_config
 
 THREADS = (

@@ -7,8 +7,8 @@ import gc
 from typing import Any
 
 from bench.subjects.contract import Subject, Trainer, Weights
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
+from mlx_mla.model.config import ModelConfig, TrainConfig
 
 
 def load(

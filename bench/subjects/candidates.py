@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 from bench import subjects
 from bench.subjects.contract import Subject, Trainer, Weights
 from mlx_mla import checkpoint
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights
 
 OUTSIDE = {"mlx": "mlx-lm gpt2", "torch": "transformers GPT-2"}
 """The ecosystem's GPT-2, by backend."""

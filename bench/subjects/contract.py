@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_mla.config import ModelConfig
+from mlx_mla.model.config import ModelConfig
 
 Weights = dict[str, np.ndarray]
 

@@ -1,8 +1,8 @@
 """What a call of a subject must compute and move, from shapes alone."""
 
-from mlx_mla.config import ModelConfig
-from mlx_mla.estimate import BYTES, forward_flops_per_token
-from mlx_mla.weights import num_parameters, parameter_shapes
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.estimate import BYTES, forward_flops_per_token
+from mlx_mla.model.weights import num_parameters, parameter_shapes
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:

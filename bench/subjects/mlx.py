@@ -16,8 +16,8 @@ from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.device import kind_of, stream_of
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.config import DType, ModelConfig, TrainConfig
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import DType, ModelConfig, TrainConfig
+from mlx_mla.model.weights import initial_weights
 
 
 class MLXMemory:

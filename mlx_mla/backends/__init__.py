@@ -1,9 +1,9 @@
 """Frameworks that run the model, by name; the one place that imports them."""
 
-from mlx_mla import blas, hints
+from mlx_mla.backends import blas
 from mlx_mla.backends.contract import Backend
-from mlx_mla.config import BackendName, DeviceName
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, add_hint
+from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.world import Engine
 
 
@@ -20,7 +20,7 @@ def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
             return TorchBackend(device)
         from mlx_mla.backends.mlx.backend import MLXBackend
 
-        hints.add(blas.hint())
+        add_hint(blas.hint())
         return MLXBackend(device)
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] not in ("torch", "mlx", "mlx_lm"):

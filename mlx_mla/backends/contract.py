@@ -8,11 +8,11 @@ from typing import Any, Optional, Protocol
 
 import numpy as np
 
-from mlx_mla.config import DType, InferenceDType, ModelConfig, TrainConfig
 from mlx_mla.data.windows import Batch
 from mlx_mla.decoding.request import CacheKind, GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Scorer
+from mlx_mla.model.config import DType, InferenceDType, ModelConfig, TrainConfig
 from mlx_mla.world import SOLO, World
 
 

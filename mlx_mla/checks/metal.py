@@ -1,15 +1,15 @@
-"""Metal's fused attention kernels, which `mlx_mla.model_mlx` counts on by their widths."""
+"""Metal's fused attention kernels, which `mlx_mla.model.model_mlx` counts on by their widths."""
 
 from pathlib import Path
 
 import numpy as np
 
 from mlx_mla.backends.mlx.load import load  # isort: skip  (loads MLX's BLAS before MLX)
-from mlx_mla import model_mlx
 from mlx_mla.checks.models import small_model
 from mlx_mla.checks.row import Outcome, at_most, together
-from mlx_mla.model_mlx import FUSED_SHARED_HEAD, Model
-from mlx_mla.presets import PRESETS, preset
+from mlx_mla.model import model_mlx
+from mlx_mla.model.model_mlx import FUSED_SHARED_HEAD, Model
+from mlx_mla.model.presets import PRESETS, preset
 
 import mlx.core as mx  # isort: skip  (after the backend, which loads its BLAS)
 from mlx_lm.models.cache import make_prompt_cache  # isort: skip

@@ -14,13 +14,13 @@ from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Decoder
 from mlx_mla.checks.row import Outcome, at_most, together
-from mlx_mla.config import BackendName, DeviceName, DType, ModelConfig
 from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.decoding.request import CacheKind, GenerationOptions
 from mlx_mla.evaluation.scoring import Block, Scorer
 from mlx_mla.files import atomic_folder
-from mlx_mla.presets import PRESETS, preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import BackendName, DeviceName, DType, ModelConfig
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights
 
 TOLERANCE = 1e-3
 """Largest difference between devices of a log-probability in float32, in nats: their sums have

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mlx_mla.checks import models, programs, training
 from mlx_mla.checks.row import Need, Row
-from mlx_mla.config import BackendName, DeviceName
+from mlx_mla.model.config import BackendName, DeviceName
 
 DEVICES: dict[str, tuple[BackendName, DeviceName, tuple[Need, ...], str]] = {
     "mlx-gpu": ("mlx", "gpu", ("gpu",), "MLX's GPU"),
@@ -19,15 +19,15 @@ DEVICES: dict[str, tuple[BackendName, DeviceName, tuple[Need, ...], str]] = {
 """Devices that are held against MLX on the CPU: backend, its --device, needs, and words."""
 
 _CODE = {
-    "mlx": ("mlx_mla/model_mlx.py:LatentAttention",),
-    "torch": ("mlx_mla/model_torch.py:attend",),
+    "mlx": ("mlx_mla/model/model_mlx.py:LatentAttention",),
+    "torch": ("mlx_mla/model/model_torch.py:attend",),
 }
 _TRAINING = {
     "mlx": (
         "mlx_mla/backends/mlx/session.py",
         "mlx_mla/backends/mlx/loss.py",
-        "mlx_mla/model_mlx.py:differentiable_mask",
-        "mlx_mla/model_mlx.py:fusible",
+        "mlx_mla/model/model_mlx.py:differentiable_mask",
+        "mlx_mla/model/model_mlx.py:fusible",
     ),
     "torch": (
         "mlx_mla/backends/torch/session.py",
@@ -73,8 +73,8 @@ def _on_devices() -> Iterator[Row]:
 
 
 _HALF = {
-    "mlx": ("mlx_mla/model_mlx.py:attend_in_half", "mlx_mla/backends/contract.py:GPU_DTYPE"),
-    "torch": ("mlx_mla/model_torch.py:_attend_absorbed",),
+    "mlx": ("mlx_mla/model/model_mlx.py:attend_in_half", "mlx_mla/backends/contract.py:GPU_DTYPE"),
+    "torch": ("mlx_mla/model/model_torch.py:_attend_absorbed",),
 }
 
 
@@ -107,7 +107,7 @@ _OTHERS = (
         what="Processor, memory limit, BLAS and matrix rates in the doctor",
         where=(
             "mlx_mla/machine.py:processor",
-            "mlx_mla/blas.py:in_use",
+            "mlx_mla/backends/blas.py:in_use",
             "mlx_mla/backends/mlx/backend.py:facts",
             "mlx_mla/backends/peak.py:measure_peak",
         ),
@@ -119,7 +119,7 @@ _OTHERS = (
         name="fused-kernels",
         what="Fused decoding: latents as one shared key head of Metal's decode kernel, at every "
         "width that counts on it, in three types",
-        where=("mlx_mla/model_mlx.py:FUSED_SHARED_HEAD",),
+        where=("mlx_mla/model/model_mlx.py:FUSED_SHARED_HEAD",),
         needs=("metal",),
         expected="fused at all of them, and exact to the type's rounding",
         minutes=0.1,
@@ -128,7 +128,7 @@ _OTHERS = (
     Row(
         name="fused-decoding",
         what="The same in the model: logits through the fused and the unfused path",
-        where=("mlx_mla/model_mlx.py:FUSED_SHARED_HEAD",),
+        where=("mlx_mla/model/model_mlx.py:FUSED_SHARED_HEAD",),
         needs=("metal",),
         expected="the same logits to 1e-3",
         minutes=0.1,
@@ -147,8 +147,8 @@ _OTHERS = (
         what="Several absorbed queries at once: the next part of a prompt, and the check of a "
         "draft's guesses",
         where=(
-            "mlx_mla/model_mlx.py:_attend_absorbed",
-            "mlx_mla/model_mlx.py:WRITTEN_VALUE",
+            "mlx_mla/model/model_mlx.py:_attend_absorbed",
+            "mlx_mla/model/model_mlx.py:WRITTEN_VALUE",
         ),
         expected="every token is the likeliest of a full forward pass on the CPU",
         minutes=0.3,
@@ -226,8 +226,8 @@ _OTHERS = (
         what="Memory of a training step against the estimate, and its share of the measured "
         "matrix rate (MFU)",
         where=(
-            "mlx_mla/estimate.py:_peak_of_pass",
-            "mlx_mla/fusion.py:fused_by_mlx",
+            "mlx_mla/model/estimate.py:_peak_of_pass",
+            "mlx_mla/model/fusion.py:fused_by_mlx",
             "mlx_mla/backends/mlx/backend.py:peak_flops",
         ),
         needs=("compiler",),

@@ -16,13 +16,13 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Start
 from mlx_mla.checks import commands
 from mlx_mla.checks.row import Outcome, at_most, together
-from mlx_mla.config import BackendName, DeviceName, DType, TrainConfig
 from mlx_mla.data.corpus import BUILTIN, read_documents
 from mlx_mla.data.windows import Batch
-from mlx_mla.estimate import estimate
-from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.presets import preset
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import BackendName, DeviceName, DType, TrainConfig
+from mlx_mla.model.estimate import estimate
+from mlx_mla.model.presets import preset
+from mlx_mla.model.weights import initial_weights
+from mlx_mla.training.metrics import METRICS, read_metrics
 
 STEPS, RATE = 12, 2e-3
 TOLERANCE = 1e-2

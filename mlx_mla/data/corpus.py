@@ -10,7 +10,7 @@ import numpy as np
 from mlx_mla.data.shards import LLMC_MAGIC, SUFFIXES
 from mlx_mla.data.tokenizer import TextEncoder
 from mlx_mla.errors import UserError
-from mlx_mla.text import decoded
+from mlx_mla.files import decoded
 
 BUILTIN = "builtin"
 

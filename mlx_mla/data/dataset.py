@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_mla.config import TrainConfig
 from mlx_mla.data import corpus
 from mlx_mla.data.shards import Shard, open_folder, training_part
 from mlx_mla.data.tokenizer import TextEncoder
 from mlx_mla.data.windows import TokenWindows
+from mlx_mla.model.config import TrainConfig
 
 
 class TrainingData:

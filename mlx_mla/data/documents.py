@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 
 from mlx_mla.data.corpus import COMPRESSED, JSON_LINES, PARQUET, TEXT
 from mlx_mla.errors import UserError, shown
-from mlx_mla.files import parse_json
-from mlx_mla.text import decoded
+from mlx_mla.files import decoded, parse_json
 
 LONGEST = 16 << 20
 """Bytes of a text file without a separator, after which it is cut at a line break."""
@@ -86,7 +85,7 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
     if path.is_file():
         return [_file(path, path.name, reading, TEXT[0])], []
     if not path.is_dir():
-        from mlx_mla.hub import is_hub_id  # imports transformers, which only this needs
+        from mlx_mla.files import is_hub_id  # imports transformers, which only this needs
 
         if not (re.fullmatch(r"[^:]+(:[\w.-]+)?", src) and is_hub_id(src.partition(":")[0])):
             raise UserError(

@@ -21,8 +21,8 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.config import TOKENIZER_IDS, TokenizerName
 from mlx_mla.errors import UserError
+from mlx_mla.model.config import TOKENIZER_IDS, TokenizerName
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES_EOT, GPT2_EOT = (TOKENIZER_IDS[name] - 1 for name in ("bytes", "gpt2"))

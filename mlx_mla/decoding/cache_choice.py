@@ -13,8 +13,8 @@ hold for a kind of device, not for one machine, since only their ratios matter.
 import dataclasses
 from typing import Literal
 
-from mlx_mla.config import ModelConfig
 from mlx_mla.decoding.request import CacheKind
+from mlx_mla.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_mla.decoding.request import GREEDY_BELOW, LARGEST_INT, outside
 from mlx_mla.errors import UserError
-from mlx_mla.text import encodable
+from mlx_mla.files import encodable
 
 # Numbers with the bounds of our own options, others with mlx-lm's or OpenAI's.
 OPTIONS = {"temperature": "temp", "top_p": "top_p", "min_p": "min_p", "seed": "seed"}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from mlx_mla.config import MAX_SEED, flag
 from mlx_mla.errors import UserError
+from mlx_mla.model.config import MAX_SEED, flag
 
 CacheKind = Literal["latent", "materialized", "auto", "none"]
 

@@ -2,8 +2,6 @@
 share."""
 
 import difflib
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,14 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mla import hints
-from mlx_mla.backends.contract import Backend
-from mlx_mla.config import InferenceDType
 from mlx_mla.data.tokenizer import encode
-from mlx_mla.decoding.request import GenerationOptions
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, add_hint
 from mlx_mla.evaluation.item_store import ItemStore
-from mlx_mla.evaluation.scoring import Block, Scorer, Scores, check_lengths, score
+from mlx_mla.evaluation.scoring import Scorer, Scores, check_lengths, score
 from mlx_mla.evaluation.tasks import TASKS, Context, Measured, Task
 from mlx_mla.evaluation.tasks.base import Definition
 from mlx_mla.evaluation.tasks.data import unpublished
@@ -61,7 +55,7 @@ def load(
         if not path.is_file():
             raise UserError(f"{path}: no such file; the folder of --data-dir must hold it")
         documents = task.documents_from_file(path, protocol)
-        hints.add(unpublished(path))
+        add_hint(unpublished(path))
     if limit is None:
         return documents
     return task.sample(documents, limit, np.random.default_rng(seed))
@@ -158,38 +152,3 @@ def metrics(measured: Sequence[Measured]) -> dict[str, Any]:
         row[f"{metric.name}_count"] = {metric.unit: metric.count}
         row.setdefault("n", metric.n)
     return row
-
-
-def speed(
-    backend: Backend, folder: Path, scorer: Scorer, dtype: InferenceDType
-) -> dict[str, dict[str, float]]:
-    """Tokens per second: median, smallest and largest of 5 runs after a warm-up, in this process.
-
-    Args:
-        dtype: The scorer's, and generation's.
-
-    `forward_tps`: one row of 512 tokens (or n_positions), logits of all. `generation_tps` and
-        `ttft_ms`: greedy,
-    64 tokens after a prompt of 64, with the latent cache; the first token is apart from the rate.
-    """
-    length = min(512, scorer.n_positions)
-    ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), (1, length)).astype(np.int32)
-    block = Block(ids, np.zeros(1, np.int32), np.arange(length, dtype=np.int32), ids[0])
-    forward = []
-    for _ in range(6):
-        began = time.perf_counter()
-        scorer.run(None, [block])
-        forward.append(length / (time.perf_counter() - began))
-    half = min(64, scorer.n_positions // 2)
-    decoder = backend.decoder(folder, "latent", dtype)
-    options = GenerationOptions(max_tokens=half, temp=0)
-    figures = [list(decoder.stream(ids[0, :half].tolist(), options))[-1].figures for _ in range(6)]
-    columns = {
-        "forward_tps": forward[1:],
-        "generation_tps": [f["generation_tps"] for f in figures[1:]],
-        "ttft_ms": [f["ttft_ms"] for f in figures[1:]],
-    }
-    return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in columns.items()
-    }

@@ -22,23 +22,22 @@ from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Start, TrainSession
 from mlx_mla.card import model_card
-from mlx_mla.config import BackendName, DeviceName, DType, TrainConfig
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import TextEncoder, get_encoder
 from mlx_mla.data.windows import Batch
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
-from mlx_mla.estimate import Estimate, check_memory, estimate, memory_advice
 from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 from mlx_mla.files import atomic_folder, parse_toml, write_text
-from mlx_mla.metrics import METRICS, read_metrics
-from mlx_mla.pictures import plot_loss
-from mlx_mla.presets import overlay, to_toml
-from mlx_mla.schedule import learning_rate
+from mlx_mla.model.config import BackendName, DeviceName, DType, TrainConfig
+from mlx_mla.model.estimate import Estimate, check_memory, estimate, memory_advice
+from mlx_mla.model.presets import overlay, to_toml
+from mlx_mla.model.schedule import learning_rate
 from mlx_mla.training import lr_find, run_folder
 from mlx_mla.training.log import MetricsLog, Pace
+from mlx_mla.training.metrics import METRICS, plot_loss, read_metrics
 from mlx_mla.training.recovery import catch_signals
 from mlx_mla.training.run_folder import LATEST, PLOT
 from mlx_mla.training.starting_models import first_weights, teacher, with_model_of

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Start
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.errors import UserError, flag
 from mlx_mla.files import clear_leftovers, read_toml, write_text
 from mlx_mla.locks import LOCK, locked
-from mlx_mla.metrics import METRICS, SAMPLES, read_metrics
-from mlx_mla.presets import overlay, to_toml
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.presets import overlay, to_toml
+from mlx_mla.training.metrics import METRICS, SAMPLES, read_metrics
 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
 CHECKPOINTS, TRACKING = "checkpoints", "tracking.json"

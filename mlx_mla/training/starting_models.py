@@ -8,10 +8,10 @@ import numpy as np
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Teacher
-from mlx_mla.config import TOKENIZER_IDS, ModelConfig, TrainConfig
 from mlx_mla.data.tokenizer import TextEncoder
 from mlx_mla.errors import UserError
-from mlx_mla.weights import initial_weights
+from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig
+from mlx_mla.model.weights import initial_weights
 
 
 def first_weights(config: TrainConfig) -> dict[str, np.ndarray]:

@@ -3,6 +3,6 @@
 Importing this package loads a fast BLAS for MLX, which has to come before the first import of mlx.
 """
 
-from mlx_mla.blas import load_openblas
+from mlx_mla.backends.blas import load_openblas
 
 load_openblas()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mla import blas, checkpoint
+from mlx_mla import checkpoint
+from mlx_mla.backends.blas import in_use
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.mlx.decode import MLXDecoder
 from mlx_mla.backends.mlx.device import DTYPES, find_device, float32_products, on_device
@@ -14,10 +15,10 @@ from mlx_mla.backends.mlx.load import load
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.backends.peak import measure_peak
-from mlx_mla.config import DType, InferenceDType, TrainConfig
 from mlx_mla.decoding.request import CacheKind
-from mlx_mla.fusion import Device, fused_by_mlx
 from mlx_mla.machine import physical_memory
+from mlx_mla.model.config import DType, InferenceDType, TrainConfig
+from mlx_mla.model.fusion import Device, fused_by_mlx
 from mlx_mla.world import SOLO, World
 
 GIB = 2**30
@@ -38,7 +39,7 @@ class MLXBackend:
         facts = {
             "MLX device": f"{self.device} ({info.get('device_name', 'unknown')})",
             "MLX GPU": gpu,
-            "MLX BLAS": blas.in_use(),
+            "MLX BLAS": in_use(),
             "MLX float32 products": float32_products(self.device),
         }
         if LIMIT in info:

@@ -29,7 +29,6 @@ from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import KVCache, make_cache
 from mlx_mla.backends.mlx.device import DTYPES, kind_of, on_device, stream_of
 from mlx_mla.backends.mlx.load import load
-from mlx_mla.config import InferenceDType
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
     OVERFLOWS,
@@ -43,7 +42,8 @@ from mlx_mla.decoding.request import (
 from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
-from mlx_mla.model_mlx import Model
+from mlx_mla.model.config import InferenceDType
+from mlx_mla.model.model_mlx import Model
 
 GROUP_SIZES = (64, 32)  # of mlx's quantiser, the one we prefer first
 

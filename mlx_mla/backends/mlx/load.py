@@ -14,9 +14,9 @@ from mlx_lm.utils import load_model
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.device import DTYPES
-from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.errors import UserError
-from mlx_mla.model_mlx import Model, ModelArgs
+from mlx_mla.model.config import InferenceDType, ModelConfig
+from mlx_mla.model.model_mlx import Model, ModelArgs
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_mla.model_mlx import Block, Transformer, differentiable_mask
+from mlx_mla.model.model_mlx import Block, Transformer, differentiable_mask
 
 # Where a token occurs more than once, a GPU adds up its gradient by atomics, in an order that
 # varies; a CPU has one order. On a Mac, whose memory they share, the CPU does it.

@@ -9,9 +9,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_mla.backends.contract import stored_moment
-from mlx_mla.config import TrainConfig
-from mlx_mla.schedule import muon_rate
-from mlx_mla.weights import is_hidden_matrix
+from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.schedule import muon_rate
+from mlx_mla.model.weights import is_hidden_matrix
 
 
 class Muon(optim.Muon):

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_mla.backends.mlx.device import on_device
 from mlx_mla.evaluation.scoring import HEAD_POSITIONS, Block, expanded_cache
-from mlx_mla.model_mlx import Model
+from mlx_mla.model.model_mlx import Model
 
 
 class MLXScorer:

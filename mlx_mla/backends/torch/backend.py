@@ -15,10 +15,10 @@ from mlx_mla.backends.torch.device import find_device
 from mlx_mla.backends.torch.load import load
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.backends.torch.session import TorchTrainSession
-from mlx_mla.config import DType, InferenceDType, TrainConfig
 from mlx_mla.decoding.request import CacheKind
-from mlx_mla.fusion import fused_by_torch
 from mlx_mla.machine import physical_memory
+from mlx_mla.model.config import DType, InferenceDType, TrainConfig
+from mlx_mla.model.fusion import fused_by_torch
 from mlx_mla.world import SOLO, World
 
 

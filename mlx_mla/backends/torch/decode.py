@@ -13,7 +13,6 @@ from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
-from mlx_mla.config import InferenceDType
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
     OVERFLOWS,
@@ -25,6 +24,7 @@ from mlx_mla.decoding.request import (
 )
 from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
+from mlx_mla.model.config import InferenceDType
 
 
 class TorchDecoder:

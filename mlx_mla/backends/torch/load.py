@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from mlx_mla import checkpoint
-from mlx_mla.config import InferenceDType, ModelConfig
 from mlx_mla.errors import UserError
-from mlx_mla.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
+from mlx_mla.model.config import InferenceDType, ModelConfig
+from mlx_mla.model.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
 
 def build_model(

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mlx_mla.model_torch import MLAGPT2Model
+from mlx_mla.model.model_torch import MLAGPT2Model
 
 
 def hidden_states(

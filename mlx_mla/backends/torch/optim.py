@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from mlx_mla.backends.contract import stored_moment
-from mlx_mla.config import TrainConfig
-from mlx_mla.schedule import muon_rate
-from mlx_mla.weights import is_hidden_matrix
+from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.schedule import muon_rate
+from mlx_mla.model.weights import is_hidden_matrix
 
 MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 if hasattr(torch.optim, "Muon"):  # PyTorch 2.9

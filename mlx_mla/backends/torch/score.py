@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from mlx_mla.evaluation.scoring import HEAD_POSITIONS, Block, expanded_cache
-from mlx_mla.model_torch import MLAGPT2LMHeadModel
+from mlx_mla.model.model_torch import MLAGPT2LMHeadModel
 
 
 class TorchScorer:

@@ -14,8 +14,8 @@ from mlx_mla.backends.torch.load import build_model
 from mlx_mla.backends.torch.loss import head_loss, hidden_states
 from mlx_mla.backends.torch.optim import Optimizers
 from mlx_mla.backends.torch.score import TorchScorer
-from mlx_mla.config import TrainConfig
 from mlx_mla.data.windows import Batch
+from mlx_mla.model.config import TrainConfig
 from mlx_mla.world import SOLO, World
 
 

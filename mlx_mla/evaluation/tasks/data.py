@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mla.errors import UserError
-from mlx_mla.files import parse_json_object, read_text
-from mlx_mla.text import encodable
+from mlx_mla.files import encodable, parse_json_object, read_text
 
 # Of the published files; another content is used, but said.
 SHA256 = {

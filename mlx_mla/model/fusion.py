@@ -3,7 +3,7 @@
 
 from typing import Literal
 
-from mlx_mla.config import TrainConfig
+from mlx_mla.model.config import TrainConfig
 
 Device = Literal["metal", "cuda", "cpu"]
 

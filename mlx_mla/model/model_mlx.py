@@ -69,7 +69,7 @@ def on_metal() -> bool:
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each
+    """Shape of the model; the keys of config.json. See `mlx_mla.model.config.ModelConfig` for each
     field."""
 
     model_type: str = "mla_gpt2"

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from mlx_mla.config import ModelConfig, TrainConfig
 from mlx_mla.errors import UserError
-from mlx_mla.fusion import Device, fused_by_mlx
 from mlx_mla.machine import physical_memory
-from mlx_mla.weights import is_hidden_matrix, num_parameters, parameter_shapes
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.fusion import Device, fused_by_mlx
+from mlx_mla.model.weights import is_hidden_matrix, num_parameters, parameter_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 BEYOND = 4
@@ -47,7 +47,7 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
     """Estimate a resolved training configuration.
 
     Args:
-        fused_attention: Whether attention keeps no matrix of scores (`mlx_mla.fusion`).
+        fused_attention: Whether attention keeps no matrix of scores (`mlx_mla.model.fusion`).
     """
     m, T = config.model, config.context
     n = num_parameters(m)

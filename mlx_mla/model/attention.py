@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from mlx_mla.errors import UserError, flag
 
 if TYPE_CHECKING:
-    from mlx_mla.config import ModelConfig
+    from mlx_mla.model.config import ModelConfig
 
 AttentionName = Literal["mla", "mha"]
 

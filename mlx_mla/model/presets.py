@@ -6,9 +6,9 @@ from typing import Any
 
 import tomli_w
 
-from mlx_mla.config import TOKENIZER_IDS, ModelConfig, TrainConfig, nearest
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import typed
+from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig, nearest
 
 _MLA_124M: dict[str, Any] = {
     "tokenizer": "gpt2",

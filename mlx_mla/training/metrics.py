@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_json_object
+from mlx_mla.pictures import loss_axis, plain, pyplot, save
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 _FIGURES = ("loss", "lr", "tokens", "tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
@@ -60,3 +61,31 @@ def perplexity_text(loss: float) -> str:
     if loss >= math.log(1e6):  # of a model that has learned nothing, the order of magnitude
         return f"{math.exp(loss):.2g}" if loss < 700 else "over 1e304"
     return f"{math.exp(loss):.2f}"
+
+
+def plot_loss(metrics: Path, out: Path, title: str) -> None:
+    """Draw training and validation loss against steps into a PNG.
+
+    Both axes are logarithmic where the run is long enough for that to read better: most of the fall
+    is in the first steps.
+    """
+    plt = pyplot()
+    rows = read_metrics(metrics)
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for split, style in (
+        ("train", {"lw": 1.2, "alpha": 0.8}),
+        ("val", {"lw": 1.8, "marker": "o", "ms": 4}),
+    ):
+        points = [
+            (r["step"], r["loss"])
+            for r in rows
+            if r.get("split") == split and math.isfinite(r["loss"])
+        ]
+        if points:
+            ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)
+    loss_axis(ax)
+    ax.set(xlabel="step", ylabel="loss (nats per token)", title=plain(title))
+    ax.grid(alpha=0.3, which="major")
+    if ax.lines:
+        ax.legend()
+    save(fig, out)

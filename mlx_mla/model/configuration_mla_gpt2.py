@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 
 class MLAGPT2Config(PretrainedConfig):
-    """Shape of the model; the keys of config.json. See `mlx_mla.config.ModelConfig` for each
+    """Shape of the model; the keys of config.json. See `mlx_mla.model.config.ModelConfig` for each
     field."""
 
     model_type = "mla_gpt2"

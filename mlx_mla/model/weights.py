@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mlx_mla.config import ModelConfig
+from mlx_mla.model.config import ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -9,9 +9,9 @@ from typing import Any, Literal, Optional
 
 from tyro.conf import OmitArgPrefixes
 
-from mlx_mla.attention import KINDS, Attention, AttentionName, meaningless_fields
 from mlx_mla.errors import UserError, flag
 from mlx_mla.fields import Bounds, at_least_1, check_bounds, not_negative, positive, typed
+from mlx_mla.model.attention import KINDS, Attention, AttentionName, meaningless_fields
 
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
