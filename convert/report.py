@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.pictures import draw
+
 
 @dataclasses.dataclass
 class Report:
@@ -68,13 +70,19 @@ class Report:
         self._plot(folder / "conversion.png")
 
     def _plot(self, path: Path) -> None:
-        import matplotlib
+        size = (10, 4)
+        draw(
+            path,
+            lambda fig: self._paint(*fig.subplots(1, 2)),
+            optional=True,
+            figsize=size,
+            layout="constrained",
+        )
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+    def _paint(self, left: Any, right: Any) -> None:
+        from matplotlib import colormaps
 
-        fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        colours = plt.get_cmap("viridis")
+        colours = colormaps["viridis"]
         n = len(self.singular_values)
         for i, values in enumerate(self.singular_values):
             top = values[0] or 1.0
@@ -109,5 +117,3 @@ class Report:
         )
         for ax in (left, right):
             ax.grid(alpha=0.3)
-        fig.savefig(path, dpi=120)
-        plt.close(fig)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,25 @@ from rich.progress import (
 def plain_console(stderr: bool = False) -> Console:
     """A console that shows text as it is: no markup, whatever names have in them, and no breaks."""
     return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], *, padded: bool = False
+) -> list[str]:
+    """The lines of a Markdown table; empty without rows.
+
+    Args:
+        padded: Align the columns with spaces, for tables that are also read on a terminal.
+    """
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    if len(cells) == 1:
+        return []
+    widths = [max(map(len, column)) if padded else 0 for column in zip(*cells)]
+    lines = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in cells
+    ]
+    rule = "|".join("-" * (width + 2 if padded else 3) for width in widths)
+    return [lines[0], f"|{rule}|", *lines[1:]]
 
 
 class TrainDisplay:

@@ -1,16 +1,102 @@
-"""What pictures share, and the picture of a run's loss."""
+"""How pictures are drawn: one style for all, whatever the user's matplotlib settings are."""
 
+import contextlib
+import math
+import os
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.errors import UserError
 from mlx_mla.files import atomic_file
 
 LONGEST_NAME = 60
 
 
+def draw(
+    out: Path, paint: Callable[[Any], object], *, optional: bool = False, **figure: Any
+) -> None:
+    """Draw a picture into a file, replacing it in one step.
+
+    The figure has a canvas of its own and matplotlib's default settings. It depends on no display,
+    notebook or matplotlibrc, and leaves a notebook's own plots alone.
+
+    Args:
+        out: The file; its suffix decides the format (.png, .svg, .pdf).
+        paint: Puts axes and artists onto the `matplotlib.figure.Figure` that it is given.
+        optional: The picture only accompanies other work: whatever goes wrong becomes one warning
+            on stderr.
+        figure: Arguments of the figure, for example `figsize=(7, 4)` in inches.
+
+    Raises:
+        UserError: If the file cannot be written, unless `optional`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a font may lack characters of some names
+            _draw(out, paint, figure)
+    except Exception as e:
+        if not optional:
+            raise
+        reason = e if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        text = f"warning: {out}: no picture drawn: {reason}"
+        print(" ".join(text.split()), file=sys.stderr)
+
+
+def _draw(out: Path, paint: Callable[[Any], object], figure: dict[str, Any]) -> None:
+    matplotlib = _matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings = dict(matplotlib.rcParamsDefault)
+    with matplotlib.rc_context({k: v for k, v in settings.items() if not k.startswith("backend")}):
+        fig = Figure(**figure)
+        FigureCanvasAgg(fig)
+        paint(fig)
+        with atomic_file(out) as file:
+            fig.savefig(file, dpi=120, format=out.suffix[1:].lower())
+
+
+def _matplotlib() -> Any:
+    """matplotlib, imported whatever MPLBACKEND names: a notebook's children inherit a backend that
+    they may lack."""
+    if "matplotlib" not in sys.modules:
+        backend = os.environ.pop("MPLBACKEND", None)
+        import matplotlib
+
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    return sys.modules["matplotlib"]
+
+
+def plain(name: str) -> str:
+    """A name for matplotlib to show literally: dollar signs escaped, at most 60 characters."""
+    line = "".join(c if c.isprintable() else "?" for c in name)
+    if len(line) > LONGEST_NAME:
+        line = f"...{line[3 - LONGEST_NAME :]}"  # the end of a path identifies it best
+    return line.replace("$", r"\$")
+
+
+def loss_axis(ax: Any) -> None:
+    """Scale the y axis for losses: logarithmic, with plain numbers as labels."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    ax.set_yscale("log")
+    # Losses rarely span a decade, so plain numbers read better than powers of ten.
+    ax.yaxis.set_major_locator(MaxNLocator(8))
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    lows = [min(ys) for line in ax.lines if (ys := [y for y in line.get_ydata() if y > 0])]
+    if lows and math.isfinite(low := min(lows)):
+        ax.set_ylim(bottom=0.97 * low)
+
+
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files; imported here, since that takes a second."""
+    """matplotlib.pyplot, for benchmarks that do not use `drawing` yet."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,36 +105,11 @@ def pyplot() -> Any:
     return plt
 
 
-def plain(name: str) -> str:
-    """A name as matplotlib shows it: dollars are no formula, and one line is not too long."""
-    line = "".join(c if c.isprintable() else "?" for c in name)
-    if len(line) > LONGEST_NAME:
-        line = f"...{line[3 - LONGEST_NAME :]}"  # the end of a path tells most
-    return line.replace("$", r"\$")
-
-
 def save(fig: Any, out: Path) -> None:
-    """Replace a picture in one step; UserError if it cannot be written."""
-    import matplotlib.pyplot as plt
-
+    """Save a figure of `pyplot` in one step."""
     try:
         with atomic_file(out) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fonts lack characters of some names
+            warnings.simplefilter("ignore")
             fig.savefig(file, dpi=120, format=out.suffix[1:].lower())
     finally:
-        plt.close(fig)
-
-
-def loss_axis(ax: Any) -> None:
-    """Logarithmic losses with plain numbers; logarithmic x, too, where it spans two decades."""
-    from matplotlib.ticker import MaxNLocator, NullFormatter
-
-    xs = [x for line in ax.lines for x in line.get_xdata() if x > 0]
-    if xs and max(xs) >= 100 * min(xs):
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
-    ax.set_yscale("log")
-    # Losses rarely span a decade, so plain numbers read better than powers of ten.
-    ax.yaxis.set_major_locator(MaxNLocator(8))
-    ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
+        pyplot().close(fig)

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from mlx_mla import cli
+from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_toml
-from mlx_mla.pictures import loss_axis, plain, pyplot, save
+from mlx_mla.pictures import draw, loss_axis, plain
 from mlx_mla.training.metrics import METRICS, read_metrics
 
 PROG = "python -m mlx_mla.plot"
@@ -165,7 +166,7 @@ def table(runs: Sequence[RunMetrics]) -> str:
         "peak memory",
         "time",
     ]
-    rows = [header]
+    rows = []
     for run in runs:
         best = min(run.val, key=lambda row: row["loss"], default=None)
         shares = [row["mfu"] for row in run.train if "mfu" in row]
@@ -183,14 +184,7 @@ def table(runs: Sequence[RunMetrics]) -> str:
                 "-" if seconds is None else f"{seconds:,.0f} s",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(markdown_table(header, rows, padded=True))
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
@@ -205,12 +199,14 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
     """Draw loss against tokens and against time, speed, and peak memory of runs into a file;
     UserError if it cannot be written."""
-    plt = pyplot()
+    draw(out, lambda fig: _draw_runs(fig, runs, smooth), figsize=(10, 7), layout="constrained")
+
+
+def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
     from matplotlib.lines import Line2D
 
-    fig, ((by_tokens, by_time), (speed, memory)) = plt.subplots(
-        2, 2, figsize=(10, 7), layout="constrained", height_ratios=(3, 2)
-    )
+    panels = fig.subplots(2, 2, height_ratios=(3, 2))
+    (by_tokens, by_time), (speed, memory) = panels
     unit, divisor = _time_unit(max(run.last.get("seconds", 0.0) for run in runs))
     handles = []
     for run, (color, dashes) in zip(runs, _styles(runs)):
@@ -266,7 +262,6 @@ def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
     fig.legend(
         handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False
     )
-    save(fig, out)
 
 
 def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:

@@ -72,11 +72,12 @@ def test_disks_that_refuse_are_one_line(argv, tmp_path, capsys):
             preexec_fn=lambda n=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)),
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.count("\n") == 1
+        assert done.returncode == (2 if limit == 100 else 0), done.stderr
         assert "File too large" in done.stderr
-        if limit == 3000:
-            assert "| lambada | acc" in done.stdout  # what was measured is shown
+        assert "Traceback" not in done.stderr
+        if limit == 3000:  # a picture that cannot be written is a warning
+            assert "r.png: no picture drawn" in done.stderr
+            assert "| lambada | acc" in done.stdout
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**64), "x"])

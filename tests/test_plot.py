@@ -1,23 +1,30 @@
 """`python -m mlx_mla.plot`: the table, the picture's content, and what it refuses."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
-from helpers import refused
+from helpers import TINY, python, refused
 
 from mlx_mla import plot
+from mlx_mla.pictures import draw
 from mlx_mla.plot import read_runs, smoothed
 from mlx_mla.training.metrics import read_metrics
 
 
 @pytest.fixture
 def figure(monkeypatch):
-    """The figure that was saved last, still open."""
+    """The figures that were saved."""
     saved = []
-    keep = plot.save
-    monkeypatch.setattr(plot, "save", lambda fig, out: (saved.append(fig), keep(fig, out)))
+    draw = plot.draw
+
+    def keep(out, paint, **options):
+        draw(out, lambda fig: (paint(fig), saved.append(fig)), **options)
+
+    monkeypatch.setattr(plot, "draw", keep)
     return saved
 
 
@@ -42,12 +49,13 @@ def copies(tiny_run, tmp_path):
 
 def test_the_table_says_what_metrics_jsonl_says(tiny_run, tmp_path, capsys):
     assert plot.main([str(tiny_run), "--out", str(tmp_path / "p.png")]) == 0
-    header, line = capsys.readouterr().out.splitlines()[:2]
-    assert header.split()[:3] == ["run", "steps", "tokens"]
+    header, rule, line = capsys.readouterr().out.splitlines()[:3]
+    assert set(rule) == {"|", "-"}
+    assert header.replace("|", " ").split()[:3] == ["run", "steps", "tokens"]
     rows = read_metrics(tiny_run / "metrics.jsonl")
     speeds = [r["tokens_per_sec"] for r in rows if r["split"] == "train"][1:]
     last = rows[-1]
-    assert line.split() == [
+    assert line.replace("|", " ").split() == [
         "tiny",
         "40",
         "7,680",
@@ -142,3 +150,39 @@ def test_an_unfinished_last_line_is_left_out(copies):
     with (copies[0] / "metrics.jsonl").open("a") as f:
         f.write('{"step": 41, "spl')
     assert read_runs(copies[:1])[0] == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        {"MPLBACKEND": "no-such-backend"},
+        {"rc": "text.usetex: True\nfont.family: No Such Font\naxes.titlesize: 400\n"},
+    ],
+)
+def test_the_users_matplotlib_settings_end_no_training(setting, tmp_path):
+    env = {**os.environ, **setting}
+    if text := env.pop("rc", None):
+        (tmp_path / "matplotlibrc").write_text(text)
+    argv = ("-m", "mlx_mla.train", *TINY, "--steps", "2", "--save-every", "1", "--out", "run")
+    done = subprocess.run(
+        python(*argv), cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_leaves_a_notebooks_plots_and_settings_alone(tmp_path):
+    import matplotlib
+
+    def paint(fig):
+        assert fig.subplots().plot([1, 2])[0].get_linewidth() == 1.5
+
+    with matplotlib.rc_context({"lines.linewidth": 7.5}):
+        draw(tmp_path / "a.png", paint)
+        assert matplotlib.rcParams["lines.linewidth"] == 7.5
+    with pytest.raises(ZeroDivisionError):
+        draw(tmp_path / "b.png", lambda fig: 1 / 0)
+    draw(tmp_path / "b.png", lambda fig: 1 / 0, optional=True)
+    assert not (tmp_path / "b.png").exists()

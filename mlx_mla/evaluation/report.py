@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.tasks import Measured
 from mlx_mla.evaluation.tasks.base import compare
 from mlx_mla.files import write_text
-from mlx_mla.pictures import plain, pyplot, save
+from mlx_mla.pictures import draw, plain
 
 
 def compare_models(
@@ -42,7 +43,7 @@ def tables(document: dict[str, Any]) -> str:
     rows = []
     for task, metric in _names(models):
         rows.append([task, metric, *(_cell(m["tasks"].get(task, {}), metric) for m in models)])
-    lines = _table(header, rows)
+    lines = markdown_table(header, rows, padded=True)
     if document["comparisons"]:
         lines += [
             "",
@@ -52,7 +53,7 @@ def tables(document: dict[str, Any]) -> str:
         body = [
             [c["task"], c["metric"], c["second"], _difference(c)] for c in document["comparisons"]
         ]
-        lines += _table(["task", "metric", "model", "difference"], body)
+        lines += markdown_table(["task", "metric", "model", "difference"], body, padded=True)
     lines += [
         "",
         f"Protocol: {document['protocol']}. ± is one standard error; in brackets are the 95 % "
@@ -161,19 +162,6 @@ def _difference(row: dict[str, Any]) -> str:
     return text if row["shown"] else f"{text}: no difference shown"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"
-
-    return [
-        line(header),
-        "|" + "|".join("-" * (width + 2) for width in widths) + "|",
-        *map(line, rows),
-    ]
-
-
 def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null."""
     if isinstance(value, dict):
@@ -198,9 +186,20 @@ def _plot(document: dict[str, Any], path: Path) -> None:
     names = [n for n in _names(models) if n[0] != "speed"] or _names(models)
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = pyplot().subplots(
-        rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False
-    )
+    size = (3.2 * columns, 2.8 * rows)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(rows, columns, squeeze=False)
+        _paint_scores(axes, models, names)
+        legend = "   ".join(f"{i}: {plain(m['model'])}" for i, m in enumerate(models, 1))
+        figure.suptitle(legend, fontsize=8)
+
+    draw(path, paint, optional=True, figsize=size, layout="constrained")
+
+
+def _paint_scores(
+    axes: Any, models: Sequence[dict[str, Any]], names: Sequence[tuple[str, str]]
+) -> None:
     for axis in axes.flat[len(names) :]:
         axis.remove()
     for axis, (task, metric) in zip(axes.flat, names):
@@ -220,7 +219,3 @@ def _plot(document: dict[str, Any], path: Path) -> None:
             capsize=3,
         )
         axis.set_title(f"{task} {metric}", fontsize=9)
-    legend = "   ".join(f"{i}: {plain(m['model'])}" for i, m in enumerate(models, 1))
-    figure.suptitle(legend, fontsize=8)
-    figure.tight_layout()
-    save(figure, path)

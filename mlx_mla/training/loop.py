@@ -307,7 +307,7 @@ class _Loop:
         self.saved = self.done
         checkpoint.prune(self.out, config.keep, self.done)
         try:
-            plot_loss(self.out / METRICS, self.out / PLOT, f"{self.out.name} ({config.preset})")
+            plot_loss(self.out / METRICS, self.out / PLOT, self.out.name)
         except UserError as e:
             raise UserError(f"{e}; {self.parts.how_to_go_on()}") from e
 

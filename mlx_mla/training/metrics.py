@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_json_object
-from mlx_mla.pictures import loss_axis, plain, pyplot, save
+from mlx_mla.pictures import draw, loss_axis, plain
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 _FIGURES = ("loss", "lr", "tokens", "tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
@@ -64,28 +64,26 @@ def perplexity_text(loss: float) -> str:
 
 
 def plot_loss(metrics: Path, out: Path, title: str) -> None:
-    """Draw training and validation loss against steps into a PNG.
+    """Draw training and validation loss against steps into a PNG; a failure is one warning."""
 
-    Both axes are logarithmic where the run is long enough for that to read better: most of the fall
-    is in the first steps.
-    """
-    plt = pyplot()
-    rows = read_metrics(metrics)
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for split, style in (
-        ("train", {"lw": 1.2, "alpha": 0.8}),
-        ("val", {"lw": 1.8, "marker": "o", "ms": 4}),
-    ):
-        points = [
-            (r["step"], r["loss"])
-            for r in rows
-            if r.get("split") == split and math.isfinite(r["loss"])
-        ]
-        if points:
-            ax.plot(*zip(*points), label="training" if split == "train" else "validation", **style)
-    loss_axis(ax)
-    ax.set(xlabel="step", ylabel="loss (nats per token)", title=plain(title))
-    ax.grid(alpha=0.3, which="major")
-    if ax.lines:
-        ax.legend()
-    save(fig, out)
+    def paint(fig: Any) -> None:
+        rows = read_metrics(metrics)
+        ax = fig.subplots()
+        for split, style in (
+            ("train", {"label": "training", "lw": 1.2, "alpha": 0.8}),
+            ("val", {"label": "validation", "lw": 1.8, "marker": "o", "ms": 4}),
+        ):
+            points = [
+                (row["step"], row["loss"])
+                for row in rows
+                if row.get("split") == split and math.isfinite(row["loss"])
+            ]
+            if points:
+                ax.plot(*zip(*points), **style)
+        loss_axis(ax)
+        ax.set(xlabel="step", ylabel="loss (nats per token)", title=plain(title))
+        ax.grid(alpha=0.3, which="major")
+        if ax.lines:
+            ax.legend()
+
+    draw(out, paint, optional=True, figsize=(7, 4.5), layout="constrained")
