@@ -168,8 +168,8 @@ def _check_flags(command: ConvertCommand) -> None:
 def _check_out(out: Path) -> None:
     if out.resolve() == Path.cwd():
         raise UserError(
-            f"--out {out}: is the folder you are in, and a finished one would take its place; "
-            "name a new one"
+            f"--out {out}: is the folder you are in, and a finished one would take its place; name "
+            "a new one"
         )
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: exists and is not empty; give another folder, or remove it")

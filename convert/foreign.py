@@ -115,8 +115,8 @@ def check_tensors(
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(
-                f"{where}: tensor {name} has shape {found[name].shape}, its configuration asks "
-                f"for {shape}"
+                f"{where}: tensor {name} has shape {found[name].shape}, its configuration asks for "
+                f"{shape}"
             )
 
 

@@ -76,8 +76,7 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     }:
         raise UserError(
             f"{where}: architecture {architectures[0]} (model_type {values.get('model_type')!r}) "
-            "is not supported; "
-            "supported are GPT2LMHeadModel and this project's own mla_gpt2"
+            "is not supported; supported are GPT2LMHeadModel and this project's own mla_gpt2"
         )
     for option in ("add_cross_attention", "quantization_config"):
         if values.get(option):
@@ -87,8 +86,8 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     activation = ACTIVATIONS.get(named) if isinstance(named, str) else None
     if activation is None:
         raise UserError(
-            f"{where}: activation_function {named!r} is not supported; "
-            f"supported are {', '.join(ACTIVATIONS)}"
+            f"{where}: activation_function {named!r} is not supported; supported are "
+            f"{', '.join(ACTIVATIONS)}"
         )
     names = (
         "n_layer",

@@ -78,8 +78,8 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
         return _latent(path, settings, tensors, n_head, tied)
     if settings is None and tied:
         raise UserError(
-            f"{path}: a bare state dict does not say its heads and activation; give the "
-            "checkpoint it is part of"
+            f"{path}: a bare state dict does not say its heads and activation; give the checkpoint "
+            "it is part of"
         )
     if settings is None:
         if n_head is None:
@@ -121,15 +121,15 @@ def _latent(
     down = tensors.get("transformer.h.0.attn.c_proj.weight")
     if down is None or len(down.shape) != 2:
         raise UserError(
-            f"{path}: missing tensor transformer.h.0.attn.c_proj.weight, whose rows are the "
-            "latent width"
+            f"{path}: missing tensor transformer.h.0.attn.c_proj.weight, whose rows are the latent "
+            "width"
         )
     rank, n_embd = down.shape
     if settings is None:
         if n_head is None and n_embd % 64:
             raise UserError(
-                f"{path}: a bare state dict does not say its heads, and {n_embd} is no multiple "
-                "of 64; give --n-head"
+                f"{path}: a bare state dict does not say its heads, and {n_embd} is no multiple of "
+                "64; give --n-head"
             )
         settings = _sizes(tensors, n_head or n_embd // 64)
     elif n_head is not None:

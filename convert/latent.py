@@ -6,10 +6,10 @@ every key leaves the softmax as it is, and what is added to every value comes ou
 unchanged, so it goes into the output bias. Hence both biases fold away, and only the error's spread
 around its mean counts: the covariance of x, not its second moment.
 
-    svd        min |A - UV|                        (blind to what x looks like)
-    whitened   min E |(A - UV)(x - mean)|^2        (Sigma = cov(x); CARE, ASVD and SVD-LLM do this
-    for RoPE models) balanced   min E |g . (A - UV)(x - mean)|^2    (g = gradient of the loss at [k
-    | v], taken as independent of x)
+    svd        min |A - UV|                        ignores the distribution of x
+    whitened   min E |(A - UV)(x - mean)|^2        Sigma = cov(x), as CARE, ASVD and SVD-LLM do
+    balanced   min E |g . (A - UV)(x - mean)|^2    g = gradient of the loss at [k | v], taken as
+                                                   independent of x
 
 Each is a truncated SVD of L A S, with S S^T = Sigma and L^T L = E[g g^T]: the Kronecker-factored
 form of the loss's second-order change (K-FAC, arXiv:1503.05671), in which keys and values have one

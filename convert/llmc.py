@@ -56,8 +56,8 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
     _, version, n_positions, vocab_size, n_layer, n_head, n_embd, padded = map(int, header[:8])
     if version not in VERSIONS:
         raise UserError(
-            f"{path}: llm.c model version {version} is not supported; supported are 3 (fp32) and "
-            "5 (bf16)"
+            f"{path}: llm.c model version {version} is not supported; supported are 3 (fp32) and 5 "
+            "(bf16)"
         )
     if padded < vocab_size:
         raise UserError(

@@ -17,9 +17,7 @@ from .foreign import ForeignCheckpoint, check_tensors
 
 KNOWN = (
     "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT, build-nanogpt or "
-    "minGPT, a "
-    "model .bin of llm.c, "
-    "or a model folder of this project"
+    "minGPT, a model .bin of llm.c, or a model folder of this project"
 )
 SMALL_FILES = ["*.json", "*.txt"]
 

@@ -34,8 +34,8 @@ class Report:
         before, after = self.cache_bytes_per_token["before"], self.cache_bytes_per_token["after"]
         text = [
             f"Attention made latent: kv_lora_rank {self._rank()} of {self.n_embd}, method "
-            f"{self.method}, keeping "
-            f"{min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of a layer's energy.",
+            f"{self.method}, keeping {min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of "
+            "a layer's energy.",
             f"Cache per token: {before:,} bytes before, {after:,} after ({before / after:.3g} "
             "times less).",
         ]
@@ -48,8 +48,7 @@ class Report:
             masked = f", {p['masked_rows']} rows of padding masked" if p["masked_rows"] else ""
             text.append(
                 f"Perplexity on {p['tokens']:,} held-out tokens: {p['before']:.4f} before, "
-                f"{p['after']:.4f} after "
-                f"({p['after'] / p['before'] - 1:+.2%}{masked})."
+                f"{p['after']:.4f} after ({p['after'] / p['before'] - 1:+.2%}{masked})."
             )
         return text
 

@@ -164,8 +164,8 @@ def _fitting(
     assert rows
     if len(tokenizer) > rows:
         raise UserError(
-            f"{source.name}: {which} has {len(tokenizer)} ids, the model {rows} rows; "
-            "give --tokenizer bytes, gpt2, or a folder with the model's own"
+            f"{source.name}: {which} has {len(tokenizer)} ids, the model {rows} rows; give "
+            "--tokenizer bytes, gpt2, or a folder with the model's own"
         )
     if tokenizer.eos_token_id is None and source.eos_token_id is not None:
         token = tokenizer.convert_ids_to_tokens(source.eos_token_id)

@@ -169,8 +169,8 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
             raise UserError(f"{folder / WEIGHTS}: tensor {name} is {state} the file")
         if tensors[name].shape != expected[name]:
             raise UserError(
-                f"{folder / WEIGHTS}: tensor {name} has shape {tensors[name].shape}, "
-                f"config.json asks for {expected[name]}"
+                f"{folder / WEIGHTS}: tensor {name} has shape {tensors[name].shape}, config.json "
+                f"asks for {expected[name]}"
             )
     weights = {name: tensors[name].astype(np.float32, copy=False) for name in expected}
     if spoilt := not_finite(weights):

@@ -130,8 +130,8 @@ def _check_text(argv: Sequence[str]) -> None:
     for argument in argv:
         if not encodable(argument):
             raise UserError(
-                f"the argument {_escaped(argument)} is not text in UTF-8; "
-                "encode it anew, or give the file a name in UTF-8"
+                f"the argument {_escaped(argument)} is not text in UTF-8; encode it anew, or give "
+                "the file a name in UTF-8"
             )
 
 

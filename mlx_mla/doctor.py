@@ -98,8 +98,8 @@ def examine() -> tuple[dict[str, str], list[str]]:
                 )
             else:
                 advice.append(
-                    "install PyTorch again, for --backend torch: "
-                    "pip install --force-reinstall torch"
+                    "install PyTorch again, for --backend torch: pip install --force-reinstall "
+                    "torch"
                 )
             continue
         facts |= found["facts"]

@@ -220,14 +220,14 @@ class Evaluation:
 def speed(
     backend: Backend, folder: Path, scorer: Scorer, dtype: InferenceDType
 ) -> dict[str, dict[str, float]]:
-    """Tokens per second: median, smallest and largest of 5 runs after a warm-up, in this process.
+    """Tokens per second: median, minimum and maximum of 5 runs after a warm-up, in this process.
+
+    `forward_tps` is for one row of 512 tokens (or n_positions), with the logits of all. For
+    `generation_tps` and `ttft_ms`, 64 tokens are generated greedily after a prompt of 64, with the
+    latent cache; the rate does not count the first token.
 
     Args:
-        dtype: The scorer's, and generation's.
-
-    `forward_tps`: one row of 512 tokens (or n_positions), logits of all. `generation_tps` and
-        `ttft_ms`: greedy,
-    64 tokens after a prompt of 64, with the latent cache; the first token is apart from the rate.
+        dtype: Type of the scorer's model and of generation.
     """
     length = min(512, scorer.n_positions)
     ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), (1, length)).astype(np.int32)

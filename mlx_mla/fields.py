@@ -13,21 +13,21 @@ class Bounds:
     """The values that a number may have; NaN is none, and infinity neither."""
 
     must: str
-    """What a value below `low` is told: "be at least 1"."""
+    """Reported for a value below `low`: "be at least 1"."""
     low: float
     high: float = math.inf
-    open: bool = False
-    """Whether `low` itself is too low."""
+    must_above: str | None = None
+    """The same for a value above `high`. None: "be at most" and `high`."""
 
     def problem(self, value: float) -> Optional[str]:
         """Why a value is refused, to follow the name of its field; None if it is not."""
         if not isinstance(value, int) and not math.isfinite(value):
             return f"must be a finite number, not {value}"
-        if value < self.low or (self.open and value == self.low):
+        if value < self.low:
             return f"must {self.must}, not {shown(value)}"
         if value > self.high:
-            most = f"{self.high:,}" if isinstance(self.high, int) else f"{self.high:g}"
-            return f"must be at most {most}, not {shown(value)}"
+            most = f"be at most {self.high:{',' if isinstance(self.high, int) else 'g'}}"
+            return f"must {self.must_above or most}, not {shown(value)}"
         return None
 
 
@@ -43,7 +43,13 @@ def not_negative(high: float = math.inf) -> Bounds:
 
 def positive(high: float = math.inf) -> Bounds:
     """Numbers above 0."""
-    return Bounds("be positive", 0, high, open=True)
+    return Bounds("be positive", math.nextafter(0, 1), high)
+
+
+def fraction(must: str = "be from 0 to 1", above_0: bool = False, below_1: bool = False) -> Bounds:
+    """Numbers from 0 to 1, with or without the ends."""
+    low, high = math.nextafter(0, 1) if above_0 else 0, math.nextafter(1, 0) if below_1 else 1
+    return Bounds(must, low, high, must)
 
 
 def check_bounds(settings: Any, bounds: Mapping[str, Bounds]) -> None:

@@ -237,8 +237,8 @@ def decoded(data: bytes, where: str, offset: int = 0) -> str:
     except UnicodeDecodeError as e:
         at = offset + len(data) - len(e.object) + e.start  # the mark is not in `e.object`
         raise UserError(
-            f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {at:,}); "
-            "convert it, for example with iconv -f latin1 -t utf-8"
+            f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {at:,}); convert "
+            "it, for example with iconv -f latin1 -t utf-8"
         ) from None
 
 

@@ -144,12 +144,12 @@ def _figures(command: GenerateCommand, decoder: Decoder, pieces: list[list[Piece
     tokens = sum(len(p.token_ids) for own in pieces for p in own)
     return (
         f"[{sum(f['prompt_tokens'] for f in last)} prompt tokens, "
-        f"{sum(f['prompt_tps'] for f in last):,.0f} tok/s | "
-        f"{tokens} tokens, {sum(f['generation_tps'] for f in last):,.1f} tok/s | "
-        f"first token {max(f['ttft_ms'] for f in last):,.0f} ms | "
-        f"cache {max(f['kv_cache_bytes'] for f in last):,} bytes | "
-        f"peak {max(f['peak_memory_bytes'] for f in last) / 2**20:,.1f} MiB | "
-        f"{command.backend}, {decoder.dtype}, {decoder.cache} cache]"
+        f"{sum(f['prompt_tps'] for f in last):,.0f} tok/s | {tokens} tokens, "
+        f"{sum(f['generation_tps'] for f in last):,.1f} tok/s | first token "
+        f"{max(f['ttft_ms'] for f in last):,.0f} ms | cache "
+        f"{max(f['kv_cache_bytes'] for f in last):,} bytes | peak "
+        f"{max(f['peak_memory_bytes'] for f in last) / 2**20:,.1f} MiB | {command.backend}, "
+        f"{decoder.dtype}, {decoder.cache} cache]"
     )
 
 

@@ -61,8 +61,8 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{name}: no such folder here, and the hub cannot be reached to download it; "
-            "check the path or the network (and HF_HUB_OFFLINE)"
+            f"{name}: no such folder here, and the hub cannot be reached to download it; check the "
+            "path or the network (and HF_HUB_OFFLINE)"
         ) from None
     except (HfHubHTTPError, HFValidationError) as e:
         raise UserError(

@@ -121,8 +121,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
                 for key in REQUIRED:
                     if not isinstance(row.get(key), (int, float)):
                         raise UserError(
-                            f"{path}, line {number}: damaged, it has no number {key!r}; remove "
-                            "the line"
+                            f"{path}, line {number}: damaged, it has no number {key!r}; remove the "
+                            "line"
                         )
         train, val = (
             [row for row in rows if row.get("split") == split] for split in ("train", "val")

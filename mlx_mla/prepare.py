@@ -311,9 +311,8 @@ class _Job:
         if not m["parts"]:
             raise UserError(
                 f"{command.src}: none of its {sum(s['documents'] for s in m['shards'])} documents "
-                "fell to validation; "
-                "give a larger --val-fraction, or cut text into more documents with --separator, "
-                "into a new --out"
+                "fell to validation; give a larger --val-fraction, or cut text into more "
+                "documents with --separator, into a new --out"
             )
         if not m["shards"]:
             raise UserError(
@@ -370,8 +369,7 @@ class _Job:
                 if before != value:
                     raise UserError(
                         f"{out}: holds another preparation, with {flag(name)} {before}, not "
-                        f"{value}; "
-                        "give --out a new name"
+                        f"{value}; give --out a new name"
                     )
             if old["sources"] != new["sources"]:
                 both = (old["sources"], new["sources"])

@@ -98,8 +98,7 @@ def _run(argv: Sequence[str], world: World) -> int:
     if world.engine is not None and config.backend != launched_by():
         raise UserError(
             f"--backend {config.backend}: this launcher starts --backend {launched_by()}; "
-            "mlx.launch goes with mlx "
-            "(give its own options, then --), torchrun with torch"
+            "mlx.launch goes with mlx (give its own options, then --), torchrun with torch"
         )
 
     # Imports the framework, which --help and mistakes need not wait for.

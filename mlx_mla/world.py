@@ -273,9 +273,8 @@ def share_of(world_size: int, batch_size: int, grad_accum_steps: int) -> Share:
         )
         raise UserError(
             f"{world_size} ranks cannot share the {total} sequences of a step (--batch-size "
-            f"{batch_size} x "
-            f"--grad-accum-steps {grad_accum_steps}) evenly; start {fitting} ranks, or make it "
-            f"a multiple of {world_size}"
+            f"{batch_size} x --grad-accum-steps {grad_accum_steps}) evenly; start {fitting} ranks, "
+            f"or make it a multiple of {world_size}"
         )
     share = total // world_size
     count = next(n for n in range(-(-share // batch_size), share + 1) if share % n == 0)

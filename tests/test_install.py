@@ -89,9 +89,9 @@ def test_no_python(make, path, command):
 @pytest.mark.parametrize("module", ["venv", "ensurepip"])
 def test_no_module_to_make_environments_with(make, checkout, path, module):
     hide = (
-        "import importlib.util as u, runpy, sys; find = u.find_spec; "
-        f"u.find_spec = lambda name, *a: None if name == '{module}' else find(name, *a); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import importlib.util as u, runpy, sys; find = u.find_spec; u.find_spec = lambda name, "
+        f"*a: None if name == '{module}' else find(name, *a); sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     tool(path, "lacking", f'[ "$1" = -c ] && exit 0\nexec {sys.executable} -c "{hide}" "$@"')
     assert "sudo apt-get install python3-venv" in refusal(make("PYTHON=lacking"))

@@ -281,8 +281,8 @@ def test_wrong_values_are_told_the_same_on_every_terminal(encoding):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stderr == (
-        "error: Error parsing --seed: invalid literal for int() with base 10: 'x'; "
-        "see python -m mlx_mla.generate --help\n"
+        "error: Error parsing --seed: invalid literal for int() with base 10: 'x'; see python -m "
+        "mlx_mla.generate --help\n"
     )
 
 

@@ -118,8 +118,8 @@ def test_the_torch_backend_is_refused_in_one_line(run, command, model, text_file
 def test_transformers_reads_configuration_and_tokenizer(run, model):
     code = (
         "import sys; from transformers import AutoConfig, AutoTokenizer; folder = sys.argv[1]; "
-        "config = AutoConfig.from_pretrained(folder, trust_remote_code=True); "
-        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True); "
+        "config = AutoConfig.from_pretrained(folder, trust_remote_code=True); tokenizer = "
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=True); "
         "print(type(config).__name__, config.qk_rope_head_dim, tokenizer.encode('abc'))"
     )
     assert run("-c", code, model).stdout.strip() == "MLAGPT2Config 8 [97, 98, 99]"

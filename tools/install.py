@@ -25,10 +25,8 @@ QUIET_SECONDS = 5
 
 NETWORK = (
     "NewConnectionError|NameResolutionError|Temporary failure in name resolution|Name or service "
-    "not known|"
-    "Network is unreachable|Connection refused|ConnectTimeout|ReadTimeout|timed "
-    "out|ProxyError|SSLError|"
-    "dns error|error sending request|Connection reset"
+    "not known|Network is unreachable|Connection refused|ConnectTimeout|ReadTimeout|timed "
+    "out|ProxyError|SSLError|dns error|error sending request|Connection reset"
 )
 
 
@@ -144,9 +142,8 @@ def _has(module: str) -> bool:
 def _no_pip(python: str) -> str:
     return (
         f"{python} cannot make virtual environments with pip (no venv or ensurepip module); "
-        "install it (Debian and "
-        "Ubuntu: sudo apt-get install python3-venv), or uv, or name another Python: make "
-        "PYTHON=/path/to/python3"
+        "install it (Debian and Ubuntu: sudo apt-get install python3-venv), or uv, or name "
+        "another Python: make PYTHON=/path/to/python3"
     )
 
 
@@ -234,8 +231,8 @@ def _reason(text: str) -> str:
         return "the disk is full; make room and run make again"
     if re.search(NETWORK, text):
         return (
-            "the package index cannot be reached; "
-            "check the network (or pip's index and proxy) and run make again"
+            "the package index cannot be reached; check the network (or pip's index and proxy) "
+            "and run make again"
         )
     lacking = re.search(
         r"No matching distribution found for (\S+)|Because (?:there is|only) (?:no )?(\S+)", text
@@ -243,9 +240,8 @@ def _reason(text: str) -> str:
     if lacking:
         wanted = next(g for g in lacking.groups() if g).rstrip(";,")
         return (
-            f"the package index has no {wanted} for {python}; use an index that has it (pip "
-            "config set "
-            "global.index-url URL), or another Python: make PYTHON=/path/to/python3.12"
+            f"the package index has no {wanted} for {python}; use an index that has it (pip config "
+            "set global.index-url URL), or another Python: make PYTHON=/path/to/python3.12"
         )
     errors = [x.strip() for x in text.splitlines() if re.match(r"\s*(ERROR|error)\b", x)]
     last = (errors or text.strip().splitlines() or ["it gave no reason"])[-1]

@@ -94,8 +94,8 @@ def memory(place: Path) -> Outcome:
         mfu = costs.train_flops_per_token * config.step_tokens / seconds / rate
         found[f"{config.preset} in {dtype}"] = Outcome(
             abs(off) <= NEAR,
-            f"peak {peak / 2**20:,.0f} MiB, {off:+.1%} of the estimate (within {NEAR:.0%}), "
-            f"MFU {mfu:.0%}",
+            f"peak {peak / 2**20:,.0f} MiB, {off:+.1%} of the estimate (within {NEAR:.0%}), MFU "
+            f"{mfu:.0%}",
         )
     return together(found)
 

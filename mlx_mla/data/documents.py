@@ -309,8 +309,8 @@ class HubSource:
             raise
         except Exception as e:  # datasets, fsspec and the network raise many kinds
             raise UserError(
-                f"{self.name}: could not be read on ({type(e).__name__}: {_first_line(e)}); run "
-                "it again to go on"
+                f"{self.name}: could not be read on ({type(e).__name__}: {_first_line(e)}); run it "
+                "again to go on"
             ) from e
 
     def _text(self, row: dict[str, Any]) -> str | None:

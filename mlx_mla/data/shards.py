@@ -116,8 +116,7 @@ class ShardFolder:
         if self.tokenizer not in (None, name):
             raise UserError(
                 f"{self.path}: was prepared with --tokenizer {self.tokenizer}, and training has "
-                f"--tokenizer {name}; "
-                f"give --tokenizer {self.tokenizer}, or prepare the data again"
+                f"--tokenizer {name}; give --tokenizer {self.tokenizer}, or prepare the data again"
             )
 
 
@@ -322,8 +321,7 @@ def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int]:
     if re.split(r"[^a-z]+", path.stem.lower())[-1] not in ("train", "val"):
         raise UserError(
             f"{path}: does not begin with llm.c's {LLMC_MAGIC}, and only nanoGPT's train.bin and "
-            "val.bin "
-            "have no header; write it again"
+            "val.bin have no header; write it again"
         )
     if size % 2:
         raise UserError(

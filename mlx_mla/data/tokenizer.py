@@ -198,8 +198,8 @@ def _gpt2_encoding(bpe_dir: str | None) -> tiktoken.Encoding:
             return tiktoken.get_encoding("gpt2")
         except Exception as e:  # requests and its callers raise many kinds
             raise UserError(
-                f"the GPT-2 vocabulary could not be downloaded ({type(e).__name__}); "
-                "give --bpe-dir a folder with encoder.json and vocab.bpe, or use --tokenizer bytes"
+                f"the GPT-2 vocabulary could not be downloaded ({type(e).__name__}); give "
+                "--bpe-dir a folder with encoder.json and vocab.bpe, or use --tokenizer bytes"
             ) from None
     for file, sha256 in GPT2_SHA256.items():
         path = Path(bpe_dir) / file

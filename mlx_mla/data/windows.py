@@ -54,9 +54,8 @@ class TokenWindows:
         if longest < seq_len + 1:
             raise UserError(
                 f"{name} has {longest:,} "
-                f"tokens{' in a shard' if self._shards is not None else ''}, "
-                f"fewer than one context of {seq_len} and its next token; give more text or a "
-                "smaller --seq-len"
+                f"tokens{' in a shard' if self._shards is not None else ''}, fewer than one "
+                f"context of {seq_len} and its next token; give more text or a smaller --seq-len"
             )
         self._look_at_ids()
         # The phase takes up to seq_len - 1 tokens from the front of a shard.
@@ -141,6 +140,5 @@ class TokenWindows:
             )
         raise UserError(
             f"{name} has token id {int(ids[at])}{where}, outside the vocabulary of "
-            f"{self.vocab_size}; "
-            "check --tokenizer and --vocab-size"
+            f"{self.vocab_size}; check --tokenizer and --vocab-size"
         )

@@ -107,8 +107,8 @@ class RequestChecks:
             known = token.isdecimal() and len(token) < 12 and int(token) < self.vocab_size
             if not known or not isinstance(value, (int, float)) or not -BIAS <= value <= BIAS:
                 raise UserError(
-                    f"logit_bias must give token ids below {self.vocab_size} numbers from "
-                    f"-{BIAS} to {BIAS}"
+                    f"logit_bias must give token ids below {self.vocab_size} numbers from -{BIAS} "
+                    f"to {BIAS}"
                 )
 
     def _tokens(self, body: dict[str, Any], chat: bool) -> int:

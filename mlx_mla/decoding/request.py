@@ -91,8 +91,8 @@ def check_request(
     if max(prompt) >= vocab_size or min(prompt) < 0:
         bad = next(t for t in prompt if not 0 <= t < vocab_size)
         raise UserError(
-            f"the prompt has token id {bad}, outside the model's vocabulary of {vocab_size}; "
-            "the tokenizer in the folder does not belong to this model"
+            f"the prompt has token id {bad}, outside the model's vocabulary of {vocab_size}; the "
+            "tokenizer in the folder does not belong to this model"
         )
     _check_sampling(options, vocab_size)
     if options.max_kv_size is not None:
@@ -105,8 +105,8 @@ def check_request(
     room = n_positions - len(prompt)
     if room < 1:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens and the model n_positions={n_positions}; "
-            f"shorten it to {n_positions - 1}, or give --max-kv-size {n_positions}"
+            f"the prompt has {len(prompt)} tokens and the model n_positions={n_positions}; shorten "
+            f"it to {n_positions - 1}, or give --max-kv-size {n_positions}"
         )
     if options.max_tokens is None:
         return min(DEFAULT_MAX_TOKENS, room)
@@ -124,8 +124,7 @@ def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
     if tokenizer.get_vocab() != draft_tokenizer.get_vocab():
         raise UserError(
             f"--draft-model {name}: has another vocabulary ({len(draft_tokenizer)} tokens, the "
-            "model "
-            f"{len(tokenizer)}); a draft model must have the model's own tokenizer"
+            f"model {len(tokenizer)}); a draft model must have the model's own tokenizer"
         )
 
 

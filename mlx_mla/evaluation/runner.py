@@ -66,8 +66,7 @@ def check_tokenizer(scorer: Scorer, folder: Path) -> None:
     if len(scorer.tokenizer) > scorer.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {len(scorer.tokenizer)} tokens and the model "
-            f"{scorer.vocab_size}; "
-            "copy the tokenizer files of the model it was made from"
+            f"{scorer.vocab_size}; copy the tokenizer files of the model it was made from"
         )
 
 

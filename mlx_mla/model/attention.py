@@ -120,9 +120,7 @@ class MultiHead(Attention):
                 f"--position-embedding-type rope rotates pairs, and a head is {_head_dim(c)} wide; "
                 f"use --head-dim {_head_dim(c) + 1}, or another --n-head"
             )
-        if c.num_key_value_heads is not None and (
-            c.num_key_value_heads < 1 or c.n_head % c.num_key_value_heads
-        ):
+        if c.num_key_value_heads is not None and c.n_head % c.num_key_value_heads:
             divisors = [n for n in range(1, c.n_head + 1) if c.n_head % n == 0]
             raise UserError(
                 f"--num-key-value-heads {c.num_key_value_heads} does not divide --n-head "
@@ -189,38 +187,34 @@ class MultiHeadLatent(Attention):
 
     @classmethod
     def resolve(cls, c: ModelConfig) -> None:
-        if not 0 <= c.num_kv_shared_layers < c.n_layer:
+        if c.num_kv_shared_layers >= c.n_layer:
             raise UserError(
                 f"--num-kv-shared-layers must be from 0 to {c.n_layer - 1}, one less than "
                 f"--n-layer, not {c.num_kv_shared_layers}"
             )
         if c.kv_lora_ranks is not None:
             latents = c.n_layer - c.num_kv_shared_layers
-            if len(c.kv_lora_ranks) != latents or min(c.kv_lora_ranks) < 1:
+            if len(c.kv_lora_ranks) != latents:
                 raise UserError(
-                    f"--kv-lora-ranks needs {latents} widths of at least 1, one for each layer "
-                    "with a latent of its own, "
-                    f"not {' '.join(map(str, c.kv_lora_ranks))}"
+                    f"--kv-lora-ranks needs {latents} widths, one for each layer with a latent of "
+                    f"its own, not {' '.join(map(str, c.kv_lora_ranks))}"
                 )
             if c.kv_lora_rank not in (None, max(c.kv_lora_ranks)):
                 raise UserError(
-                    f"--kv-lora-rank {c.kv_lora_rank} is not the largest of --kv-lora-ranks; "
-                    f"use {max(c.kv_lora_ranks)}, or leave out one of the two"
+                    f"--kv-lora-rank {c.kv_lora_rank} is not the largest of --kv-lora-ranks; use "
+                    f"{max(c.kv_lora_ranks)}, or leave out one of the two"
                 )
             c.kv_lora_rank = max(c.kv_lora_ranks)
         if c.attention_k_eq_v:
-            cls._resolve_widths_of_a_latent_as_it_is(c)
+            cls._resolve_tied_widths(c)
         if c.kv_lora_rank is None:
             c.kv_lora_rank = max(1, c.n_embd // 2)
         if c.v_head_dim is None:
             c.v_head_dim = _head_dim(c)
-        for name in ("kv_lora_rank", "v_head_dim", "q_lora_rank"):
-            value = getattr(c, name)
-            if value is not None and value < 1:
-                raise UserError(f"{flag(name)} must be at least 1, not {value}")
-        if c.qk_rope_head_dim < 0 or c.qk_rope_head_dim % 2:
+        if c.qk_rope_head_dim % 2:
             raise UserError(
-                f"--qk-rope-head-dim must be even and not negative, not {c.qk_rope_head_dim}"
+                f"--qk-rope-head-dim must be even, not {c.qk_rope_head_dim}; "
+                f"use {c.qk_rope_head_dim + 1}"
             )
         rope = c.qk_rope_head_dim > 0
         if c.position_embedding_type is None:
@@ -237,8 +231,8 @@ class MultiHeadLatent(Attention):
             )
 
     @staticmethod
-    def _resolve_widths_of_a_latent_as_it_is(c: ModelConfig) -> None:
-        """Make heads as wide as the latent that every one of them reads."""
+    def _resolve_tied_widths(c: ModelConfig) -> None:
+        """Make heads as wide as the latent, which is the value of each."""
         if c.kv_lora_ranks is not None:
             raise UserError(
                 "--attention-k-eq-v gives every layer heads as wide as its latent, and heads have "

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -10,7 +9,7 @@ from typing import Any, Literal, Optional
 from tyro.conf import OmitArgPrefixes
 
 from mlx_mla.errors import UserError, flag
-from mlx_mla.fields import Bounds, at_least_1, check_bounds, not_negative, positive, typed
+from mlx_mla.fields import Bounds, at_least_1, check_bounds, fraction, not_negative, positive, typed
 from mlx_mla.model.attention import KINDS, Attention, AttentionName, meaningless_fields
 
 BackendName = Literal["mlx", "torch"]
@@ -29,14 +28,13 @@ _width = at_least_1(2**20)
 MODEL_BOUNDS = {
     "n_layer": at_least_1(1000),
     **dict.fromkeys(("n_head", "n_embd", "n_inner", "n_positions", "vocab_size"), _width),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), _width),
+    **dict.fromkeys(("kv_lora_rank", "kv_lora_ranks", "q_lora_rank", "v_head_dim"), _width),
     **dict.fromkeys(("head_dim", "num_key_value_heads"), _width),
     "num_kv_shared_layers": not_negative(1000),
-    # That they are positive is said with their count.
-    "kv_lora_ranks": Bounds("", -math.inf, 2**20),
-    "qk_rope_head_dim": Bounds("be even and not negative", 0, 2**20),
+    "qk_rope_head_dim": not_negative(2**20),
     "rope_theta": Bounds("be at least 1", 1, 1e12),
     "layer_norm_epsilon": Bounds("be at least 1e-12", 1e-12, 1),
+    "dropout": fraction("be at least 0 and below 1", below_1=True),
 }
 """What the model's numbers may be, wherever they come from. A larger model than the upper bounds
 allow is a damaged file or a slip of the hand."""
@@ -59,6 +57,9 @@ TRAIN_BOUNDS = {
     "initializer_range": not_negative(100),
     "seed": not_negative(MAX_SEED),
     "teacher_temperature": Bounds("be at least 0.001", 0.001, 1000),
+    "val_fraction": fraction("be between 0 and 1", above_0=True, below_1=True),
+    **dict.fromkeys(("min_lr_ratio", "teacher_weight", "decay_fraction"), fraction()),
+    **dict.fromkeys(("beta1", "beta2"), fraction("be at least 0 and below 1", below_1=True)),
 }
 """The same for the numbers of a training run."""
 
@@ -150,13 +151,9 @@ class ModelConfig:
         as_wide_as_latent = c.attention_k_eq_v and c.kv_lora_rank is not None
         if c.head_dim is None and not as_wide_as_latent and c.n_embd % c.n_head:
             raise UserError(
-                f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; "
-                f"try {flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
+                f"{flag('n_embd')} {c.n_embd} is not divisible by {flag('n_head')} {c.n_head}; try "
+                f"{flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
             )
-        if c.head_dim is not None and c.head_dim < 1:
-            raise UserError(f"--head-dim must be at least 1, not {c.head_dim}")
-        if not 0 <= c.dropout < 1:
-            raise UserError(f"--dropout must be in [0, 1), not {c.dropout}")
         if c.n_inner is None:
             c.n_inner = 4 * c.n_embd
         if c.vocab_size is None:
@@ -166,8 +163,7 @@ class ModelConfig:
         if tokenizer_size is not None and c.vocab_size < tokenizer_size:
             raise UserError(
                 f"--vocab-size {c.vocab_size} is smaller than the tokenizer's {tokenizer_size} "
-                "ids; "
-                f"use at least {tokenizer_size}, or leave it out"
+                f"ids; use at least {tokenizer_size}, or leave it out"
             )
         if c.attention_bias is None:
             c.attention_bias = KINDS[c.attention].biased
@@ -358,13 +354,6 @@ class TrainConfig:
     def resolved(self) -> "TrainConfig":
         """Fill in defaults and check every value; raises UserError naming the option."""
         check_bounds(self, TRAIN_BOUNDS)
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"--val-fraction must be between 0 and 1, not {self.val_fraction}")
-        for name in ("min_lr_ratio", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1 or (
-                name != "min_lr_ratio" and getattr(self, name) == 1
-            ):
-                raise UserError(f"{flag(name)} must be between 0 and 1, not {getattr(self, name)}")
         if self.bpe_dir is not None and self.tokenizer != "gpt2":
             raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
         if self.eval_data_dir is not None and not self.eval_tasks:
@@ -372,8 +361,6 @@ class TrainConfig:
         weight, temperature = self._distillation()
         muon_rate = self._only_with("muon_learning_rate", 0.02, "optimizer", "muon")
         decay = self._only_with("decay_fraction", 0.2, "lr_schedule", "wsd")
-        if decay is not None and not 0 <= decay <= 1:
-            raise UserError(f"--decay-fraction must be from 0 to 1, not {decay}")
         model = self.model.resolved(TOKENIZER_IDS[self.tokenizer])
         if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
             raise UserError(
@@ -421,10 +408,8 @@ class TrainConfig:
         if rest:
             raise UserError(
                 f"--tokens-per-step {self.tokens_per_step} is no multiple of a pass, --batch-size "
-                f"{self.batch_size} x "
-                f"{self.context} tokens = {one}; use "
-                f"{max(1, round(self.tokens_per_step / one)) * one}, "
-                "or another --batch-size"
+                f"{self.batch_size} x {self.context} tokens = {one}; use "
+                f"{max(1, round(self.tokens_per_step / one)) * one}, or another --batch-size"
             )
         if self.grad_accum_steps not in (None, passes):
             raise UserError(
@@ -442,6 +427,4 @@ class TrainConfig:
             return None, None
         weight = 0.5 if self.teacher_weight is None else self.teacher_weight
         temperature = 1.0 if self.teacher_temperature is None else self.teacher_temperature
-        if not 0 <= weight <= 1:
-            raise UserError(f"--teacher-weight must be from 0 to 1, not {weight}")
         return weight, temperature

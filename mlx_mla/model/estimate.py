@@ -120,8 +120,8 @@ def _where_fused(config: TrainConfig) -> str:
 def _memory(e: Estimate) -> str:
     return (
         f"{_size(e.total_bytes)}: weights {_size(e.weights_bytes)}, gradients "
-        f"{_size(e.gradient_bytes)}, "
-        f"AdamW {_size(e.optimizer_bytes)}, activations {_size(e.activation_bytes)}"
+        f"{_size(e.gradient_bytes)}, AdamW {_size(e.optimizer_bytes)}, activations "
+        f"{_size(e.activation_bytes)}"
     )
 
 

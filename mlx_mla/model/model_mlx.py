@@ -600,8 +600,8 @@ def check_positions(end: int, n_positions: int) -> None:
     """Refuse tokens past the position table, which MLX would read as garbage; raises ValueError."""
     if end > n_positions:
         raise ValueError(
-            f"{end} tokens of context do not fit this model's n_positions={n_positions}; "
-            "shorten the prompt or generate fewer tokens"
+            f"{end} tokens of context do not fit this model's n_positions={n_positions}; shorten "
+            "the prompt or generate fewer tokens"
         )
 
 

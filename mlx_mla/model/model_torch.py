@@ -419,8 +419,8 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
 def check_positions(end: int, n_positions: int) -> None:
     if end > n_positions:
         raise ValueError(
-            f"{end} tokens of context do not fit this model's n_positions={n_positions}; "
-            "shorten the prompt or generate fewer tokens"
+            f"{end} tokens of context do not fit this model's n_positions={n_positions}; shorten "
+            "the prompt or generate fewer tokens"
         )
 
 

@@ -342,8 +342,8 @@ class _Loop:
 
     def _diverged(self, sign: str) -> str:
         return (
-            f"training diverged at step {self.done} ({sign}) and was stopped; "
-            f"use a lower --learning-rate or a larger --adam-epsilon; {self.parts.how_to_go_on()}"
+            f"training diverged at step {self.done} ({sign}) and was stopped; use a lower "
+            f"--learning-rate or a larger --adam-epsilon; {self.parts.how_to_go_on()}"
         )
 
 

@@ -39,8 +39,7 @@ def find_restart(run: Path) -> Restart:
     if notes:
         raise UserError(
             f"{run}: none of its {len(notes)} checkpoints is whole (newest: "
-            f"{notes[0].partition(';')[0]}); "
-            "restore one, or start a new run with another --out"
+            f"{notes[0].partition(';')[0]}); restore one, or start a new run with another --out"
         )
     return Restart(None, ())
 

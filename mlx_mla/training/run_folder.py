@@ -137,13 +137,12 @@ def resume_point(
     if info.get("data_sha256") != data.fingerprint or samples != data.samples:
         raise UserError(
             f"--resume: {config.data} is not the text that {out} was trained on (its sha256 "
-            "differs); "
-            "restore it, or start a new run with --init"
+            "differs); restore it, or start a new run with --init"
         )
     if info["step"] >= config.steps:
         raise UserError(
-            f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, "
-            f"or generate from it with --model {shlex.quote(str(out))}"
+            f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, or "
+            f"generate from it with --model {shlex.quote(str(out))}"
         )
     weights = checkpoint.read_weights(folder, config.model)
     return Start(weights, info["step"], optimizer_state, info["val_loss"])

@@ -31,15 +31,13 @@ def teacher(config: TrainConfig, encoder: TextEncoder) -> Teacher | None:
     if shape.n_positions < config.context:
         raise UserError(
             f"--teacher {folder}: has {shape.n_positions} positions, a sequence {config.context} "
-            "tokens; "
-            f"use --seq-len {shape.n_positions}, or another teacher"
+            f"tokens; use --seq-len {shape.n_positions}, or another teacher"
         )
     assert shape.vocab_size
     if shape.vocab_size < encoder.size:
         raise UserError(
             f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {encoder.size} "
-            "ids; "
-            "the folder is damaged"
+            "ids; the folder is damaged"
         )
     return Teacher(shape, _whole_weights("--teacher", folder, shape), encoder.size)
 

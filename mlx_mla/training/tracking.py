@@ -154,9 +154,8 @@ class Tracking:
                 tracker = (WandB if name == "wandb" else Trackio)(out, self.identity, settings)
         except Exception as e:  # theirs: no login, no network, no room
             raise UserError(
-                f"--track {name}: could not start: {e}; set it right, or leave it out with "
-                "--track '', "
-                f"and add --resume --out {shlex.quote(str(out))}"
+                f"--track {name}: could not start: {e}; set it right, or leave it out with --track "
+                f"'', and add --resume --out {shlex.quote(str(out))}"
             ) from e
         self._trackers[name] = tracker
         self._sent.setdefault(name, {})

@@ -354,9 +354,8 @@ class MLXDecoder:
         if draft.args.n_positions < context:
             raise UserError(
                 f"--draft-model {options.draft_model}: has n_positions={draft.args.n_positions}, "
-                "and prompt and text "
-                f"together take {context}; use fewer --max-tokens, or a draft model with a longer "
-                "context"
+                f"and prompt and text together take {context}; use fewer --max-tokens, or a draft "
+                "model with a longer context"
             )
         return draft
 
@@ -389,6 +388,6 @@ class MLXDecoder:
                 return group_size
         found = " or ".join(map(str, sorted(widths)))
         raise UserError(
-            f"--kv-bits: the cache is {found} wide, and the quantiser takes multiples of 32; "
-            f"a width of {-(-max(widths) // 32) * 32} would fit, in groups of 32"
+            f"--kv-bits: the cache is {found} wide, and the quantiser takes multiples of 32; a "
+            f"width of {-(-max(widths) // 32) * 32} would fit, in groups of 32"
         )

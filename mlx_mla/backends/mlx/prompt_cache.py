@@ -91,8 +91,7 @@ def load(path: Path, folder: Path, dtype: mx.Dtype) -> tuple[list[Any], list[int
     if about["fingerprint"] != fingerprint(folder):
         raise UserError(
             f"{path}: is of another model ({about.get('model')}: {about.get('shape')}) than "
-            f"{folder} "
-            f"({_shape(folder)}); read the prompt again with --save-prompt-cache"
+            f"{folder} ({_shape(folder)}); read the prompt again with --save-prompt-cache"
         )
     if "sha256" in about and about["sha256"] != _sealed(path, about["sha256"]):
         raise UserError(

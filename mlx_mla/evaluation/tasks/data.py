@@ -45,8 +45,8 @@ def unpublished(path: Path) -> str | None:
     if known is None or hashlib.sha256(path.read_bytes()).hexdigest() == known:
         return None
     return (
-        f"{path}: not the published file (its sha256 differs), "
-        "so scores are not comparable with others'"
+        f"{path}: not the published file (its sha256 differs), so scores are not comparable with "
+        "others'"
     )
 
 
@@ -60,6 +60,5 @@ def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
             f"dataset {name} cannot be loaded from the hub ({reason:.120}); put {where} into a "
-            "folder and give "
-            "it as --data-dir (--eval-data-dir in training), or check the network"
+            "folder and give it as --data-dir (--eval-data-dir in training), or check the network"
         ) from None

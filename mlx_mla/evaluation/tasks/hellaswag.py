@@ -30,8 +30,7 @@ class HellaSwag(Task):
     }
     why_not_standard = (
         "hellaswag: the raw context and endings without the activity's name and the cleaning of "
-        "WikiHow's "
-        "brackets, and endings normalised by tokens, not characters"
+        "WikiHow's brackets, and endings normalised by tokens, not characters"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:

@@ -1,8 +1,8 @@
 """LAMBADA (Paperno et al. 2016, OpenAI's formatting): the last word of a passage.
 
-standard: lm-evaluation-harness's `lambada_openai`: all tokens of the last word; `acc` counts
-    passages where
-each is the likeliest, `ppl` is exp of the mean negative log-probability of the word.
+standard: lm-evaluation-harness's `lambada_openai`: all tokens of the last word. `acc` counts the
+passages where each of them is the likeliest; `ppl` is exp of the mean negative log-probability of
+the word.
 
 original: the last BPE token alone.
 """
@@ -26,8 +26,8 @@ class Lambada(Task):
     hub = "EleutherAI/lambada_openai"
     files = {"standard": "lambada/lambada_test.jsonl", "original": "lambada/lambada_test.jsonl"}  # noqa: RUF012
     why_not_standard = (
-        "lambada: only the last BPE token is predicted, "
-        "given the beginning of its word where the word has several"
+        "lambada: only the last BPE token is predicted, given the beginning of its word where the "
+        "word has several"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:

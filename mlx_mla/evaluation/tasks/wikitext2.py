@@ -1,15 +1,14 @@
 """WikiText-2 (Merity et al. 2016, raw): perplexity.
 
 standard: `token_ppl` reads the test text, rows joined by a blank line, in windows of 1024 tokens
-    without
-overlap, and `token_ppl_stride512` in windows that start 512 tokens apart, scoring only what the
-window before did not (Hugging Face's "Perplexity of fixed-length models"). `word_ppl`, `byte_ppl`
-and `bits_per_byte` are lm-evaluation-harness's `wikitext`: page by page, detokenised, each token
-once, in disjoint windows, the first after <|endoftext|>; divided by words and bytes of the page as
-it stood.
+without overlap, and `token_ppl_stride512` in windows that start 512 tokens apart, scoring only what
+the window before did not (Hugging Face's "Perplexity of fixed-length models"). `word_ppl`,
+`byte_ppl` and `bits_per_byte` are lm-evaluation-harness's `wikitext`: page by page, detokenised,
+each token once, in disjoint windows, the first after <|endoftext|>; divided by words and bytes of
+the page as it stood.
 
-original: the validation split, every row that is not blank on its own; first and last token
-    unscored.
+original: the validation split, every row that is not blank on its own; the first and the last
+token of a row are not scored.
 """
 
 import math
@@ -62,9 +61,8 @@ class WikiText2(Task):
     files = {"standard": "wikitext2/wiki.test.raw", "original": "wikitext2/wiki.valid.raw"}  # noqa: RUF012
     why_not_standard = (
         "wikitext2: the validation split instead of the test split, each row alone, so that most "
-        "tokens have far "
-        "less context than in a window of 1024, and the first and last token of a row are not "
-        "scored"
+        "tokens have far less context than in a window of 1024, and the first and last token of a "
+        "row are not scored"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
@@ -92,8 +90,7 @@ class WikiText2(Task):
             raise UserError(
                 f"wikitext2: windows of {context.window} tokens do not fit this model's "
                 f"n_positions={context.n_positions}; --window {context.n_positions} measures "
-                "another, "
-                "not comparable perplexity"
+                "another, not comparable perplexity"
             )
         return [self._requests(kind, text, context) for kind, text in documents]
 
