@@ -39,7 +39,7 @@ from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.torch.load import build_model
 from mlx_mla.data import corpus
 from mlx_mla.data.shards import training_part
-from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
@@ -117,14 +117,14 @@ class Bench:
                 f"--model {options.model}: has {beyond[0]}; give a run of --attention mha"
             )
         self.weights = checkpoint.read_weights(self.folder, self.config)
-        encoder = get_encoder(self.run.tokenizer, self.run.bpe_dir)
-        tokens = corpus.tokenize(corpus.read_documents(self.run.data), encoder)
+        tokenizer = get_tokenizer(self.run.tokenizer, self.run.bpe_dir)
+        tokens = corpus.tokenize(corpus.read_documents(self.run.data), tokenizer)
         cut = training_part(len(tokens), self.run.val_fraction)
         self.training, held_out = tokens[:cut], tokens[cut:]
         assert self.config.vocab_size
         windows = TokenWindows(held_out, self.run.context, 0, self.config.vocab_size)
         self.batches = list(windows.sequential(16, math.ceil(options.held_out_windows / 16)))
-        self.text = Text(self.run.data, encoder.fast_tokenizer(), self.run.context)
+        self.text = Text(self.run.data, tokenizer.fast_tokenizer(), self.run.context)
         options.work.mkdir(parents=True, exist_ok=True)
         self.base = self.window_losses(self.config, self.weights)
 

@@ -29,7 +29,7 @@ from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.decode import WithoutCache
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.backends.mlx.session import MLXTrainSession
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.model_mlx import Model
@@ -179,7 +179,7 @@ def save(config: TrainConfig, session: MLXTrainSession, target: Path) -> float:
     began = time.perf_counter()
     with files.atomic_folder(target) as folder:
         checkpoint.write_model(
-            folder, config.model, session.weights(), ByteEncoder().fast_tokenizer(), ""
+            folder, config.model, session.weights(), ByteTokenizer().fast_tokenizer(), ""
         )
         checkpoint.write_train_state(folder, session.optimizer_state(), {"step": 1})
     return time.perf_counter() - began

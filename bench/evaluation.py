@@ -35,7 +35,7 @@ from bench.harness import PACKAGES, Document, Report, Row, document, publish
 from mlx_mla import checkpoint, cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.torch.backend import TorchBackend
-from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
 from mlx_mla.evaluation.scoring import Block, Request, Scorer, Scores
@@ -249,7 +249,7 @@ def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
     """The folder of --model; a preset's is written with random weights."""
     if bench.model not in PRESETS:
         return checkpoint.model_folder(Path(bench.model))
-    encoder = get_encoder("gpt2", bench.bpe_dir)
+    tokenizer = get_tokenizer("gpt2", bench.bpe_dir)
     config = preset(bench.model)
     if config.tokenizer != "gpt2":
         raise UserError(f"--model {bench.model}: the tasks need a preset with --tokenizer gpt2")
@@ -257,7 +257,7 @@ def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
     folder = temporary / bench.model
     folder.mkdir()
     checkpoint.write_model(
-        folder, model, initial_weights(model, 0, 0.02), encoder.fast_tokenizer(), ""
+        folder, model, initial_weights(model, 0, 0.02), tokenizer.fast_tokenizer(), ""
     )
     return folder
 

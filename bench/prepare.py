@@ -31,7 +31,7 @@ from tyro.conf import Positional
 from bench.harness import Document, Report, Row, document, publish
 from mlx_mla import cli, prepare
 from mlx_mla.data.documents import Reading, find_sources
-from mlx_mla.data.tokenizer import GPT2Encoder
+from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.errors import UserError
 
 PROG = "python -m bench.prepare"
@@ -132,7 +132,7 @@ def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list
 
     with ThreadPoolExecutor(CORES) as pool:
         list(pool.map(pack, (folder / "plain").iterdir()))
-    encoding = GPT2Encoder(bench.bpe_dir)._encoding
+    encoding = GPT2Tokenizer(bench.bpe_dir)._encoding
     encoding.encode_ordinary_batch(documents[:8], num_threads=CORES)
 
     def unpack() -> None:

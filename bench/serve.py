@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from bench.harness import Document, Report, Row, document, publish
 from bench.subjects.contract import gpt2_shape
 from mlx_mla import checkpoint, cli
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.model.presets import preset
 from mlx_mla.model.weights import initial_weights
@@ -95,7 +95,7 @@ def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
     ours.mkdir()
     # Weights of this size make sharp predictions, which do not depend on the last bits of a sum.
     weights = initial_weights(config, 0, 0.06)
-    checkpoint.write_model(ours, config, weights, ByteEncoder().fast_tokenizer(), "")
+    checkpoint.write_model(ours, config, weights, ByteTokenizer().fast_tokenizer(), "")
     yield name, ours
     if not config.kind.beyond_gpt2:
         shutil.copytree(ours, theirs)

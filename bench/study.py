@@ -30,7 +30,7 @@ from bench.studying.summary import Row, chain, summarise
 from bench.studying.trainer import Trainer
 from mlx_mla import cli
 from mlx_mla.data.dataset import TrainingData
-from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.files import write_text
 from mlx_mla.model.config import TrainConfig
@@ -179,7 +179,7 @@ def _report(study: Study, results: Results, out: Path, made_by: str) -> list[Row
 
 
 def _fingerprint(config: TrainConfig) -> str:
-    return TrainingData(config, get_encoder(config.tokenizer, config.bpe_dir)).fingerprint
+    return TrainingData(config, get_tokenizer(config.tokenizer, config.bpe_dir)).fingerprint
 
 
 def _costs(study: Study) -> str:

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from mlx_mla import checkpoint
-from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, get_encoder, told
+from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, get_tokenizer, told
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_json
 
@@ -47,7 +47,9 @@ def find_tokenizer(
     if choice is None and (own := _own(source)) is not None:
         return own
     if choice in (None, "gpt2", "bytes"):
-        tokenizer = get_encoder("bytes" if choice == "bytes" else "gpt2", bpe_dir).fast_tokenizer()
+        tokenizer = get_tokenizer(
+            "bytes" if choice == "bytes" else "gpt2", bpe_dir
+        ).fast_tokenizer()
         return _fitting(tokenizer, source, f"the {choice or 'gpt2'} tokenizer")
     path = Path(choice)
     given = _read(path) if path.is_dir() else characters(path) if path.is_file() else None

@@ -23,7 +23,7 @@ from mlx_mla import cli
 from mlx_mla.data.documents import Block, Reading, Source, find_sources
 from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.data.shards import SUFFIXES, Format, open_listed, write_shard
-from mlx_mla.data.tokenizer import TextEncoder, get_encoder
+from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
 from mlx_mla.display import PrepareDisplay, plain_console
 from mlx_mla.errors import UserError, flag, shown
 from mlx_mla.fields import at_least_1, check_bounds, not_negative
@@ -102,13 +102,13 @@ def prepare(command: PrepareCommand, console: Console) -> str:
             again.
     """
     workers = _check(command)
-    encoder = get_encoder(command.tokenizer, command.bpe_dir)
+    tokenizer = get_tokenizer(command.tokenizer, command.bpe_dir)
     sources, others = find_sources(
         command.src, Reading(command.text_column, command.separator, command.revision)
     )
     _make(command.out)
     with locked(command.out, inside=True):
-        job = _Job(command, encoder, sources)
+        job = _Job(command, tokenizer, sources)
         if not job.manifest["complete"]:
             if others:
                 console.print(
@@ -147,10 +147,10 @@ class _Encoded:
     bytes: int
 
 
-def _encode(block: Block, encoder: TextEncoder, val_fraction: float) -> _Encoded:
+def _encode(block: Block, tokenizer: Tokenizer, val_fraction: float) -> _Encoded:
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     lengths: tuple[list[int], list[int]] = ([], [])
-    start = np.array([encoder.end_of_text], np.uint16)
+    start = np.array([tokenizer.end_of_text], np.uint16)
     empty = size = 0
     for text in block.documents():
         if text is None or not text.strip():
@@ -163,7 +163,7 @@ def _encode(block: Block, encoder: TextEncoder, val_fraction: float) -> _Encoded
             data = text.encode("utf-8")
         size += len(data)
         held_out = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < val_fraction * 2**64
-        ids = encoder.encode(text)
+        ids = tokenizer.encode(text)
         parts[held_out].extend((start, ids))
         lengths[held_out].append(len(ids) + 1)
     train, val = (np.concatenate(p) if p else np.empty(0, np.uint16) for p in parts)
@@ -194,8 +194,13 @@ class _Gathered:
 class _Job:
     """A preparation: its manifest on disk says what is done, and from where to go on."""
 
-    def __init__(self, command: PrepareCommand, encoder: TextEncoder, sources: list[Source]):
-        self.command, self.encoder, self.sources, self.out = command, encoder, sources, command.out
+    def __init__(self, command: PrepareCommand, tokenizer: Tokenizer, sources: list[Source]):
+        self.command, self.tokenizer, self.sources, self.out = (
+            command,
+            tokenizer,
+            sources,
+            command.out,
+        )
         self.manifest = self._claim()
         self._train, self._val = _Gathered(), _Gathered()
         self._empty = 0
@@ -263,7 +268,7 @@ class _Job:
                 running.append(
                     (
                         turn,
-                        pool.submit(_encode, turn.block, self.encoder, self.command.val_fraction),
+                        pool.submit(_encode, turn.block, self.tokenizer, self.command.val_fraction),
                     )
                 )
             if not running:
@@ -351,9 +356,9 @@ class _Job:
             "complete": False,
             "settings": settings,
             "tokenizer": {
-                "name": self.encoder.name,
-                "ids": self.encoder.size,
-                "end_of_text": self.encoder.end_of_text,
+                "name": self.tokenizer.name,
+                "ids": self.tokenizer.size,
+                "end_of_text": self.tokenizer.end_of_text,
             },
             "sources": [[source.name, source.size] for source in self.sources],
             "empty_documents": 0,

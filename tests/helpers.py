@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends.mlx.session import MLXTrainSession
-from mlx_mla.data.tokenizer import GPT2Encoder
+from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
 
@@ -176,7 +176,7 @@ def write_gpt2_model(folder: Path, data: Path, seed: int = 0, **config) -> Path:
     }
     model = ModelConfig(**values).resolved()
     folder.mkdir(parents=True)
-    tokenizer = GPT2Encoder(data / "gpt2_bpe").fast_tokenizer()
+    tokenizer = GPT2Tokenizer(data / "gpt2_bpe").fast_tokenizer()
     checkpoint.write_model(folder, model, initial_weights(model, seed, 0.3), tokenizer, "")
     return folder
 

@@ -15,7 +15,7 @@ from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.data.corpus import read_documents, tokenize
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
@@ -33,7 +33,7 @@ def sessions(config):
 @pytest.mark.slow
 def test_loss_curves_agree_over_50_steps_of_nano():
     config = dataclasses.replace(preset("nano").resolved(), compile=False)
-    tokens = tokenize(read_documents("builtin"), ByteEncoder())
+    tokens = tokenize(read_documents("builtin"), ByteTokenizer())
     data = TokenWindows(tokens, config.context, config.seed, 257)
     mlx, torch_ = sessions(config)
     for step in range(50):

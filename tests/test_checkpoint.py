@@ -148,10 +148,10 @@ def test_weights_come_back_bit_for_bit(tiny_run):
     assert len(state) == 2 * len(weights)
     assert info["step"] == 40
 
-    from mlx_mla.data.tokenizer import ByteEncoder
+    from mlx_mla.data.tokenizer import ByteTokenizer
 
     with files.atomic_folder(folder.parent / "copy") as copy:
-        checkpoint.write_model(copy, config, weights, ByteEncoder().fast_tokenizer(), "card")
+        checkpoint.write_model(copy, config, weights, ByteTokenizer().fast_tokenizer(), "card")
     again = checkpoint.read_weights(folder.parent / "copy", config)
     shutil.rmtree(folder.parent / "copy")
     for name, w in weights.items():

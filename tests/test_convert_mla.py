@@ -20,7 +20,7 @@ from convert import latent
 from convert.calibration import Text, collect_moments, perplexity
 from mlx_mla import checkpoint, generate
 from mlx_mla.backends.torch.load import build_model
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 
 METHODS = ("balanced", "whitened", "svd")
 CPU = torch.device("cpu")
@@ -310,7 +310,7 @@ def test_a_rank_budget_gives_layers_widths_of_their_own(trained, text_file, tmp_
 
 
 def text_of(path, context=16) -> Text:
-    return Text(str(path), ByteEncoder().fast_tokenizer(), context)
+    return Text(str(path), ByteTokenizer().fast_tokenizer(), context)
 
 
 def test_moments_are_those_of_all_tokens_at_once(hf_folder, tmp_path):

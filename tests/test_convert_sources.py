@@ -323,17 +323,17 @@ def test_gpt2s_vocabulary_and_padding(shared_data, tmp_path, capfd):
 
 
 def test_the_sources_own_tokenizer_is_taken(shared_data, tmp_path):
-    from mlx_mla.data.tokenizer import GPT2Encoder
+    from mlx_mla.data.tokenizer import GPT2Tokenizer
 
     model = foreign.gpt2(n_layer=1, n_embd=8, vocab_size=50257)
-    encoder = GPT2Encoder(shared_data / "gpt2_bpe")
+    tokenizer = GPT2Tokenizer(shared_data / "gpt2_bpe")
     text = "It's  1984,\n\nnaïve 東京 <|endoftext|>x"
-    expected = encoder.fast_tokenizer().encode(text)
+    expected = tokenizer.fast_tokenizer().encode(text)
     for form in ("tokenizer.json", "vocab.json"):
         src = tmp_path / form
         model.save_pretrained(str(src))
         if form == "tokenizer.json":
-            encoder.fast_tokenizer().save_pretrained(str(src))
+            tokenizer.fast_tokenizer().save_pretrained(str(src))
         else:  # as OpenAI published it
             (src / "vocab.json").write_bytes(
                 (shared_data / "gpt2_bpe" / "encoder.json").read_bytes()

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from convert import __main__ as convert
 from mlx_mla import checkpoint, generate, train
-from mlx_mla.data.tokenizer import ByteEncoder, GPT2Encoder
+from mlx_mla.data.tokenizer import ByteTokenizer, GPT2Tokenizer
 
 TEXT = "It's  1984,\n\nthe naïve 東京 <|endoftext|>x<|user|> y<|pad|>"
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
     """A small tokenizer in the five files of openai-community/gpt2, whose tokenizer_config.json
     says one thing."""
     folder = tmp_path_factory.mktemp("files")
-    ByteEncoder().fast_tokenizer().save_pretrained(str(folder))
+    ByteTokenizer().fast_tokenizer().save_pretrained(str(folder))
     path = folder / "tokenizer.json"
     values = json.loads(path.read_text())
     vocab = values["model"]["vocab"] | {a + b: 256 + i for i, (a, b) in enumerate(MERGES)}
@@ -126,7 +126,7 @@ def test_gpt2_itself(shared_data, tmp_path):
     """The published files, and the same folder as transformers reads it."""
     src = tmp_path / "gpt2"
     foreign.gpt2(n_layer=1, n_embd=8, vocab_size=50257).save_pretrained(str(src))
-    GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(src))
+    GPT2Tokenizer(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(src))
     (src / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
     out = converted(src, tmp_path / "out")
     same_tokenizer(out, src)
@@ -174,7 +174,7 @@ def test_bpe_dir_does_not_replace_a_tokenizer_that_is_there(source, shared_data,
 def own_vocabulary(folder, **config):
     """A byte tokenizer without `<|endoftext|>` in a GPT-2 folder."""
     foreign.gpt2(n_layer=1, n_embd=8, vocab_size=256).save_pretrained(str(folder))
-    ByteEncoder().fast_tokenizer().save_pretrained(str(folder))
+    ByteTokenizer().fast_tokenizer().save_pretrained(str(folder))
     path = folder / "tokenizer.json"
     edit(path, added_tokens=[])
     (folder / "tokenizer_config.json").write_text("{}")
@@ -318,7 +318,7 @@ def test_training_goes_on_from_a_vocabulary_with_added_tokens_once_they_are_padd
 ):
     src = tmp_path / "src"
     foreign.gpt2(n_layer=1, n_embd=8, vocab_size=259).save_pretrained(str(src))
-    ByteEncoder().fast_tokenizer().save_pretrained(str(src))
+    ByteTokenizer().fast_tokenizer().save_pretrained(str(src))
     edit(src / "tokenizer_config.json", additional_special_tokens=["<|user|>", "<|pad|>"])
     ours = converted(src, tmp_path / "ours")
     (tmp_path / "text").write_text("Some text to train on. " * 200)

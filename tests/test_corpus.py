@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_mla.data.corpus import fingerprint, read_documents, tokenize
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.errors import UserError
 
 
@@ -19,7 +19,7 @@ def test_builtin_text_is_there_and_english():
 
 
 def test_every_document_begins_with_end_of_text():
-    tokens = tokenize(["ab", "c"], ByteEncoder())
+    tokens = tokenize(["ab", "c"], ByteTokenizer())
     assert tokens.tolist() == [256, 97, 98, 256, 99]
     assert tokens.dtype == np.uint16
     assert fingerprint(tokens) == fingerprint(tokens.astype(np.int64))

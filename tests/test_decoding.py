@@ -193,11 +193,11 @@ def test_prompt_caches_are_as_much_smaller_on_disk_as_in_memory(tmp_path):
 
 
 def decoder_of(folder, config):
-    from mlx_mla.data.tokenizer import ByteEncoder
+    from mlx_mla.data.tokenizer import ByteTokenizer
 
     folder.mkdir()
     checkpoint.write_model(
-        folder, config, initial_weights(config, 0, 0.2), ByteEncoder().fast_tokenizer(), ""
+        folder, config, initial_weights(config, 0, 0.2), ByteTokenizer().fast_tokenizer(), ""
     )
     return get_backend("mlx").decoder(folder)
 
@@ -333,7 +333,7 @@ def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_pa
 
 
 def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, capsys, shared_data):
-    from mlx_mla.data.tokenizer import GPT2Encoder
+    from mlx_mla.data.tokenizer import GPT2Tokenizer
 
     def no(*argv):
         return refused(capsys, "--model", folder, "--prompt", "x", *argv, command=generate.main)
@@ -344,7 +344,7 @@ def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, cap
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "n_positions": 20}))
     assert "n_positions=20, and prompt and text together take 48" in no("--draft-model", other)
-    GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(other))
+    GPT2Tokenizer(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(other))
     assert "has another vocabulary (50257 tokens, the model 257)" in no("--draft-model", other)
     assert "no such folder" in no("--draft-model", tmp_path / "none")
     assert "--num-draft-tokens must be from 1 to" in no(

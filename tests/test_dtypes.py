@@ -19,7 +19,7 @@ from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.backends.mlx.loss import cross_entropy
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.model.model_mlx import LatentAttention, ModelArgs
 from mlx_mla.model.weights import initial_weights
 
@@ -274,7 +274,7 @@ def test_weights_too_large_for_float16_are_refused(folder, tmp_path, capsys):
     weights["transformer.ln_f.weight"] = weights["transformer.ln_f.weight"] + np.float32(1e5)
     source = tmp_path / "large"
     source.mkdir()
-    checkpoint.write_model(source, config, weights, ByteEncoder().fast_tokenizer(), "")
+    checkpoint.write_model(source, config, weights, ByteTokenizer().fast_tokenizer(), "")
     argv = (str(source), "--out", str(tmp_path / "out"), "--dtype")
     error = refused(capsys, *argv, "float16", command=convert.main)
     assert "transformer.ln_f.weight" in error

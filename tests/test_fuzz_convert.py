@@ -18,7 +18,7 @@ import fuzz
 
 from convert import __main__ as convert
 from mlx_mla import checkpoint, generate
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.files import SUMS
 
 SEED = 16
@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
     model = foreign.gpt2(**SIZE)
     exact = foreign.gpt2(**SIZE, activation_function="gelu")
     model.save_pretrained(str(root / "hf"))
-    tokenizer = ByteEncoder().fast_tokenizer()
+    tokenizer = ByteTokenizer().fast_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(str(root / "hf"))
     model.save_pretrained(str(root / "shards"), max_shard_size="8KB")

@@ -176,10 +176,10 @@ def bodies(random, folder):
 
 def check_body(argv):
     """The checks of `mlx_mla.serve` as a command."""
-    from mlx_mla.data.tokenizer import ByteEncoder
+    from mlx_mla.data.tokenizer import ByteTokenizer
 
     names = ["m", "default_model"]
-    checks = RequestChecks(ByteEncoder().fast_tokenizer(), 48, 257, names, 512)
+    checks = RequestChecks(ByteTokenizer().fast_tokenizer(), 48, 257, names, 512)
 
     def body(argv):
         values = parse_json_object(Path(argv[0]).read_bytes(), "the request")

@@ -261,11 +261,11 @@ def test_incomplete_and_foreign_folders_are_refused(folder, tiny_run, tmp_path, 
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, capsys, shared_data):
-    from mlx_mla.data.tokenizer import GPT2Encoder
+    from mlx_mla.data.tokenizer import GPT2Tokenizer
 
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)
     (copy / "SHA256SUMS").unlink()
-    GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(copy))
+    GPT2Tokenizer(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(copy))
     said = refused(capsys, "--model", copy, "--prompt", "Hello world", command=generate.main)
     assert "outside the model's vocabulary of 257" in said

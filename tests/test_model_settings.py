@@ -29,7 +29,7 @@ from convert import hf
 from mlx_mla import checkpoint, train
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
@@ -65,7 +65,7 @@ def kind(request) -> ModelConfig:
 def folder(kind, tmp_path_factory):
     """A model folder whose random weights are large enough for sharp predictions."""
     path = tmp_path_factory.mktemp("kind")
-    tokenizer = ByteEncoder().fast_tokenizer()
+    tokenizer = ByteTokenizer().fast_tokenizer()
     weights = initial_weights(kind, 1, 0.2)
     head = weights.get("lm_head.weight", weights["transformer.wte.weight"])
     head[tokenizer.eos_token_id] = 0  # no text ends early
@@ -224,7 +224,7 @@ def test_what_gpt2_cannot_say_is_refused_by_name_and_the_rest_comes_back(
     config, seed, tmp_path_factory
 ):
     path, weights = tmp_path_factory.mktemp("hf"), random_weights(config, seed)
-    tokenizer = ByteEncoder().fast_tokenizer()
+    tokenizer = ByteTokenizer().fast_tokenizer()
     said = {
         "--attention mla": config.attention == "mla",
         "--position-embedding-type rope": config.attention == "mha"

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from mlx_mla import prepare
 from mlx_mla.data import documents
-from mlx_mla.data.tokenizer import get_encoder
+from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError
 
 SPLITS = ("train", "val")
@@ -435,7 +435,7 @@ def test_real_files_with_gpt2s_tokenizer(shared_data, tmp_path):
         shutil.copy(shared_data / "corpus" / name, tmp_path / "in")
     bpe = shared_data / "gpt2_bpe"
     assert run(tmp_path / "in", tmp_path / "out", "--tokenizer", "gpt2", "--bpe-dir", bpe) == 0
-    decode = get_encoder("gpt2", bpe)._encoding.decode
+    decode = get_tokenizer("gpt2", bpe)._encoding.decode
     found = [d for s in SPLITS for d in read_documents(tmp_path / "out", s, 50256, decode)]
     with lzma.open(tmp_path / "in" / Path(names[0]).name, "rt", encoding="utf-8") as lines:
         expected = [json.loads(line)["text"] for line in lines]

@@ -13,7 +13,7 @@ from mlx_mla.backends.mlx.load import build_model as build_mlx
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.backends.torch.load import build_model as build_torch
 from mlx_mla.backends.torch.score import TorchScorer
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Block, Request, encode_choices, encode_pair, score
 from mlx_mla.model.config import ModelConfig
@@ -28,7 +28,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def scorers():
-    tokenizer = ByteEncoder().fast_tokenizer()
+    tokenizer = ByteTokenizer().fast_tokenizer()
     made = {}
     for name, values in CONFIGS.items():
         config = ModelConfig(

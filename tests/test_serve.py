@@ -18,7 +18,7 @@ from helpers import python, refused
 
 from mlx_mla import serve
 from mlx_mla.checks.commands import free_ports
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.errors import UserError
 
@@ -210,7 +210,7 @@ def test_stock_mlx_lm_outlives_a_request_that_is_too_long(folder):
 
 
 def test_checks_count_tokens_as_the_model_sees_them():
-    checks = RequestChecks(ByteEncoder().fast_tokenizer(), 10, 257, ["m", "default_model"], 512)
+    checks = RequestChecks(ByteTokenizer().fast_tokenizer(), 10, 257, ["m", "default_model"], 512)
     assert checks.check({"prompt": "abc"}, chat=False)["max_tokens"] == 7
     assert checks.check({"prompt": "a" * 9, "max_tokens": 1}, chat=False)["max_tokens"] == 1
     with pytest.raises(UserError, match="10 prompt tokens exceed the model's n_positions=10"):

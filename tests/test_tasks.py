@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_mla.data.tokenizer import GPT2Encoder
+from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.tasks import TASKS, Context, Measured
 from mlx_mla.evaluation.tasks.base import compare
@@ -19,7 +19,7 @@ from mlx_mla.evaluation.tasks.wikitext2 import pages
 
 @pytest.fixture(scope="module")
 def context(shared_data):
-    tokenizer = GPT2Encoder(shared_data / "gpt2_bpe").fast_tokenizer()
+    tokenizer = GPT2Tokenizer(shared_data / "gpt2_bpe").fast_tokenizer()
     return Context(lambda t: tokenizer.encode(t, add_special_tokens=False), 50256, 1024, 1024)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.data.tokenizer import ByteEncoder, GPT2Encoder, get_encoder
+from mlx_mla.data.tokenizer import ByteTokenizer, GPT2Tokenizer, get_tokenizer
 from mlx_mla.errors import UserError
 
 TEXTS = [
@@ -33,7 +33,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 @pytest.fixture(scope="module")
 def gpt2(shared_data):
-    return GPT2Encoder(shared_data / "gpt2_bpe")
+    return GPT2Tokenizer(shared_data / "gpt2_bpe")
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def gpt2_fast(gpt2, tmp_path_factory):
 
 @given(text=any_text)
 def test_bytes_are_the_utf8_bytes(text):
-    encoder, fast = ByteEncoder(), BYTES_FAST
+    tokenizer, fast = ByteTokenizer(), BYTES_FAST
     ids = list(text.encode())
-    assert encoder.encode(text).tolist() == ids
+    assert tokenizer.encode(text).tolist() == ids
     assert fast.encode(text, add_special_tokens=False) == ids
     assert fast.decode(ids) == text
 
 
-BYTES_FAST = ByteEncoder().fast_tokenizer()
+BYTES_FAST = ByteTokenizer().fast_tokenizer()
 
 
 def test_end_of_text_ids(gpt2_fast):
@@ -102,21 +102,21 @@ def test_gpt2_ids_are_tiktokens_own(gpt2, shared_data, monkeypatch, tmp_path):
 
 
 def test_spelling_end_of_text_does_not_end_training_text(gpt2):
-    for encoder in (ByteEncoder(), gpt2):
-        ids = encoder.encode("a<|endoftext|>b").tolist()
-        assert encoder.end_of_text not in ids
+    for tokenizer in (ByteTokenizer(), gpt2):
+        ids = tokenizer.encode("a<|endoftext|>b").tolist()
+        assert tokenizer.end_of_text not in ids
 
 
 def test_missing_and_changed_vocabulary_files_are_named(tmp_path, shared_data):
     with pytest.raises(UserError, match=r"encoder.json: no such file; --bpe-dir needs"):
-        get_encoder("gpt2", tmp_path)
+        get_tokenizer("gpt2", tmp_path)
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).write_bytes((shared_data / "gpt2_bpe" / name).read_bytes())
     values = json.loads((tmp_path / "encoder.json").read_text())
     values["!"], values['"'] = values['"'], values["!"]
     (tmp_path / "encoder.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="not GPT-2's file"):
-        get_encoder("gpt2", tmp_path)
+        get_tokenizer("gpt2", tmp_path)
 
 
 def test_no_network_and_no_files_says_what_to_give(monkeypatch, tmp_path):
@@ -128,7 +128,7 @@ def test_no_network_and_no_files_says_what_to_give(monkeypatch, tmp_path):
     tokenizer._gpt2_encoding.cache_clear()
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", refuse)
     with pytest.raises(UserError, match="give --bpe-dir a folder"):
-        get_encoder("gpt2")
+        get_tokenizer("gpt2")
 
 
 class Impatient:
@@ -144,15 +144,15 @@ class Impatient:
 
 
 def test_long_white_space_encodes_as_if_tiktoken_had_no_limit(shared_data):
-    encoder = GPT2Encoder(shared_data / "gpt2_bpe")
-    encoding = encoder._encoding
-    encoder._encoding = Impatient(encoding)
+    tokenizer = GPT2Tokenizer(shared_data / "gpt2_bpe")
+    encoding = tokenizer._encoding
+    tokenizer._encoding = Impatient(encoding)
     for space in (" ", "\n", " \n\t", "\u3000"):
         for after in ("x", "é", ".. ", "\x1cx", "9", "'s"):
             text = "a" + space * 1600 + after + "b" + space * 3000 + after + space * 1600
-            assert encoder.encode(text).tolist() == encoding.encode_ordinary(text)
-    encoder._encoding = encoding
+            assert tokenizer.encode(text).tolist() == encoding.encode_ordinary(text)
+    tokenizer._encoding = encoding
     text = "a" + " " * 1_000_000 + "x"
     with pytest.raises(ValueError, match="backtracking"):
         encoding.encode_to_numpy(text)
-    assert encoding.decode(encoder.encode(text).tolist()) == text
+    assert encoding.decode(tokenizer.encode(text).tolist()) == text

@@ -14,7 +14,7 @@ from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Decoder
 from mlx_mla.checks.row import Outcome, at_most, together
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import CacheKind, GenerationOptions
 from mlx_mla.evaluation.scoring import Block, Scorer
 from mlx_mla.files import atomic_folder
@@ -221,7 +221,7 @@ def _worst(values: dict[str, float], bound: float, what: str) -> Outcome:
 
 def _shallow(name: str, **changes: int) -> ModelConfig:
     """A preset's model of few layers, positions and tokens."""
-    sizes = {"n_layer": 2, "n_positions": N_POSITIONS, "vocab_size": ByteEncoder.size}
+    sizes = {"n_layer": 2, "n_positions": N_POSITIONS, "vocab_size": ByteTokenizer.size}
     model = preset(name).model
     # A narrow MLP: it is no other than a linear layer.
     sizes["n_inner"] = model.n_embd
@@ -237,5 +237,5 @@ def _write(folder: Path, config: ModelConfig) -> Path:
         if w.ndim == 1:
             weights[name] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
     with atomic_folder(folder) as target:
-        checkpoint.write_model(target, config, weights, ByteEncoder().fast_tokenizer(), "")
+        checkpoint.write_model(target, config, weights, ByteTokenizer().fast_tokenizer(), "")
     return folder

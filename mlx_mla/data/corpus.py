@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mla.data.shards import LLMC_MAGIC, SUFFIXES
-from mlx_mla.data.tokenizer import TextEncoder
+from mlx_mla.data.tokenizer import Tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.files import decoded
 
@@ -79,11 +79,11 @@ def _no_text(path: Path, data: bytes) -> str | None:
     return None
 
 
-def tokenize(documents: list[str], encoder: TextEncoder) -> np.ndarray:
+def tokenize(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
     """Token ids of all documents, each after an `<|endoftext|>`: uint16 of shape (tokens,)."""
     parts = []
     for document in documents:
-        parts += [np.array([encoder.end_of_text], np.uint16), encoder.encode(document)]
+        parts += [np.array([tokenizer.end_of_text], np.uint16), tokenizer.encode(document)]
     return np.concatenate(parts)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from mlx_mla.data import corpus
 from mlx_mla.data.shards import Shard, open_folder, training_part
-from mlx_mla.data.tokenizer import TextEncoder
+from mlx_mla.data.tokenizer import Tokenizer
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.model.config import TrainConfig
 
@@ -14,19 +14,19 @@ from mlx_mla.model.config import TrainConfig
 class TrainingData:
     """Training and held-out windows of --data: a text, or a folder of token shards."""
 
-    def __init__(self, config: TrainConfig, encoder: TextEncoder):
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer):
         assert config.model.vocab_size
-        self.encoder = encoder
-        self.tokenizer = encoder.fast_tokenizer()
+        self.tokenizer = tokenizer
+        self.fast_tokenizer = tokenizer.fast_tokenizer()
         train: np.ndarray | list[Shard]
         val: np.ndarray | list[Shard]
         if Path(config.data).is_dir():
             folder = open_folder(Path(config.data))
-            folder.check_tokenizer(encoder.name)
+            folder.check_tokenizer(tokenizer.name)
             self.fingerprint, self.samples = folder.fingerprint, folder.samples
             train, val = folder.held_out(config.val_fraction)
         else:
-            tokens = corpus.tokenize(corpus.read_documents(config.data), encoder)
+            tokens = corpus.tokenize(corpus.read_documents(config.data), tokenizer)
             self.fingerprint = self.samples = corpus.fingerprint(tokens)
             cut = training_part(len(tokens), config.val_fraction)
             train, val = tokens[:cut], tokens[cut:]

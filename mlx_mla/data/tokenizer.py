@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
+import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_mla.errors import UserError
@@ -46,7 +47,7 @@ _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")
 _RUNS = " ".join(chr(c) * 40 for c in range(0x21, 0x7F))
 
 
-class TextEncoder(Protocol):
+class Tokenizer(Protocol):
     """Text to token ids, fast, for training data."""
 
     name: str
@@ -62,7 +63,7 @@ class TextEncoder(Protocol):
         ...
 
 
-class ByteEncoder:
+class ByteTokenizer:
     """The 256 bytes of UTF-8 as ids 0-255, and `<|endoftext|>` as 256."""
 
     name = "bytes"
@@ -76,7 +77,7 @@ class ByteEncoder:
         return _fast_tokenizer([bytes([b]) for b in range(256)], [], use_regex=False)
 
 
-class GPT2Encoder:
+class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, through tiktoken.
 
     Args:
@@ -120,9 +121,9 @@ class GPT2Encoder:
         return _fast_tokenizer(tokens, merges, use_regex=True)
 
 
-def get_encoder(name: TokenizerName, bpe_dir: str | Path | None = None) -> TextEncoder:
-    """The encoder by its command-line name."""
-    return ByteEncoder() if name == "bytes" else GPT2Encoder(bpe_dir)
+def get_tokenizer(name: TokenizerName, bpe_dir: str | Path | None = None) -> Tokenizer:
+    """The tokenizer by its command-line name."""
+    return ByteTokenizer() if name == "bytes" else GPT2Tokenizer(bpe_dir)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -229,7 +230,7 @@ def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=1)
 def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte (openai/gpt-2, encoder.py)."""
+    """GPT-2's printable character for each byte (openai/gpt-2, tokenizer.py)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -245,7 +246,7 @@ def _fast_tokenizer(
 
     vocab = {spell(t): i for i, t in enumerate(tokens)}
     bpe = models.BPE(vocab=vocab, merges=[(spell(a), spell(b)) for a, b in merges])
-    tokenizer = Tokenizer(bpe)
+    tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])

@@ -23,7 +23,7 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Start, TrainSession
 from mlx_mla.card import model_card
 from mlx_mla.data.dataset import TrainingData
-from mlx_mla.data.tokenizer import TextEncoder, get_encoder
+from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
 from mlx_mla.data.windows import Batch
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
@@ -93,7 +93,7 @@ def train(
         backend = get_backend(config.backend, config.device)
         check_memory(config, backend.fused_attention(config))
         first = _start(config, out, run.data, resume, from_step) if lead else None
-        taught_by = teacher(config, run.data.encoder)
+        taught_by = teacher(config, run.data.tokenizer)
         start = _shared(world, first)
         # All that the user may have got wrong is checked; from here on the run folder is written.
         if lead and resume:
@@ -121,11 +121,13 @@ def train(
 def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
     """The learning-rate range test on a run's model and data; writes nothing. UserError as `train`
     raises it."""
-    encoder, config = _resolved(config, resume=False)
-    data = TrainingData(config, encoder)
+    tokenizer, config = _resolved(config, resume=False)
+    data = TrainingData(config, tokenizer)
     backend = get_backend(config.backend, config.device)
     check_memory(config, backend.fused_attention(config))
-    session = backend.train_session(config, Start(first_weights(config)), teacher(config, encoder))
+    session = backend.train_session(
+        config, Start(first_weights(config)), teacher(config, tokenizer)
+    )
     count, size = config.passes_per_step, config.batch_size
     return lr_find.sweep(
         session, lambda step: [data.train.batch(step * count + i, size) for i in range(count)]
@@ -258,7 +260,7 @@ class _Loop:
 
     def _run_tasks(self) -> None:
         """Run the tasks on rank 0, while the others wait."""
-        scorer = self.session.scorer(self.data.tokenizer)
+        scorer = self.session.scorer(self.data.fast_tokenizer)
         for prepared in self.parts.tasks:
             row = metrics(prepared.run(scorer, self.config.batch_size))
             self._log(prepared.task.name, row)
@@ -298,7 +300,7 @@ class _Loop:
             with atomic_folder(target) as folder:
                 card = model_card(config, self.done, self.val_loss)
                 checkpoint.write_model(
-                    folder, config.model, self.session.weights(), self.data.tokenizer, card
+                    folder, config.model, self.session.weights(), self.data.fast_tokenizer, card
                 )
                 checkpoint.write_train_state(folder, self.session.optimizer_state(), info)
             write_text(self.out / LATEST, target.name + "\n")
@@ -315,16 +317,16 @@ class _Loop:
         """A text from the weights as they are, a function of the seed and the step; also written to
         samples.jsonl."""
         config = self.config
-        prompt = self.data.encoder.encode(config.sample_prompt).tolist() or [
-            self.data.encoder.end_of_text
+        prompt = self.data.tokenizer.encode(config.sample_prompt).tolist() or [
+            self.data.tokenizer.end_of_text
         ]
         prompt = prompt[: config.model.n_positions - 1]
         length = min(config.sample_tokens, config.model.n_positions - len(prompt))
         if length < 1:
             return None
         tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
-        text = self.data.tokenizer.decode(
-            prompt + [t for t in tokens if t < self.data.encoder.end_of_text]
+        text = self.data.fast_tokenizer.decode(
+            prompt + [t for t in tokens if t < self.data.tokenizer.end_of_text]
         )
         if self.log is not None:
             self.log.sample(self.done, text)
@@ -351,15 +353,15 @@ def _prepared(config: TrainConfig, out: Path, resume: bool, world: World) -> _Ru
     """The settings that all ranks train with, and the data and tasks of this one; UserError where
     they are impossible or differ."""
     if world.rank == 0:
-        encoder, config = _resolved(config, resume)
+        tokenizer, config = _resolved(config, resume)
     if world.size > 1:
         config = overlay(
             TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0"
         )
     if world.rank:
-        encoder = get_encoder(config.tokenizer, config.bpe_dir)
+        tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
     share = share_of(world.size, config.batch_size, config.passes_per_step)
-    data = TrainingData(config, encoder)
+    data = TrainingData(config, tokenizer)
     same_everywhere(
         world, f"{data.fingerprint} {data.samples}", f"other tokens in --data {config.data}"
     )
@@ -376,7 +378,7 @@ def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
     # Windows as long as the model allows: its progress is wanted here, not a figure to set beside
     # others.
     window = min(WINDOW, n_positions)
-    context = context_of(data.tokenizer, n_positions, window, config.eval_limit, config.seed)
+    context = context_of(data.fast_tokenizer, n_positions, window, config.eval_limit, config.seed)
     folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
     prepared = []
     for name in task_names(config.eval_tasks, "--eval-tasks"):
@@ -385,12 +387,12 @@ def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
     return prepared
 
 
-def _resolved(config: TrainConfig, resume: bool) -> tuple[TextEncoder, TrainConfig]:
+def _resolved(config: TrainConfig, resume: bool) -> tuple[Tokenizer, TrainConfig]:
     """The tokenizer, and the settings with all defaults filled in."""
-    encoder = get_encoder(config.tokenizer, config.bpe_dir)
+    tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
     if config.init is not None and not resume:
-        config = with_model_of(config, checkpoint.model_folder(Path(config.init)), encoder)
-    return encoder, config.resolved()
+        config = with_model_of(config, checkpoint.model_folder(Path(config.init)), tokenizer)
+    return tokenizer, config.resolved()
 
 
 def _start(

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Teacher
-from mlx_mla.data.tokenizer import TextEncoder
+from mlx_mla.data.tokenizer import Tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
@@ -21,25 +21,25 @@ def first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
     return _whole_weights("--init", checkpoint.model_folder(Path(config.init)), config.model)
 
 
-def teacher(config: TrainConfig, encoder: TextEncoder) -> Teacher | None:
+def teacher(config: TrainConfig, tokenizer: Tokenizer) -> Teacher | None:
     """The model of --teacher; UserError if it cannot teach this one."""
     if config.teacher is None:
         return None
     folder = checkpoint.model_folder(Path(config.teacher))
     shape = checkpoint.read_config(folder)
-    _check_tokenizer("--teacher", folder, encoder)
+    _check_tokenizer("--teacher", folder, tokenizer)
     if shape.n_positions < config.context:
         raise UserError(
             f"--teacher {folder}: has {shape.n_positions} positions, a sequence {config.context} "
             f"tokens; use --seq-len {shape.n_positions}, or another teacher"
         )
     assert shape.vocab_size
-    if shape.vocab_size < encoder.size:
+    if shape.vocab_size < tokenizer.size:
         raise UserError(
-            f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {encoder.size} "
+            f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {tokenizer.size} "
             "ids; the folder is damaged"
         )
-    return Teacher(shape, _whole_weights("--teacher", folder, shape), encoder.size)
+    return Teacher(shape, _whole_weights("--teacher", folder, shape), tokenizer.size)
 
 
 def _whole_weights(option: str, folder: Path, shape: ModelConfig) -> dict[str, np.ndarray]:
@@ -48,30 +48,30 @@ def _whole_weights(option: str, folder: Path, shape: ModelConfig) -> dict[str, n
     return checkpoint.read_weights(folder, shape)
 
 
-def with_model_of(config: TrainConfig, folder: Path, encoder: TextEncoder) -> TrainConfig:
+def with_model_of(config: TrainConfig, folder: Path, tokenizer: Tokenizer) -> TrainConfig:
     """Take the model's shape from a folder; dropout is not part of it and stays."""
     shape = checkpoint.read_config(folder)
-    _check_tokenizer("--init", folder, encoder)
+    _check_tokenizer("--init", folder, tokenizer)
     return dataclasses.replace(
         config, model=dataclasses.replace(shape, dropout=config.model.dropout)
     )
 
 
-def _check_tokenizer(option: str, folder: Path, encoder: TextEncoder) -> None:
-    tokenizer = checkpoint.read_tokenizer(folder)
-    ids = len(tokenizer)
-    if ids == encoder.size:
+def _check_tokenizer(option: str, folder: Path, tokenizer: Tokenizer) -> None:
+    own = checkpoint.read_tokenizer(folder)
+    ids = len(own)
+    if ids == tokenizer.size:
         return
     if fitting := next((name for name, n in TOKENIZER_IDS.items() if n == ids), None):
         advice = f"use --tokenizer {fitting}"
-    elif encoder.fast_tokenizer().get_vocab().items() <= tokenizer.get_vocab().items():
+    elif tokenizer.fast_tokenizer().get_vocab().items() <= own.get_vocab().items():
         advice = (
             "make the rows of its added tokens padding with: python -m convert "
-            f"{shlex.quote(str(folder))} --tokenizer {encoder.name} --out NEW"
+            f"{shlex.quote(str(folder))} --tokenizer {tokenizer.name} --out NEW"
         )
     else:
         advice = "no --tokenizer of this project fits it"
     raise UserError(
-        f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {encoder.name} has "
-        f"{encoder.size}; {advice}"
+        f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {tokenizer.name} has "
+        f"{tokenizer.size}; {advice}"
     )
