@@ -32,8 +32,9 @@ from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
+from mlx_mla.training.starting_models import first_weights
 
 KINDS = {
     "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
@@ -272,3 +273,37 @@ def test_folders_and_runs_from_before_these_settings(tiny_run, tmp_path):
         get_backend("mlx").decoder(checkpoint.latest(tiny_run))
     )
     assert train.main(["--resume", "--out", str(run), "--steps", "41"]) == 0
+
+
+def test_fan_in_initialization_makes_the_values_of_mla_as_large_as_those_of_mha():
+    shape = {"n_layer": 1, "n_embd": 256, "n_head": 4, "position_embedding_type": "rope"}
+    models = {
+        "mha": ModelConfig(attention="mha", **shape),
+        "mla": ModelConfig(kv_lora_rank=32, qk_rope_head_dim=64, **shape),
+    }
+    x = np.random.default_rng(0).standard_normal((500, 256), dtype=np.float32)
+    sizes, weights = {}, {}
+    for name, model in models.items():
+        for initializer in ("normal", "fan_in"):
+            run = TrainConfig(model=model, initializer_range=1 / 16, initializer=initializer)
+            w = weights[name, initializer] = first_weights(run.resolved())
+            rows = w["transformer.h.0.attn.c_attn.weight"]
+            if name == "mha":
+                values = x @ rows[512:].T
+            else:
+                latents = x @ rows[4 * 128 : 4 * 128 + 32].T
+                values = latents @ w["transformer.h.0.attn.kv_b_proj.weight"].T
+            sizes[name, initializer] = values.std()
+    assert sizes["mha", "fan_in"] == sizes["mha", "normal"] == pytest.approx(1, rel=0.05)
+    assert sizes["mla", "fan_in"] == pytest.approx(1, rel=0.1)
+    assert sizes["mla", "normal"] == pytest.approx(8**-0.5, rel=0.1)  # sqrt(32 / 256)
+    # What does not read n_embd values: the MLP's second matrix, a residual projection of 4 n_embd.
+    w = weights["mla", "fan_in"]
+    assert w["transformer.h.0.mlp.c_proj.weight"].std() == pytest.approx(2**-5.5, rel=0.05)
+    # Everything else is as without it, and "normal" is what it was before there was a choice.
+    model, normal = models["mla"].resolved(257), weights["mla", "normal"]
+    before = initial_weights(model, TrainConfig().seed, 1 / 16)
+    for name, values in before.items():
+        assert np.array_equal(values, normal[name])
+        if "kv_b_proj" not in name and "mlp.c_proj" not in name:
+            assert np.array_equal(values, w[name])

@@ -12,6 +12,7 @@ from mlx_mla.errors import UserError, flag
 from mlx_mla.fields import Bounds, at_least_1, check_bounds, fraction, not_negative, positive, typed
 from mlx_mla.model.attention import KINDS, Attention, AttentionName, meaningless_fields
 
+InitializerName = Literal["normal", "fan_in"]
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
 DType = Literal["float32", "bfloat16"]
@@ -278,7 +279,11 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
     initializer_range: float = 0.02
-    """Standard deviation of the first weights; residual projections get 1/sqrt(2 n_layer) of it."""
+    """Initialization std of embeddings and matrices; residual projections get 1/sqrt(2 n_layer) of
+    it."""
+    initializer: InitializerName = "normal"
+    """"normal" gives every matrix that std, as GPT-2 does; "fan_in" makes it proportional to
+    1/sqrt(inputs): a matrix with n_embd inputs keeps it, one with fewer gets more."""
     dtype: DType = "float32"
     """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on
     CPUs."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.config import InitializerName, ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -63,11 +63,21 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
 
 
-def initial_weights(config: ModelConfig, seed: int, std: float = 0.02) -> dict[str, np.ndarray]:
-    """GPT-2's initialisation: N(0, std), residual projections N(0, std / sqrt(2 n_layer)), float32.
+def initial_weights(
+    config: ModelConfig, seed: int, std: float = 0.02, initializer: InitializerName = "normal"
+) -> dict[str, np.ndarray]:
+    """Random weights, float32 by name: N(0, std), residual projections N(0, std / sqrt(2 n_layer)).
 
-    Every tensor has its own random stream, drawn from the seed and its name, so that a tensor's
-    first value does not depend on which others the model has.
+    Every tensor has its own random stream, drawn from the seed and its name, so its initial values
+    do not depend on which other tensors the model has.
+
+    Args:
+        config: A resolved configuration.
+        seed: Of all streams.
+        std: Standard deviation.
+        initializer: "normal" is GPT-2's. With "fan_in" a block's matrix gets sqrt(n_embd / inputs)
+            times that std, so that W_up, which reads a latent narrower than n_embd, makes keys and
+            values as large as a matrix that reads the residual stream does.
     """
     weights = {}
     for name, shape in parameter_shapes(config).items():
@@ -77,5 +87,7 @@ def initial_weights(config: ModelConfig, seed: int, std: float = 0.02) -> dict[s
             continue
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         scale = std / np.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std
+        if initializer == "fan_in" and is_hidden_matrix(name, len(shape)):
+            scale *= np.sqrt(config.n_embd / shape[1])
         weights[name] = rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
     return weights

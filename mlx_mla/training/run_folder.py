@@ -31,6 +31,7 @@ FIXED_ON_RESUME = (
     "seed",
     "init",
     "initializer_range",
+    "initializer",
     "optimizer",
     "teacher",
     "teacher_weight",

@@ -17,7 +17,9 @@ from mlx_mla.model.weights import initial_weights
 def first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
     """The weights before the first step, float32 by name."""
     if config.init is None:
-        return initial_weights(config.model, config.seed, config.initializer_range)
+        return initial_weights(
+            config.model, config.seed, config.initializer_range, config.initializer
+        )
     return _whole_weights("--init", checkpoint.model_folder(Path(config.init)), config.model)
 
 
