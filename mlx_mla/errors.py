@@ -1,8 +1,10 @@
 """The one exception that means "the user's input was wrong", how its messages quote a value, and
 the hints that a command prints when it succeeds."""
 
+import difflib
 import reprlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 _LONGEST = 60
@@ -22,6 +24,13 @@ class UserError(ValueError):
     Commands print the message to stderr and exit with code 2, without a traceback. Anything else
     that escapes is a fault of this project.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint to end an error with: the known name closest to a mistyped one, else all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def flag(name: str) -> str:

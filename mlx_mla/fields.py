@@ -1,26 +1,59 @@
-"""Values for the fields of settings, checked by type and by range before anything uses them."""
+"""The typed, bounded reader: whatever this project reads from its own files passes through here.
+
+A dataclass or a TypedDict describes a record. Its annotations are the types, and `Annotated` adds
+bounds. Types are checked at every depth; numbers are finite, and whole numbers have 64 bits.
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Part:
+        file: FileName                       # required: no default
+        tokens: Count
+        loss: Optional[float] = None         # None also where the file says null
+
+    class Row(TypedDict):                    # rows that stay dicts
+        step: Count
+        part: NotRequired[Part]
+
+    read(Part, folder / "part.json")                    # a JSON object, or TOML by the suffix
+    read_lines(Row, folder / "rows.jsonl")              # JSON lines, one record each
+    value_of(list[Part], values, f"{path}: parts")      # values that were parsed already
+
+An error names the file, the line and the field: `rows.jsonl, line 3: part.tokens must not be
+negative, not -1; remove the line`. A dataclass drops keys that it has no field for; a TypedDict
+keeps them and checks them as `Any`; with `known_only` both refuse them, which suits files that
+users write. A `__post_init__` may raise ValueError for fields that contradict each other.
+"""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, Optional, get_args, get_origin
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin
 
-from mlx_mla.errors import UserError, shown
+from typing_extensions import NotRequired, Required, get_type_hints, is_typeddict
+
+from mlx_mla.errors import UserError, nearest, shown
+from mlx_mla.files import LARGEST_TEXT, encodable, parse_json, read_json, read_toml
+
+T = TypeVar("T")
+_NONE = type(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The values that a number may have; NaN is none, and infinity neither."""
+    """The range of a number; NaN and infinity are outside every range."""
 
     must: str
-    """Reported for a value below `low`: "be at least 1"."""
+    """Completes the message for a value below `low`, such as "be at least 1"."""
     low: float
     high: float = math.inf
     must_above: str | None = None
     """The same for a value above `high`. None: "be at most" and `high`."""
 
     def problem(self, value: float) -> Optional[str]:
-        """Why a value is refused, to follow the name of its field; None if it is not."""
+        """Why a value is refused, to follow the name of its field; None if it is within bounds."""
         if not isinstance(value, int) and not math.isfinite(value):
             return f"must be a finite number, not {value}"
         if value < self.low:
@@ -31,13 +64,29 @@ class Bounds:
         return None
 
 
-def at_least_1(high: int) -> Bounds:
-    """Whole numbers from 1 on."""
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a text must look like."""
+
+    must: str
+    """Completes the message for any other text, such as "be a sha256"."""
+    pattern: str
+    """Regular expression of the whole text."""
+
+    def problem(self, value: str) -> Optional[str]:
+        """As `Bounds.problem`."""
+        if re.fullmatch(self.pattern, value, re.DOTALL):
+            return None
+        return f"must {self.must}, not {shown(value)}"
+
+
+def at_least_1(high: float = math.inf) -> Bounds:
+    """Numbers from 1."""
     return Bounds("be at least 1", 1, high)
 
 
 def not_negative(high: float = math.inf) -> Bounds:
-    """Numbers from 0 on."""
+    """Numbers from 0."""
     return Bounds("not be negative", 0, high)
 
 
@@ -52,9 +101,23 @@ def fraction(must: str = "be from 0 to 1", above_0: bool = False, below_1: bool 
     return Bounds(must, low, high, must)
 
 
+Count = Annotated[int, not_negative()]
+PositiveInt = Annotated[int, at_least_1()]
+PositiveFloat = Annotated[float, positive()]
+NonNegativeFloat = Annotated[float, not_negative()]
+Name = Annotated[str, Form("be text without control characters", r"[^\x00-\x1f]+")]
+FileName = Annotated[
+    str, Form("be the name of a file in the same folder", r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")
+]
+Sha256 = Annotated[str, Form("be a sha256", "[0-9a-f]{64}")]
+
+
 def check_bounds(settings: Any, bounds: Mapping[str, Bounds]) -> None:
-    """UserError, naming the flag, for a field of a settings object that is out of its bounds; None
-    is within all."""
+    """Check the numbers of a settings object; None and each item of a list included.
+
+    Raises:
+        UserError: Naming the flag of a field that is out of its bounds.
+    """
     for name, limit in bounds.items():
         value = getattr(settings, name)
         for number in value if isinstance(value, list) else [value]:
@@ -63,9 +126,9 @@ def check_bounds(settings: Any, bounds: Mapping[str, Bounds]) -> None:
 
 
 def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of those names that are fields of a dataclass, each of the field's type.
+    """The values that belong to fields of a settings dataclass, each of its field's type.
 
-    Whole numbers become floats where a float belongs.
+    Other keys are left out, and missing fields are not an error.
 
     Args:
         values: As JSON or TOML gives them.
@@ -74,40 +137,268 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         UserError: For a value of another type.
     """
-    found = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in values:
-            continue
-        value, expected = values[field.name], field.type
-        if not _is_instance(value, expected):
-            raise UserError(f"{where}: {field.name} = {shown(value)} is not {_describe(expected)}")
-        if expected is float and isinstance(value, int):
-            try:
-                value = float(value)
-            except OverflowError:
-                value = math.inf
-        found[field.name] = value
+    kinds = {name: kind for name, kind in _kinds(cls).items() if name in values}
+    with_nul = next((n for n in kinds if isinstance(values[n], str) and "\0" in values[n]), None)
+    if with_nul is not None:
+        raise UserError(f"{where}: {with_nul} = {shown(values[with_nul])} must hold no NUL")
+    return {name: value_of(kind, values[name], where, at=name) for name, kind in kinds.items()}
+
+
+def read(kind: type[T], path: Path, remedy: str = "", *, known_only: bool = False) -> T:
+    """The record in a JSON file, or in a TOML file by its suffix.
+
+    Args:
+        kind: A dataclass or a TypedDict.
+        remedy: What to do about a damaged file, to end the message with.
+        known_only: Refuse keys that the record has no field for.
+
+    Raises:
+        UserError: If the file cannot be read or parsed, or does not hold such a record.
+    """
+    values = read_toml(path) if path.suffix == ".toml" else read_json(path)
+    found: T = value_of(kind, values, str(path), remedy, known_only=known_only)
     return found
 
 
-def _is_instance(value: Any, expected: Any) -> bool:
-    if get_origin(expected) is Literal:
-        return isinstance(value, str) and value in get_args(expected)
-    if get_origin(expected) is list:
-        (item,) = get_args(expected)
-        return isinstance(value, list) and all(_is_instance(v, item) for v in value)
-    if options := get_args(expected):
-        return any(_is_instance(value, option) for option in options)
-    if isinstance(value, bool):
-        return expected is bool
-    return isinstance(value, (int, float) if expected is float else expected)
+def read_lines(kind: type[T], path: Path, remedy: str = "remove the line") -> list[T]:
+    """The records of a JSON-lines file, one a line; none where there is no file.
+
+    A last line without its line break, which a killed process left, is left out.
+
+    Raises:
+        UserError: As `read`; the message names the line.
+    """
+    return [
+        value_of(kind, line_value(line, where, remedy), where, remedy)
+        for line, where in lines_of(path)
+        if line.endswith(b"\n")
+    ]
 
 
-def _describe(expected: Any) -> str:
-    if get_origin(expected) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(expected)))
-    options = [t for t in (get_args(expected) or (expected,)) if t is not type(None)]
-    if len(options) == 1 and get_origin(options[0]) is Literal:
+def lines_of(path: Path) -> Iterator[tuple[bytes, str]]:
+    """The lines of a file with their line breaks, each with the place to name in messages.
+
+    Raises:
+        UserError: If the file cannot be read, or a line is longer than any that is written here.
+    """
+    try:
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LARGEST_TEXT + 1):
+                number += 1
+                where = f"{path}, line {number}"
+                if len(line) > LARGEST_TEXT:
+                    raise UserError(f"{where}: is longer than {LARGEST_TEXT:,} bytes")
+                yield line, where
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def line_value(line: bytes, where: str, remedy: str) -> Any:
+    """The JSON value of a line; UserError with the remedy if it is none."""
+    try:
+        return parse_json(line, where)
+    except UserError as e:
+        raise UserError(f"{e}; {remedy}") from None
+
+
+def value_of(
+    kind: Any, value: Any, where: str, remedy: str = "", *, at: str = "", known_only: bool = False
+) -> Any:
+    """A parsed value as a type: JSON's lists become tuples and its objects dataclasses where the
+    type says so, and whole numbers become floats where a float belongs.
+
+    Args:
+        kind: Any annotation made of bool, int, float, str, None, Any, Literal, Optional, Union,
+            list, tuple, dict of str, dataclasses, TypedDicts, and Annotated with Bounds or Form.
+        value: As JSON or TOML gives it.
+        where: Name of its source, for messages.
+        remedy: What to do about it, to end the message with.
+        at: The field that the value belongs to, for messages.
+        known_only: Refuse keys that a record has no field for.
+
+    Raises:
+        UserError: If it is of another type, or outside its bounds.
+    """
+    try:
+        return _Reader(known_only).convert(kind, value)
+    except _Mismatch as e:
+        problem = e.message(at)
+    except RecursionError:
+        problem = "is nested too deeply"
+    raise UserError(f"{where}: {problem}" + (f"; {remedy}" if remedy else ""))
+
+
+class _Mismatch(ValueError):
+    """A value that its type does not have; gathers the path to it on its way out."""
+
+    def __init__(self, problem: str, *path: str | int):
+        self.problem, self.path = problem, list(path)
+
+    def message(self, at: str) -> str:
+        for step in self.path:
+            at += f"[{step}]" if isinstance(step, int) else f".{step}" if at else step
+        return f"{at} {self.problem}" if at else self.problem.removeprefix("= ")
+
+
+class _Reader:
+    def __init__(self, known_only: bool):
+        self.known_only = known_only
+
+    def convert(self, kind: Any, value: Any) -> Any:
+        origin, args = get_origin(kind), get_args(kind)
+        if origin is Annotated:
+            return self._bounded(args[0], args[1:], value)
+        if origin in (Required, NotRequired):
+            return self.convert(args[0], value)
+        if origin in (Union, UnionType):
+            return self._one_of(kind, args, value)
+        if origin is Literal:
+            if any(type(value) is type(known) and value == known for known in args):
+                return value
+        elif origin is dict or kind is dict:
+            if isinstance(value, dict):
+                inner = args[1] if args else Any
+                return {self._key(k): self._inside(k, inner, v) for k, v in value.items()}
+        elif origin in (list, tuple) or kind in (list, tuple):
+            if isinstance(value, list):
+                return self._items(origin or kind, args, value)
+        elif dataclasses.is_dataclass(kind) or is_typeddict(kind):
+            if isinstance(value, dict):
+                return self._record(kind, value)
+        elif kind is Any:
+            return self._plain(value)
+        elif kind in (int, float, str):
+            return _scalar(kind, value)
+        elif type(value) is (_NONE if kind is None else kind):
+            return value
+        raise _Mismatch(f"= {shown(value)} is not {_describe(kind)}")
+
+    def _inside(self, step: str | int, kind: Any, value: Any) -> Any:
+        try:
+            return self.convert(kind, value)
+        except _Mismatch as e:
+            e.path.insert(0, step if isinstance(step, int) else shown_key(step))
+            raise
+
+    def _bounded(self, kind: Any, limits: tuple[Any, ...], value: Any) -> Any:
+        found = self.convert(kind, value)
+        for limit in limits:
+            checked = isinstance(limit, Bounds | Form) and found is not None
+            if checked and (problem := limit.problem(found)):
+                raise _Mismatch(problem)
+        return found
+
+    def _one_of(self, kind: Any, options: tuple[Any, ...], value: Any) -> Any:
+        others = [option for option in options if option is not _NONE]
+        if value is None and len(others) < len(options):
+            return None
+        if len(others) == 1:
+            return self.convert(others[0], value)
+        for option in others:
+            try:
+                return self.convert(option, value)
+            except _Mismatch:
+                continue
+        raise _Mismatch(f"= {shown(value)} is not {_describe(kind)}")
+
+    def _items(self, kind: type, args: tuple[Any, ...], value: list[Any]) -> Any:
+        if kind is tuple and args and args[-1] is not Ellipsis:
+            if len(value) != len(args):
+                raise _Mismatch(f"= {shown(value)} must have {len(args)} items")
+            kinds = args
+        else:
+            kinds = (args[0] if args else Any,) * len(value)
+        return kind(self._inside(i, k, v) for i, (k, v) in enumerate(zip(kinds, value)))
+
+    def _record(self, kind: Any, values: dict[str, Any]) -> Any:
+        kinds, needed = _kinds(kind), _needed(kind)
+        if missing := next((name for name in kinds if name in needed and name not in values), None):
+            raise _Mismatch("is missing", missing)
+        others = [self._key(key) for key in values if key not in kinds]
+        if others and self.known_only:
+            raise _Mismatch(f"is an unknown key; {nearest(others[0], kinds)}", shown_key(others[0]))
+        if is_typeddict(kind):
+            return {key: self._inside(key, kinds.get(key, Any), v) for key, v in values.items()}
+        found = {k: self._inside(k, kinds[k], v) for k, v in values.items() if k in kinds}
+        try:
+            return kind(**found)
+        except ValueError as e:
+            if isinstance(e, _Mismatch):
+                raise
+            raise _Mismatch(str(e)) from None
+
+    def _plain(self, value: Any) -> Any:
+        """A value of any type that JSON has, its numbers finite and its texts encodable."""
+        if isinstance(value, dict):
+            return {self._key(k): self._inside(k, Any, v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._inside(i, Any, v) for i, v in enumerate(value)]
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int | float | str):
+            return _scalar(type(value), value)
+        raise _Mismatch(f"= {shown(value)} is not a value that JSON has")
+
+    def _key(self, key: Any) -> str:
+        return str(_scalar(str, key))
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    if kind is str and isinstance(value, str):
+        if encodable(value):
+            return value
+        raise _Mismatch(f"= {shown(value)} holds half a character (a lone surrogate)")
+    if kind is not str and isinstance(value, int) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**63:
+            raise _Mismatch(f"must be a number of at most 64 bits, not {shown(value)}")
+        return kind(value)
+    if kind is float and isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        raise _Mismatch(f"must be a finite number, not {value}")
+    raise _Mismatch(f"= {shown(value)} is not {_describe(kind)}")
+
+
+def shown_key(key: str) -> str:
+    """A key as a path in a message has it."""
+    return key if re.fullmatch(r"[\w-]{1,60}", key) else shown(key)
+
+
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    """Annotations of a record's fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    if is_typeddict(cls):
+        return hints
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+@functools.cache
+def _needed(cls: Any) -> frozenset[str]:
+    """Fields that a record must have."""
+    if is_typeddict(cls):
+        return frozenset(cls.__required_keys__)
+    missing = dataclasses.MISSING
+    return frozenset(
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is missing and field.default_factory is missing
+    )
+
+
+def _describe(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _describe(args[0])
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if dataclasses.is_dataclass(kind) or is_typeddict(kind) or origin is dict or kind is dict:
+        return "a table of names and values"
+    options = [t for t in (args if origin in (Union, UnionType) else (kind,)) if t is not _NONE]
+    if len(options) == 1 and options[0] is not kind:
         return _describe(options[0])
     return "a value of type " + " or ".join(
         str(t) if get_origin(t) else t.__name__ for t in options

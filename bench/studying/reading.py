@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from bench.studying.plan import Cell, Keep, Machine, RateName, Study
 from bench.studying.settings import Settings, key, settings
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, nearest
 from mlx_mla.files import read_toml
-from mlx_mla.model.config import TrainConfig, nearest
+from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.presets import overlay, preset
 
 PAIRED = (

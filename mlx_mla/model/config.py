@@ -1,8 +1,7 @@
 """Every setting of the model and of training, and its validation."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -66,13 +65,6 @@ TRAIN_BOUNDS = {
 
 LARGE_LOGITS = 64 * 2**20
 """Bytes of a pass's float32 logits above which the loss takes them in chunks."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name closest to a mistyped one, as a hint to append to an error; may be empty."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 @dataclasses.dataclass(kw_only=True)

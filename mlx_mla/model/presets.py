@@ -6,9 +6,9 @@ from typing import Any
 
 import tomli_w
 
-from mlx_mla.errors import UserError, shown
+from mlx_mla.errors import UserError, nearest, shown
 from mlx_mla.fields import typed
-from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig, nearest
+from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig
 
 _MLA_124M: dict[str, Any] = {
     "tokenizer": "gpt2",
@@ -120,8 +120,8 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
 def preset(name: str) -> TrainConfig:
     """The training configuration of a preset; UserError with the nearest name for an unknown
     one."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"unknown preset {shown(name)}; {nearest(str(name), PRESETS)}")
     return overlay(TrainConfig(preset=name), PRESETS[name], f"preset {name}")
 
 

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, nearest
 from mlx_mla.files import read_json, write_text
-from mlx_mla.model.config import TrainConfig, nearest
+from mlx_mla.model.config import TrainConfig
 from mlx_mla.training.run_folder import TRACKING
 
 PROJECT = "mlx_mla"
