@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
-from mlx_mla.checkpoint import in_type
+from mlx_mla.checkpoint import INDEX, WEIGHTS, in_type, shards
 from mlx_mla.errors import UserError
 from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.model.config import InferenceDType, ModelConfig
@@ -105,7 +105,7 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
 
 
 def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Tensors:
-    where, found = _open_weights(folder)
+    where, found = open_weights(folder)
     # GPT2Model saves its tensors without the prefix of GPT2LMHeadModel.
     found = {
         n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t
@@ -142,10 +142,10 @@ def _mask(name: str, tensor: LazyTensor) -> bool:
     return name.endswith(BUFFERS[0]) and len(tensor.shape) == 4
 
 
-def _open_weights(folder: Path) -> tuple[Path, Tensors]:
+def open_weights(folder: Path) -> tuple[Path, Tensors]:
     """The weights of a folder by their names, and the file to blame."""
     for single, index, opener in (
-        ("model.safetensors", "model.safetensors.index.json", open_safetensors),
+        (WEIGHTS, INDEX, open_safetensors),
         (
             "pytorch_model.bin",
             "pytorch_model.bin.index.json",
@@ -155,26 +155,14 @@ def _open_weights(folder: Path) -> tuple[Path, Tensors]:
         if (folder / single).is_file():
             return folder / single, opener(folder / single)
         if (folder / index).is_file():
-            return folder / index, _open_shards(folder / index, opener)
+            tensors: Tensors = {}
+            for shard in shards(folder / index):
+                tensors |= opener(shard)
+            return folder / index, tensors
     raise UserError(
         f"{folder}: has no weights (model.safetensors or pytorch_model.bin); the folder is "
         "incomplete"
     )
-
-
-def _open_shards(index: Path, opener: Any) -> Tensors:
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
-        raise UserError(f"{index}: has no weight_map; the index is damaged")
-    tensors: Tensors = {}
-    for shard in sorted(set(placed.values())):
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise UserError(
-                f"{index.parent / shard}: no such file, and {index.name} names it; download it "
-                "again"
-            )
-        tensors |= opener(index.parent / shard)
-    return tensors
 
 
 def open_safetensors(path: Path) -> Tensors:

@@ -65,8 +65,8 @@ def _own(folder: Path, name: str) -> ForeignCheckpoint:
     config = checkpoint.read_config(folder)
     if checkpoint.is_quantized(folder):
         raise UserError(f"{folder}: quantised by mlx-lm; convert the model it was made from")
-    tensors = hf.open_safetensors(folder / checkpoint.WEIGHTS)
-    check_tensors(folder / checkpoint.WEIGHTS, tensors, checkpoint.parameter_shapes(config))
+    where, tensors = hf.open_weights(folder)
+    check_tensors(where, tensors, checkpoint.parameter_shapes(config))
     return ForeignCheckpoint("mlx_mla", name, config, tensors, folder)
 
 

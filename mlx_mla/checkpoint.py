@@ -2,7 +2,9 @@
 
 A model folder holds config.json, model.safetensors, model_mlx.py, model_torch.py,
 configuration_mla_gpt2.py, the tokenizer's files and a README.md; a training checkpoint adds
-train_state.safetensors and train_state.json. `SHA256SUMS` (as `sha256sum -c` reads it) covers every
+train_state.safetensors and train_state.json. Other tools may split the weights of a folder they
+write into shards, model-00001-of-00002.safetensors and so on, which model.safetensors.index.json
+lists. `SHA256SUMS` (as `sha256sum -c` reads it) covers every
 file but the README.
 """
 
@@ -37,6 +39,7 @@ from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.weights import not_finite, parameter_shapes
 
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 MODEL_FILES = Path(__file__).with_name("model")
 STATE = "train_state.safetensors"
 STATE_INFO = "train_state.json"
@@ -159,9 +162,34 @@ def is_quantized(folder: Path) -> bool:
     return "quantization" in read_json(folder / "config.json")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: model.safetensors, or the shards in its index.
+
+    Raises:
+        UserError: If there are none, or one is missing.
+    """
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        return shards(folder / INDEX)
+    return [folder / WEIGHTS]
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of weights lists; UserError if it lists none or one is missing."""
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+        raise UserError(f"{index}: has no weight_map; the index is damaged")
+    files = [index.parent / name for name in sorted(set(placed.values()))]
+    for path in files:
+        if path.parent != index.parent or not path.is_file():
+            raise UserError(f"{path}: no such file, and {index.name} names it; download it again")
+    return files
+
+
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     """All tensors of a folder as float32, after checking names and shapes against `config`."""
-    tensors = _load_tensors(folder / WEIGHTS)
+    tensors: dict[str, np.ndarray] = {}
+    for path in weight_files(folder):
+        tensors |= _load_tensors(path)
     expected = parameter_shapes(config)
     for name in expected.keys() | tensors.keys():
         if name not in tensors or name not in expected:

@@ -9,18 +9,22 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
-from helpers import TOLERANCE, model_configs, random_weights, token_ids
+from helpers import TOLERANCE, model_configs, random_weights, refused, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from convert import __main__ as convert
 from mlx_mla import checkpoint, generate
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.files import atomic_folder
 from mlx_mla.model import model_torch
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import initial_weights, parameter_shapes
+
+TRUST = {"trust_remote_code": True}
 
 
 def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
@@ -236,11 +240,168 @@ def test_loss_is_that_of_the_shifted_tokens(loaded):
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_saved_by_transformers_it_loads_again(loaded, tmp_path):
-    loaded.save_pretrained(str(tmp_path))
-    again = AutoModelForCausalLM.from_pretrained(str(tmp_path), trust_remote_code=True).eval()
+def text_of(capsys, folder, *flags: str) -> str:
+    """Greedy text of a folder by this project's command."""
+    argv = ["--model", str(folder), "--prompt", "The st", "--max-tokens", "8", "--temp", "0"]
+    assert generate.main([*argv, *flags]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_saved_by_transformers_is_whole(loaded, folder, shards, tmp_path, capsys):
+    """Every tool takes it, also with its weights in several files, as those of large models are."""
+    size = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    saved = tmp_path / "saved"
+    loaded.save_pretrained(str(saved), max_shard_size=size // shards + 1)
+    assert len(list(saved.glob("model*.safetensors"))) >= shards
+    for name in ("model_mlx.py", "model_torch.py", "configuration_mla_gpt2.py", "tokenizer.json"):
+        assert (saved / name).read_bytes() == (folder / name).read_bytes()
+    again = AutoModelForCausalLM.from_pretrained(str(saved), trust_remote_code=True).eval()
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=0, atol=0)
+
+    stock, _ = mlx_lm.load(str(saved), TRUST, trust_remote_code=True)
+    np.testing.assert_allclose(
+        np.array(stock(mx.array(ids.numpy()))), loaded(ids).logits.detach(), atol=TOLERANCE
+    )
+    expected = text_of(capsys, folder, "--backend", "mlx")
+    for backend in ("mlx", "torch"):
+        assert text_of(capsys, saved, "--backend", backend) == expected
+    assert convert.main([str(saved), "--out", str(tmp_path / "one")]) == 0
+    weights = checkpoint.read_weights(folder, checkpoint.read_config(folder))
+    converted = checkpoint.read_weights(tmp_path / "one", checkpoint.read_config(folder))
+    for name, values in weights.items():
+        np.testing.assert_array_equal(converted[name], values)
+
+
+def test_a_folder_without_one_of_its_shards_is_refused(loaded, tmp_path, capsys):
+    saved = tmp_path / "saved"
+    loaded.save_pretrained(str(saved), max_shard_size="50KB")
+    lost = sorted(saved.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    prompt = ["--prompt", "x", "--model", str(saved)]
+    for command, argv in (
+        (generate.main, [*prompt, "--backend", "torch"]),
+        (generate.main, [*prompt, "--backend", "mlx"]),
+        (convert.main, [str(saved), "--out", str(tmp_path / "out")]),
+    ):
+        line = refused(capsys, *argv, command=command)
+        assert f"{lost}: no such file, and model.safetensors.index.json names it" in line
+
+
+def test_saving_over_a_folder_leaves_no_checksums_of_the_old_one(folder, loaded, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    model = AutoModelForCausalLM.from_pretrained(str(copy), trust_remote_code=True)
+    with torch.no_grad():
+        model.transformer.ln_f.weight += 1
+    model.save_pretrained(str(copy))
+    assert (copy / "model_mlx.py").read_bytes() == (folder / "model_mlx.py").read_bytes()
+    text_of(capsys, copy)  # not damaged
+
+
+def test_a_model_made_from_a_configuration_is_saved_whole(folder, tmp_path):
+    config = model_torch.MLAGPT2Config(**checkpoint.read_config(folder).to_dict())
+    made = model_torch.MLAGPT2LMHeadModel(config).eval()
+    made.save_pretrained(str(tmp_path))
+    AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(tmp_path))
+    ids = torch.tensor([[5, 6, 7]])
+    again = AutoModelForCausalLM.from_pretrained(str(tmp_path), trust_remote_code=True).eval()
+    torch.testing.assert_close(again(ids).logits, made(ids).logits, rtol=0, atol=0)
+    stock, _ = mlx_lm.load(str(tmp_path), TRUST, trust_remote_code=True)
+    np.testing.assert_allclose(
+        np.array(stock(mx.array(ids.numpy()))), made(ids).logits.detach(), atol=TOLERANCE
+    )
+
+
+def test_where_the_mlx_model_is_lost_the_folder_does_not_name_it(folder, tmp_path):
+    gone = tmp_path / "gone"
+    shutil.copytree(folder, gone)
+    model = AutoModelForCausalLM.from_pretrained(str(gone), trust_remote_code=True)
+    shutil.rmtree(gone)
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert "model_file" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(str(tmp_path / "saved"), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_hidden_states_are_what_the_blocks_read_and_the_last(loaded, cached):
+    ids = torch.tensor([list(b"The stone")])
+    read = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        for block in loaded.transformer.h
+    ]
+    out = loaded(ids, output_hidden_states=True, use_cache=cached)
+    for hook in hooks:
+        hook.remove()
+    assert len(out.hidden_states) == loaded.config.n_layer + 1
+    h = out.hidden_states
+    torch.testing.assert_close(h[0], loaded.transformer.wte(ids), rtol=0, atol=0)  # it has RoPE
+    for found, expected in zip(h, read):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.lm_head(h[-1]), out.logits, rtol=0, atol=0)
+    assert loaded(ids).hidden_states is None
+    loaded.config.output_hidden_states = True
+    try:
+        assert len(loaded(ids).hidden_states) == loaded.config.n_layer + 1
+    finally:
+        loaded.config.output_hidden_states = False
+    assert isinstance(loaded(ids, return_dict=False), tuple)
+
+
+def test_what_the_model_does_not_do_is_refused_by_name(loaded):
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        loaded(ids, output_attentions=True)
+    for model in (loaded, loaded.transformer):
+        with pytest.raises(TypeError, match="head_msk"):
+            model(ids, head_msk=None)
+
+
+def test_the_trainers_loss_is_over_all_its_accumulated_tokens(loaded):
+    ids = torch.randint(0, 257, (2, 20))
+    mean, divided = (
+        loaded(ids, labels=ids).loss,
+        loaded(ids, labels=ids, num_items_in_batch=76).loss,
+    )
+    torch.testing.assert_close(divided, mean / 2)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(loaded(ids, shift_labels=shifted).loss, mean)
+
+
+class Packed(torch.Tensor):
+    """A weight stored in a form of its own that knows one product alone, as quantised ones do."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        shape, dtype = weight.shape, weight.dtype
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=weight.device)
+
+    def __init__(self, weight):
+        self.whole = weight
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].whole, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].whole)
+        raise NotImplementedError(f"{function} of packed weights")
+
+
+def test_weights_of_other_tensor_types_are_expanded(folder):
+    model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).eval()
+    ids = mx.array([list(b"The stone")])
+    expected = logits(model, ids)
+    for block in model.transformer.h:
+        weight = block.attn.kv_b_proj.weight.detach()
+        block.attn.kv_b_proj.weight = torch.nn.Parameter(Packed(weight), requires_grad=False)
+    np.testing.assert_allclose(logits(model, ids, [4]), expected, atol=TOLERANCE)
 
 
 def test_positions_past_the_table_are_refused(loaded):

@@ -103,6 +103,25 @@ def test_probabilities_of_the_tokens_are_those_without_the_padding(source, folde
     np.testing.assert_array_equal(ours_wte, theirs)
 
 
+def test_training_sees_the_logits_of_the_padding_too(folder):
+    """A loss that uses every logit (label smoothing, entropy) stays finite there."""
+    x = foreign.ids(TOKENS)
+    ours = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).train()
+    logits = ours(x, labels=x).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), x.flatten(), label_smoothing=0.1
+    )
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert loss.item() < 100 and entropy.isfinite().all()
+    whole = foreign.logits_of_folder(folder, x)  # our own commands' model, which masks nothing here
+    torch.testing.assert_close(logits.detach(), whole, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert ours.transformer.wte.weight.grad[TOKENS:].abs().max() > 0
+    model = by_mlx_lm(folder)
+    model.train()
+    np.testing.assert_allclose(np.array(model(mx.array(x.numpy()))), whole, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_masked_logits_are_finite(folder, dtype):
     """-inf is no JSON, and no number to a distillation loss."""

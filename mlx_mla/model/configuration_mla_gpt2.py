@@ -5,9 +5,23 @@ A copy travels in every model folder (`auto_map` in config.json), where `AutoCon
 `AutoTokenizer`, and mlx-lm through them, find it.
 """
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
+
+MLX_FILE = "model_mlx.py"
+CODE = (MLX_FILE, "model_torch.py", "configuration_mla_gpt2.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_mla_gpt2.MLAGPT2Config",
+    "AutoModelForCausalLM": "model_torch.MLAGPT2LMHeadModel",
+}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 class MLAGPT2Config(PretrainedConfig):
@@ -117,3 +131,45 @@ class MLAGPT2Config(PretrainedConfig):
         self.use_cache = use_cache
         self.tokenizer_size = tokenizer_size
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Also write the code that config.json names, and the tokenizer if the folder has none.
+
+        transformers saves a model through its configuration, and copies only what the PyTorch
+        model imports; mlx-lm needs model_mlx.py and the tokenizer, too. They are those of the
+        folder or repository that the model was loaded from.
+        """
+        folder = Path(save_directory)
+        if not folder.is_file():  # otherwise transformers raises its own error
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model_file, self.auto_map = MLX_FILE, dict(AUTO_MAP)
+            missing = [name for name in CODE if not self._copy(name, folder)]
+            if MLX_FILE in missing:
+                del self.model_file
+                logger.warning(
+                    f"{folder}: {MLX_FILE} was not found in {self._name_or_path!r}; copy it from a "
+                    'model folder and set "model_file" in config.json for mlx-lm to load the model'
+                )
+            for name in TOKENIZER:
+                if not (folder / name).exists():
+                    self._copy(name, folder)
+            # A list of checksums there is of the files before.
+            (folder / "SHA256SUMS").unlink(missing_ok=True)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def _copy(self, name: str, folder: Path) -> bool:
+        """Copy a file of this model into a folder; False if there is none."""
+        found: Any = Path(__file__).with_name(name)
+        if not found.is_file() and self._name_or_path:
+            try:
+                revision = getattr(self, "_commit_hash", None)
+                found = cached_file(self._name_or_path, name, revision=revision)
+            except (OSError, ValueError):
+                return False
+        if found is None or not os.path.isfile(found):
+            return False
+        if not (folder / name).exists() or not os.path.samefile(found, folder / name):
+            shutil.copyfile(found, folder / name)
+        return True

@@ -639,8 +639,8 @@ class Model(nn.Module):
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         past = past_positions(cache[0] if cache else None, inputs.shape[1], self.args.n_positions)
         logits = self.head(self.transformer(inputs, cache))
-        if self.args.tokenizer_size is not None:
-            # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
+        if self.args.tokenizer_size is not None and not self.training:
+            # Rows that pad the vocabulary are never sampled, but a loss may use them.
             padding = mx.arange(logits.shape[-1]) >= self.args.tokenizer_size
             logits = mx.where(padding, mx.finfo(logits.dtype).min, logits)
         return logits if past is None else self._end_of_text(past, logits)

@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 # In this form transformers finds it in a model folder.
 from .configuration_mla_gpt2 import MLAGPT2Config
@@ -187,8 +188,7 @@ class LatentAttention(nn.Module):
         else:
             if cache is not None and self.layer == self.latent_layer:
                 latent, _ = cache.update(latent, latent[..., :0], self.layer)
-            # Wrapped projections (LoRA) keep no plain weight to absorb, so they are expanded.
-            absorb = cache is not None and type(self.kv_b_proj) in (nn.Linear, type(None))
+            absorb = cache is not None and can_absorb(self.kv_b_proj, x_BLD.device)
             if absorb and self._absorbing_is_cheaper(L, latent.shape[2]):
                 out = self._attend_absorbed(q_BHLN, latent, mask)
             else:
@@ -261,6 +261,20 @@ class LatentAttention(nn.Module):
         out = attend(q_BHLR.reshape(B, 1, H * L, -1), latent, latent, mask, self.scale).to(q.dtype)
         out_BHLR = out[..., :R].reshape(B, H, L, R)
         return out_BHLR if w_uv is None else by_head(out_BHLR, w_uv.transpose(-1, -2))
+
+
+def can_absorb(projection: nn.Module | None, device: torch.device) -> bool:
+    """True if the weight of a projection can be read as a plain matrix.
+
+    It cannot where a wrapper adds to it (LoRA), a tensor subclass stores it in another form
+    (torchao), or a hook moves it to the device for the projection's own call (offloading).
+    """
+    if projection is None:
+        return True
+    if type(projection) is not nn.Linear:
+        return False
+    weight = projection.weight
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.device == device
 
 
 def parts(x: torch.Tensor, widths: list[int]) -> Any:
@@ -352,7 +366,7 @@ class MLAGPT2PreTrainedModel(PreTrainedModel):
 
 
 class MLAGPT2Model(MLAGPT2PreTrainedModel):
-    """The transformer without its head: token ids to the last hidden state."""
+    """The transformer without its head: token ids to hidden states."""
 
     def __init__(self, config: MLAGPT2Config):
         super().__init__(config)
@@ -370,6 +384,7 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -378,9 +393,22 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, Any]:
-        """Last hidden state (B, L, D) and the cache; raises ValueError past n_positions."""
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """The last hidden state (B, L, D), the cache, and with `output_hidden_states` n_layer + 1
+        states (B, L, D): what each block reads, then the last hidden state, as in GPT-2.
+
+        Raises:
+            ValueError: Past n_positions, or for `output_attentions`: fused attention has none.
+        """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions is not supported: the attention is fused and never holds its "
+                "weights; leave it out"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         h = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -402,10 +430,16 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
             h = h + self.wpe(position_ids)
         rotation = self.rotation(position_ids)
         h = self.drop(h)
-        latent = None
+        latent, states = None, []
         for block in self.h:
+            states.append(h)
             h, latent = block(h, mask, past_key_values, rotation, latent)
-        return self.ln_f(h), past_key_values
+        h = self.ln_f(h)
+        return BaseModelOutputWithPast(
+            last_hidden_state=h,
+            past_key_values=past_key_values,
+            hidden_states=(*states, h) if output_hidden_states else None,
+        )
 
     def rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What `rotate` needs at these positions (B, L); None where positions are learned."""
@@ -429,6 +463,7 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
     matrix of its own (`tie_word_embeddings` false)."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True  # the Trainer's question whether to pass num_items_in_batch
 
     def __init__(self, config: MLAGPT2Config):
         super().__init__(config)
@@ -470,6 +505,7 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
             return None
         return position_ids >= self.config.n_positions
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -480,32 +516,63 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, L, vocab_size), the cache, and with `labels` (B, L) their mean
-        cross-entropy.
+        """Logits (B, L, vocab_size), the cache, and with `labels` (B, L) their cross-entropy.
 
-        A row of a batch that has its own positions and becomes too long is left one likely token,
-        the end of text, and the others go on; all else raises ValueError past n_positions.
+        Rows of the vocabulary that pad it get the lowest finite logit, but not in training, where
+        a loss may use every logit (label smoothing, entropy).
+
+        A row of a batch that has its own positions and becomes too long can only end: its one
+        likely token is the end of text, and the other rows continue.
+
+        Args:
+            num_items_in_batch: Divides the summed loss, as the Trainer asks when it accumulates
+                gradients. None: the number of labels.
+            shift_labels: Labels already shifted by one, used in place of `labels`.
+
+        Raises:
+            ValueError: Past n_positions otherwise, or for `output_attentions`.
         """
         past = self._past_positions(position_ids, past_key_values)
         if past is not None:
             assert position_ids is not None
             position_ids = position_ids.clamp(max=self.config.n_positions - 1)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        h, cache = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+        out = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(h[:, keep])
-        if self.config.tokenizer_size is not None:
-            # Rows of the vocabulary that pad it are no tokens, and none is ever sampled.
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        if self.config.tokenizer_size is not None and not self.training:
             logits[..., self.config.tokenizer_size :] = torch.finfo(logits.dtype).min
         if past is not None:
             only = torch.full_like(logits[0, 0], torch.finfo(logits.dtype).min)
             only[self._end_of_text()] = 0
             logits = torch.where(past[:, keep, None], only, logits)
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )

@@ -19,9 +19,9 @@ from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
     apply_top_p,
-    greedy_sampler,
     make_logits_processors,
 )
+from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece, decoding_dtype
@@ -85,7 +85,7 @@ def make_sampler(options: GenerationOptions) -> Callable[[mx.array], mx.array]:
     """mlx-lm's sampler of log-probabilities (1, vocabulary), with random numbers of its own: in a
     batch each request has one, so that none depends on the others."""
     if is_greedy(options):
-        return greedy_sampler
+        return mlx_lm_sampler(temp=0)
     state = mx.random.key(options.seed)
 
     def sample(logprobs: mx.array) -> mx.array:

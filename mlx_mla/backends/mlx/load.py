@@ -38,6 +38,7 @@ def load(folder: Path, dtype: InferenceDType | None = None) -> Model:
             not finite.
     """
     checkpoint.read_config(folder)  # refuses other kinds of model
+    checkpoint.weight_files(folder)  # and incomplete sets of shards
     try:
         with _without_wildcards(folder) as path:
             model, _ = load_model(

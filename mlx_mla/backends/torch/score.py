@@ -41,10 +41,10 @@ class TorchScorer:
     def _run(self, shared: DynamicCache | None, block: Block) -> tuple[np.ndarray, np.ndarray]:
         device = self.model.device
         cache = None if shared is None else _rows(shared, _ids(block.parents, device))
-        hidden, _ = self.model.transformer(
+        out = self.model.transformer(
             _ids(block.ids, device), past_key_values=cache, use_cache=cache is not None
         )
-        hidden = hidden.flatten(0, 1)[_ids(block.where, device)]
+        hidden = out.last_hidden_state.flatten(0, 1)[_ids(block.where, device)]
         target = _ids(block.targets, device)
         logprobs, greedy = [], []
         for i in range(0, len(block.where), HEAD_POSITIONS):
