@@ -112,7 +112,7 @@ class Bench:
         self.run = run_config(options.model)
         self.folder = checkpoint.model_folder(options.model)
         self.config = checkpoint.read_config(self.folder)
-        if beyond := self.config.kind.beyond_gpt2:
+        if beyond := self.config.beyond_gpt2:
             raise UserError(
                 f"--model {options.model}: has {beyond[0]}; give a run of --attention mha"
             )

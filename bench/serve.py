@@ -97,7 +97,7 @@ def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
     weights = initial_weights(config, 0, 0.06)
     checkpoint.write_model(ours, config, weights, ByteTokenizer().fast_tokenizer(), "")
     yield name, ours
-    if not config.kind.beyond_gpt2:
+    if not config.beyond_gpt2:
         shutil.copytree(ours, theirs)
         (theirs / "config.json").write_text(
             json.dumps({"model_type": "gpt2", **gpt2_shape(config)})

@@ -29,7 +29,7 @@ def plain_step(config: TrainConfig) -> Step:
     device = _device(config)
     weights = initial_weights(config.model, 0)
     network: Any
-    if not config.model.kind.beyond_gpt2:
+    if not config.model.beyond_gpt2:
         network = reference_network(config.model, weights).to(device)
     else:
         network = build_model(config.model, weights, device)

@@ -217,7 +217,7 @@ def write_gpt2(
         UserError: If the attention is one that GPT-2 has no name for.
     """
     assert config.vocab_size
-    if beyond := config.kind.beyond_gpt2:
+    if beyond := config.beyond_gpt2:
         raise UserError(
             f"--to hf needs GPT-2's own attention, and this model has {' '.join(beyond)}; "
             "transformers loads it as it is"

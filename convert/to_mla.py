@@ -53,7 +53,7 @@ class Rank:
 def check_rank(config: ModelConfig, rank: int | None, budget: int | None = None) -> Rank:
     """The latent width of --rank or --rank-budget, if it is possible for a model; UserError
     otherwise."""
-    if beyond := config.kind.beyond_gpt2:
+    if beyond := config.beyond_gpt2:
         raise UserError(
             f"--to mla needs GPT-2's own attention, and this model has {' '.join(beyond)}"
         )

@@ -23,7 +23,7 @@ tags: [mlx, mla_gpt2]
 ---
 # {config.preset}, step {step:,}
 
-A GPT-2-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_head} heads,
+A {m.family}-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_head} heads,
 {m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size} ({config.tokenizer}),
 {num_parameters(m):,} parameters. Decoding caches
 {cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.
@@ -80,7 +80,7 @@ tags: [mlx, mla_gpt2]
 ---
 # {name}, converted
 
-A GPT-2-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_head} heads,
+A {c.family}-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_head} heads,
 {c.n_embd} wide, context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding},
 {num_parameters(c):,} parameters. Decoding caches
 {cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.

@@ -100,6 +100,19 @@ KINDS = {
         "num_key_value_heads": 2,
     },
     "mqa": {"attention": "mha", "num_key_value_heads": 1},
+    "gqa-llama": {
+        "attention": "mha",
+        "num_key_value_heads": 2,
+        "position_embedding_type": "rope",
+        "norm": "rms_norm",
+        "activation_function": "swiglu",
+    },
+    "mla-llama": {
+        "qk_rope_head_dim": 8,
+        "norm": "rms_norm",
+        "activation_function": "swiglu",
+        "attention_bias": True,
+    },
 }
 
 
@@ -115,8 +128,12 @@ def model_configs(draw) -> ModelConfig:
         "n_embd": width,
         "n_positions": 96,
         "vocab_size": draw(st.integers(2, 70)),
-        "activation_function": draw(st.sampled_from(["gelu_new", "gelu"])),
-        "attention_bias": draw(st.booleans()),
+        "norm": draw(st.sampled_from(["layer_norm", "rms_norm"])),
+        "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "swiglu"])),
+        **{
+            f"{name}_bias": draw(st.sampled_from([None, True, False]))
+            for name in ("attention", "attention_out", "mlp")
+        },
         "head_dim": draw(st.sampled_from([None, None, 6, 24])),
     }
     if draw(st.integers(0, 2)) == 0:

@@ -5,9 +5,12 @@ import numpy as np
 from mlx_mla.model.config import ModelConfig
 
 
-def layer_norm(x, weights, name, eps):
+def norm(x, weights, name, c):
+    gain, eps = weights[f"{name}.weight"], c.layer_norm_epsilon
+    if c.norm == "rms_norm":
+        return rms_norm(x, gain, eps)
     mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    return (x - mean) / np.sqrt(var + eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    return (x - mean) / np.sqrt(var + eps) * gain + weights[f"{name}.bias"]
 
 
 def rms_norm(x, gain, eps):
@@ -98,13 +101,16 @@ def logits(ids, weights, c: ModelConfig):
     shared = None
     for i in range(c.n_layer):
         h = f"transformer.h.{i}"
-        x1 = layer_norm(x, weights, f"{h}.ln_1", c.layer_norm_epsilon)
+        x1 = norm(x, weights, f"{h}.ln_1", c)
         own = i < c.n_layer - c.num_kv_shared_layers
         attended, shared = attention(x1, weights, f"{h}.attn", c, None if own else shared)
         x = x + attended
-        y = linear(
-            layer_norm(x, weights, f"{h}.ln_2", c.layer_norm_epsilon), weights, f"{h}.mlp.c_fc"
-        )
-        x = x + linear(gelu(y, c.activation_function), weights, f"{h}.mlp.c_proj")
+        y = linear(norm(x, weights, f"{h}.ln_2", c), weights, f"{h}.mlp.c_fc")
+        if c.activation_function == "swiglu":
+            gate, up = y[:, : c.n_inner], y[:, c.n_inner :]
+            y = gate / (1 + np.exp(-gate)) * up
+        else:
+            y = gelu(y, c.activation_function)
+        x = x + linear(y, weights, f"{h}.mlp.c_proj")
     head = "transformer.wte.weight" if c.tie_word_embeddings else "lm_head.weight"
-    return layer_norm(x, weights, "transformer.ln_f", c.layer_norm_epsilon) @ weights[head].T
+    return norm(x, weights, "transformer.ln_f", c) @ weights[head].T

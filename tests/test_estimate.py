@@ -72,6 +72,7 @@ def test_cache_bytes_of_the_presets():
         {"kv_lora_rank": 24, "num_kv_shared_layers": 1},
         {"kv_lora_rank": 24, "attention_k_eq_v": True},
         {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "q_lora_rank": 40, "v_head_dim": 12},
+        {"attention": "mha", "norm": "rms_norm", "activation_function": "swiglu"},
     ],
 )
 def test_flops_are_those_that_pytorch_counts(model):
@@ -165,6 +166,10 @@ CHANGES = [
     },
     {"dtype": "bfloat16"},
     {"optimizer": "muon"},
+    {"norm": "rms_norm", "activation_function": "swiglu"},
+    {"norm": "rms_norm", "activation_function": "swiglu", "n_inner": 1024},
+    {"activation_function": "swiglu", "n_inner": 1024, "checkpoint_every": 1},
+    {"norm": "rms_norm", "activation_function": "swiglu", "dtype": "bfloat16"},
 ]
 
 

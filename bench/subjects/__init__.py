@@ -22,7 +22,7 @@ def load_reference(
     backend: str, config: ModelConfig, weights: Weights, dtype: str, device: str
 ) -> Subject:
     """GPT-2 of the ecosystem with the weights of our MHA model: mlx-lm's, or transformers'."""
-    assert not config.kind.beyond_gpt2
+    assert not config.beyond_gpt2
     return _module(backend).reference(config, weights, dtype, device)
 
 

@@ -68,7 +68,7 @@ class Models:
     @property
     def baseline(self) -> str | None:
         """The first model with multi-head attention and nothing beyond GPT-2."""
-        return next((n for n, c in self.configs.items() if not c.kind.beyond_gpt2), None)
+        return next((n for n, c in self.configs.items() if not c.beyond_gpt2), None)
 
     def candidates(
         self, backends: tuple[str, ...], dtype: str, device: str, outside: bool

@@ -153,7 +153,7 @@ class MultiHead(Attention):
         c, width = self.c, self.c.n_head * self.head_dim
         rows = width + 2 * self.kv_heads * self.head_dim  # [q | k | v]
         yield from _linear("c_attn", c.n_embd, rows, c.attention_bias)
-        yield from _linear("c_proj", width, c.n_embd, True)
+        yield from _linear("c_proj", width, c.n_embd, c.attention_out_bias)
 
     def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
         return [(self.kv_heads, self.head_dim)] * 2
@@ -298,7 +298,7 @@ class MultiHeadLatent(Attention):
         if not c.attention_k_eq_v:
             up_width = c.n_head * (self.head_dim + value_width)
             yield from _linear("kv_b_proj", rank, up_width, False)
-        yield from _linear("c_proj", c.n_head * value_width, c.n_embd, True)
+        yield from _linear("c_proj", c.n_head * value_width, c.n_embd, c.attention_out_bias)
 
     def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
         if materialized and not self.c.attention_k_eq_v:

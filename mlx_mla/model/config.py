@@ -81,7 +81,8 @@ class ModelConfig:
     n_embd: int = 768
     """Width of the residual stream."""
     n_inner: Optional[int] = None
-    """Width of the MLP. None: 4 x n_embd."""
+    """Width of the MLP. None: 4 x n_embd; with "swiglu" 8/3 x n_embd, rounded up to a multiple of
+    64, which gives about as many parameters."""
     n_positions: int = 1024
     """Longest context, in tokens."""
     vocab_size: Optional[int] = None
@@ -117,13 +118,22 @@ class ModelConfig:
     latent_norm: bool = False
     """MLA: RMSNorm on the latents, as in DeepSeek-V2."""
     attention_bias: Optional[bool] = None
-    """Bias on the projections that read x. None: only for "mha", as in GPT-2."""
+    """Bias on the attention's projections that read x. None: only for "mha" with "layer_norm", as
+    in GPT-2."""
+    attention_out_bias: Optional[bool] = None
+    """Bias on the attention's output projection. None: only with "layer_norm"."""
+    mlp_bias: Optional[bool] = None
+    """Biases of the MLP. None: only with "layer_norm"."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """Normalisation before attention, MLP and output head: GPT-2's LayerNorm, or Llama's RMSNorm,
+    which has no bias."""
     rope_theta: float = 10000.0
     """Base of RoPE's wavelengths."""
-    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"
-    """"gelu_new" is GPT-2's tanh approximation, "gelu" the exact function."""
+    activation_function: Literal["gelu_new", "gelu", "swiglu"] = "gelu_new"
+    """"gelu_new" is GPT-2's tanh approximation, "gelu" the exact function, "swiglu" Llama's gated
+    SiLU, silu(gate(x)) * up(x)."""
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every LayerNorm."""
+    """Added to the variance in every LayerNorm, and to the mean square in every RMSNorm."""
     tie_word_embeddings: bool = True
     """The output head is the embedding, as in GPT-2. --no-tie-word-embeddings: a matrix of its own,
     as in minGPT."""
@@ -148,7 +158,8 @@ class ModelConfig:
                 f"{flag('n_embd')} {max(1, round(c.n_embd / c.n_head)) * c.n_head}"
             )
         if c.n_inner is None:
-            c.n_inner = 4 * c.n_embd
+            gated = c.activation_function == "swiglu"
+            c.n_inner = -(-8 * c.n_embd // 192) * 64 if gated else 4 * c.n_embd
         if c.vocab_size is None:
             if tokenizer_size is None:
                 raise UserError("--vocab-size is needed where no tokenizer says it")
@@ -158,8 +169,13 @@ class ModelConfig:
                 f"--vocab-size {c.vocab_size} is smaller than the tokenizer's {tokenizer_size} "
                 f"ids; use at least {tokenizer_size}, or leave it out"
             )
+        of_gpt2 = c.norm == "layer_norm"
         if c.attention_bias is None:
-            c.attention_bias = KINDS[c.attention].biased
+            c.attention_bias = of_gpt2 and KINDS[c.attention].biased
+        if c.attention_out_bias is None:
+            c.attention_out_bias = of_gpt2
+        if c.mlp_bias is None:
+            c.mlp_bias = of_gpt2
         for name in meaningless_fields(c.attention):
             if getattr(c, name):
                 raise UserError(
@@ -172,6 +188,21 @@ class ModelConfig:
     def kind(self) -> Attention:
         """The attention of a resolved configuration: its shapes, widths, costs and words."""
         return KINDS[self.attention](self)
+
+    @property
+    def family(self) -> str:
+        """The model whose blocks these are most like, in a word."""
+        return "GPT-2" if self.norm == "layer_norm" else "Llama"
+
+    @property
+    def beyond_gpt2(self) -> list[str]:
+        """The flags of a resolved configuration that a GPT-2 has no name for; empty for a GPT-2."""
+        beyond = self.kind.beyond_gpt2
+        if self.norm != "layer_norm":
+            beyond.append(f"--norm {self.norm}")
+        if self.activation_function == "swiglu":
+            beyond.append("--activation-function swiglu")
+        return beyond
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, without those that are None."""
@@ -205,7 +236,7 @@ class TrainConfig:
 
     preset: str = "nano"
     """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128,
-    mla-124m-rope, mla-124m-tied, gpt2-124m or gpt2-124m-rope."""
+    mla-124m-rope, mla-124m-tied, mla-124m-llama, gpt2-124m, gpt2-124m-rope or llama-124m."""
     data: str = "builtin"
     """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one;
     also those of build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with

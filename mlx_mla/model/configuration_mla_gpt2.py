@@ -58,6 +58,9 @@ class MLAGPT2Config(PretrainedConfig):
         attention_k_eq_v: bool = False,
         latent_norm: bool = False,
         attention_bias: bool | None = None,
+        attention_out_bias: bool | None = None,
+        mlp_bias: bool | None = None,
+        norm: str = "layer_norm",
         rope_theta: float = 10000.0,
         activation_function: str = "gelu_new",
         layer_norm_epsilon: float = 1e-5,
@@ -70,10 +73,13 @@ class MLAGPT2Config(PretrainedConfig):
     ):
         if attention not in ("mla", "mha"):
             raise ValueError(f"attention must be 'mla' or 'mha', not {attention!r}")
-        if activation_function not in ("gelu_new", "gelu"):
+        if activation_function not in ("gelu_new", "gelu", "swiglu"):
             raise ValueError(
-                f"activation_function must be 'gelu_new' or 'gelu', not {activation_function!r}"
+                "activation_function must be 'gelu_new', 'gelu' or 'swiglu', not "
+                f"{activation_function!r}"
             )
+        if norm not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm', not {norm!r}")
         if head_dim is None and n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
         if num_key_value_heads and n_head % num_key_value_heads:
@@ -101,7 +107,10 @@ class MLAGPT2Config(PretrainedConfig):
         self.n_embd = n_embd
         self.n_layer = n_layer
         self.n_head = n_head
-        self.n_inner = n_inner or 4 * n_embd
+        if n_inner is None:
+            gated = activation_function == "swiglu"
+            n_inner = -(-8 * n_embd // 192) * 64 if gated else 4 * n_embd
+        self.n_inner = n_inner
         self.attention = attention
         self.position_embedding_type = position_embedding_type
         self.head_dim = head_dim or n_embd // n_head
@@ -122,7 +131,13 @@ class MLAGPT2Config(PretrainedConfig):
                 f"{self.head_dim}, {self.v_head_dim} and {self.kv_lora_rank}"
             )
         self.latent_norm = latent_norm
-        self.attention_bias = attention == "mha" if attention_bias is None else attention_bias
+        of_gpt2 = norm == "layer_norm"
+        if attention_bias is None:
+            attention_bias = of_gpt2 and attention == "mha"
+        self.attention_bias = attention_bias
+        self.attention_out_bias = of_gpt2 if attention_out_bias is None else attention_out_bias
+        self.mlp_bias = of_gpt2 if mlp_bias is None else mlp_bias
+        self.norm = norm
         self.rope_theta = rope_theta
         self.activation_function = activation_function
         self.layer_norm_epsilon = layer_norm_epsilon

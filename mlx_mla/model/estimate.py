@@ -93,9 +93,8 @@ def report(config: TrainConfig) -> str:
     m = config.model
     tokens = config.steps * config.step_tokens
     rows = {
-        "model": f"{config.preset}: {m.kind.text}, {m.n_layer} layers, {m.n_head} heads, "
-        f"{m.n_embd} wide, "
-        f"context {m.n_positions}, vocabulary {m.vocab_size}",
+        "model": f"{config.preset}: {m.kind.text}, {m.family}'s blocks, {m.n_layer} layers, "
+        f"{m.n_head} heads, {m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size}",
         "parameters": f"{unfused.parameters:,}",
         "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, "
         f"{unfused.train_flops_per_token:,} training",
@@ -204,9 +203,12 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     # In bfloat16 some values of a block stay float32.
     width = 2.15 if half else 4
     scores = 0 if fused else m.n_head * config.context
-    kept = (8.5 * m.n_embd + m.kind.kept_values() + 3.75 * m.n_inner + scores) * width * tokens
+    gated = m.activation_function == "swiglu"
+    mlp = (5.25 if gated else 3.75) * m.n_inner
+    kept = (8.5 * m.n_embd + m.kind.kept_values() + mlp + scores) * width * tokens
     # MLP, attention.
-    working = max(5 * m.n_inner + scores, 22 * m.n_embd + 2 * scores) * width * tokens
+    mlp = (7 if gated else 5) * m.n_inner
+    working = max(mlp + scores, 22 * m.n_embd + 2 * scores) * width * tokens
     # Logits, their exponentials and their gradient in float32; in chunks also three sets of the
     # head's gradient.
     head = (16 if half else 12) * m.vocab_size * min(config.loss_chunk or tokens, tokens)

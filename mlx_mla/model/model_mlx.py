@@ -92,6 +92,9 @@ class ModelArgs(BaseModelArgs):
     attention_k_eq_v: bool = False
     latent_norm: bool = False
     attention_bias: Optional[bool] = None
+    attention_out_bias: Optional[bool] = None
+    mlp_bias: Optional[bool] = None
+    norm: str = "layer_norm"
     rope_theta: float = 10000.0
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
@@ -103,11 +106,13 @@ class ModelArgs(BaseModelArgs):
     def __post_init__(self) -> None:
         if self.attention not in ("mla", "mha"):
             raise ValueError(f"attention must be 'mla' or 'mha', not {self.attention!r}")
-        if self.activation_function not in ("gelu_new", "gelu"):
+        if self.activation_function not in ("gelu_new", "gelu", "swiglu"):
             raise ValueError(
-                "activation_function must be 'gelu_new' or 'gelu', not "
+                "activation_function must be 'gelu_new', 'gelu' or 'swiglu', not "
                 f"{self.activation_function!r}"
             )
+        if self.norm not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm', not {self.norm!r}")
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -139,9 +144,16 @@ class ModelArgs(BaseModelArgs):
             )
         if self.attention == "mla" and self.kv_lora_ranks is None:
             self.kv_lora_ranks = [self.kv_lora_rank or self.n_embd // 2] * latent_layers
+        of_gpt2 = self.norm == "layer_norm"
         if self.attention_bias is None:
-            self.attention_bias = self.attention == "mha"
-        self.n_inner = self.n_inner or 4 * self.n_embd
+            self.attention_bias = of_gpt2 and self.attention == "mha"
+        if self.attention_out_bias is None:
+            self.attention_out_bias = of_gpt2
+        if self.mlp_bias is None:
+            self.mlp_bias = of_gpt2
+        if self.n_inner is None:
+            gated = self.activation_function == "swiglu"
+            self.n_inner = -(-8 * self.n_embd // 192) * 64 if gated else 4 * self.n_embd
         self.v_head_dim = self.v_head_dim or self.head_dim
         widths = {self.head_dim, self.v_head_dim, *(self.kv_lora_ranks or [])}
         if self.attention_k_eq_v and len(widths) > 1:
@@ -171,7 +183,7 @@ class MultiHeadAttention(nn.Module):
         self.c_attn = nn.Linear(
             args.n_embd, self.q_width + 2 * self.kv_width, bias=args.attention_bias
         )
-        self.c_proj = nn.Linear(self.q_width, args.n_embd)
+        self.c_proj = nn.Linear(self.q_width, args.n_embd, bias=args.attention_out_bias)
 
     def __call__(
         self,
@@ -243,7 +255,9 @@ class LatentAttention(nn.Module):
         if not args.attention_k_eq_v:
             up_width = args.n_head * (self.qk_nope_head_dim + self.v_head_dim)
             self.kv_b_proj = nn.Linear(self.kv_lora_rank, up_width, bias=False)
-        self.c_proj = nn.Linear(args.n_head * self.v_head_dim, args.n_embd)
+        self.c_proj = nn.Linear(
+            args.n_head * self.v_head_dim, args.n_embd, bias=args.attention_out_bias
+        )
 
     @property
     def cache_index(self) -> int:
@@ -521,25 +535,43 @@ def gelu_new(x: mx.array) -> mx.array:
     return x * mx.sigmoid(1.5957691216057308 * (x + 0.044715 * (x * x * x)))
 
 
+def swiglu(x: mx.array) -> mx.array:
+    """Llama's gated SiLU of [gate | up], half as wide (arXiv:2002.05202)."""
+    gate, up = mx.split(x, 2, axis=-1)
+    return nn.silu(gate) * up
+
+
+ACTIVATIONS = {"gelu_new": gelu_new, "gelu": nn.gelu, "swiglu": swiglu}
+
+
 class MLP(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.c_fc = nn.Linear(args.n_embd, args.n_inner)
-        self.c_proj = nn.Linear(args.n_inner, args.n_embd)
-        self._act = gelu_new if args.activation_function == "gelu_new" else nn.gelu
+        assert args.n_inner  # ModelArgs fills it in
+        # One matmul reads x: of "swiglu" [gate | up].
+        width = 2 * args.n_inner if args.activation_function == "swiglu" else args.n_inner
+        self.c_fc = nn.Linear(args.n_embd, width, bias=args.mlp_bias)
+        self.c_proj = nn.Linear(args.n_inner, args.n_embd, bias=args.mlp_bias)
+        self._act = ACTIVATIONS[args.activation_function]
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.c_proj(self._act(self.c_fc(x)))
 
 
+def norm(args: ModelArgs) -> nn.Module:
+    """A norm of the residual stream."""
+    kind = nn.LayerNorm if args.norm == "layer_norm" else nn.RMSNorm
+    return kind(args.n_embd, eps=args.layer_norm_epsilon)
+
+
 class Block(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
+        self.ln_1 = norm(args)
         self.attn = (LatentAttention if args.attention == "mla" else MultiHeadAttention)(
             args, layer
         )
-        self.ln_2 = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
+        self.ln_2 = norm(args)
         self.mlp = MLP(args)
         self.drop = nn.Dropout(args.dropout)
 
@@ -566,7 +598,7 @@ class Transformer(nn.Module):
             self.wpe = nn.Embedding(args.n_positions, args.n_embd)
         self.drop = nn.Dropout(args.dropout)
         self.h = [Block(args, i) for i in range(args.n_layer)]
-        self.ln_f = nn.LayerNorm(args.n_embd, eps=args.layer_norm_epsilon)
+        self.ln_f = norm(args)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         L = inputs.shape[1]

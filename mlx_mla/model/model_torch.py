@@ -20,6 +20,8 @@ Shape legend, used as suffixes of tensor names:
     G num_key_value_heads (of multi-head attention)
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +90,7 @@ class MultiHeadAttention(nn.Module):
         # One matmul reads x: [q | k | v].
         self.widths = [q_width, kv_width, kv_width]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.attention_bias)
-        self.c_proj = ResidualProjection(q_width, config.n_embd)
+        self.c_proj = ResidualProjection(q_width, config.n_embd, bias=config.attention_out_bias)
 
     def forward(
         self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
@@ -155,7 +157,9 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = (
             None if config.attention_k_eq_v else nn.Linear(self.kv_lora_rank, up_width, bias=False)
         )
-        self.c_proj = ResidualProjection(config.n_head * self.v_head_dim, config.n_embd)
+        self.c_proj = ResidualProjection(
+            config.n_head * self.v_head_dim, config.n_embd, bias=config.attention_out_bias
+        )
 
     def forward(
         self, x_BLD: torch.Tensor, mask: Any, cache: Any, rotation: Any, latent: Any = None
@@ -313,25 +317,46 @@ def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torc
     )
 
 
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """Llama's gated SiLU of [gate | up], half as wide (arXiv:2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "swiglu": swiglu,
+}
+
+
 class MLP(nn.Module):
     def __init__(self, config: MLAGPT2Config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
-        self.c_proj = ResidualProjection(config.n_inner, config.n_embd)
-        self.approximate = "tanh" if config.activation_function == "gelu_new" else "none"
+        # One matmul reads x: of "swiglu" [gate | up].
+        width = 2 * config.n_inner if config.activation_function == "swiglu" else config.n_inner
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.c_proj = ResidualProjection(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+def norm(config: MLAGPT2Config) -> nn.Module:
+    """A norm of the residual stream."""
+    kind = nn.LayerNorm if config.norm == "layer_norm" else nn.RMSNorm
+    return kind(config.n_embd, eps=config.layer_norm_epsilon)
 
 
 class Block(nn.Module):
     def __init__(self, config: MLAGPT2Config, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = norm(config)
         self.attn = (LatentAttention if config.attention == "mla" else MultiHeadAttention)(
             config, layer
         )
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
@@ -375,7 +400,7 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if learned else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = norm(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -31,6 +31,9 @@ _MLA_124M: dict[str, Any] = {
 }
 
 
+_LLAMA_BLOCKS = {"norm": "rms_norm", "activation_function": "swiglu"}
+
+
 def _with_model(preset: dict[str, Any], **model: Any) -> dict[str, Any]:
     return {**preset, "model": {**preset["model"], **model}}
 
@@ -77,10 +80,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "gpt2-124m": _with_model(_MLA_124M, attention="mha"),
     "gpt2-124m-rope": _with_model(_MLA_124M, attention="mha", position_embedding_type="rope"),
+    # Llama's blocks in GPT-2's shape. --num-key-value-heads groups the queries.
+    "llama-124m": _with_model(
+        _MLA_124M, **_LLAMA_BLOCKS, attention="mha", position_embedding_type="rope"
+    ),
+    # The attention of mla-124m-rope in them, with the norm of the latent that DeepSeek has.
+    "mla-124m-llama": _with_model(
+        _MLA_124M,
+        **_LLAMA_BLOCKS,
+        position_embedding_type="rope",
+        kv_lora_rank=128,
+        qk_rope_head_dim=64,
+        latent_norm=True,
+    ),
 }
 """Named starting points: `nano` trains within seconds on a Mac; `mla-124m` is the original's model,
 with two narrower latents beside it; `gpt2-124m` is GPT-2. Those with `rope` in their name rotate
-positions, and `mla-124m-tied` has no up-projection. All 124M presets have the original's learning
+positions, `mla-124m-tied` has no up-projection, and those with `llama` have Llama's blocks: RMSNorm,
+SwiGLU and no biases. All 124M presets have the original's learning
 rate and initialization std, which no study tuned."""
 
 

@@ -22,20 +22,24 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     def linear(name: str, width_in: int, width_out: int) -> None:
         shapes[f"{name}.weight"] = (width_out, width_in)
-        shapes[f"{name}.bias"] = (width_out,)
+        if c.mlp_bias:
+            shapes[f"{name}.bias"] = (width_out,)
 
-    def norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = (width,)
-        shapes[f"{name}.bias"] = (width,)
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (c.n_embd,)
+        if c.norm == "layer_norm":
+            shapes[f"{name}.bias"] = (c.n_embd,)
 
+    # [gate | up] in one matrix, as [q | k | v] are.
+    width_up = 2 * c.n_inner if c.activation_function == "swiglu" else c.n_inner
     for i in range(c.n_layer):
         block = f"transformer.h.{i}"
-        norm(f"{block}.ln_1", c.n_embd)
+        norm(f"{block}.ln_1")
         shapes.update((f"{block}.attn.{name}", shape) for name, shape in c.kind.tensors(i))
-        norm(f"{block}.ln_2", c.n_embd)
-        linear(f"{block}.mlp.c_fc", c.n_embd, c.n_inner)
+        norm(f"{block}.ln_2")
+        linear(f"{block}.mlp.c_fc", c.n_embd, width_up)
         linear(f"{block}.mlp.c_proj", c.n_inner, c.n_embd)
-    norm("transformer.ln_f", c.n_embd)
+    norm("transformer.ln_f")
     if not c.tie_word_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, c.n_embd)
     return shapes
