@@ -96,9 +96,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named starting points: `nano` trains within seconds on a Mac; `mla-124m` is the original's model,
 with two narrower latents beside it; `gpt2-124m` is GPT-2. Those with `rope` in their name rotate
-positions, `mla-124m-tied` has no up-projection, and those with `llama` have Llama's blocks: RMSNorm,
-SwiGLU and no biases. All 124M presets have the original's learning
-rate and initialization std, which no study tuned."""
+positions, `mla-124m-tied` has no up-projection, and those with `llama` have Llama's blocks
+(RMSNorm, SwiGLU, no biases). All 124M presets have the original's learning rate and initialization
+std, which no study tuned."""
 
 
 def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
