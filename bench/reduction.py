@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    with join(argv, get_engine) as world:
-        options = cli.parse(ReductionBench, argv, PROG)
+    options = cli.parse(ReductionBench, argv, PROG)
+    with join(options.distributed_backend, get_engine) as world:
         if world.size == 1:
             raise UserError("start this by mlx.launch -n 2 or torchrun --nproc-per-node 2")
         config = preset(options.preset).resolved()

@@ -115,7 +115,7 @@ def memory(bench: TrainingBench, backend: MLXBackend) -> list[Row]:
                 config = settings(
                     name,
                     dtype=dtype,
-                    checkpoint_every=every,
+                    activation_checkpointing=every,
                     batch_size=bench.batch_size,
                     seq_len=bench.seq_len,
                 )
@@ -231,7 +231,9 @@ def plan(bench: TrainingBench) -> list[Row]:
             for gb in bench.memory_gb:
                 plain, saving = (
                     largest_batch(
-                        settings(name, dtype=dtype, seq_len=bench.seq_len, checkpoint_every=every),
+                        settings(
+                            name, dtype=dtype, seq_len=bench.seq_len, activation_checkpointing=every
+                        ),
                         bench.usable * gb * 1e9,
                     )
                     for every in (0, 1)

@@ -1,6 +1,7 @@
 """What every command shares: flags from dataclasses, errors as one line, exit codes."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import os
@@ -8,12 +9,13 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Optional, TextIO, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Optional, TextIO, TypedDict, TypeVar, cast
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
-from mlx_mla.errors import UserError, drop_hints, print_hints
+from mlx_mla.errors import UserError, drop_hints, flag, print_hints
 from mlx_mla.files import encodable
 
 # What libraries have to say is not for the readers of our lines; whoever wants it sets these.
@@ -25,24 +27,23 @@ T = TypeVar("T")
 EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+def parse(command: type[T], argv: Sequence[str], prog: str, about: str | None = None) -> T:
     """Parse flags into a dataclass.
 
     Args:
         command: The dataclass; its docstrings are the help.
         argv: Arguments without the program's name.
-        prog: What to call the program in help.
-        default: Values of flags that are not given.
+        prog: Name of the program in --help.
+        about: The first lines of --help. None: the dataclass's docstring.
 
     Raises:
         UserError: For a wrong value or an unknown flag, naming the nearest known one.
     """
-    extra: dict[str, Any] = {} if default is None else {"default": default}
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             result, unknown = tyro.cli(
-                command, args=list(argv), prog=prog, return_unknown_args=True, **extra
+                command, args=list(argv), prog=prog, description=about, return_unknown_args=True
             )
     except SystemExit as e:
         if e.code in (0, None):
@@ -50,10 +51,73 @@ def parse(command: type[T], argv: Sequence[str], prog: str, default: T | None = 
         raise UserError(f"{_one_line(stderr.getvalue())}; see {prog} --help") from None
     if unknown:
         name = unknown[0].split("=")[0].replace("_", "-")
-        close = difflib.get_close_matches(name, _known_flags(command, prog, default), 1, 0.5)
+        close = difflib.get_close_matches(name, _known_flags(command, prog), 1, 0.5)
         hint = f"did you mean {close[0]}?" if close else f"see {prog} --help"
         raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A command-line flag."""
+
+    type: Any
+    help: str
+    default: Any
+    """What --help shows as the default."""
+
+
+def given(
+    groups: Mapping[str, Mapping[str, Flag]], argv: Sequence[str], prog: str, about: str
+) -> dict[str, Any]:
+    """The values of the flags that are in argv, and of no others, by name.
+
+    Args:
+        groups: Flags by name, in the groups in which --help shows them.
+        about: The first lines of --help.
+
+    Raises:
+        UserError: As `parse` does.
+    """
+    table: Any = TypedDict  # mypy knows it with literal keys only
+    unprefixed: Any = OmitArgPrefixes
+    types = {
+        title: unprefixed[
+            # With total=False, what is not given stays out.
+            table(title, {name: _annotated(own) for name, own in flags.items()}, total=False)
+        ]
+        for title, flags in groups.items()
+    }
+    found = parse(table("Flags", types), argv, prog, about)
+    return {name: value for values in found.values() for name, value in values.items()}
+
+
+def _annotated(own: Flag) -> Any:
+    hint = f"(default: {own.default})"
+    return Annotated[own.type, tyro.conf.arg(help=own.help, help_behavior_hint=hint)]
+
+
+def spelled_as_now(
+    argv: Sequence[str], renamed: Mapping[str, str], removed: Mapping[str, str]
+) -> list[str]:
+    """argv with former names of flags replaced by the present ones.
+
+    Args:
+        renamed: Present names of settings by their former names.
+        removed: What to do instead, by the name of a setting that is gone.
+
+    Raises:
+        UserError: For a setting that is gone.
+    """
+    current = []
+    for argument in argv:
+        spelling, *value = argument.split("=", 1)
+        name = spelling[2:].replace("-", "_") if spelling.startswith("--") else ""
+        if name in removed:
+            raise UserError(f"{spelling} was removed; {removed[name]}")
+        spelling = flag(renamed[name]) if name in renamed else spelling
+        current.append("=".join([spelling, *value]))
+    return current
 
 
 def run(
@@ -139,11 +203,10 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _known_flags(command: type, prog: str, default: object) -> list[str]:
-    extra: dict[str, Any] = {} if default is None else {"default": default}
+def _known_flags(command: type, prog: str) -> list[str]:
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.suppress(SystemExit):
-        tyro.cli(command, args=["--help"], prog=prog, **extra)
+        tyro.cli(command, args=["--help"], prog=prog)
     # Options begin their rows; their descriptions, which may name others' options, are indented.
     rows = re.findall(r"^[^\w-]{0,2}(-.*?)(?:  |$)", stdout.getvalue(), re.MULTILINE)
     return sorted({flag for row in rows for flag in re.findall(r"--[a-z0-9][a-z0-9-]*", row)})

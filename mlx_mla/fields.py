@@ -23,8 +23,11 @@ keeps them and checks them as `Any`; with `known_only` both refuse them, which s
 users write. A `__post_init__` may raise ValueError for fields that contradict each other.
 """
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -123,6 +126,25 @@ def check_bounds(settings: Any, bounds: Mapping[str, Bounds]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and (problem := limit.problem(number)):
                 raise UserError(f"--{name.replace('_', '-')} {problem}")
+
+
+def documentation(cls: type) -> list[tuple[type, dict[str, str]]]:
+    """Every class that a dataclass takes fields from, in their order, with the docstrings of its
+    own fields by name."""
+    found = []
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        (definition,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(definition, ast.ClassDef)
+        texts = {
+            field.target.id: " ".join(str(after.value.value).split())
+            for field, after in itertools.pairwise(definition.body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        }
+        found.append((base, texts))
+    return found
 
 
 def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

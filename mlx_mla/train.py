@@ -1,13 +1,13 @@
 """Train a model: `python -m mlx_mla.train`."""
 
-import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from rich.console import Console
 
@@ -15,10 +15,11 @@ from mlx_mla import cli
 from mlx_mla.backends import get_engine
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError, flag
+from mlx_mla.fields import documentation
 from mlx_mla.files import read_toml
 from mlx_mla.model import estimate
 from mlx_mla.model.attention import meaningless_fields
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import RENAMED, ModelConfig, TrainConfig
 from mlx_mla.model.presets import overlay, preset
 from mlx_mla.training.metrics import perplexity_text
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
@@ -28,34 +29,43 @@ if TYPE_CHECKING:
 
 PROG = "python -m mlx_mla.train"
 
+ABOUT = """Train a GPT-2-scale model with Multi-head Latent Attention.
+
+Settings come from the preset, then from --config, then from flags.
+
+Without arguments: the nano preset on Python's own documentation, in minutes on a laptop."""
+
+COMMON = (
+    *("preset", "config", "data", "out", "steps", "batch_size", "learning_rate", "resume"),
+    *("backend", "dry_run"),
+)
+"""The settings that --help shows; --help-all shows all."""
+
+REMOVED = {"lr_find": "compare short runs at several --learning-rate, or take a preset's"}
+"""What to do instead of settings that are gone."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class TrainCommand(TrainConfig):
-    """Train a GPT-2-scale model with Multi-head Latent Attention.
-
-    Settings come from the preset, then from --config, then from flags. Without arguments: trains
-    the nano preset on Python's own documentation, in minutes on a laptop.
-    """
+    """Run and machine."""
 
     config: Optional[Path] = None
-    """TOML file with any of these settings (the model's under [model]), as config.toml of a run."""
+    """TOML file with any of these settings, the model's under [model], such as a run's
+    config.toml."""
     out: Optional[Path] = None
-    """Run folder. None: runs/PRESET, or with a number added if that is taken."""
+    """Run folder. None: runs/PRESET, with a number added if that is taken."""
     resume: bool = False
-    """Go on with the run in --out, from its newest checkpoint."""
+    """Resume the run in --out from its newest checkpoint."""
     from_step: Optional[int] = None
-    """With --resume: go on from the checkpoint of this step instead."""
+    """With --resume, resume from the checkpoint of this step instead."""
     auto_resume: bool = False
-    """For launchers: --resume if --out holds a run, from its newest whole checkpoint, else start;
-    ends if it has finished."""
+    """For launchers: resume from the newest whole checkpoint if --out holds a run, else start one.
+    Exits at once if the run has finished."""
     distributed_backend: EngineName = "auto"
-    """Engine between the processes that mlx.launch (ring, jaccl, mpi, nccl) or torchrun (gloo,
-    nccl) has started. "auto" takes the one that the launcher has set up."""
-    lr_find: bool = False
-    """Raise the learning rate from 1e-6 to 1 within 100 steps, say which suits, and train nothing
-    more. With --out, that new folder gets a plot."""
+    """Communication between the processes that mlx.launch (ring, jaccl, mpi, nccl) or torchrun
+    (gloo, nccl) started. "auto" takes what the launcher has set up."""
     dry_run: bool = False
-    """Print parameters, FLOPs, memory and cache bytes of these settings, and train nothing."""
+    """Print the parameters, FLOPs, memory and cache bytes of these settings; train nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,15 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    with join(argv, get_engine) as world:
+    given: dict[str, Any] = {}
+    mistake = None
+    try:
+        given = given_flags(argv)
+    except UserError as e:
+        mistake = e  # raised once all ranks have joined, so that rank 0 reports it for all
+    with join(given.get("distributed_backend", "auto"), get_engine) as world:
         same_everywhere(world, json.dumps(list(argv)), "other arguments")
         if world.rank:
             return _follow(world)
-        return _run(argv, world)
+        if mistake is not None:
+            raise mistake
+        return _run(configure(given), world)
 
 
 def _follow(world: World) -> int:
-    """Train as rank 0 says, without a word and without touching the run folder."""
+    """Train as rank 0 tells this rank to, silently and without touching the run folder."""
     if world.first(None) is None:
         return 0
     from mlx_mla.training.loop import train
@@ -81,8 +99,7 @@ def _follow(world: World) -> int:
     return _exit_code(train(TrainConfig(), Path(), console=quiet, world=world))
 
 
-def _run(argv: Sequence[str], world: World) -> int:
-    command = parse(argv)
+def _run(command: TrainCommand, world: World) -> int:
     config = TrainConfig(
         **{f.name: getattr(command, f.name) for f in dataclasses.fields(TrainConfig)}
     )
@@ -101,16 +118,8 @@ def _run(argv: Sequence[str], world: World) -> int:
             "mlx.launch goes with mlx (give its own options, then --), torchrun with torch"
         )
 
-    # Imports the framework, which --help and mistakes need not wait for.
-    from mlx_mla.training.loop import (
-        train,
-    )
+    from mlx_mla.training.loop import train  # imports the framework, which --help does not need
 
-    console = plain_console()
-    if command.lr_find:
-        if world.engine is not None:
-            raise UserError("--lr-find takes one process; start it without a launcher")
-        return _find_rate(config, command.out)
     out = command.out if command.out is not None else _free_folder(config.preset)
     from_step = command.from_step
     if command.auto_resume and command.resume:
@@ -126,10 +135,15 @@ def _run(argv: Sequence[str], world: World) -> int:
             return 0
     world.first("train")
     result = train(
-        config, out, resume=command.resume, from_step=from_step, console=console, world=world
+        config,
+        out,
+        resume=command.resume,
+        from_step=from_step,
+        console=plain_console(),
+        world=world,
     )
     if result.signal is not None:
-        print(f"stopped after step {result.step} and saved {result.checkpoint}; go on with:")
+        print(f"stopped after step {result.step} and saved {result.checkpoint}; resume with:")
         print(f"  {PROG} --resume --out {shlex.quote(str(out))}")
         return _exit_code(result)
     if result.sample is not None:
@@ -146,102 +160,119 @@ def _run(argv: Sequence[str], world: World) -> int:
     return 0
 
 
-def _find_rate(config: TrainConfig, out: Path | None) -> int:
-    from mlx_mla.training import lr_find
-    from mlx_mla.training.loop import find_learning_rate
-
-    if out is not None:
-        try:
-            out.mkdir(parents=True)
-        except OSError as e:
-            raise UserError(
-                f"{out}: cannot be made: {e.strerror}; --lr-find needs a new folder as --out"
-            ) from e
-    points = find_learning_rate(config)
-    print(lr_find.table(points))
-    rate = lr_find.suggestion(points)
-    if out is not None:
-        lr_find.plot(points, rate, out / "lr-find.png")
-        print(f"plot: {out / 'lr-find.png'}")
-    print(f"suggested: --learning-rate {rate:.1e}")
-    return 0
-
-
 def _exit_code(result: "RunResult") -> int:
     """0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for SIGTERM,
     129 for SIGHUP."""
     return 0 if result.signal is None else 128 + result.signal
 
 
-def parse(argv: Sequence[str]) -> TrainCommand:
-    """Flags over --config over the preset (or over the run to resume); raises UserError."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset")
-    early.add_argument("--config", type=Path)
-    early.add_argument("--out", type=Path)
-    early.add_argument("--resume", action="store_true")
-    early.add_argument("--auto-resume", action="store_true")
+def given_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings that the command line gives, by name; raises UserError.
+
+    --help and --help-all are answered here, with the defaults of the preset, file or run that the
+    other flags name.
+    """
+    argv = cli.spelled_as_now(argv, RENAMED, REMOVED)
+    asked = {"-h", "--help", "--help-all"} & set(argv)
+    if not asked:
+        return cli.given(_flags(TrainCommand()), argv, PROG, ABOUT)
     try:
-        known, _ = early.parse_known_args(list(argv))
-    except argparse.ArgumentError as e:
-        raise UserError(f"{e}; see {PROG} --help") from None
-    file = read_toml(known.config) if known.config else {}
-    asked_preset = known.preset or file.get("preset")
-    if known.auto_resume:
+        rest = [argument for argument in argv if argument not in asked]
+        groups = _flags(configure(cli.given(_flags(TrainCommand()), rest, PROG, ABOUT)))
+    except UserError:
+        groups = _flags(configure({}))
+    about = ABOUT
+    if "--help-all" not in asked:
+        total = sum(map(len, groups.values()))
+        groups = dict([next(iter(groups.items()))])
+        about += f"\n\nThese are the most common settings; --help-all shows all {total}."
+    return cli.given(groups, ["--help"], PROG, about)
+
+
+def _flags(defaults: TrainCommand) -> dict[str, dict[str, cli.Flag]]:
+    """Every flag, in the groups of --help-all: the common ones, then by the class that a setting
+    belongs to."""
+    groups: dict[str, dict[str, cli.Flag]] = {"common": {}, "model": {}}
+    for settings in (defaults.model, defaults):
+        types = {f.name: f.type for f in dataclasses.fields(settings)}
+        for owner, texts in documentation(type(settings)):
+            title = "model" if owner is ModelConfig else str(owner.__doc__).rstrip(".").lower()
+            for name, text in texts.items():
+                group = groups.setdefault("common" if name in COMMON else title, {})
+                group[name] = cli.Flag(types[name], text, getattr(settings, name))
+    groups["common"] = {name: groups["common"][name] for name in COMMON}
+    return groups
+
+
+def configure(given: Mapping[str, Any]) -> TrainCommand:
+    """Flags over --config over the preset, or over the run to resume.
+
+    Args:
+        given: Values of flags by name, as `given_flags` returns them.
+
+    Raises:
+        UserError: For settings that do not go together.
+    """
+    command = TrainCommand(**{n: v for n, v in given.items() if n in _OWN})
+    file = {} if command.config is None else read_toml(command.config)
+    in_file = overlay(TrainConfig(), file, str(command.config))
+    name = given.get("preset") or (in_file.preset if "preset" in file else None)
+    if command.auto_resume:
         from mlx_mla.training.run_folder import CONFIG
 
-        if known.out is None:
-            raise UserError(
-                "--auto-resume needs --out RUN, the folder to start a run in or to go on with"
-            )
-        if known.resume:
+        if command.out is None:
+            raise UserError("--auto-resume needs --out RUN, the folder to start or resume a run in")
+        if command.resume:
             raise UserError("--auto-resume decides on --resume by itself; leave that out")
-        known.resume = (known.out / CONFIG).is_file()
-    if known.resume:
-        from mlx_mla.training.run_folder import run_config
-
-        if known.out is None:
-            raise UserError("--resume needs --out RUN, the folder of the run to go on with")
-        base = run_config(known.out)
-        if asked_preset is not None and asked_preset != base.preset:
-            # Its shape then differs in some field, and the trainer says which.
-            base = dataclasses.replace(preset(asked_preset), preset=asked_preset)
-    else:
-        base = preset(asked_preset or "nano")
-    base = overlay(base, file, str(known.config))
-    default = TrainCommand(
-        **{f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
-    )
-    command = cli.parse(TrainCommand, argv, PROG, default)
-    command.resume = known.resume
-    if command.model.attention != base.model.attention and not command.resume:
-        # Every comparison is one flag apart: what the preset says of its own kind of attention
-        # goes, what a flag says stays.
-        defaults, others = ModelConfig(), meaningless_fields(command.model.attention)
-        same = [n for n in others if getattr(command.model, n) == getattr(base.model, n)]
-        command.model = dataclasses.replace(
-            command.model, **{n: getattr(defaults, n) for n in same}
-        )
-    passes_given = command.grad_accum_steps != base.grad_accum_steps
-    if command.tokens_per_step == base.tokens_per_step and (passes_given or command.resume):
-        command.tokens_per_step = (
-            None  # the number of passes decides, as it did in the run to resume
-        )
-    elif command.tokens_per_step is not None and not passes_given:
-        command.grad_accum_steps = None  # the tokens decide, whatever --batch-size is
+        command.resume = (command.out / CONFIG).is_file()
     if command.from_step is not None and (not command.resume or command.auto_resume):
         raise UserError("--from-step goes with --resume")
-    if command.init is not None and not command.resume:
-        for field in dataclasses.fields(ModelConfig):
-            if field.name != "dropout" and getattr(command.model, field.name) != getattr(
-                base.model, field.name
-            ):
+    if command.resume:
+        from mlx_mla.training.run_folder import run_config
+
+        if command.out is None:
+            raise UserError("--resume needs --out RUN, the folder of the run to resume")
+        base = run_config(command.out)
+        base.tokens_per_step = None  # the number of passes decides, as it did in that run
+        if name not in (None, base.preset):
+            # Its shape then differs in some field, and the trainer names it.
+            base = preset(name)
+    else:
+        base = preset(name or "nano")
+    base = _overlaid(base, file, str(command.config))
+    if "tokens_per_step" in file:
+        base.grad_accum_steps = None  # a run's config.toml has both
+    of_model = {n: v for n, v in given.items() if n in ModelConfig.__dataclass_fields__}
+    others = {n: v for n, v in given.items() if n not in _OWN and n not in of_model}
+    config = _overlaid(base, {**others, "model": of_model}, "flags")
+    if config.init is not None and not command.resume:
+        for name, value in of_model.items():
+            if name != "dropout" and value != getattr(base.model, name):
                 raise UserError(
-                    f"{flag(field.name)}: with --init the model's shape comes from its folder; "
+                    f"{flag(name)}: with --init the model's shape comes from its folder; "
                     "leave it out"
                 )
-    command.make_paths_absolute()
-    return command
+    config.make_paths_absolute()
+    return dataclasses.replace(
+        command, **{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    )
+
+
+_OWN = TrainCommand.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
+
+
+def _overlaid(base: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
+    """`overlay`, where a value also replaces what the base has in its place under other names."""
+    config = overlay(base, values, where)
+    if config.model.attention != base.model.attention:
+        # Every comparison is one flag apart: the base's settings of its own kind of attention go.
+        others = meaningless_fields(config.model.attention)
+        default = {n: getattr(ModelConfig(), n) for n in others if n not in values["model"]}
+        config.model = dataclasses.replace(config.model, **default)
+    for one, other in itertools.permutations(("tokens_per_step", "grad_accum_steps")):
+        if one in values and other not in values:
+            setattr(config, other, None)
+    return config
 
 
 def _free_folder(name: str) -> Path:

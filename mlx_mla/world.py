@@ -5,13 +5,12 @@ them is one primitive, `World.gather`; errors ride on it, so that a mistake on a
 them alike.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -216,24 +215,18 @@ def launched_by() -> BackendName | None:
     return "mlx" if any(size and int(size) > 1 for size in sizes) else None
 
 
-def join(argv: Sequence[str], get_engine: Callable[[BackendName, str], Engine]) -> World:
+def join(engine: EngineName, get_engine: Callable[[BackendName, str], Engine]) -> World:
     """The world that a launcher has made this process part of; `SOLO` without one.
 
     Args:
-        argv: The command line; --distributed-backend is read here, before all other settings.
-        get_engine: Makes a framework's engine, by that setting's value.
+        engine: The value of --distributed-backend.
+        get_engine: Makes the engine of that name for a framework.
 
     Raises:
-        UserError: If the engine asked for is not there, or ranks were started with different
-            arguments.
+        UserError: If that engine is not available.
     """
     launcher = launched_by()
-    if launcher is None or {"-h", "--help"} & set(argv):
-        return SOLO
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--distributed-backend", default="auto")
-    name = early.parse_known_args(list(argv))[0].distributed_backend
-    return World(get_engine(launcher, name))
+    return SOLO if launcher is None else World(get_engine(launcher, engine))
 
 
 def same_everywhere(world: World, fact: str, what: str) -> None:

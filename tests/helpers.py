@@ -62,6 +62,11 @@ def refused(capsys, *argv: str, command=train.main) -> str:
     return err
 
 
+def train_command(argv: list[str]) -> train.TrainCommand:
+    """What a command line of mlx_mla.train asks for."""
+    return train.configure(train.given_flags(argv))
+
+
 def objects(capfd, *argv: str) -> list[dict]:
     capfd.readouterr()
     assert generate.main([*map(str, argv), "--json"]) == 0

@@ -160,7 +160,7 @@ def parse_only(module: str, argv: list[str], monkeypatch, folder: Path) -> None:
                 path = Path(file.format(argv[argv.index(option) + 1]))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(presets.to_toml(presets.preset("nano")), encoding="utf-8")
-        monkeypatch.setattr(train, "parse", then_stop(train.parse))
+        monkeypatch.setattr(train, "configure", then_stop(train.configure))
     elif module == "mlx_mla.serve":
         serve = importlib.import_module(module)
         monkeypatch.setattr(serve, "_flags", then_stop(serve._flags))
@@ -195,4 +195,4 @@ def test_a_command_that_does_not_parse_is_noticed(monkeypatch, tmp_path):
     with pytest.raises(AssertionError):
         parse_only(module, argv, monkeypatch, tmp_path)
     with pytest.raises(UserError, match="--steps"):
-        train.parse(argv)
+        train.given_flags(argv)

@@ -45,7 +45,7 @@ def embedding_gradient(backend: str, dtype: str, rows: np.ndarray, **changes) ->
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-@pytest.mark.parametrize("changes", [{}, {"checkpoint_every": 1, "loss_chunk": 100}])
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": 1, "loss_chunk": 100}])
 def test_a_byte_seen_hundreds_of_times_gets_its_gradient_in_bfloat16(backend, changes, rng):
     """Summed in bfloat16 it is 2 % too short: what is added becomes too small for the sum."""
     rows = rng.integers(0, 60, (16, 129)).astype(np.int32)

@@ -8,6 +8,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import train_command
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_mla import train
@@ -122,7 +123,7 @@ def test_what_saves_memory_lowers_the_estimate():
     dear = estimate(config, True).total_bytes
     assert estimate(config, fused_attention=False).total_bytes > dear
     for saving in (
-        {"checkpoint_every": 1},
+        {"activation_checkpointing": 1},
         {"dtype": "bfloat16"},
         {"batch_size": 2},
         {"optimizer": "muon"},
@@ -136,7 +137,7 @@ def test_what_is_advised_fits():
     assert memory_advice(config, True, 10**13) is None
     for limit in (40, 20, 10, 4):
         advice = memory_advice(config, True, limit * 10**9)
-        command = train.parse(
+        command = train_command(
             ["--preset", "mla-124m", "--dtype", "float32", "--batch-size", "64", *advice.split()]
         )
         assert estimate(command.resolved(), True).total_bytes <= limit * 10**9
@@ -154,8 +155,8 @@ CHANGES = [
     {"num_kv_shared_layers": 2},
     {"attention_k_eq_v": True, "kv_lora_rank": 64},
     {"tie_word_embeddings": False, "vocab_size": 4000},
-    {"checkpoint_every": 1},
-    {"checkpoint_every": 2, "n_layer": 6},
+    {"activation_checkpointing": 1},
+    {"activation_checkpointing": 2, "n_layer": 6},
     {"loss_chunk": 256, "vocab_size": 8000},
     {"attention": "mha", "qk_rope_head_dim": 0},
     {

@@ -126,7 +126,7 @@ def steps(context: int, every: int, **shape) -> list[float]:
     config = TrainConfig(
         batch_size=2,
         seq_len=context,
-        checkpoint_every=every,
+        activation_checkpointing=every,
         compile=False,
         model=ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, **shape),
     ).resolved()

@@ -166,8 +166,9 @@ def odd_line(line: str, key: str, value: str) -> str:
 NUMBERS = (
     "--steps", "--batch-size", "--tokens-per-step", "--grad-accum-steps", "--seq-len", "--seed",
     "--learning-rate", "--min-lr-ratio", "--warmup-steps", "--weight-decay", "--beta1", "--beta2",
-    "--adam-epsilon", "--grad-clip", "--initializer-range", "--checkpoint-every", "--loss-chunk",
-    "--log-every", "--eval-every", "--eval-batches", "--final-eval-batches", "--save-every",
+    "--adam-epsilon", "--grad-clip", "--initializer-range", "--loss-chunk",
+    "--activation-checkpointing", "--log-every", "--eval-every", "--eval-batches",
+    "--final-eval-batches", "--save-every",
     "--keep", "--sample-tokens", "--sample-every", "--val-fraction", "--n-layer", "--n-head",
     "--n-embd", "--n-inner", "--n-positions", "--vocab-size", "--kv-lora-rank", "--q-lora-rank",
     "--qk-rope-head-dim", "--v-head-dim", "--rope-theta", "--layer-norm-epsilon", "--dropout",

@@ -20,7 +20,7 @@ def refusals(run, tmp_path):
     empty.touch()
     (tmp_path / "broken").mkdir()
     yield train.main, [*TINY, "--data", str(empty), "--out", str(tmp_path / "run")]
-    yield train.main, [*TINY, "--lr-find", "--data", str(tmp_path / "none.txt")]
+    yield train.main, [*TINY, "--data", str(tmp_path / "none.txt")]
     yield generate.main, ["--model", str(run), "--prompt", "x", "--max-tokens", "999"]
     yield (
         generate.main,

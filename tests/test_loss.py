@@ -75,7 +75,9 @@ def session(backend: str, **changes):
 )
 def test_checkpointing_and_chunks_change_no_step(backend, every, model):
     plain = session(backend, model=model)
-    saving = session(backend, model=model, checkpoint_every=every, loss_chunk=7, compile=True)
+    saving = session(
+        backend, model=model, activation_checkpointing=every, loss_chunk=7, compile=True
+    )
     for step in range(3):
         a, b = (s.step(step, 1e-2, [batch(step), batch(step + 9)]) for s in (plain, saving))
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
@@ -95,7 +97,12 @@ def test_what_is_computed_again_drops_the_same_values(backend, compiled):
     says."""
     model = dataclasses.replace(BASE.model, dropout=0.4)
     config = dataclasses.replace(
-        BASE, model=model, checkpoint_every=1, weight_decay=0.0, grad_clip=0.0, compile=compiled
+        BASE,
+        model=model,
+        activation_checkpointing=1,
+        weight_decay=0.0,
+        grad_clip=0.0,
+        compile=compiled,
     )
     weights = initial_weights(config.model, 0, 0.1)
 
@@ -137,7 +144,7 @@ def test_chunks_and_checkpoints_need_less_memory():
     peaks = []
     before = mx.set_memory_limit(1)
     try:
-        for changes in ({}, {"loss_chunk": 80}, {"loss_chunk": 80, "checkpoint_every": 1}):
+        for changes in ({}, {"loss_chunk": 80}, {"loss_chunk": 80, "activation_checkpointing": 1}):
             s = get_backend("mlx").train_session(
                 dataclasses.replace(config, **changes), Start(initial_weights(config.model, 0))
             )
@@ -155,7 +162,7 @@ def test_chunks_and_checkpoints_need_less_memory():
 
 
 def test_sessions_agree_across_backends_with_everything_on():
-    changes = {"checkpoint_every": 2, "loss_chunk": 11, "optimizer": "adamw"}
+    changes = {"activation_checkpointing": 2, "loss_chunk": 11, "optimizer": "adamw"}
     a, b = session("mlx", **changes), session("torch", **changes)
     for step in range(3):
         for s in (a, b):

@@ -206,7 +206,7 @@ def test_training_and_resuming(backend, kind, tmp_path, text_file):
     common = [
         *flags, "--data", str(text_file), "--backend", backend, "--seq-len", "32", "--batch-size",
         "2", "--eval-batches", "2", "--final-eval-batches", "2", "--sample-tokens", "4",
-        "--no-compile", "--save-every", "2", "--keep", "0", "--checkpoint-every", "2",
+        "--no-compile", "--save-every", "2", "--keep", "0", "--activation-checkpointing", "2",
     ]  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*common, "--steps", "4", "--out", str(whole)]) == 0

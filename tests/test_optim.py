@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
-from helpers import BASE, TINY, batch, refused
+from helpers import BASE, TINY, batch, refused, train_command
 from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
 
@@ -160,7 +160,7 @@ def test_warm_up_stable_decay():
         "--lr-schedule",
         "wsd",
     ]
-    config = train.parse([*flags, "--min-lr-ratio", "0"]).resolved()
+    config = train_command([*flags, "--min-lr-ratio", "0"]).resolved()
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10:81] == [1.0] * 71
@@ -172,11 +172,11 @@ def test_warm_up_stable_decay():
 
 def test_tokens_of_a_step_decide_the_passes():
     assert preset("mla-124m").resolved().grad_accum_steps == 128
-    parsed = train.parse(["--preset", "mla-124m", "--batch-size", "8"]).resolved()
+    parsed = train_command(["--preset", "mla-124m", "--batch-size", "8"]).resolved()
     assert (parsed.grad_accum_steps, parsed.step_tokens) == (64, 524288)
-    parsed = train.parse(["--preset", "mla-124m", "--grad-accum-steps", "2"]).resolved()
+    parsed = train_command(["--preset", "mla-124m", "--grad-accum-steps", "2"]).resolved()
     assert (parsed.grad_accum_steps, parsed.tokens_per_step) == (2, 8192)
-    parsed = train.parse(["--tokens-per-step", "4096"]).resolved()
+    parsed = train_command(["--tokens-per-step", "4096"]).resolved()
     assert parsed.grad_accum_steps == 4
 
 

@@ -108,9 +108,7 @@ def test_training_sees_the_logits_of_the_padding_too(folder):
     x = foreign.ids(TOKENS)
     ours = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True).train()
     logits = ours(x, labels=x).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), x.flatten(), label_smoothing=0.1
-    )
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), label_smoothing=0.1)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     assert loss.item() < 100 and entropy.isfinite().all()
     whole = foreign.logits_of_folder(folder, x)  # our own commands' model, which masks nothing here

@@ -1,5 +1,6 @@
 """`python -m mlx_mla.train` as its users meet it: runs, resumes, refuses."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import time
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, python, refused
+from helpers import MEASURED, TINY, python, refused, train_command
 
 from mlx_mla import checkpoint, files, generate, train
-from mlx_mla.model.presets import preset
+from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.presets import preset, to_toml
 from mlx_mla.model.schedule import learning_rate
 from mlx_mla.training.metrics import read_metrics
 
@@ -101,7 +104,7 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_settings_come_from_preset_then_file_then_flags(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('preset = "mla-124m-r128"\nsteps = 7\nseed = 5\n[model]\nn_layer = 3\n')
-    command = train.parse(["--config", str(path), "--seed", "6", "--n-layer", "4"])
+    command = train_command(["--config", str(path), "--seed", "6", "--n-layer", "4"])
     assert (command.steps, command.seed, command.model.n_layer, command.model.kv_lora_rank) == (
         7,
         6,
@@ -110,16 +113,80 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path):
     )
 
 
+def test_a_former_name_of_a_setting_is_still_taken(tmp_path, capsys):
+    path = tmp_path / "c.toml"
+    path.write_text("checkpoint_every = 2\n")
+    for argv in (["--config", str(path)], ["--checkpoint-every", "2"], ["--checkpoint_every=2"]):
+        assert train_command(argv).activation_checkpointing == 2
+    path.write_text("checkpoint_every = 2\nactivation_checkpointing = 1\n")
+    assert "checkpoint_every is the former name of activation_checkpointing" in refused(
+        capsys, "--config", path
+    )
+    for argv in (["--help-all"], ["--help"]):
+        with pytest.raises(SystemExit):
+            train.main(argv)
+        assert "checkpoint-every" not in capsys.readouterr().out
+
+
+def test_a_setting_that_is_gone_is_refused_with_what_to_do_instead(capsys):
+    said = refused(capsys, *TINY, "--lr-find")
+    assert said.startswith("error: --lr-find was removed; compare short runs at several")
+
+
+def test_help_shows_the_common_settings_and_help_all_every_one(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def flags(text):
+        return set(re.findall(r"^[^\w-]{0,2}(--[a-z0-9][a-z0-9-]*)", text, re.MULTILINE))
+
+    def shown(*argv):
+        with pytest.raises(SystemExit) as end:
+            train.main([*argv])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    common, everything = shown("--help"), shown("--help-all")
+    assert len(common.splitlines()) <= 60 and max(map(len, common.splitlines())) <= 100
+    assert flags(common) == {f"--{n.replace('_', '-')}" for n in train.COMMON}
+    names = {f.name for cls in (train.TrainCommand, ModelConfig) for f in dataclasses.fields(cls)}
+    assert flags(everything) == {f"--{n.replace('_', '-')}" for n in names - {"model"}}
+    titles = re.findall(r"^[^a-z]+([a-z][a-z ]+) options [^a-z]+$", everything, re.MULTILINE)
+    assert titles == [
+        "common", "model", "data", "optimizer", "schedule", "evaluation", "logging and trackers",
+        "run and machine",
+    ]  # fmt: skip
+    defaults = " ".join(shown("--preset", "mla-124m", "--help").split())
+    assert "Optimiser steps in all. (default: 19073)" in defaults
+
+
+def test_the_file_decides_between_tokens_and_passes_of_a_step(tmp_path):
+    """A preset's tokens give way to a file's passes; of a run's own two the tokens stay."""
+    path = tmp_path / "c.toml"
+    path.write_text('preset = "mla-124m"\ngrad_accum_steps = 3\n')
+    assert train_command(["--config", str(path)]).resolved().passes_per_step == 3
+    path.write_text(to_toml(preset("mla-124m").resolved()))
+    changed = train_command(["--config", str(path), "--batch-size", "8"]).resolved()
+    assert (changed.step_tokens, changed.passes_per_step) == (524288, 64)
+
+
+def test_a_file_may_name_another_attention_than_its_preset(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[model]\nattention = "mha"\n')
+    assert (
+        train_command(["--config", str(path)]).resolved().model.kind.text.startswith("multi-head")
+    )
+
+
 def test_multi_head_attention_is_one_flag_apart(capsys):
     for name in ("nano", "mla-124m", "mla-124m-r128", "mla-124m-rope", "mla-124m-tied"):
-        mla = train.parse(["--preset", name])
-        mha = train.parse(["--preset", name, "--attention", "mha"])
+        mla = train_command(["--preset", name])
+        mha = train_command(["--preset", name, "--attention", "mha"])
         assert mha.resolved().model.attention == "mha"
         assert (mha.steps, mha.seed, mha.model.n_embd) == (mla.steps, mla.seed, mla.model.n_embd)
-    rope = train.parse(["--preset", "mla-124m-rope", "--attention", "mha"]).resolved().model
+    rope = train_command(["--preset", "mla-124m-rope", "--attention", "mha"]).resolved().model
     assert rope == preset("gpt2-124m-rope").resolved().model
     grouped = ["--attention", "mha", "--num-key-value-heads", "1", "--n-embd", "126"]
-    assert train.parse(grouped).resolved().model.kind.cached_values() == 3 * 2 * 63
+    assert train_command(grouped).resolved().model.kind.cached_values() == 3 * 2 * 63
     assert "no meaning with --attention mha" in refused(
         capsys, "--attention", "mha", "--kv-lora-rank", "8"
     )
@@ -133,7 +200,7 @@ def test_the_default_run_folder_is_never_taken_twice(tmp_path, text_file, monkey
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():
-    config = train.parse(
+    config = train_command(
         ["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--min-lr-ratio", "0.1"]
     )
     rates = [learning_rate(config, step) for step in range(101)]
@@ -581,3 +648,46 @@ def test_lines_of_a_killed_run_are_read_up_to_the_last_whole_one(tmp_path):
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "los')
     assert read_metrics(path) == [{"step": 1}]
     assert os.path.getsize(path) > 0
+
+
+def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, monkeypatch):
+    monkeypatch.setattr(MLXBackend, "memory_bytes", lambda self: 4_000_000)
+    argv = [
+        *TINY,
+        "--data",
+        str(text_file),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+        "--batch-size",
+        "8",
+    ]
+    assert train.main(argv) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: a step takes about" in said
+    assert re.search(
+        r"to fit: (--batch-size \d --tokens-per-step 384 )?--activation-checkpointing 1", said
+    )
+
+
+def test_the_last_validation_is_bounded(tmp_path, text_file):
+    def last(*flags):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        argv = [
+            *TINY,
+            "--data",
+            str(text_file),
+            "--out",
+            str(out),
+            "--steps",
+            "2",
+            "--eval-every",
+            "2",
+        ]
+        assert train.main([*argv, *flags]) == 0
+        return read_metrics(out / "metrics.jsonl")[-1]["loss"]
+
+    assert last() == last("--final-eval-batches", "1000")
+    assert last("--final-eval-batches", "1") != last()
+    assert TrainConfig().final_eval_batches == 0

@@ -13,7 +13,7 @@ Settings = dict[str, Any]
 
 NEUTRAL = frozenset(
     {
-        *("preset", "data", "bpe_dir", "device", "checkpoint_every", "tokens_per_step"),
+        *("preset", "data", "bpe_dir", "device", "activation_checkpointing", "tokens_per_step"),
         *("log_every", "eval_every", "save_every", "keep", "track"),
         *("sample_prompt", "sample_tokens", "sample_every"),
         *("eval_tasks", "eval_limit", "eval_data_dir"),

@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "keys wider than values": {"model": {"qk_rope_head_dim": 64}},  # which are then padded
     "Muon, recomputing, loss in chunks": {
         "optimizer": "muon",
-        "checkpoint_every": 1,
+        "activation_checkpointing": 1,
         "loss_chunk": 48,
     },
 }

@@ -36,8 +36,8 @@ MODEL_BOUNDS = {
     "layer_norm_epsilon": Bounds("be at least 1e-12", 1e-12, 1),
     "dropout": fraction("be at least 0 and below 1", below_1=True),
 }
-"""What the model's numbers may be, wherever they come from. A larger model than the upper bounds
-allow is a damaged file or a slip of the hand."""
+"""Valid ranges of the model's numbers, whatever their source. A model beyond the upper bounds means
+a damaged file or a typing error."""
 
 TRAIN_BOUNDS = {
     **dict.fromkeys(("steps", "eval_limit", "log_every"), at_least_1(2**31 - 1)),
@@ -46,7 +46,7 @@ TRAIN_BOUNDS = {
     **dict.fromkeys(
         (
             *("warmup_steps", "eval_every", "eval_batches", "final_eval_batches", "save_every"),
-            *("keep", "sample_tokens", "sample_every", "checkpoint_every", "loss_chunk"),
+            *("keep", "sample_tokens", "sample_every", "activation_checkpointing", "loss_chunk"),
         ),
         not_negative(2**31 - 1),
     ),
@@ -61,16 +61,18 @@ TRAIN_BOUNDS = {
     **dict.fromkeys(("min_lr_ratio", "teacher_weight", "decay_fraction"), fraction()),
     **dict.fromkeys(("beta1", "beta2"), fraction("be at least 0 and below 1", below_1=True)),
 }
-"""The same for the numbers of a training run."""
+"""The same for a training run."""
+
+RENAMED = {"checkpoint_every": "activation_checkpointing"}
+"""Former names of settings, which flags and settings files may still use."""
 
 LARGE_LOGITS = 64 * 2**20
-"""Bytes of a pass's float32 logits above which the loss takes them in chunks."""
+"""Bytes of one pass's float32 logits above which the loss computes them in chunks."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """Shape of the transformer, in the names of GPT-2 and DeepSeek; this is what config.json
-    holds."""
+    """Shape of the transformer, as config.json holds it; names are those of GPT-2 and DeepSeek."""
 
     attention: AttentionName = "mla"
     """"mla" caches one latent per token; "mha" is GPT-2's own attention."""
@@ -88,23 +90,23 @@ class ModelConfig:
     vocab_size: Optional[int] = None
     """Rows of the embedding. None: as many as the tokenizer has."""
     position_embedding_type: Optional[Literal["learned", "rope"]] = None
-    """"learned" adds a table of positions to the embedding; "rope" rotates queries and keys: whole
-    with "mha", a part beside the latent with "mla". None: "rope" where qk_rope_head_dim > 0."""
+    """"learned" adds a table of positions to the embedding. "rope" rotates queries and keys: all of
+    them with "mha", a part beside the latent with "mla". None: "rope" if qk_rope_head_dim > 0."""
     head_dim: Optional[int] = None
-    """Width of a head: of queries, keys and values; with "mla" of the part without RoPE (DeepSeek's
-    qk_nope_head_dim). None: n_embd / n_head."""
+    """Width of a head's queries, keys and values; with "mla", of their part without RoPE
+    (DeepSeek's qk_nope_head_dim). None: n_embd / n_head."""
     num_key_value_heads: Optional[int] = None
-    """MHA: heads of keys and values, each for as many heads of queries: grouped-query attention,
-    and with 1 multi-query attention. None: n_head."""
+    """MHA: heads of keys and values, each shared by a group of query heads (grouped-query
+    attention; 1 is multi-query attention). None: n_head."""
     kv_lora_rank: Optional[int] = None
     """MLA: width of the cached key/value latent. None: n_embd / 2, or the largest of kv_lora_ranks,
     or head_dim with attention_k_eq_v."""
     kv_lora_ranks: Optional[list[int]] = None
-    """MLA: that width for every layer with a latent of its own, where they differ. None:
-    kv_lora_rank for all."""
+    """MLA: the width of each layer that has a latent of its own, if they differ. None: kv_lora_rank
+    for all."""
     num_kv_shared_layers: int = 0
-    """MLA: the last so many layers cache nothing and read the latent (and the RoPE key) of the last
-    layer before them, each with its own up-projection (Gemma 3n's name). 0: none."""
+    """MLA: this many last layers cache nothing. Each reads the latent (and the RoPE key) of the
+    layer before them through its own up-projection (Gemma 3n's name). 0: none."""
     q_lora_rank: Optional[int] = None
     """MLA: width of a query latent, as in DeepSeek-V2. None: queries are projected directly."""
     qk_rope_head_dim: int = 0
@@ -113,8 +115,9 @@ class ModelConfig:
     v_head_dim: Optional[int] = None
     """MLA: width of a value head. None: head_dim."""
     attention_k_eq_v: bool = False
-    """MLA: no up-projection; the latent is the value of every head, and its key beside the RoPE
-    part (Gemma 4's name; Grouped-Tied Attention, arXiv:2505.21487). Heads are kv_lora_rank wide."""
+    """MLA without an up-projection: the latent is the value of every head and, beside the RoPE
+    part, its key. Heads are kv_lora_rank wide (Gemma 4's name; Grouped-Tied Attention,
+    arXiv:2505.21487)."""
     latent_norm: bool = False
     """MLA: RMSNorm on the latents, as in DeepSeek-V2."""
     attention_bias: Optional[bool] = None
@@ -135,16 +138,16 @@ class ModelConfig:
     layer_norm_epsilon: float = 1e-5
     """Added to the variance in every LayerNorm, and to the mean square in every RMSNorm."""
     tie_word_embeddings: bool = True
-    """The output head is the embedding, as in GPT-2. --no-tie-word-embeddings: a matrix of its own,
-    as in minGPT."""
+    """Use the embedding as the output head, as in GPT-2. --no-tie-word-embeddings: a matrix of its
+    own, as in minGPT."""
     dropout: float = 0.0
-    """Dropout on embeddings and on the output of every attention and MLP, in training."""
+    """Dropout in training, on embeddings and on the output of every attention and MLP."""
 
     def resolved(self, tokenizer_size: Optional[int] = None) -> "ModelConfig":
-        """Fill what was left to a default, and check everything.
+        """A copy with all defaults filled in and every value checked.
 
         Args:
-            tokenizer_size: Number of token ids of the tokenizer that goes with the model.
+            tokenizer_size: Number of token ids of the model's tokenizer, if known.
 
         Raises:
             UserError: For an impossible value; the message names the option.
@@ -162,7 +165,7 @@ class ModelConfig:
             c.n_inner = -(-8 * c.n_embd // 192) * 64 if gated else 4 * c.n_embd
         if c.vocab_size is None:
             if tokenizer_size is None:
-                raise UserError("--vocab-size is needed where no tokenizer says it")
+                raise UserError("--vocab-size is needed, since no tokenizer gives it")
             c.vocab_size = tokenizer_size
         if tokenizer_size is not None and c.vocab_size < tokenizer_size:
             raise UserError(
@@ -186,7 +189,7 @@ class ModelConfig:
 
     @property
     def kind(self) -> Attention:
-        """The attention of a resolved configuration: its shapes, widths, costs and words."""
+        """The attention of a resolved configuration: its shapes, widths, costs and description."""
         return KINDS[self.attention](self)
 
     @property
@@ -210,7 +213,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read the model's fields out of a config.json, ignoring what other tools keep there.
+        """Read the model's fields from a config.json and ignore all others.
 
         Args:
             where: Name of the file, for messages.
@@ -222,7 +225,7 @@ class ModelConfig:
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> "ModelConfig":
-        """As `from_dict`, and resolved; every error names the file."""
+        """Read as `from_dict` does, and resolve; every error names the file."""
         config = cls.from_dict(values, where)
         try:
             return config.resolved()
@@ -231,68 +234,40 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainConfig:
-    """Settings of a training run; `config.toml` in the run folder holds them all."""
+class DataSettings:
+    """Data."""
 
-    preset: str = "nano"
-    """Starting point for every setting below: nano, mla-124m, mla-124m-r256, mla-124m-r128,
-    mla-124m-rope, mla-124m-tied, mla-124m-llama, gpt2-124m, gpt2-124m-rope or llama-124m."""
     data: str = "builtin"
-    """What to train on: a UTF-8 text file, a folder of token shards (mlx_mla.prepare makes one;
-    also those of build-nanogpt, llm.c and nanoGPT), or "builtin", the documentation that comes with
-    Python."""
+    """Training text: a UTF-8 text file, a folder of token shards (from mlx_mla.prepare,
+    build-nanogpt, llm.c or nanoGPT), or "builtin", the documentation that comes with Python."""
     val_fraction: float = 0.1
-    """Share of the text, at its end, that is held out for validation. Not used where a folder has
+    """Share of the text, at its end, that is held out for validation. Not used if the folder has
     validation shards."""
     tokenizer: TokenizerName = "bytes"
     """"bytes" (256 bytes and <|endoftext|>) or "gpt2" (GPT-2's byte-pair encoding, 50257 ids)."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
     once."""
-    init: Optional[str] = None
-    """Model folder whose weights to start from. None: random weights."""
-    teacher: Optional[str] = None
-    """Model folder to distil from: adds the divergence of its predictions from the model's to the
-    loss. None: off."""
-    teacher_weight: Optional[float] = None
-    """Share of that divergence in the loss, from 0 to 1; the rest is cross-entropy. None: 0.5 with
-    --teacher."""
-    teacher_temperature: Optional[float] = None
-    """Temperature of both softmaxes in that divergence. None: 1 with --teacher."""
-    steps: int = 1000
-    """Optimiser steps in all."""
     batch_size: int = 16
-    """Sequences in one forward and backward pass; halve it when memory runs out."""
+    """Sequences in one forward and backward pass. Halve it if memory runs out."""
     tokens_per_step: Optional[int] = None
-    """Tokens of one optimiser step, which decide --grad-accum-steps. None: --grad-accum-steps
-    decides."""
+    """Tokens in one optimiser step; sets --grad-accum-steps. None: --grad-accum-steps decides."""
     grad_accum_steps: Optional[int] = None
-    """Passes whose gradients are averaged into one optimiser step; memory stays that of one pass.
-    None: as many as --tokens-per-step asks for, or 1."""
+    """Passes whose gradients are averaged into one optimiser step, in the memory of one pass.
+    None: as many as --tokens-per-step needs, or 1."""
     seq_len: Optional[int] = None
     """Tokens in one sequence. None: n_positions."""
-    seed: int = 1337
-    """Decides the first weights, the order of the data and the dropout."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimizerSettings:
+    """Optimizer."""
+
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """"muon" orthogonalises the steps of the blocks' matrices; embeddings, biases and norms keep
+    """"muon" orthogonalises the updates of the blocks' matrices; embeddings, biases and norms keep
     AdamW."""
-    learning_rate: float = 6e-4
-    """Highest learning rate of AdamW, reached after the warm-up."""
-    muon_learning_rate: Optional[float] = None
-    """Highest learning rate of Muon's matrices, on the same schedule. None: 0.02 with --optimizer
-    muon."""
-    lr_schedule: Literal["cosine", "wsd"] = "cosine"
-    """After the warm-up: "cosine" decays over all steps; "wsd" (warm-up, stable, decay) stays at
-    the highest rate and falls linearly over the last --decay-fraction, so that a run can be
-    lengthened."""
-    decay_fraction: Optional[float] = None
-    """Share of all steps in which "wsd" decays. None: 0.2 with --lr-schedule wsd."""
-    min_lr_ratio: float = 0.1
-    """Share of the learning rate that is left at the end of the decay."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0. 0: no warm-up."""
     weight_decay: float = 0.1
-    """Decoupled decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
@@ -301,60 +276,134 @@ class TrainConfig:
     """AdamW's epsilon."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
-    initializer_range: float = 0.02
-    """Initialization std of embeddings and matrices; residual projections get 1/sqrt(2 n_layer) of
-    it."""
-    initializer: InitializerName = "normal"
-    """"normal" gives every matrix that std, as GPT-2 does; "fan_in" makes it proportional to
-    1/sqrt(inputs): a matrix with n_embd inputs keeps it, one with fewer gets more."""
-    dtype: DType = "float32"
-    """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on
-    CPUs."""
-    checkpoint_every: int = 0
-    """Gradient checkpointing: keep the activations between groups of so many blocks only, and
-    compute the others again in the backward pass; less memory for a third more time. 1 saves most.
-    0: off."""
-    loss_chunk: Optional[int] = None
-    """Tokens whose logits the loss holds at a time. 0: all of a pass. None: 1024 where the logits
-    of a pass exceed 64 MiB, else all."""
-    compile: bool = True
-    """Compile the training step: mx.compile, and torch.compile on CUDA (--no-compile: run it
-    eagerly, to look for a fault)."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    teacher: Optional[str] = None
+    """Model folder to distil from: adds the divergence from its predictions to the loss. None:
+    off."""
+    teacher_weight: Optional[float] = None
+    """Share of that divergence in the loss, from 0 to 1; the rest is cross-entropy. None: 0.5 with
+    --teacher."""
+    teacher_temperature: Optional[float] = None
+    """Temperature of both softmaxes in that divergence. None: 1 with --teacher."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScheduleSettings:
+    """Schedule."""
+
+    steps: int = 1000
+    """Optimiser steps in all."""
+    learning_rate: float = 6e-4
+    """Peak learning rate of AdamW, reached after the warm-up."""
+    muon_learning_rate: Optional[float] = None
+    """Peak learning rate of Muon's matrices, on the same schedule. None: 0.02 with --optimizer
+    muon."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0. 0: no warm-up."""
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up, "cosine" decays over all remaining steps. "wsd" (warm-up, stable, decay)
+    keeps the peak and falls linearly over the last --decay-fraction, so a run can be extended."""
+    decay_fraction: Optional[float] = None
+    """Share of all steps in which "wsd" decays. None: 0.2 with --lr-schedule wsd."""
+    min_lr_ratio: float = 0.1
+    """Share of the peak learning rate that is left at the end of the decay."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluationSettings:
+    """Evaluation."""
+
     eval_every: int = 100
     """Steps between measurements of the validation loss. 0: only at the end."""
     eval_batches: int = 20
-    """Batches of one such measurement, spread evenly. 0: the whole held-out text."""
+    """Batches of each measurement, spread evenly over the held-out text. 0: all of it."""
     final_eval_batches: int = 0
     """Batches of the last measurement, at the end of the run. 0: the whole held-out text."""
     eval_tasks: str = ""
     """Tasks to run at the same steps, separated by commas: wikitext2, lambada, hellaswag. Empty:
     none."""
     eval_limit: int = 100
-    """Items of each of these tasks: one seeded random sample for the whole run."""
+    """Items of each task: one random sample, fixed for the whole run."""
     eval_data_dir: Optional[str] = None
     """Folder with the tasks' files, as --data-dir of mlx_mla.evaluate. None: the Hugging Face
     hub."""
-    save_every: int = 200
-    """Steps between checkpoints. 0: only at the end."""
-    keep: int = 2
-    """Newest checkpoints to keep. 0: all."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoggingSettings:
+    """Logging and trackers."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
     sample_prompt: str = "The "
-    """Prompt of the samples printed."""
+    """Prompt of the printed samples."""
     sample_tokens: int = 200
     """Length of a sample. 0: none."""
     sample_every: int = 0
     """Steps between samples, which are also kept in samples.jsonl. 0: only at the end."""
     track: str = ""
-    """Where else to show the metrics, separated by commas: tensorboard, wandb, trackio. Empty:
-    nowhere."""
+    """Trackers that also receive the metrics, separated by commas: tensorboard, wandb, trackio.
+    Empty: none."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunSettings:
+    """Run and machine."""
+
+    preset: str = "nano"
+    """Starting point for every other setting: nano, mla-124m, mla-124m-r256, mla-124m-r128,
+    mla-124m-rope, mla-124m-tied, mla-124m-llama, gpt2-124m, gpt2-124m-rope or llama-124m."""
+    seed: int = 1337
+    """Seed of the initial weights, the order of the data and the dropout."""
+    save_every: int = 200
+    """Steps between checkpoints. 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints to keep. 0: all."""
+    dtype: DType = "float32"
+    """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on
+    CPUs."""
+    activation_checkpointing: int = 0
+    """Keep activations only between groups of this many blocks and recompute the others in the
+    backward pass: less memory for up to a third more time. 1 saves most. 0: off."""
+    loss_chunk: Optional[int] = None
+    """Tokens whose logits the loss holds at a time. 0: all of a pass. None: 1024 if the logits of
+    a pass exceed 64 MiB, else all."""
+    compile: bool = True
+    """Compile the training step: mx.compile, and torch.compile on CUDA. --no-compile runs it
+    eagerly, for debugging."""
     backend: BackendName = "mlx"
-    """Framework that does the computing; a run begun in one can be resumed in the other."""
+    """Framework that runs the model. A run started in one can be resumed in the other."""
     device: DeviceName = "auto"
-    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
-    where there is one."""
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU if
+    there is one."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class InitialSettings:
+    """Model."""
+
+    init: Optional[str] = None
+    """Model folder to take the initial weights and the model's shape from. None: random
+    weights."""
+    initializer_range: float = 0.02
+    """Initialization std of embeddings and matrices; residual projections get 1/sqrt(2 n_layer) of
+    it."""
+    initializer: InitializerName = "normal"
+    """"normal" gives every matrix that std, as GPT-2 does; "fan_in" makes it proportional to
+    1/sqrt(inputs): a matrix with n_embd inputs keeps it, one with fewer gets more."""
     model: OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig(  # a dataclass takes the fields of its last base first
+    RunSettings,
+    LoggingSettings,
+    EvaluationSettings,
+    ScheduleSettings,
+    OptimizerSettings,
+    DataSettings,
+    InitialSettings,
+):
+    """Settings of a training run; `config.toml` in the run folder holds them all."""
 
     @property
     def context(self) -> int:
@@ -373,14 +422,14 @@ class TrainConfig:
         return self.batch_size * self.passes_per_step * self.context
 
     def make_paths_absolute(self) -> None:
-        """Of what exists, so that a run folder finds it again from any working directory."""
+        """Make the paths that exist absolute, so a run can be resumed from any directory."""
         for name in ("data", "init", "teacher", "bpe_dir", "eval_data_dir"):
             value = getattr(self, name)
             if value is not None and Path(value).exists():
                 setattr(self, name, str(Path(value).resolve()))
 
     def resolved(self) -> "TrainConfig":
-        """Fill in defaults and check every value; raises UserError naming the option."""
+        """A copy with defaults filled in and every value checked; a UserError names the option."""
         check_bounds(self, TRAIN_BOUNDS)
         if self.bpe_dir is not None and self.tokenizer != "gpt2":
             raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
@@ -409,7 +458,7 @@ class TrainConfig:
         if resolved.loss_chunk is None:
             assert model.vocab_size
             logits = 4 * resolved.batch_size * resolved.context * model.vocab_size
-            # Distillation compares whole rows of logits, so there they are held.
+            # Distillation compares whole rows of logits.
             resolved.loss_chunk = 1024 if logits > LARGE_LOGITS and self.teacher is None else 0
         if resolved.loss_chunk and self.teacher is not None:
             raise UserError(
@@ -418,8 +467,8 @@ class TrainConfig:
         return resolved
 
     def _only_with(self, name: str, default: float, option: str, choice: str) -> Optional[float]:
-        """A setting that one choice of an option has: its value or default there, refused
-        elsewhere."""
+        """Value or default of a setting that belongs to one choice of an option; refused for the
+        other choices."""
         value: Optional[float] = getattr(self, name)
         if getattr(self, option) == choice:
             return default if value is None else value
@@ -428,15 +477,15 @@ class TrainConfig:
         return None
 
     def _passes(self) -> int:
-        """Passes of a step, from the tokens that it shall have."""
+        """Passes of a step that reach --tokens-per-step."""
         if self.tokens_per_step is None:
             return self.grad_accum_steps or 1
         one = self.batch_size * self.context
         passes, rest = divmod(self.tokens_per_step, one)
         if rest:
             raise UserError(
-                f"--tokens-per-step {self.tokens_per_step} is no multiple of a pass, --batch-size "
-                f"{self.batch_size} x {self.context} tokens = {one}; use "
+                f"--tokens-per-step {self.tokens_per_step} is not a multiple of a pass "
+                f"(--batch-size {self.batch_size} x {self.context} tokens = {one}); use "
                 f"{max(1, round(self.tokens_per_step / one)) * one}, or another --batch-size"
             )
         if self.grad_accum_steps not in (None, passes):
@@ -447,7 +496,7 @@ class TrainConfig:
         return passes
 
     def _distillation(self) -> tuple[Optional[float], Optional[float]]:
-        """Weight and temperature of the teacher, checked; None for both without one."""
+        """Weight and temperature of the teacher; None for both without one."""
         if self.teacher is None:
             for name in ("teacher_weight", "teacher_temperature"):
                 if getattr(self, name) is not None:

@@ -147,25 +147,18 @@ def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str
     if estimate(config, fused_attention).total_bytes <= limit:
         return None
     batch = config.batch_size
-    for checkpoint_every in (1, config.checkpoint_every):
+    for group in (1, config.activation_checkpointing):
         for size in [batch // 2**i for i in range(batch.bit_length())]:
             # Halves must leave the tokens of a step as they are.
             if config.batch_size * config.passes_per_step % size:
                 continue
-            smaller = dataclasses.replace(
-                config, batch_size=size, checkpoint_every=checkpoint_every
-            )
+            smaller = dataclasses.replace(config, batch_size=size, activation_checkpointing=group)
             if estimate(smaller, fused_attention).total_bytes <= limit:
-                flags = (
-                    [f"--batch-size {size} --tokens-per-step {config.step_tokens}"]
-                    if size != batch
-                    else []
-                )
-                flags += (
-                    [f"--checkpoint-every {checkpoint_every}"]
-                    if checkpoint_every != config.checkpoint_every
-                    else []
-                )
+                flags = []
+                if size != batch:
+                    flags.append(f"--batch-size {size} --tokens-per-step {config.step_tokens}")
+                if group != config.activation_checkpointing:
+                    flags.append(f"--activation-checkpointing {group}")
                 return " ".join(flags)
     return "a smaller model or --seq-len"
 
@@ -220,7 +213,7 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
 
     weight = 2 if half else 4  # bytes of a weight that the pass reads, and of its gradient
     of_block = weight * (n - m.vocab_size * m.n_embd) / m.n_layer
-    group = min(config.checkpoint_every, m.n_layer)
+    group = min(config.activation_checkpointing, m.n_layer)
     if group:
         begin = m.n_layer / group * m.n_embd * width * tokens + max(head, group * kept + working)
     else:

@@ -8,7 +8,7 @@ import tomli_w
 
 from mlx_mla.errors import UserError, nearest, shown
 from mlx_mla.fields import typed
-from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig
+from mlx_mla.model.config import RENAMED, TOKENIZER_IDS, ModelConfig, TrainConfig
 
 _MLA_124M: dict[str, Any] = {
     "tokenizer": "gpt2",
@@ -112,7 +112,7 @@ def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     Raises:
         UserError: For an unknown key (with the nearest known one) or a value of the wrong type.
     """
-    values = dict(values)
+    values = _current(values, where)
     model_values = values.pop("model", {})
     if not isinstance(model_values, Mapping):
         raise UserError(f"{where}: 'model' must be a table, [model]")
@@ -122,14 +122,20 @@ def overlay(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     return dataclasses.replace(config, model=model, **_checked(TrainConfig, values, where))
 
 
+def _current(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values under the present names of their settings."""
+    for old, new in RENAMED.items():
+        if old in values and new in values:
+            raise UserError(f"{where}: {old} is the former name of {new}; leave it out")
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields = [f.name for f in dataclasses.fields(cls) if f.name != "model"]
     for name in values:
         if name not in fields:
-            home = (
-                "model" if cls is TrainConfig and name in ModelConfig.__dataclass_fields__ else None
-            )
-            advice = f"it belongs under [{home}]" if home else nearest(name, fields)
+            of_model = cls is TrainConfig and name in ModelConfig.__dataclass_fields__
+            advice = "it belongs under [model]" if of_model else nearest(name, fields)
             raise UserError(f"{where}: unknown key {shown(name)}; {advice}")
     return typed(cls, values, where)
 

@@ -35,7 +35,7 @@ from mlx_mla.model.config import BackendName, DeviceName, DType, TrainConfig
 from mlx_mla.model.estimate import Estimate, check_memory, estimate, memory_advice
 from mlx_mla.model.presets import overlay, to_toml
 from mlx_mla.model.schedule import learning_rate
-from mlx_mla.training import lr_find, run_folder
+from mlx_mla.training import run_folder
 from mlx_mla.training.log import MetricsLog, Pace
 from mlx_mla.training.metrics import METRICS, plot_loss, read_metrics
 from mlx_mla.training.recovery import catch_signals
@@ -116,22 +116,6 @@ def train(
             trackers = stack.enter_context(tracking(config, out, rows, console))
             log = MetricsLog(out, trackers, run.how_to_go_on)
         return _Loop(run, session, start, console, log, pace).run()
-
-
-def find_learning_rate(config: TrainConfig) -> list[lr_find.Point]:
-    """The learning-rate range test on a run's model and data; writes nothing. UserError as `train`
-    raises it."""
-    tokenizer, config = _resolved(config, resume=False)
-    data = TrainingData(config, tokenizer)
-    backend = get_backend(config.backend, config.device)
-    check_memory(config, backend.fused_attention(config))
-    session = backend.train_session(
-        config, Start(first_weights(config)), teacher(config, tokenizer)
-    )
-    count, size = config.passes_per_step, config.batch_size
-    return lr_find.sweep(
-        session, lambda step: [data.train.batch(step * count + i, size) for i in range(count)]
-    )
 
 
 @dataclasses.dataclass(frozen=True)

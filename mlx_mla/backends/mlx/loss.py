@@ -14,15 +14,15 @@ EMBEDDING_STREAM = mx.cpu if mx.metal.is_available() else None
 
 
 def hidden_states(
-    transformer: Transformer, ids_BL: mx.array, dtype: mx.Dtype, checkpoint_every: int = 0
+    transformer: Transformer, ids_BL: mx.array, dtype: mx.Dtype, activation_checkpointing: int = 0
 ) -> mx.array:
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
         transformer: Its embeddings are float32, so that their gradients are summed in it.
         dtype: Type of its other weights and of the computation.
-        checkpoint_every: Keep activations only between groups of so many blocks, and compute the
-            others again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
+        activation_checkpointing: Keep activations only between groups of this many blocks and
+            recompute the others in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
     # The gradient of a look-up is summed on the stream of the look-up.
     h = mx.take(transformer.wte.weight, ids_BL, axis=0, stream=EMBEDDING_STREAM)
@@ -30,12 +30,14 @@ def hidden_states(
         h = h + transformer.wpe(mx.arange(ids_BL.shape[1]))
     h, latent = transformer.drop(h.astype(dtype)), None
     mask = differentiable_mask("causal", h.shape[1])
-    if not checkpoint_every:
+    if not activation_checkpointing:
         for block in transformer.h:
             h, latent = block(h, mask, latent=latent)
     else:
-        for i in range(0, len(transformer.h), checkpoint_every):
-            h, latent = _checkpointed(transformer.h[i : i + checkpoint_every], h, mask, latent)
+        for i in range(0, len(transformer.h), activation_checkpointing):
+            h, latent = _checkpointed(
+                transformer.h[i : i + activation_checkpointing], h, mask, latent
+            )
     return transformer.ln_f(h)
 
 

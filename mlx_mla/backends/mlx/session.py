@@ -132,8 +132,8 @@ class MLXTrainSession:
         return MLXScorer(self.device, self.model, tokenizer)
 
     def _hidden(self, x: mx.array) -> mx.array:
-        """Last hidden states; with gradients, as --checkpoint-every says."""
-        every = self.config.checkpoint_every if self.model.training else 0
+        """Last hidden states; with gradients, as --activation-checkpointing says."""
+        every = self.config.activation_checkpointing if self.model.training else 0
         return hidden_states(self.model.transformer, x, self._dtype, every)
 
     def _head(self) -> mx.array:

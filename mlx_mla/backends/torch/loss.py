@@ -11,16 +11,16 @@ from mlx_mla.model.model_torch import MLAGPT2Model
 
 
 def hidden_states(
-    transformer: MLAGPT2Model, ids_BL: torch.Tensor, checkpoint_every: int = 0
+    transformer: MLAGPT2Model, ids_BL: torch.Tensor, activation_checkpointing: int = 0
 ) -> torch.Tensor:
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
-        checkpoint_every: Keep activations only between groups of so many blocks, and compute the
-            others again in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
+        activation_checkpointing: Keep activations only between groups of this many blocks and
+            recompute the others in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
     h = look_up(transformer.wte.weight, ids_BL, one_order=ids_BL.device.type == "mps")
-    if not checkpoint_every:
+    if not activation_checkpointing:
         hidden: torch.Tensor = transformer(inputs_embeds=h)[0]
         return hidden
     positions = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
@@ -30,11 +30,11 @@ def hidden_states(
     h, latent = transformer.drop(h), None
 
     def run(h: torch.Tensor, latent: Any, first: int) -> tuple[torch.Tensor, Any]:
-        for block in transformer.h[first : first + checkpoint_every]:
+        for block in transformer.h[first : first + activation_checkpointing]:
             h, latent = block(h, None, None, rotation, latent)
         return h, latent
 
-    for first in range(0, len(transformer.h), checkpoint_every):
+    for first in range(0, len(transformer.h), activation_checkpointing):
         h, latent = checkpoint(run, h, latent, first, use_reentrant=False)
     last: torch.Tensor = transformer.ln_f(h)
     return last

@@ -135,7 +135,7 @@ class TorchTrainSession:
             )
 
     def _last_hidden(self, x: torch.Tensor) -> torch.Tensor:
-        every = self.config.checkpoint_every if self.model.training else 0
+        every = self.config.activation_checkpointing if self.model.training else 0
         return self._hidden(self.model.transformer, x, every)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
