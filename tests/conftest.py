@@ -23,12 +23,14 @@ for number, handler in (
 
 import mlx_mla.backends.mlx  # noqa: F401  (before mlx, whatever a test imports first)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared" / "data"
 
 import fuzz
 import mlx.core as mx
 import numpy as np
 import pytest
+from fetch_data import DOWNLOADS, FOLDER
 from helpers import TINY
 from hypothesis import settings
 
@@ -91,10 +93,20 @@ def same_device() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real files beside the checkout; a public clone has none."""
-    if not SHARED.is_dir():
-        pytest.skip("needs ../shared/data, which a public clone does not have")
-    return SHARED
+    """The folder of real files: beside the checkout, or what tests/fetch_data.py has fetched."""
+    if SHARED.is_dir():
+        return SHARED
+    if not all((FOLDER / name).is_file() for d in DOWNLOADS for name in d.files):
+        pytest.skip("needs public data sets: python tests/fetch_data.py")
+    return FOLDER
+
+
+@pytest.fixture(scope="session")
+def shared_corpus() -> Path:
+    """Collected texts beside the checkout, which are not published as they are."""
+    if not (SHARED / "corpus").is_dir():
+        pytest.skip("needs the collected texts in ../shared/data/corpus")
+    return SHARED / "corpus"
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """What several test files use: tiny models and runs, and how a command is called and refused."""
 
+import inspect
 import json
 import mmap
 import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 from hypothesis import strategies as st
 
@@ -216,3 +218,12 @@ def in_chunks(model, x: mx.array, sizes, cache) -> mx.array:
             mx.eval(out[-1])
             at += size
     return mx.concatenate(out, axis=1)
+
+
+def by_mlx_lm(folder: Path, **options):
+    """The model and tokenizer of a folder as stock mlx-lm loads them."""
+    trust = {"trust_remote_code": True}
+    # mlx-lm 0.31, the last for Python 3.10, asks that of the tokenizer alone.
+    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
+        options |= trust
+    return mlx_lm.load(str(folder), trust, **options)[:2]

@@ -559,10 +559,12 @@ def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capf
 
 
 @pytest.mark.slow
-def test_prepare_is_timed_against_tiktoken_and_weighed(shared_data, tmp_path, capsys):
+def test_prepare_is_timed_against_tiktoken_and_weighed(
+    shared_data, shared_corpus, tmp_path, capsys
+):
     from bench import prepare as bench
 
-    src = shared_data / "corpus/debian_sqlite_doc"
+    src = shared_corpus / "debian_sqlite_doc"
     argv = [
         str(src),
         "--bpe-dir",

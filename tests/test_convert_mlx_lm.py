@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import foreign
-from helpers import python
+from helpers import by_mlx_lm, python
 
 from convert import __main__ as convert
 from mlx_mla.backends import get_backend
@@ -125,11 +125,10 @@ def test_quantised_in_two_widths_as_docs_decoding_md_does(folder, tmp_path):
 
 def test_prompt_cache_saved_and_loaded(folder, tmp_path, expected):
     import mlx.core as mx
-    from mlx_lm import load
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
-    model, tokenizer = load(str(folder), {"trust_remote_code": True}, trust_remote_code=True)[:2]
+    model, tokenizer = by_mlx_lm(folder)
     ids = tokenizer.encode(PROMPT, add_special_tokens=False)
     cache = make_prompt_cache(model)
     model(mx.array([ids[:-1]]), cache=cache)
@@ -145,11 +144,8 @@ def test_prompt_cache_saved_and_loaded(folder, tmp_path, expected):
 def loss(folder, text: str, **adapter) -> float:
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm import load
 
-    model, tokenizer = load(
-        str(folder), {"trust_remote_code": True}, trust_remote_code=True, **adapter
-    )[:2]
+    model, tokenizer = by_mlx_lm(folder, **adapter)
     ids = mx.array([tokenizer.encode(text)])
     return float(nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean"))
 

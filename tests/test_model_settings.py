@@ -9,10 +9,17 @@ import subprocess
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import TOLERANCE, difference, model_configs, python, random_weights, token_ids
+from helpers import (
+    TOLERANCE,
+    by_mlx_lm,
+    difference,
+    model_configs,
+    python,
+    random_weights,
+    token_ids,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm import load as mlx_lm_load
 from mlx_lm.generate import (
     batch_generate,
     generate_step,
@@ -125,9 +132,7 @@ def test_files_drafts_and_quantised_caches(kind, folder, expected, tmp_path):
 
 
 def test_stock_mlx_lm(kind, folder, expected):
-    model, tokenizer = mlx_lm_load(
-        str(folder), {"trust_remote_code": True}, trust_remote_code=True
-    )[:2]
+    model, tokenizer = by_mlx_lm(folder)
     assert type(model).__module__ != "mlx_mla.model.model_mlx"
     prompt = mx.array(list(PROMPT))
 

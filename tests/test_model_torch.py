@@ -9,9 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
-from helpers import TOLERANCE, model_configs, random_weights, refused, token_ids
+from helpers import TOLERANCE, by_mlx_lm, model_configs, random_weights, refused, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -23,8 +22,6 @@ from mlx_mla.files import atomic_folder
 from mlx_mla.model import model_torch
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import initial_weights, parameter_shapes
-
-TRUST = {"trust_remote_code": True}
 
 
 def torch_model(config: ModelConfig, weights) -> model_torch.MLAGPT2LMHeadModel:
@@ -260,7 +257,7 @@ def test_a_folder_saved_by_transformers_is_whole(loaded, folder, shards, tmp_pat
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=0, atol=0)
 
-    stock, _ = mlx_lm.load(str(saved), TRUST, trust_remote_code=True)
+    stock, _ = by_mlx_lm(saved)
     np.testing.assert_allclose(
         np.array(stock(mx.array(ids.numpy()))), loaded(ids).logits.detach(), atol=TOLERANCE
     )
@@ -308,7 +305,7 @@ def test_a_model_made_from_a_configuration_is_saved_whole(folder, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     again = AutoModelForCausalLM.from_pretrained(str(tmp_path), trust_remote_code=True).eval()
     torch.testing.assert_close(again(ids).logits, made(ids).logits, rtol=0, atol=0)
-    stock, _ = mlx_lm.load(str(tmp_path), TRUST, trust_remote_code=True)
+    stock, _ = by_mlx_lm(tmp_path)
     np.testing.assert_allclose(
         np.array(stock(mx.array(ids.numpy()))), made(ids).logits.detach(), atol=TOLERANCE
     )

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 import foreign
 import mlx.core as mx
 import numpy as np
-from mlx_lm import load
+from helpers import by_mlx_lm
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 from safetensors.numpy import load_file
@@ -44,10 +44,6 @@ def folder(source, request, tmp_path_factory):
     return converted(source, tmp_path_factory.mktemp("ours") / "ours", *request.param)
 
 
-def by_mlx_lm(folder):
-    return load(str(folder), {"trust_remote_code": True}, trust_remote_code=True)[0]
-
-
 def sampled_by_transformers(model) -> torch.Tensor:
     torch.manual_seed(0)
     prompt = torch.tensor([PROMPT] * 16)
@@ -72,7 +68,7 @@ def test_transformers_own_gpt2(source, tmp_path):
 
 
 def test_stock_mlx_lm(folder):
-    model = by_mlx_lm(folder)
+    model = by_mlx_lm(folder)[0]
     mx.random.seed(0)
     tokens = []
     for _ in range(8):
@@ -93,7 +89,7 @@ def test_probabilities_of_the_tokens_are_those_without_the_padding(source, folde
     found = torch.log_softmax(foreign.logits_of(ours, x), -1)
     torch.testing.assert_close(found[..., :TOKENS], expected)
     assert found[..., TOKENS:].max() < -1e30
-    model = by_mlx_lm(folder)
+    model = by_mlx_lm(folder)[0]
     logits = model(mx.array(x.numpy()))
     logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     np.testing.assert_allclose(logprobs[..., :TOKENS], expected.numpy(), atol=1e-4)
@@ -115,7 +111,7 @@ def test_training_sees_the_logits_of_the_padding_too(folder):
     torch.testing.assert_close(logits.detach(), whole, rtol=1e-4, atol=1e-4)
     loss.backward()
     assert ours.transformer.wte.weight.grad[TOKENS:].abs().max() > 0
-    model = by_mlx_lm(folder)
+    model = by_mlx_lm(folder)[0]
     model.train()
     np.testing.assert_allclose(np.array(model(mx.array(x.numpy()))), whole, rtol=1e-4, atol=1e-4)
 
@@ -123,7 +119,7 @@ def test_training_sees_the_logits_of_the_padding_too(folder):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_masked_logits_are_finite(folder, dtype):
     """-inf is no JSON, and no number to a distillation loss."""
-    model = by_mlx_lm(folder)
+    model = by_mlx_lm(folder)[0]
     model.set_dtype(dtype)
     assert mx.isfinite(model(mx.array([PROMPT]))).all()
 

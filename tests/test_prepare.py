@@ -425,14 +425,14 @@ def test_a_dataset_that_cannot_be_opened(tmp_path, capsys):
 # --- real files ---
 
 
-def test_real_files_with_gpt2s_tokenizer(shared_data, tmp_path):
+def test_real_files_with_gpt2s_tokenizer(shared_data, shared_corpus, tmp_path):
     names = (
         "debian_policy_devref/debian_policy_devref-000.jsonl.xz",
         "fineweb_edu_sample/fineweb_sample.txt",
     )
     (tmp_path / "in").mkdir()
     for name in names:
-        shutil.copy(shared_data / "corpus" / name, tmp_path / "in")
+        shutil.copy(shared_corpus / name, tmp_path / "in")
     bpe = shared_data / "gpt2_bpe"
     assert run(tmp_path / "in", tmp_path / "out", "--tokenizer", "gpt2", "--bpe-dir", bpe) == 0
     decode = get_tokenizer("gpt2", bpe)._encoding.decode
