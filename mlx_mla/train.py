@@ -124,6 +124,7 @@ def _run(command: TrainCommand, world: World) -> int:
     from_step = command.from_step
     if command.auto_resume and command.resume:
         from mlx_mla.training.recovery import find_restart
+        from mlx_mla.training.run_folder import finish
 
         restart = find_restart(out)
         for note in restart.notes:
@@ -131,6 +132,7 @@ def _run(command: TrainCommand, world: World) -> int:
         from_step = restart.from_step
         if from_step is not None and from_step >= config.steps:
             world.first(None)
+            finish(out)
             print(f"{out}: has finished its {from_step} steps")
             return 0
     world.first("train")

@@ -202,6 +202,12 @@ def test_what_cannot_track_is_said_before_training(tmp_path, text_file, wandb, m
     assert "--track trackio: trackio is not installed; pip install trackio" in refused(
         capsys, *flags, "trackio"
     )
+    (tmp_path / "trackio").mkdir()  # as Trackio itself leaves one
+    with monkeypatch.context() as path:
+        path.delitem(sys.modules, "trackio")
+        path.setattr(sys, "path", [str(tmp_path)])
+        assert "trackio is not installed" in refused(capsys, *flags, "trackio")
+    sys.modules.pop("trackio", None)
     assert not run.exists()
 
     def no_login(**_):

@@ -342,6 +342,17 @@ def test_a_finished_run_goes_on_with_more_steps(run_copy):
     assert steps == [1, 10, 20, 30, 40, 45]
 
 
+def test_auto_resume_completes_a_run_that_was_killed_while_its_last_picture_was_written(run_copy):
+    picture = run_copy / "loss.png"
+    leftover = run_copy / ".loss.png.tmp-0123456789abcdef"
+    picture.rename(leftover)
+    metrics = (run_copy / "metrics.jsonl").read_bytes()
+    assert train.main(["--auto-resume", "--out", str(run_copy)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not leftover.exists()
+    assert (run_copy / "metrics.jsonl").read_bytes() == metrics
+
+
 def test_resume_refuses_what_would_be_another_run(run_copy, tmp_path, text_file, capsys):
     resume = ("--resume", "--out", run_copy, "--steps", "50")
     assert "--n-embd is 32" in refused(capsys, *resume, "--n-embd", "64")

@@ -15,7 +15,7 @@ from mlx_mla.files import clear_leftovers, read_toml, write_text
 from mlx_mla.locks import LOCK, locked
 from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.presets import overlay, to_toml
-from mlx_mla.training.metrics import METRICS, SAMPLES, read_metrics
+from mlx_mla.training.metrics import METRICS, SAMPLES, plot_loss, read_metrics
 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
 CHECKPOINTS, TRACKING = "checkpoints", "tracking.json"
@@ -70,6 +70,13 @@ def claim(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> None:
         lock.enter_context(locked_run(out))
     _make_checkpoints(out)
     write_text(out / CONFIG, to_toml(config))
+
+
+def finish(out: Path) -> None:
+    """Complete the folder of a finished run that was killed while it drew its last picture."""
+    with locked_run(out):
+        if not (out / PLOT).is_file():
+            plot_loss(out / METRICS, out / PLOT, out.name)
 
 
 def _make_checkpoints(out: Path) -> None:

@@ -123,7 +123,9 @@ def tracker_names(text: str) -> list[str]:
         if name not in NAMES:
             raise UserError(f"--track: unknown tracker {name!r}; {nearest(name, NAMES)}")
         try:
-            importlib.import_module(name)
+            # A plain folder of that name, such as the ./wandb that wandb writes, imports too.
+            if getattr(importlib.import_module(name), "__file__", "") is None:
+                raise ModuleNotFoundError(name=name)
         except ModuleNotFoundError as e:
             raise UserError(
                 f"--track {name}: {e.name} is not installed; pip install {name}"
