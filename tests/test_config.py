@@ -217,7 +217,7 @@ def test_unknown_preset_names_the_nearest():
         ({"n_embd": [768]}, r"n_embd = \[768\] is not a value of type int"),
         ({"attention": ["mla"]}, "attention = .* is not one of 'mla', 'mha'"),
         ({"kv_lora_ranks": [8, "8"]}, "kv_lora_ranks.1. = .8. is not a value of type"),
-        ({"rope_theta": 10**400}, "--rope-theta must be a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta must be a number of at most 64 bits"),
         ({"n_layer": 3_000_000}, "m/config.json: --n-layer must be at most 1,000"),
     ],
 )

@@ -169,7 +169,7 @@ CHANGES = [
     {"optimizer": "muon"},
     {"norm": "rms_norm", "activation_function": "swiglu"},
     {"norm": "rms_norm", "activation_function": "swiglu", "n_inner": 1024},
-    {"activation_function": "swiglu", "n_inner": 1024, "checkpoint_every": 1},
+    {"activation_function": "swiglu", "n_inner": 1024, "activation_checkpointing": 1},
     {"norm": "rms_norm", "activation_function": "swiglu", "dtype": "bfloat16"},
 ]
 
