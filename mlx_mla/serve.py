@@ -1,7 +1,7 @@
-"""mlx-lm's server with its requests checked first: `python -m mlx_mla.serve`.
+"""mlx-lm's server behind checks of its requests and flags: `python -m mlx_mla.serve`.
 
-A request that mlx-lm's generation thread cannot take ends that thread, for all clients; here it
-gets a 400. docs/decoding.md says which those are.
+mlx-lm generates for all clients in one thread, which a request that it cannot take would end. Here
+such a request gets a 400; docs/decoding.md lists them.
 """
 
 import argparse
@@ -9,38 +9,83 @@ import contextlib
 import http.server
 import io
 import json
+import logging
+import os
+import socket
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Optional, get_args
 
 from mlx_mla import checkpoint, cli
 from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx.caches import KVCache
 from mlx_mla.backends.mlx.device import find_device, kind_of
 from mlx_mla.backends.mlx.load import load
-from mlx_mla.decoding.http_request import RequestChecks
-from mlx_mla.decoding.request import outside
+from mlx_mla.decoding.http_answer import Generator
+from mlx_mla.decoding.http_request import RequestChecks, check_template_arguments
+from mlx_mla.decoding.request import LARGEST_INT, outside
 from mlx_mla.errors import UserError
+from mlx_mla.files import parse_json_object
 from mlx_mla.hub import find_model
-from mlx_mla.model.config import InferenceDType
+from mlx_mla.model.config import InferenceDType, ModelConfig, flag
 
 import mlx.core as mx  # isort: skip  (after the backend, which loads its BLAS)
 from mlx_lm import server  # isort: skip
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache  # isort: skip
+from mlx_lm.models.cache import make_prompt_cache  # isort: skip
 from mlx_lm.utils import load_tokenizer  # isort: skip
 
 PROG = "python -m mlx_mla.serve"
+PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
 LARGEST_BODY = 2**20
 CLIENT_TIMEOUT = 120
-DTYPE_HELP = "type of weights, computation and cache; left out, float32 on a CPU, bfloat16 on a GPU"
+DRAIN_SECONDS, DRAIN_BYTES = 5, 64 << 20
+DTYPE_HELP = "type of weights, computation and cache; default: float32 on a CPU, bfloat16 on a GPU"
+LOWEST = {
+    "max_tokens": 1, "num_draft_tokens": 1, "decode_concurrency": 1, "prompt_concurrency": 1,
+    "prefill_step_size": 1, "prompt_cache_size": 0, "quantized_kv_start": 0,
+}  # fmt: skip
+"""Flags of mlx-lm's that are whole numbers, and their lowest values."""
+KV_BITS, KV_GROUP_SIZES = (4, 8), (32, 64, 128)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Holds a burst of clients in its queue; the standard library's length of 5 resets some."""
+    """Answers requests for as long as the generation thread lives."""
 
-    request_queue_size = 128
+    request_queue_size = 128  # the standard library's queue of 5 resets some of a burst of clients
+    generator: Generator
+
+    def service_actions(self) -> None:
+        if not self.generator.is_healthy:
+            time.sleep(1.5)  # mlx-lm's handlers look once a second, and still answer
+            raise RuntimeError("the generation thread died") from self.generator.problem
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        fingerprint = server.get_system_fingerprint()
+        Handler(self.generator, request, client_address, self, system_fingerprint=fingerprint)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection once the client has sent all it wants to.
+
+        Closing it with unread bytes would reset it, perhaps before the client has read its answer.
+        """
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(DRAIN_SECONDS)
+            end, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
+            while time.monotonic() < end and left > 0 and (data := request.recv(2**16)):
+                left -= len(data)
+        self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            logging.info(f"The client at {client_address[0]} has gone: {error}")
+        elif self.generator.is_healthy:
+            super().handle_error(request, client_address)
 
 
 class Provider(server.ModelProvider):
@@ -51,17 +96,29 @@ class Provider(server.ModelProvider):
         self.folder, self.dtype, self.loaded = folder, dtype, threading.Event()
         self.problem: Exception | None = None
 
+    def new_tokenizer(self) -> Any:
+        """mlx-lm's tokenizer, which is for one thread at a time."""
+        end = checkpoint.read_tokenizer(self.folder).eos_token
+        template = self.cli_args.chat_template
+        settings = {
+            "trust_remote_code": False,
+            **({"eos_token": end} if end else {}),
+            **({"chat_template": template} if template else {}),
+        }
+        return load_tokenizer(self.folder, settings)
+
     def _load(self, *_: Any) -> None:
         """Load the model, in the generation thread, which an exception would end."""
         try:
             self.model = load(self.folder, self.dtype)
             count = len(make_prompt_cache(self.model))
             self.model.make_cache = lambda: [KVCache() for _ in range(count)]
-            self.tokenizer = load_tokenizer(self.folder)
+            self.tokenizer = self.new_tokenizer()
             self.is_batchable, self.model_key = True, (self.cli_args.model, None, None)
         except Exception as e:
             self.problem = e
-        self.loaded.set()
+        finally:
+            self.loaded.set()
 
 
 class Handler(server.APIHandler):
@@ -72,21 +129,27 @@ class Handler(server.APIHandler):
     timeout = CLIENT_TIMEOUT
 
     def do_POST(self) -> None:
-        length = self.headers.get("Content-Length") or ""
-        if not self.path.endswith("/completions") or not length.isdecimal():
-            return super().do_POST()  # refuses it
+        if self.path not in PATHS:
+            return super().do_POST()  # answers 404
+        lengths = self.headers.get_all("Content-Length", [])
+        if not lengths or "Transfer-Encoding" in self.headers:
+            return self._refuse(411, "the body's length must be given in Content-Length")
+        length = lengths[0].strip(" \t")
+        if len(lengths) > 1 or not length.isdecimal():
+            return self._refuse(400, "Content-Length must be one number, of decimal digits")
         if len(length) > 9 or int(length) > LARGEST_BODY:
             return self._refuse(413, f"the request is larger than {LARGEST_BODY} bytes")
+        data = self.rfile.read(int(length))
+        if len(data) < int(length):
+            return self._refuse(400, f"the body has {len(data)} bytes of its Content-Length")
         try:
-            body = json.loads(self.rfile.read(int(length)))
-            if not isinstance(body, dict):
-                raise UserError("the request must be a JSON object")
-            body = self.checks.check(body, chat="chat" in self.path)
+            body = parse_json_object(data, "the request")
+            data = json.dumps(self.checks.check(body, chat="chat" in self.path)).encode()
         except UserError as e:
             return self._refuse(400, str(e))
-        except (ValueError, RecursionError) as e:
-            return self._refuse(400, f"the request is not JSON in UTF-8: {e}")
-        data = json.dumps(body).encode()
+        except RecursionError:
+            return self._refuse(400, "the request is nested too deeply")
+        # mlx-lm reads what was checked, and nothing else.
         self.headers.replace_header("Content-Length", str(len(data)))
         stream, self.rfile = self.rfile, io.BytesIO(data)
         try:
@@ -94,12 +157,26 @@ class Handler(server.APIHandler):
         finally:
             self.rfile = stream
 
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        asked = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
+        try:
+            tokens = self.response_generator.tokenize(request, self)
+            self.max_tokens = self.checks.room(tokens, asked)
+        except UserError as e:
+            return self._refuse(400, str(e))
+        return super().handle_completion(request, stop_words)
+
     def handle_models_request(self) -> None:
-        """The one model; mlx-lm also lists what the hub's cache has, and fails without a cache."""
+        """List the one model; mlx-lm also lists the hub's cache, and fails where there is none."""
         self._set_completion_headers(200)
         self.end_headers()
         models = [{"id": n, "object": "model", "created": self.created} for n in self.checks.names]
         self.wfile.write(json.dumps({"object": "list", "data": models}).encode())
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        if status_code == 404 and not self.response_generator.is_healthy:
+            status_code = 503  # mlx-lm's 404 would blame the client
+        super()._set_completion_headers(status_code)
 
     def _refuse(self, status: int, message: str) -> None:
         self._set_completion_headers(status)
@@ -107,50 +184,103 @@ class Handler(server.APIHandler):
         self.wfile.write(json.dumps({"error": message[:500]}).encode())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Entry point; returns the exit code."""
     return cli.run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> int:
     own, others = _own_flags(argv)
+    args = _flags(others)
+    folder, config = check_flags(args)
     device = find_device(own.device)
     dtype = decoding_dtype(own.dtype, kind_of(device))
     # mlx-lm's generation thread asks for MLX's default, which is one for all threads.
-    with mx.stream(device):
-        return _serve(_flags(others), dtype)
+    with mx.stream(device), _bound(args.host, args.port) as httpd:
+        return _serve(args, folder, config, dtype, httpd)
 
 
-def _serve(args: argparse.Namespace, dtype: InferenceDType) -> int:
+def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
+    """Refuse flags that mlx-lm would fail on, now or at some request.
+
+    Returns:
+        The model folder that they name, and its configuration.
+
+    Raises:
+        UserError: Naming the flag.
+    """
     if args.model is None:
         raise UserError(f"--model is missing; see {PROG} --help")
-    if args.adapter_path or args.draft_model:
-        raise UserError("--adapter-path and --draft-model are for mlx_lm.server; leave them out")
+    for name in ("adapter_path", "draft_model", "use_default_chat_template", "pipeline"):
+        if getattr(args, name):
+            raise UserError(f"{flag(name)} is for mlx_lm.server; leave it out")
     for name in ("temp", "top_p", "min_p"):
         if problem := outside(name, getattr(args, name)):
-            raise UserError(f"--{name.replace('_', '-')} {problem}")
-    if args.max_tokens < 1 or not 0 < args.port < 2**16:
-        raise UserError("--max-tokens must be at least 1, and --port from 1 to 65535")
+            raise UserError(f"{flag(name)} {problem}")
+    for name, lowest in LOWEST.items():
+        if not lowest <= (value := getattr(args, name, lowest)) <= LARGEST_INT:
+            raise UserError(f"{flag(name)} must be from {lowest} to {LARGEST_INT}, not {value}")
+    if not 0 < args.port < 2**16:
+        raise UserError(f"--port must be from 1 to 65535, not {args.port}")
+    if not isinstance(args.chat_template_args, dict):
+        raise UserError("--chat-template-args must be a JSON object")
+    check_template_arguments("--chat-template-args", args.chat_template_args)
     folder = find_model(args.model)
-    config, tokenizer = checkpoint.read_config(folder), checkpoint.read_tokenizer(folder)
+    config = checkpoint.read_config(folder)
     assert config.vocab_size
+    if not 0 <= args.top_k < config.vocab_size:
+        raise UserError(f"--top-k must be from 0 (off) to {config.vocab_size - 1}")
+    if getattr(args, "kv_bits", None) is not None:  # a flag of mlx-lm from 0.32
+        widths = {w for i in range(config.n_layer) for _, w in config.kind.cached(i, False)}
+        if args.kv_bits not in KV_BITS or args.kv_group_size not in KV_GROUP_SIZES:
+            raise UserError("--kv-bits must be 4 or 8, and --kv-group-size 32, 64 or 128")
+        if any(width % args.kv_group_size for width in widths):
+            raise UserError(
+                f"--kv-group-size {args.kv_group_size} does not divide the cache's width of "
+                f"{' or '.join(map(str, sorted(widths)))}; use 32, or leave out --kv-bits"
+            )
+    return folder, config
+
+
+def _bound(host: str, port: int) -> Server:
+    """A server that has its address, and does not listen yet."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as e:
+        raise UserError(f"--host {host} does not resolve: {e}; 127.0.0.1 is this machine") from None
+    address: Any = found[0][4]
+    Server.address_family = found[0][0]
+    httpd = Server(address, Handler, bind_and_activate=False)
+    try:
+        httpd.server_bind()
+    except OSError as e:
+        httpd.server_close()
+        raise UserError(f"--host {host} --port {port}: {e.strerror}; use another one") from None
+    return httpd
+
+
+def _serve(
+    args: argparse.Namespace,
+    folder: Path,
+    config: ModelConfig,
+    dtype: InferenceDType,
+    httpd: Server,
+) -> int:
     names = list(dict.fromkeys([args.model, str(folder.resolve()), "default_model"]))
-    Handler.checks = RequestChecks(
-        tokenizer, config.n_positions, config.vocab_size, names, args.max_tokens
-    )
+    assert config.vocab_size
+    Handler.checks = RequestChecks(config.n_positions, config.vocab_size, names, args.max_tokens)
     provider = Provider(args, folder, dtype)
     provider._model_map.update(dict.fromkeys(names, args.model))
-    generator = server.ResponseGenerator(provider, LRUPromptCache(args.prompt_cache_size))
+    httpd.generator = Generator(provider)
     try:
         provider.loaded.wait()
         if provider.problem is not None:
             raise provider.problem
         print(f"serving {args.model} in {dtype} at http://{args.host}:{args.port}/v1", flush=True)
-        server._run_http_server(
-            args.host, args.port, generator, server_class=Server, handler_class=Handler
-        )
+        httpd.server_activate()
+        httpd.serve_forever()
     finally:
-        generator.stop_and_join()
+        httpd.generator.stop_and_join()
     return 0
 
 
@@ -192,10 +322,33 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
             raise
         said = stderr.getvalue().strip().splitlines() or ["wrong arguments"]
         raise UserError(f"{said[-1].partition('error: ')[2] or said[-1]}; see {PROG} --help") from e
+    except (ArithmeticError, LookupError):
+        raise UserError("--prompt-cache-bytes must be a size such as 500MB or 2GB") from None
+    except RecursionError:
+        raise UserError("--chat-template-args is nested too deeply") from None
     finally:
         server.run, sys.argv = run, arguments
     return found[0]
 
 
+def _process() -> None:
+    """Run the command, and end the process with its exit code.
+
+    Python's own end would abort the process if a client's thread were inside MLX or a tokenizer.
+    """
+    code = cli.EXIT_INTERRUPTED
+    try:
+        code = main()
+    except SystemExit as e:
+        code = int(bool(e.code))  # --help
+    except Exception:
+        traceback.print_exc()
+        code = cli.EXIT_FAULT
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _process()

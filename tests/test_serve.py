@@ -7,49 +7,64 @@ import json
 import math
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 import pytest
-from helpers import python, refused
+from helpers import python
 
-from mlx_mla import serve
+from mlx_mla import checkpoint
+from mlx_mla.backends import get_backend
 from mlx_mla.checks.commands import free_ports
-from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.http_request import RequestChecks
+from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.weights import initial_weights
 
 STOCK = "import mlx_mla.backends.mlx; from mlx_lm.server import main; main()"
 N_POSITIONS = 48  # of the tiny run
 PROMPTS = ["The st", "A longer prompt of words", "x", "def f(self)", "1, 2, 3"]
 
 
+class Served(NamedTuple):
+    process: subprocess.Popen
+    port: int
+    log: TextIO
+
+    def logged(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+
 @contextlib.contextmanager
-def serving(*command: str):
+def started(*command: str) -> Iterator[Served]:
     """A server on a free port of this machine."""
     (port,) = free_ports(1)
     with tempfile.TemporaryFile("w+") as log:  # a pipe would fill, and stop the server
-        yield from _started(
-            python(*command, "--port", str(port), "--log-level", "ERROR"), port, log
-        )
+        argv = python(*command, "--port", str(port), "--log-level", "ERROR")
+        served = Served(subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=log), port, log)
+        try:
+            for _ in range(600):
+                assert served.process.poll() is None, served.logged()
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                time.sleep(0.1)
+            yield served
+        finally:
+            served.process.terminate()
+            served.process.wait(30)
 
 
-def _started(command: list[str], port: int, log: TextIO) -> Iterator[int]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (log.seek(0), log.read())[1]
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            time.sleep(0.1)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(30)
+@contextlib.contextmanager
+def serving(*command: str) -> Iterator[int]:
+    with started(*command) as served:
+        yield served.port
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +106,7 @@ BAD = [
     {},
     {"prompt": "x", "stop": 5},
     {"prompt": "x", "stop": [""]},
+    {"prompt": "x", "stop": "y" * 1001},
     {"prompt": "x", "logit_bias": {"9999": 1}},
     {"prompt": "x", "logit_bias": {"1": None}},
     {"prompt": "x", "logit_bias": [1]},
@@ -100,6 +116,8 @@ BAD = [
     {"prompt": "x", "temperature": True},
     {"prompt": "x", "top_p": 1e-320},
     {"prompt": "x", "repetition_penalty": math.inf},
+    {"prompt": "x", "repetition_penalty": 1e-40},
+    {"prompt": "x", "top_logprobs": 12},
     {"prompt": "x", "repetition_context_size": 10**30},
     {"prompt": "x", "xtc_probability": 1.0, "xtc_threshold": 0.9},
     {"prompt": "x", "seed": -1},
@@ -159,36 +177,77 @@ def test_a_burst_of_connections_is_answered(port):
     assert answers == [400] * 1000
 
 
-def under_load(port: int, seconds: float, bad: list) -> None:
-    """16 clients, of whose requests every tenth is bad."""
-    alone = {p: ask(port, good(p))[1]["choices"][0]["text"] for p in PROMPTS}
+def under_load(port: int, seconds: float, texts: "Texts") -> tuple[int, int]:
+    """16 clients that hold conversations: each request is the last one and its answer. A tenth of
+    the requests are bad. Returns how many were good and bad."""
     end = time.monotonic() + seconds
 
-    def client(number: int) -> int:
-        count = 0
-        while time.monotonic() < end or count < 10:
-            turn = number + 16 * count
+    def client(number: int) -> list[int]:
+        counts, turn = [0, 0], number
+        prompt = PROMPTS[number % len(PROMPTS)]
+        while time.monotonic() < end or min(counts) == 0:
+            turn += 1
             if turn % 10 == 3:
-                status, answer = ask(port, bad[turn // 10 % len(bad)])
+                status, answer = ask(port, BAD[turn // 10 % len(BAD)])
                 assert 400 <= status < 500, answer
-            else:
+                counts[1] += 1
+                continue
+            status, answer = ask(port, {"prompt": prompt, "max_tokens": 5, "temperature": 0})
+            assert (status, answer["choices"][0]["text"]) == (200, texts(prompt, 5)), prompt
+            counts[0] += 1
+            prompt += answer["choices"][0]["text"]
+            if len(prompt.encode()) > N_POSITIONS - 5:
                 prompt = PROMPTS[turn % len(PROMPTS)]
-                status, answer = ask(port, good(prompt))
-                assert (status, answer["choices"][0]["text"]) == (200, alone[prompt])
-            count += 1
-        return count
+        return counts
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        assert min(pool.map(client, range(16))) >= 10
+        counts = list(pool.map(client, range(16)))
+    return sum(good for good, _ in counts), sum(bad for _, bad in counts)
 
 
-def test_sixteen_clients_of_which_some_are_wrong(port):
-    under_load(port, 3, BAD)
+class Texts:
+    """The greedy text after a prompt, without server, batch or an earlier cache."""
+
+    def __init__(self, folder):
+        self.decoder = get_backend("mlx").decoder(folder)
+        self.lock, self.known = threading.Lock(), {}
+
+    def __call__(self, prompt: str, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
+        key = prompt, max_tokens, stop
+        with self.lock:
+            if key not in self.known:
+                options = GenerationOptions(max_tokens=max_tokens, temp=0, stop=stop)
+                tokens = self.decoder.tokenizer.encode(prompt)
+                pieces = self.decoder.stream(tokens, options)
+                self.known[key] = "".join(piece.text for piece in pieces)
+            return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def texts(folder):
+    return Texts(folder)
+
+
+def test_sixteen_conversations_of_which_some_requests_are_wrong(port, texts):
+    under_load(port, 2, texts)
 
 
 @pytest.mark.slow
-def test_sixteen_clients_for_a_minute(port):
-    under_load(port, 60, BAD)
+def test_sixteen_conversations_for_longer(port, texts):
+    good, bad = under_load(port, 15, texts)
+    assert good > 8 * bad
+    assert ask(port, {"prompt": "x", "max_tokens": 1})[0] == 200
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "single"])
+def test_a_prompt_with_its_own_answer_is_answered_as_without_a_cache(port, texts, more):
+    """mlx-lm's cache has all of it, and leaves no token to compute."""
+    prompt = "def "
+    for _ in range(4):
+        status, answer = ask(port, {**good(prompt), "max_tokens": 8, **more})
+        assert (status, answer["choices"][0]["text"]) == (200, texts(prompt, 8))
+        prompt += texts(prompt, 8)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 16
 
 
 def test_stock_mlx_lm_outlives_a_request_that_is_too_long(folder):
@@ -209,23 +268,146 @@ def test_stock_mlx_lm_outlives_a_request_that_is_too_long(folder):
         assert ask(port, good("The st"))[1]["choices"] == alone[1]["choices"]
 
 
-def test_checks_count_tokens_as_the_model_sees_them():
-    checks = RequestChecks(ByteTokenizer().fast_tokenizer(), 10, 257, ["m", "default_model"], 512)
-    assert checks.check({"prompt": "abc"}, chat=False)["max_tokens"] == 7
-    assert checks.check({"prompt": "a" * 9, "max_tokens": 1}, chat=False)["max_tokens"] == 1
+def test_the_answer_gets_the_room_that_the_prompt_leaves():
+    checks = RequestChecks(10, 257, ["m", "default_model"], 512)
+    assert checks.room([1, 2, 3], None) == 7
+    assert checks.room([1] * 9, 1) == 1
     with pytest.raises(UserError, match="10 prompt tokens exceed the model's n_positions=10"):
-        checks.check({"prompt": "é" * 5}, chat=False)
+        checks.room([1] * 10, None)
     with pytest.raises(UserError, match="3 prompt tokens and max_tokens 8 exceed"):
-        checks.check({"prompt": "abc", "max_completion_tokens": 8}, chat=False)
+        checks.room([1, 2, 3], 8)
+    with pytest.raises(UserError, match="another model's tokenizer"):
+        checks.room([1, 257], None)
 
 
-def test_bad_flags_are_one_line(folder, tmp_path, capsys):
-    def no(*argv):
-        return refused(capsys, *argv, command=serve.main)
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.x }}"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
-    assert "--model is missing" in no()
-    assert "no such folder" in no("--model", tmp_path / "none")
-    assert "--temp must be from 0 to 100" in no("--model", folder, "--temp", "nan")
-    assert "invalid int value" in no("--model", folder, "--port", "x")
-    assert "--port from 1 to 65535" in no("--model", folder, "--port", "99999")
-    assert "--adapter-path" in no("--model", folder, "--adapter-path", tmp_path)
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory, text_file):
+    """A model folder whose tokens are several characters long, with a chat template."""
+    import tokenizers
+    import transformers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(alphabet)
+    )
+    tokenizer.train_from_iterator([text_file.read_text(encoding="utf-8"), "a\n\nb " * 99], trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+    model = ModelConfig(
+        n_layer=2, n_head=2, n_embd=32, n_positions=128, kv_lora_rank=16, vocab_size=len(fast)
+    ).resolved()
+    folder = tmp_path_factory.mktemp("bpe") / "model"
+    folder.mkdir()
+    checkpoint.write_model(folder, model, initial_weights(model, 3, 0.3), fast, "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe_port(bpe):
+    with serving("-m", "mlx_mla.serve", "--model", str(bpe), "--dtype", "float32") as port:
+        yield port
+
+
+def streamed(port: int, body: dict, path: str = "/v1/completions") -> tuple[str, str]:
+    """Text and reason of the end of an answer that comes in events."""
+    data = json.dumps({**body, "stream": True}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        events = [line[6:] for line in answer.read().splitlines() if line.startswith(b"data: {")]
+    choices = [json.loads(event)["choices"][0] for event in events]
+    return "".join(c["text"] for c in choices), choices[-1]["finish_reason"]
+
+
+def test_stop_texts_are_matched_on_text(bpe, bpe_port):
+    """Where a stop text ends inside a token, as `generate` stops."""
+    texts, prompt = Texts(bpe), "The "
+    whole = texts(prompt, 60)
+    inside = [whole[i : i + n] for i in range(3, len(whole) - 3, 7) for n in (1, 2, 3)]
+    for stop in [[s] for s in inside] + [inside[::5]]:
+        expected = texts(prompt, 60, tuple(stop))
+        assert len(expected) < len(whole)
+        body = {**good(prompt), "max_tokens": 60, "stop": stop}
+        answer = ask(bpe_port, body)[1]["choices"][0]
+        assert (answer["text"], answer["finish_reason"]) == (expected, "stop"), stop
+        assert streamed(bpe_port, body) == (expected, "stop"), stop
+    body = {**good(prompt), "max_tokens": 60, "stop": ["nowhere", whole[-2:] + "x"], "seed": 1}
+    answer = ask(bpe_port, body)[1]["choices"][0]
+    assert (answer["text"], answer["finish_reason"]) == (whole, "length")
+    assert streamed(bpe_port, body) == (whole, "length")
+
+
+def chat(port: int, *messages: dict, **more: Any) -> tuple[int, dict]:
+    body = {"messages": list(messages), "max_tokens": 5, "temperature": 0, **more}
+    return ask(port, body, "/v1/chat/completions")
+
+
+@pytest.mark.parametrize("name", ["port", "bpe_port"])
+def test_content_may_be_parts_or_null_beside_tool_calls(name, request):
+    port = request.getfixturevalue(name)
+    text = {"role": "user", "content": "ab"}
+    parts = {"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}
+    status, plain = chat(port, text)
+    assert status == 200
+    assert chat(port, parts)[1]["choices"] == plain["choices"]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert chat(port, called, {"role": "tool", "content": "2"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": ["a"]},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": {"text": "a"}},
+        {"role": "user", "content": "a\ud800"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [1]},
+        {"role": "robot", "content": "a"},
+    ],
+)
+def test_malformed_messages_get_a_400(bpe_port, message):
+    status, answer = chat(bpe_port, {"role": "user", "content": "a"}, message)
+    assert status == 400
+    assert "messages" in answer["error"]
+
+
+def test_the_template_counts_against_the_context(bpe_port):
+    """With the words that it adds for the answer, and no template of the client's own."""
+    message = {"role": "user", "content": "word " * 20}
+    tokens = chat(bpe_port, message)[1]["usage"]["prompt_tokens"]
+    assert chat(bpe_port, message, max_tokens=128 - tokens)[0] == 200
+    status, answer = chat(bpe_port, message, max_tokens=129 - tokens)
+    assert (status, f"{tokens} prompt tokens" in answer["error"]) == (400, True)
+    own = {"chat_template": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}x"}
+    status, answer = chat(bpe_port, message, chat_template_kwargs=own)
+    assert (status, "chat_template" in answer["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 2), ("n", True), ("best_of", 3), ("echo", True), ("suffix", "x"),
+     ("response_format", {"type": "json_object"})],
+)  # fmt: skip
+def test_what_is_not_done_is_refused_by_name(port, field, value):
+    status, answer = ask(port, {**good("x"), field: value})
+    assert status == 400
+    assert field in answer["error"]
+
+
+def test_what_is_done_anyway_may_be_asked_for(port):
+    more = {"n": 1, "best_of": 1, "echo": False, "suffix": None, "xtc_probability": 0}
+    assert ask(port, {**good("x"), **more})[0] == 200

@@ -1,30 +1,37 @@
-"""What a request to `mlx_mla.serve` may ask: mlx-lm's fields, of the types and in the ranges that
+"""The requests that `mlx_mla.serve` accepts: mlx-lm's fields, with the types and in the ranges that
 its generation thread survives."""
 
 import dataclasses
-import threading
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 from mlx_mla.decoding.request import GREEDY_BELOW, LARGEST_INT, outside
 from mlx_mla.errors import UserError
 from mlx_mla.files import encodable
 
-# Numbers with the bounds of our own options, others with mlx-lm's or OpenAI's.
-OPTIONS = {"temperature": "temp", "top_p": "top_p", "min_p": "min_p", "seed": "seed"}
-NUMBERS = {
-    "repetition_penalty": (0, 100), "presence_penalty": (-100, 100),
-    "frequency_penalty": (-100, 100), "xtc_probability": (0, 1), "xtc_threshold": (0, 0.5),
+OPTIONS = {
+    "temperature": "temp", "top_p": "top_p", "min_p": "min_p", "seed": "seed",
+    "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
-WHOLE = (
-    "max_tokens", "max_completion_tokens", "top_k", "top_logprobs", "num_draft_tokens", "seed",
-    "repetition_context_size", "presence_context_size", "frequency_context_size",
-)  # fmt: skip
-KINDS = {
+"""Fields with the bounds of an option of ours."""
+NUMBERS = {
+    "presence_penalty": (-100, 100), "frequency_penalty": (-100, 100),
+    "xtc_probability": (0, 1), "xtc_threshold": (0, 0.5),
+}  # fmt: skip
+CONTEXT_SIZES = ("repetition_context_size", "presence_context_size", "frequency_context_size")
+WHOLE_NUMBERS = {
+    "max_tokens": (1, LARGEST_INT), "max_completion_tokens": (1, LARGEST_INT),
+    "num_draft_tokens": (0, LARGEST_INT), "top_logprobs": (-1, 11),
+    **dict.fromkeys(CONTEXT_SIZES, (0, LARGEST_INT)),
+}  # fmt: skip
+TYPES = {
     "stream": bool, "logprobs": bool, "tools": list, "role_mapping": dict, "stream_options": dict,
     "chat_template_kwargs": dict, "logit_bias": dict, "messages": list, "prompt": str,
 }  # fmt: skip
-BIAS, MOST_STOPS = 100, 16
+FIXED = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "response_format": {"type": "text"}}
+"""Fields of OpenAI's that mlx-lm ignores, and the one value that describes what it does."""
+LARGEST_BIAS, MOST_STOPS, LONGEST_STOP = 100, 16, 1000
 ONLY = "this server has no others"
 
 
@@ -32,20 +39,15 @@ ONLY = "this server has no others"
 class RequestChecks:
     """The limits of a served model."""
 
-    tokenizer: Any
-    """A transformers tokenizer."""
     n_positions: int
     vocab_size: int
     names: Sequence[str]
     """What requests may call the model."""
     max_tokens: int
-    """Most tokens of an answer to a request that does not say."""
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()  # tokenizers are not for several threads at once
+    """Most tokens of an answer to a request without `max_tokens`."""
 
     def check(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
-        """The request as mlx-lm can take it.
+        """The request with every field checked, and its messages as mlx-lm normalizes them.
 
         Args:
             body: The JSON object of the request.
@@ -54,84 +56,128 @@ class RequestChecks:
         Raises:
             UserError: Naming the field.
         """
-        body = {k: v for k, v in body.items() if v is not None}
+        body = {name: value for name, value in body.items() if value is not None}
+        for name, value in FIXED.items():
+            found = body.pop(name, value)
+            if type(found) is not type(value) or found != value:
+                raise UserError(f"{name} must be {value!r} or left out; this server has no other")
         self._check_numbers(body)
-        for name, kind in KINDS.items():
+        for name, kind in TYPES.items():
             if not isinstance(body.get(name, kind()), kind):
                 raise UserError(f"{name} must be of type {kind.__name__}")
         if body.get("model", self.names[0]) not in self.names:
             raise UserError(f"model must be {self.names[-1]} or {self.names[0]}; {ONLY}")
         if "adapters" in body or body.get("draft_model", "default_model") != "default_model":
             raise UserError(f"adapters and draft_model must be left out; {ONLY}")
-        stop = body.get("stop", [])
-        stop = [stop] if isinstance(stop, str) else stop
-        texts = isinstance(stop, list) and all(_is_text(s) and s for s in stop)
-        if not texts or len(stop) > MOST_STOPS:
-            raise UserError(f"stop must be a text, or up to {MOST_STOPS} texts, that are not empty")
+        body["stop"] = _stop_texts(body.get("stop", []))
         if "stream_options" in body:
             body["stream_options"] = {"include_usage": body["stream_options"].get("include_usage")}
         self._check_bias(body.get("logit_bias", {}))
-        tokens = self._tokens(body, chat)
-        room = self.n_positions - tokens
-        asked = body.get("max_completion_tokens", body.get("max_tokens"))
-        if tokens == 0:
+        check_template_arguments("chat_template_kwargs", body.get("chat_template_kwargs", {}))
+        if chat:
+            _normalize_messages(body)
+        elif not _is_text(body.get("prompt")):
+            raise UserError("prompt must be one text")
+        return body
+
+    def room(self, prompt: Sequence[int], asked: Optional[int]) -> int:
+        """How many tokens to generate at most.
+
+        Args:
+            prompt: Its token ids.
+            asked: The request's `max_tokens`, if it has one.
+
+        Raises:
+            UserError: If there is no prompt, or the context has no room for it and the answer.
+        """
+        if not prompt:
             raise UserError("the prompt has no tokens; give some text")
+        if max(prompt) >= self.vocab_size:
+            raise UserError("the tokenizer has more tokens than the model; the server's folder has "
+                            "another model's tokenizer")  # fmt: skip
+        room = self.n_positions - len(prompt)
         if room < (asked or 1):
             answer = "" if asked is None else f" and max_tokens {asked}"
             raise UserError(
-                f"{tokens} prompt tokens{answer} exceed the model's n_positions={self.n_positions}"
+                f"{len(prompt)} prompt tokens{answer} exceed the model's "
+                f"n_positions={self.n_positions}"
             )
-        return {"max_tokens": min(self.max_tokens, room), **body, "stop": stop}
+        return min(self.max_tokens, room) if asked is None else asked
 
     def _check_numbers(self, body: dict[str, Any]) -> None:
-        for name in (*OPTIONS, *NUMBERS, *WHOLE):
-            if name not in body:
-                continue
-            value = body[name]
-            whole = name in WHOLE
+        for name in body.keys() & {*OPTIONS, *NUMBERS, *WHOLE_NUMBERS, "top_k"}:
+            value, whole = body[name], name in WHOLE_NUMBERS or name in ("top_k", "seed")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise UserError(f"{name} must be a {'whole ' if whole else ''}number")
-            if name in OPTIONS and (problem := outside(OPTIONS[name], value)):
+            off = name == "repetition_penalty" and value == 0  # to mlx-lm
+            if name in OPTIONS and not off and (problem := outside(OPTIONS[name], value)):
                 raise UserError(f"{name} {problem.split('; ')[0]}")
-            lowest = 1 if name in ("max_tokens", "max_completion_tokens") else -1
-            low, high = NUMBERS.get(name, (lowest, LARGEST_INT))
-            if name not in OPTIONS and not low <= value <= high:
+            low, high = {**NUMBERS, **WHOLE_NUMBERS}.get(name, (value, value))
+            if not low <= value <= high:  # not so for NaN
                 raise UserError(f"{name} must be from {low} to {high}")
+            if name in NUMBERS:
+                body[name] = float(value)  # mlx-lm takes no int for some
         if not 0 <= body.get("top_k", 0) < self.vocab_size:
             raise UserError(f"top_k must be from 0 (off) to {self.vocab_size - 1}")
+        if body.get("top_logprobs", 0) > self.vocab_size:
+            raise UserError(f"top_logprobs must be at most {self.vocab_size}")
         if body.get("temperature", 1) < GREEDY_BELOW:
             body["temperature"] = 0
 
     def _check_bias(self, bias: dict[str, Any]) -> None:
         for token, value in bias.items():
             known = token.isdecimal() and len(token) < 12 and int(token) < self.vocab_size
-            if not known or not isinstance(value, (int, float)) or not -BIAS <= value <= BIAS:
+            number = isinstance(value, (int, float)) and -LARGEST_BIAS <= value <= LARGEST_BIAS
+            if not known or not number:
                 raise UserError(
-                    f"logit_bias must give token ids below {self.vocab_size} numbers from -{BIAS} "
-                    f"to {BIAS}"
+                    f"logit_bias must map token ids below {self.vocab_size} to numbers from "
+                    f"-{LARGEST_BIAS} to {LARGEST_BIAS}"
                 )
 
-    def _tokens(self, body: dict[str, Any], chat: bool) -> int:
-        """Number of tokens of the prompt, as mlx-lm makes it."""
-        if not chat:
-            if not _is_text(body.get("prompt")):
-                raise UserError("prompt must be one text")
-            with self._lock:
-                return len(self.tokenizer.encode(body["prompt"]))
-        from mlx_lm.server import convert_chat
 
-        roles, messages = body.get("role_mapping", {}), body.get("messages")
-        if not messages or not all(
-            isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content"))
-            for m in messages
-        ):
-            raise UserError("messages must be a list of objects with the texts role and content")
-        if not all(_is_text(r) for r in roles.values()):
-            raise UserError("role_mapping must give each role a text")
-        with self._lock:
-            if self.tokenizer.chat_template:
-                return len(self.tokenizer.apply_chat_template(messages, tokenize=True))
-            return len(self.tokenizer.encode(convert_chat(messages, roles)))
+def check_template_arguments(name: str, values: dict[str, Any]) -> None:
+    """Refuse variables of a chat template that are arguments of the function that fills it in.
+
+    One of those is the template itself, which could be written to run for ever.
+
+    Raises:
+        UserError: With the name of the field or flag.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    if taken := sorted(values.keys() & arguments.keys()):
+        raise UserError(f"{name} must leave out {', '.join(taken)}; this server sets them")
+
+
+def _stop_texts(stop: Any) -> list[str]:
+    texts = [stop] if isinstance(stop, str) else stop
+    if (
+        not isinstance(texts, list)
+        or len(texts) > MOST_STOPS
+        or not all(_is_text(text) and 0 < len(text) <= LONGEST_STOP for text in texts)
+    ):
+        raise UserError(
+            f"stop must be a text, or up to {MOST_STOPS} texts, of 1 to {LONGEST_STOP} characters"
+        )
+    return texts
+
+
+def _normalize_messages(body: dict[str, Any]) -> None:
+    """Turn the content of messages into text, as mlx-lm does before it fills in a template."""
+    from mlx_lm.server import process_message_content
+
+    messages, roles = body.get("messages"), body.get("role_mapping", {})
+    if not messages or not all(isinstance(m, dict) and _is_text(m.get("role")) for m in messages):
+        raise UserError("messages must be a list of objects with a text as role")
+    try:
+        process_message_content(messages)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"messages: the content or tool_calls of one are malformed ({e})") from None
+    if not all(_is_text(m["content"]) for m in messages):
+        raise UserError("messages: content must be a text, a list of text parts, or null")
+    if not all(_is_text(role) for role in roles.values()):
+        raise UserError("role_mapping must map each role to a text")
 
 
 def _is_text(value: Any) -> bool:

@@ -1,24 +1,29 @@
-"""What decoding shares between backends: checks, text from tokens, figures."""
+"""Text from tokens, and the figures of a generation, for both backends and the server."""
 
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+LONGEST_WINDOW, SHORTEST_WINDOW = 64, 8
+"""Tokens that are decoded together: where this is too many, and how many of them then stay."""
+
 
 class TextWriter:
-    """Turns token ids into text, holding back what may become a stop string or an incomplete
-    character.
+    """Turns token ids into text up to a stop string.
+
+    It holds back text that may turn out to be the beginning of a stop string, and characters of
+    which only some bytes are there.
 
     Args:
-        tokenizer: A byte-level transformers tokenizer.
-        stop: Texts at which to stop.
+        tokenizer: A transformers tokenizer, or mlx-lm's wrapper of one.
+        stop: Texts at which to stop. Their borders need not be borders of tokens.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
         self._tokenizer = tokenizer
         self._stop = list(stop)
-        self._tokens: list[int] = []
-        self._taken = 0  # characters of the decoded tokens that were moved to _held
+        self._tokens: list[int] = []  # the latest ones, enough to decode the next
+        self._taken = 0  # characters of their text that were moved to _held
         self._held = ""
 
     def add(self, token: int) -> str | None:
@@ -26,6 +31,7 @@ class TextWriter:
         if token == self._tokenizer.eos_token_id:
             self._decode(final=True)
             self._cut()
+            self._stop = []  # none can follow, so nothing needs to be held back
             return "stop"
         self._tokens.append(token)
         self._decode(final=False)
@@ -38,24 +44,31 @@ class TextWriter:
             self._decode(final=True)
             self._cut()
         else:
-            ends = (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n]))
-            keep = max(ends, default=0)
-        text, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
+            held = self._held
+            begun = (
+                n
+                for s in self._stop
+                for n in range(1, min(len(s), len(held) + 1))
+                if held.endswith(s[:n])
+            )
+            keep = max(begun, default=0)
+        end = len(self._held) - keep
+        text, self._held = self._held[:end], self._held[end:]
         return text
 
     def _decode(self, final: bool) -> None:
         text = self._tokenizer.decode(self._tokens)
-        line_is_done = text.endswith("\n")
         if not final:
+            whole = len(text)
             text = text.rstrip("\ufffd")  # perhaps the beginning of a character
+            final = len(text) == whole
         self._held += text[self._taken :]
         self._taken = max(self._taken, len(text))
-        if line_is_done or final:
-            # What is done need not be decoded again with every token.
-            self._tokens, self._taken = [], 0
+        if final and len(self._tokens) >= LONGEST_WINDOW:
+            # Decoding all tokens at every step would take ever longer. A few stay, since some
+            # decoders drop a space in front of the first.
+            self._tokens = self._tokens[-SHORTEST_WINDOW:]
+            self._taken = len(self._tokenizer.decode(self._tokens))
 
     def _cut(self) -> bool:
         found = [i for s in self._stop if (i := self._held.find(s)) >= 0]
@@ -68,8 +81,8 @@ class Meter:
     """Speeds and sizes of one generation.
 
     Args:
-        prompt_tokens: Length of the prompt.
-        peak_memory: Gives the most bytes that the framework has held.
+        prompt_tokens: Number of tokens of the prompt.
+        peak_memory: Returns the framework's peak memory in bytes.
     """
 
     def __init__(self, prompt_tokens: int, peak_memory: Callable[[], int]):
@@ -80,7 +93,11 @@ class Meter:
         self._cache_bytes = 0
 
     def count(self, cache_bytes: int) -> None:
-        """Note a token, and the size of the cache with it."""
+        """Count a token.
+
+        Args:
+            cache_bytes: Size of the cache with it.
+        """
         self._now = time.perf_counter()
         if self.tokens == 0:
             self._first = self._now
@@ -88,6 +105,7 @@ class Meter:
         self._cache_bytes = max(self._cache_bytes, cache_bytes)
 
     def figures(self) -> dict[str, Any]:
+        """Tokens per second, milliseconds to the first token, and bytes."""
         ttft, rest = self._first - self._start, self._now - self._first
         return {
             "prompt_tokens": self._prompt_tokens,
