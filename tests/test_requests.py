@@ -6,10 +6,14 @@ import json
 import numpy as np
 import pytest
 from helpers import TINY, objects, refused
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_mla import generate, train
 from mlx_mla.backends import get_backend
+from mlx_mla.data.tokenizer import ByteEncoder
 from mlx_mla.decoding.request import GenerationOptions, check_request
+from mlx_mla.decoding.text import LONGEST_WINDOW, TextWriter
 from mlx_mla.errors import UserError
 
 
@@ -142,3 +146,53 @@ def test_multi_head_attention_reports_no_latents(tmp_path, text_file, capfd, bac
 def test_answers_are_json_whatever_was_sampled(folder, capfd):
     (answer,) = objects(capfd, "--model", folder, "--prompt", "é", "--temp", 100, "--seed", 1)
     assert json.loads(json.dumps(answer))["tokens"] > 0
+
+
+BYTES = ByteEncoder().fast_tokenizer()
+END = BYTES.eos_token_id
+
+
+def written(tokens, stop=()) -> str:
+    """What a writer gives for tokens, piece by piece."""
+    writer, pieces = TextWriter(BYTES, stop), []
+    for i, token in enumerate(tokens):
+        ended = writer.add(token) is not None
+        pieces.append(writer.take(final=not ended and i == len(tokens) - 1))
+        if ended:
+            break
+    return "".join(pieces)
+
+
+@given(
+    st.lists(st.sampled_from([*"ab\n é€🦺".encode(), 0xFF]), min_size=1, max_size=300),
+    st.booleans(),
+)
+def test_text_in_pieces_is_the_text_of_all_tokens(tokens, ends):
+    """Characters are cut at any byte, and some bytes are none; windows change nothing."""
+    assert written([*tokens, END] if ends else tokens) == BYTES.decode(tokens)
+
+
+@given(st.text("ab\né", min_size=1, max_size=200), st.text("abé", min_size=1, max_size=3))
+def test_text_ends_before_the_first_stop_text(text, stop):
+    assert written([*text.encode(), END], [stop]) == text.partition(stop)[0]
+
+
+def test_the_end_of_text_loses_no_letters_that_began_a_stop_text():
+    assert written([*b"ab", END], ["bc"]) == "ab"
+
+
+def test_decoding_a_long_line_takes_the_same_for_every_token(monkeypatch):
+    lengths = []
+
+    class Tokenizer:
+        eos_token_id = END
+
+        def decode(self, tokens):
+            lengths.append(len(tokens))
+            return BYTES.decode(tokens)
+
+    writer = TextWriter(Tokenizer(), [])
+    for token in b"x" * 1000:
+        writer.add(token)
+    assert len(writer.take(final=True)) == 1000
+    assert max(lengths) <= LONGEST_WINDOW
