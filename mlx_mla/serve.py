@@ -190,14 +190,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    args, device, dtype, folder, config = read_flags(argv)
+    # mlx-lm's generation thread asks for MLX's default, which is one for all threads.
+    with mx.stream(device), _bound(args.host, args.port) as httpd:
+        return _serve(args, folder, config, dtype, httpd)
+
+
+def read_flags(
+    argv: Sequence[str],
+) -> tuple[argparse.Namespace, mx.Device, InferenceDType, Path, ModelConfig]:
+    """All flags, checked: mlx-lm's, where and in what to compute, and the model.
+
+    Raises:
+        UserError: Naming the flag.
+    """
     own, others = _own_flags(argv)
     args = _flags(others)
     folder, config = check_flags(args)
     device = find_device(own.device)
-    dtype = decoding_dtype(own.dtype, kind_of(device))
-    # mlx-lm's generation thread asks for MLX's default, which is one for all threads.
-    with mx.stream(device), _bound(args.host, args.port) as httpd:
-        return _serve(args, folder, config, dtype, httpd)
+    return args, device, decoding_dtype(own.dtype, kind_of(device)), folder, config
 
 
 def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
