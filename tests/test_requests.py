@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_mla import generate, train
 from mlx_mla.backends import get_backend
-from mlx_mla.data.tokenizer import ByteEncoder
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import GenerationOptions, check_request
 from mlx_mla.decoding.text import LONGEST_WINDOW, TextWriter
 from mlx_mla.errors import UserError
@@ -148,7 +148,7 @@ def test_answers_are_json_whatever_was_sampled(folder, capfd):
     assert json.loads(json.dumps(answer))["tokens"] > 0
 
 
-BYTES = ByteEncoder().fast_tokenizer()
+BYTES = ByteTokenizer().fast_tokenizer()
 END = BYTES.eos_token_id
 
 
