@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 from mlx_lm.models import cache as stock
 
 
@@ -25,7 +26,7 @@ class QuantizedKVCache(stock.QuantizedKVCache):
         for held, part in zip(self.keys, new):
             held[..., begin:end, :] = part
         self.offset, self.values = end, _none_beside(self.keys)
-        return self.keys_and_values()
+        return tree_map(lambda part: part[..., :end, :], (self.keys, self.values))
 
 
 class KVCache(stock.KVCache):
@@ -45,6 +46,15 @@ class KVCache(stock.KVCache):
             )
             quantized.values = rest[0] if rest else _none_beside(quantized.keys)
         return quantized
+
+
+class UnusedCache(KVCache):
+    """A place in mlx-lm's list for a layer that has no cache of its own; it stays empty."""
+
+    state: Any = ()
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        return self
 
 
 def make_cache(model: Any) -> list[Any]:

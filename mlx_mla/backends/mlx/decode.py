@@ -26,7 +26,7 @@ from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.mlx import prompt_cache
-from mlx_mla.backends.mlx.caches import KVCache, make_cache
+from mlx_mla.backends.mlx.caches import UnusedCache, make_cache
 from mlx_mla.backends.mlx.device import DTYPES, kind_of, on_device, stream_of
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.cache_choice import cache_of, choose_cache
@@ -326,7 +326,7 @@ class MLXDecoder:
                     draft(mx.array([seen]), cache=draft_cache)
                 # mlx-lm cuts this list at the number of layers, of which some may share a cache.
                 unused = len(self.model.layers) - len(context.cache)
-                caches = [*context.cache, *(KVCache() for _ in range(unused)), *draft_cache]
+                caches = [*context.cache, *(UnusedCache() for _ in range(unused)), *draft_cache]
                 steps = speculative_generate_step(
                     prompt,
                     self.model,
