@@ -17,7 +17,7 @@ help:
 	@echo "make train      set up, then train the nano preset (minutes); ARGS=\"...\" adds flags"
 	@echo "make test       set up, then run the tests, without the slow ones (minutes); ARGS=\"...\" goes to pytest"
 	@echo "make test-all   set up, then run every test, as CI does"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, codespell and mypy"
 	@echo "make setup      make $(VENV) and install the project with what tests need"
 
 # The stamps record what was installed, so that set-up runs again only when these files change, and when
@@ -50,6 +50,7 @@ test-all: $(VENV)/.dev
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@git ls-files -z | xargs -0 $(abspath $(PY)) -m codespell_lib
 	@$(PY) -m mypy
 
 format: $(VENV)/.dev

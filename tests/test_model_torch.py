@@ -138,7 +138,8 @@ def test_attention_of_any_widths_is_numpys(masked, length, before, groups, width
     expected = scores / scores.sum(-1, keepdims=True) @ v.repeat(4 // groups, 1)
 
     mask = torch.tensor(allowed)[None, None] if masked else None
-    got = model_torch.attend(*(torch.tensor(x).float() for x in (q, k, v)), mask, 0.3)
+    q, k, v = (torch.tensor(x).float() for x in (q, k, v))
+    got = model_torch.attend(q, k, v, mask, 0.3)
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
 
 
@@ -157,7 +158,7 @@ def test_gradients_of_keys_wider_than_values_are_those_of_plain_products(widths)
         above = torch.ones(40, 40, dtype=torch.bool).triu(1)
         return (q @ k.mT * 0.3).masked_fill(above, -torch.inf).softmax(-1) @ v
 
-    got = gradients(lambda *qkv: model_torch.attend(*qkv, None, 0.3), torch.float32)
+    got = gradients(lambda q, k, v: model_torch.attend(q, k, v, None, 0.3), torch.float32)
     for a, b in zip(got, gradients(plain, torch.float64)):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -367,7 +368,7 @@ def test_the_trainers_loss_is_over_all_its_accumulated_tokens(loaded):
     torch.testing.assert_close(loaded(ids, shift_labels=shifted).loss, mean)
 
 
-class Packed(torch.Tensor):
+class Packed(torch.Tensor):  # type: ignore[name-defined]
     """A weight stored in a form of its own that knows one product alone, as quantised ones do."""
 
     @staticmethod

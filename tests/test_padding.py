@@ -44,7 +44,7 @@ def folder(source, request, tmp_path_factory):
     return converted(source, tmp_path_factory.mktemp("ours") / "ours", *request.param)
 
 
-def sampled_by_transformers(model) -> torch.Tensor:
+def sampled_by_transformers(model):
     torch.manual_seed(0)
     prompt = torch.tensor([PROMPT] * 16)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 24, "pad_token_id": 256}
