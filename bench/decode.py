@@ -1,4 +1,4 @@
-"""Decoding by kind of cache, batch and context: speed, bytes, what `--cache auto` chooses, and what
+"""Decoding by kind of cache, batch and context: speed, bytes, and what
 Python costs.
 
     python -m bench.decode --quick
@@ -33,7 +33,6 @@ from bench.rows import Results
 from bench.subjects import costs
 from bench.subjects.contract import Subject, Timed
 from mlx_mla import cli
-from mlx_mla.decoding.cache_choice import choose_cache
 from mlx_mla.errors import UserError
 
 PROG = "python -m bench.decode"
@@ -137,9 +136,6 @@ class Decoding(Bench):
                     case = self._case(
                         "decoding", subject, kind, batch, context, run, steps * flops, steps
                     )
-                    if subject.config.kind.latent_widths:
-                        where = (subject.backend, self.device_kind[subject.backend])
-                        case.sizes["auto"] = choose_cache(subject.config, *where, batch, context)
                     cases.append(case)
                 self._measure(cases)
 

@@ -1,7 +1,6 @@
 """What decoding keeps and how: cache sizes, prompt-cache files, draft models, `--cache auto`, what
 is not computed."""
 
-import dataclasses
 import json
 import shutil
 
@@ -21,9 +20,7 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.decoding import cache_choice
-from mlx_mla.decoding.cache_choice import choose_cache
-from mlx_mla.decoding.request import GenerationOptions
+from mlx_mla.decoding.request import GenerationOptions, cache_of
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.presets import preset
@@ -366,65 +363,36 @@ def test_pytorch_says_what_only_mlx_lm_has(folder, draft, tmp_path, capsys):
         )
 
 
-# --- --cache auto ---
+# --- --cache ---
 
 
-def test_the_cost_model_follows_rank_context_batch_and_device():
-    narrow = preset("mla-124m-r128").resolved().model
-    # At n_embd, where converting loses nothing, attention on latents is 12 times the arithmetic.
-    wide = dataclasses.replace(narrow, kv_lora_rank=narrow.n_embd)
-    for backend in ("mlx", "torch"):
-        for batch in (1, 16):
-            for context in (1000, 16_000):
-                assert choose_cache(narrow, backend, "cpu", batch, context) == "latent"
-    assert choose_cache(wide, "mlx", "cpu", 8, 1000) == "materialized"
-    # Nobody has measured these, so they get the small cache; multi-head attention has nothing to
-    # choose.
-    for backend, device in (("mlx", "gpu"), ("torch", "cuda"), ("torch", "mps")):
-        assert choose_cache(wide, backend, device, 1, 1000) == "latent"
-    assert (
-        choose_cache(preset("gpt2-124m").resolved().model, "mlx", "cpu", 1, 1000) == "materialized"
-    )
+@pytest.mark.parametrize(
+    ("name", "caches"),
+    [
+        ("mla-124m", {"latent": "latent", "auto": "latent", "materialized": "materialized"}),
+        ("mla-124m-tied", {"latent": "latent", "auto": "latent", "materialized": "latent"}),
+        ("gpt2-124m", {"latent": "materialized", "auto": "materialized"}),
+    ],
+)
+def test_a_model_decodes_with_the_cache_that_it_has(name, caches):
+    config = preset(name).resolved().model
+    for asked, expected in {**caches, "none": "none"}.items():
+        assert cache_of(config, asked) == expected
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_auto_takes_what_costs_less_and_gives_the_same_text(
-    folder, backend, tmp_path, monkeypatch, capfd
-):
+def test_auto_is_latent(folder, backend, capfd):
     if backend == "torch":
         pytest.importorskip("torch")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("The st\nA longer prompt\n")
-    argv = ("--model", folder, "--temp", "0", "--max-tokens", "12", "--backend", backend)
-    expected = objects(capfd, *argv, "--prompts-file", prompts)
-    for cheap in ("latent", "materialized"):
-        rates = cache_choice.Rates(*((0, 1, 1, 0) if cheap == "latent" else (1, 0, 0, 1)))
-        monkeypatch.setitem(cache_choice.RATES, (backend, "cpu"), rates)
-        answers = objects(
-            capfd, *argv, "--prompts-file", prompts, "--cache", "auto", "--device", "cpu"
-        )
-        answers += objects(capfd, *argv, "--prompt", "The st", "--cache", "auto", "--device", "cpu")
-        assert {a["cache"] for a in answers} == {cheap}
-        assert [a["text"] for a in answers] == [a["text"] for a in [*expected, expected[0]]]
+    argv = ("--model", folder, "--prompt", "The st", "--temp", "0", "--max-tokens", "4")
+    (auto,) = objects(capfd, *argv, "--backend", backend, "--cache", "auto")
+    assert auto["cache"] == "latent"
 
 
-def test_auto_keeps_latents_for_files_and_drafts(folder, draft, tmp_path, monkeypatch, capfd):
-    monkeypatch.setitem(cache_choice.RATES, ("mlx", "cpu"), cache_choice.Rates(1, 0, 0, 1))
-    argv = (
-        "--model",
-        folder,
-        "--prompt",
-        "x",
-        "--max-tokens",
-        "2",
-        "--device",
-        "cpu",
-        "--cache",
-        "auto",
-    )
-    assert objects(capfd, *argv)[0]["cache"] == "materialized"
-    assert (
-        objects(capfd, *argv, "--save-prompt-cache", tmp_path / "x.safetensors")[0]["cache"]
-        == "latent"
-    )
-    assert objects(capfd, *argv, "--draft-model", draft)[0]["cache"] == "latent"
+def test_no_cache_goes_with_no_prompt_cache(folder, tmp_path, capfd):
+    saved = tmp_path / "x.safetensors"
+    argv = ("--model", folder, "--prompt", "x", "--max-tokens", "2")
+    objects(capfd, *argv, "--save-prompt-cache", saved)
+    for name in ("--prompt-cache", "--save-prompt-cache"):
+        said = refused(capfd, *argv, "--cache", "none", name, saved, command=generate.main)
+        assert "need a cache, not --cache none" in said

@@ -59,7 +59,7 @@ def decode(study: Study, results: Results, console: Console) -> None:
     The weights are random, and the positions as many as it takes: speed depends on shapes alone.
     """
     from bench import subjects
-    from mlx_mla.decoding.cache_choice import choose_cache
+    from mlx_mla.decoding.request import cache_of
     from mlx_mla.model.weights import initial_weights
 
     rows = []
@@ -74,7 +74,7 @@ def decode(study: Study, results: Results, console: Console) -> None:
             weights = initial_weights(model, 0)
             device = config.device
             timed[arm] = subjects.load(config.backend, arm, model, weights, config.dtype, device)
-            kinds[arm] = choose_cache(model, config.backend, timed[arm].device_kind, 1, length)
+            kinds[arm] = cache_of(model, "latent")
         times: dict[str, list[float]] = {arm: [] for arm in timed}
         nbytes: dict[str, int | None] = {}
         for repetition in range(DECODE_REPETITIONS + 1):

@@ -9,7 +9,7 @@ from typing import Any, Optional, Protocol
 import numpy as np
 
 from mlx_mla.data.windows import Batch
-from mlx_mla.decoding.request import CacheKind, GenerationOptions
+from mlx_mla.decoding.request import CacheChoice, CacheName, GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Scorer
 from mlx_mla.model.config import DType, InferenceDType, ModelConfig, TrainConfig
@@ -120,9 +120,8 @@ class Decoder(Protocol):
     """A transformers tokenizer."""
     vocab_size: int
     n_positions: int
-    cache: CacheKind
-    """What is kept between tokens; where "auto" was asked for, what it chose for the last
-    request."""
+    cache: CacheName
+    """What is kept between tokens."""
     dtype: InferenceDType
     """Type of the weights, the computation and the cache."""
 
@@ -180,7 +179,7 @@ class Backend(Protocol):
         ...
 
     def decoder(
-        self, folder: Path, cache: CacheKind = "latent", dtype: InferenceDType | None = None
+        self, folder: Path, cache: CacheChoice = "latent", dtype: InferenceDType | None = None
     ) -> Decoder:
         """Load a model folder for generation.
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import MAX_SEED, flag
+from mlx_mla.model.config import MAX_SEED, ModelConfig, flag
 
-CacheKind = Literal["latent", "materialized", "auto", "none"]
+CacheName = Literal["latent", "materialized", "none"]
+CacheChoice = Literal["latent", "materialized", "none", "auto"]
+"""What --cache takes. "auto" once chose by a cost model; it means "latent", which costs at most 4 %
+and mostly nothing (docs/measured.md)."""
 
 DEFAULT_MAX_TOKENS = 200
 
@@ -58,9 +61,9 @@ class GenerationOptions:
     prompts of the same batch."""
     stop: tuple[str, ...] = ()
     """Texts at which to stop; they are not printed."""
-    cache: CacheKind = "latent"
-    """What is kept between tokens: the latents, expanded keys and values, the faster of these two
-    by the cost model in docs/decoding.md (auto), or nothing (all is recomputed)."""
+    cache: CacheChoice = "latent"
+    """What to keep between tokens: the latents (also "auto"), expanded keys and values, or nothing,
+    which recomputes the whole context for every token."""
     kv_bits: Optional[Literal[4, 8]] = None
     """Quantise the cache to so many bits. None: off."""
     prompt_cache: Optional[Path] = None
@@ -76,6 +79,16 @@ class GenerationOptions:
     max_kv_size: Optional[int] = None
     """Go on past this many tokens of context (at most n_positions) by dropping all but the newest
     half and reading it again. None: a context past n_positions is an error."""
+
+
+def cache_of(config: ModelConfig, cache: CacheChoice) -> CacheName:
+    """The cache that a model uses for a value of --cache: multi-head attention has no latents, and
+    those without an up-projection are keys and values already."""
+    if cache == "none":
+        return cache
+    if config.attention_k_eq_v or (config.kind.latent_widths and cache != "materialized"):
+        return "latent"
+    return "materialized"
 
 
 def check_request(

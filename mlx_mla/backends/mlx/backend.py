@@ -15,7 +15,7 @@ from mlx_mla.backends.mlx.load import load
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.backends.peak import measure_peak
-from mlx_mla.decoding.request import CacheKind
+from mlx_mla.decoding.request import CacheChoice
 from mlx_mla.machine import physical_memory
 from mlx_mla.model.config import DType, InferenceDType, TrainConfig
 from mlx_mla.model.fusion import Device, fused_by_mlx
@@ -98,7 +98,7 @@ class MLXBackend:
         return MLXTrainSession(self.device, config, start, teacher, world)
 
     def decoder(
-        self, folder: Path, cache: CacheKind = "latent", dtype: InferenceDType | None = None
+        self, folder: Path, cache: CacheChoice = "latent", dtype: InferenceDType | None = None
     ) -> MLXDecoder:
         return MLXDecoder(self.device, folder, cache, dtype)
 

@@ -29,11 +29,11 @@ from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import UnusedCache, make_cache
 from mlx_mla.backends.mlx.device import DTYPES, kind_of, on_device, stream_of
 from mlx_mla.backends.mlx.load import load
-from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
     OVERFLOWS,
-    CacheKind,
+    CacheChoice,
     GenerationOptions,
+    cache_of,
     check_draft,
     check_request,
     fit_context,
@@ -129,7 +129,7 @@ class MLXDecoder:
         self,
         device: mx.Device,
         folder: Path,
-        cache: CacheKind = "latent",
+        cache: CacheChoice = "latent",
         dtype: InferenceDType | None = None,
     ):
         self.device = device
@@ -138,18 +138,18 @@ class MLXDecoder:
             model = load(folder, self.dtype)
         self.folder, self.requested_cache = folder, cache
         self.config = checkpoint.read_config(folder)
+        self.cache = cache_of(self.config, cache)
+        model.materialize_cache(self.cache == "materialized")
         self.model: Any = WithoutCache(model) if cache == "none" else model
         self.tokenizer = checkpoint.read_tokenizer(folder)
         self.vocab_size = model.args.vocab_size
         self.n_positions = model.args.n_positions
         self._draft: tuple[str, Model] | None = None
-        self._use("latent" if cache == "auto" else cache)
 
     @on_device
     def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
         context = self._new_context(prompt, options)
         max_tokens = self.check(context.tokens, options)
-        self._choose(1, len(context.tokens) + max_tokens, options)
         mx.reset_peak_memory()
         meter = Meter(len(prompt), mx.get_peak_memory)
         writer = TextWriter(self.tokenizer, options.stop)
@@ -183,7 +183,6 @@ class MLXDecoder:
                 for piece in self.stream(prompt, options):
                     yield i, piece
             return
-        self._choose(len(prompts), max(len(p) + n for p, n in zip(prompts, limits)), options)
         mx.reset_peak_memory()
         generator = BatchGenerator(
             self.model,
@@ -221,6 +220,10 @@ class MLXDecoder:
 
     def check(self, prompt: Sequence[int], options: GenerationOptions) -> int:
         """Refuse what the model cannot do; returns how many tokens to generate."""
+        self._check_cache(options)
+        return check_request(prompt, options, self.vocab_size, self.n_positions)
+
+    def _check_cache(self, options: GenerationOptions) -> None:
         if options.kv_bits is not None:
             self._group_size()
         if self.cache == "none" and (
@@ -230,27 +233,6 @@ class MLXDecoder:
                 "--prompt-cache, --save-prompt-cache and --draft-model need a cache, not --cache "
                 "none"
             )
-        return check_request(prompt, options, self.vocab_size, self.n_positions)
-
-    def _use(self, cache: CacheKind) -> None:
-        self.cache = cache_of(self.config, cache)
-        if isinstance(self.model, Model):
-            self.model.materialize_cache(cache == "materialized")
-
-    def _choose(self, batch: int, context: int, options: GenerationOptions) -> None:
-        """Where the choice is ours, take the cache that is faster; files and quantisation are for
-        latents."""
-        if self.requested_cache == "auto":
-            latent = (
-                options.kv_bits
-                or options.prompt_cache
-                or options.save_prompt_cache
-                or options.draft_model
-            )
-            device = kind_of(self.device)
-            self._use(
-                "latent" if latent else choose_cache(self.config, "mlx", device, batch, context)
-            )
 
     def _wired(self) -> contextlib.AbstractContextManager[None]:
         """Keeps the model in memory while it generates; only a GPU has such memory."""
@@ -259,6 +241,7 @@ class MLXDecoder:
         return wired_limit(self.model, [mx.default_stream(self.device)])
 
     def _new_context(self, prompt: Sequence[int], options: GenerationOptions) -> Context:
+        self._check_cache(options)
         if options.save_prompt_cache:
             prompt_cache.check_target(options.save_prompt_cache)
         if options.prompt_cache is None:
@@ -266,7 +249,6 @@ class MLXDecoder:
         if self.requested_cache == "materialized":
             raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
         cache, tokens = prompt_cache.load(options.prompt_cache, self.folder, DTYPES[self.dtype])
-        self._use("latent")
         one = make_cache(self.model)
         self.model(mx.array([[0]]), cache=one)
         prompt_cache.check_fits(options.prompt_cache, cache, tokens, one)
@@ -380,7 +362,7 @@ class MLXDecoder:
         layer's cache."""
         if self.cache == "none":
             raise UserError("--kv-bits needs a cache; leave out --cache none")
-        kind, materialized = self.config.kind, self.requested_cache == "materialized"
+        kind, materialized = self.config.kind, self.cache == "materialized"
         layers = range(self.config.n_layer)
         widths = {width for i in layers for _, width in kind.cached(i, materialized)}
         for group_size in GROUP_SIZES:

@@ -15,7 +15,7 @@ from mlx_mla.backends.torch.device import find_device
 from mlx_mla.backends.torch.load import load
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.backends.torch.session import TorchTrainSession
-from mlx_mla.decoding.request import CacheKind
+from mlx_mla.decoding.request import CacheChoice
 from mlx_mla.machine import physical_memory
 from mlx_mla.model.config import DType, InferenceDType, TrainConfig
 from mlx_mla.model.fusion import fused_by_torch
@@ -78,7 +78,7 @@ class TorchBackend:
         return TorchTrainSession(self.device, config, start, teacher, world)
 
     def decoder(
-        self, folder: Path, cache: CacheKind = "latent", dtype: InferenceDType | None = None
+        self, folder: Path, cache: CacheChoice = "latent", dtype: InferenceDType | None = None
     ) -> TorchDecoder:
         return TorchDecoder(folder, cache, self.device, dtype)
 

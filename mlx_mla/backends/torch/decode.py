@@ -13,11 +13,11 @@ from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
-from mlx_mla.decoding.cache_choice import cache_of, choose_cache
 from mlx_mla.decoding.request import (
     OVERFLOWS,
-    CacheKind,
+    CacheChoice,
     GenerationOptions,
+    cache_of,
     check_request,
     fit_context,
     is_greedy,
@@ -44,15 +44,15 @@ class TorchDecoder:
     def __init__(
         self,
         folder: Path,
-        cache: CacheKind,
+        cache: CacheChoice,
         device: torch.device,
         dtype: InferenceDType | None = None,
     ):
         config = checkpoint.read_config(folder)
         self.dtype = decoding_dtype(dtype, device.type)
         self.model = load(folder, device, self.dtype)
-        self.device, self.config, self.requested_cache = device, config, cache
-        self._use("latent" if cache == "auto" else cache)
+        self.device, self.config, self.cache = device, config, cache_of(config, cache)
+        self.model.materialize_cache(self.cache == "materialized")
         # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never
         # grows.
         self.fixed_shapes = device.type == "mps"
@@ -75,10 +75,6 @@ class TorchDecoder:
         else:
             yield from self._decode(prompts, options)
 
-    def _use(self, cache: CacheKind) -> None:
-        self.cache = cache_of(self.config, cache)
-        self.model.materialize_cache(cache == "materialized")
-
     def _decode(
         self, prompts: Sequence[Sequence[int]], options: GenerationOptions
     ) -> Iterator[tuple[int, Piece]]:
@@ -88,9 +84,6 @@ class TorchDecoder:
                     f"--{name.replace('_', '-')} is mlx-lm's; use --backend mlx, or leave it out"
                 )
         limits = [check_request(p, options, self.vocab_size, self.n_positions) for p in prompts]
-        if self.requested_cache == "auto":
-            context = max(len(p) + n for p, n in zip(prompts, limits))
-            self._use(choose_cache(self.config, "torch", self.device.type, len(prompts), context))
         meters = [Meter(len(p), lambda: peak_memory_bytes(self.device)) for p in prompts]
         writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
         unfinished = set(range(len(prompts)))
