@@ -37,10 +37,10 @@ from mlx_mla.backends import get_backend
 from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
-from mlx_mla.evaluation.scoring import Block, Request, Scorer, Scores
+from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names, task_setup
+from mlx_mla.evaluation.scoring import Request, RowBatch, Scorer, Scores
 from mlx_mla.evaluation.tasks import TASKS
-from mlx_mla.evaluation.tasks.base import Context, Definition, Measured
+from mlx_mla.evaluation.tasks.base import Definition, Measured, TaskSetup
 from mlx_mla.evaluation.tasks.hellaswag import HellaSwag
 from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.model.presets import PRESETS, preset
@@ -57,17 +57,17 @@ class AccuracyAlone(HellaSwag):
     """HellaSwag as lm_eval scores it, so that both do the same work."""
 
     def requests(
-        self, documents: Sequence[Any], protocol: Definition, context: Context
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ) -> list[list[Request]]:
-        return [own[:1] for own in super().requests(documents, protocol, context)]
+        return [own[:1] for own in super().requests(documents, protocol, setup)]
 
     def measure(
-        self, documents: Sequence[Any], protocol: Definition, context: Context,
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
         # The original protocol, too, has one form alone, and its accuracy is by summed
         # log-probability as well.
-        return super().measure(documents, "original", context, requests, scores)[:1]
+        return super().measure(documents, "original", setup, requests, scores)[:1]
 
 
 TIMED = {**TASKS, "hellaswag": AccuracyAlone()}
@@ -149,9 +149,9 @@ def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> li
     def ours(backend: str, name: str, limit: int | None = None) -> dict[str, float]:
         scorer = scorers[backend]
         documents = load(TIMED[name], "standard", data[name], None, 0)[:limit]
-        context = context_of(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
+        setup = task_setup(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
         return metrics(
-            PreparedTask(TIMED[name], documents, "standard", context).run(scorer, bench.batch_size)
+            PreparedTask(TIMED[name], documents, "standard", setup).run(scorer, bench.batch_size)
         )
 
     rows = []
@@ -195,8 +195,8 @@ def needed_tokens(scorer: Scorer, name: str, data: Path) -> int:
     """Tokens that a task's items need at least: what an item's continuations share once, without
     padding."""
     documents = load(TIMED[name], "standard", data, None, 0)
-    context = context_of(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
-    own = TIMED[name].requests(documents, "standard", context)
+    setup = task_setup(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
+    own = TIMED[name].requests(documents, "standard", setup)
     requests = [request for requests in own for request in requests]
     return sum(
         len(r.context) - 1 + sum(len(target) for target in r.targets)
@@ -211,7 +211,7 @@ def forward_rate(scorer: Scorer) -> float:
     rows, length = FORWARD
     ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), FORWARD).astype(np.int32)
     last = np.arange(1, rows + 1, dtype=np.int32) * length - 1
-    block = Block(ids, np.arange(rows), last, ids[:, 0])
+    block = RowBatch(ids, np.arange(rows), last, ids[:, 0])
     seconds = []
     for _ in range(4):
         began = time.perf_counter()

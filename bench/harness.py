@@ -85,7 +85,7 @@ def machine(
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "missing"
     for backend, device in devices.items():
-        facts |= get_backend(backend, device).facts()
+        facts |= get_backend(backend, device).device_info()
     return facts
 
 

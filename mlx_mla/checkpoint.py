@@ -233,7 +233,7 @@ def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any
     return tensors, info
 
 
-def damage(folder: Path, training: bool = True) -> str | None:
+def integrity_error(folder: Path, training: bool = True) -> str | None:
     """What is wrong with a folder by its SHA256SUMS, in a few words; None if it is whole.
 
     A folder without SHA256SUMS (another tool wrote it) is not checked.
@@ -265,7 +265,7 @@ def damage(folder: Path, training: bool = True) -> str | None:
     return None
 
 
-def spoilt(folder: Path) -> str | None:
+def has_nonfinite(folder: Path) -> str | None:
     """Which tensor of a training checkpoint holds values that are not finite, in a few words; None
     if none does. No run saves such, but an earlier version could."""
     for name in (WEIGHTS, STATE):

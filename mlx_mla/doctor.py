@@ -117,7 +117,7 @@ def probe(name: BackendName) -> dict[str, Any]:
         for dtype in get_args(DType)
     }
     hint = blas.hint() if name == "mlx" else None
-    return {"facts": {**backend.facts(), **rates}, "advice": [hint] if hint else []}
+    return {"facts": {**backend.device_info(), **rates}, "advice": [hint] if hint else []}
 
 
 def _run_probe(name: str) -> dict[str, Any]:

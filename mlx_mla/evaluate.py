@@ -25,12 +25,12 @@ from mlx_mla.evaluation.item_store import ItemStore
 from mlx_mla.evaluation.runner import (
     PreparedTask,
     check_tokenizer,
-    context_of,
     load,
     metrics,
     task_names,
+    task_setup,
 )
-from mlx_mla.evaluation.scoring import Block, Scorer
+from mlx_mla.evaluation.scoring import RowBatch, Scorer
 from mlx_mla.evaluation.tasks import TASKS, Measured, Task
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 from mlx_mla.locks import locked
@@ -174,10 +174,10 @@ class Evaluation:
     def add(self, task: Task, documents: Sequence[Any], scorer: Scorer) -> None:
         """Run a task on the current model, and compare it with the first one."""
         command, row = self.command, self.document["models"][-1]
-        context = context_of(
+        setup = task_setup(
             scorer.tokenizer, scorer.n_positions, command.window, command.limit, command.seed
         )
-        prepared = PreparedTask(task, documents, command.protocol, context)
+        prepared = PreparedTask(task, documents, command.protocol, setup)
         store = None
         if command.out is not None:
             settings = [row["model"], command.backend, command.dtype, task.name, command.protocol]
@@ -231,7 +231,7 @@ def speed(
     """
     length = min(512, scorer.n_positions)
     ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), (1, length)).astype(np.int32)
-    block = Block(ids, np.zeros(1, np.int32), np.arange(length, dtype=np.int32), ids[0])
+    block = RowBatch(ids, np.zeros(1, np.int32), np.arange(length, dtype=np.int32), ids[0])
     forward = []
     for _ in range(6):
         began = time.perf_counter()

@@ -34,7 +34,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{name}: no such folder, and not a hub id of the form owner/name; {_near(path)}"
         )
-    if problem := checkpoint.damage(folder, training=False):
+    if problem := checkpoint.integrity_error(folder, training=False):
         older = (
             checkpoint.checkpoints(path)
             if folder.parent.name == "checkpoints" and path != folder

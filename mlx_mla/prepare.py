@@ -20,7 +20,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mlx_mla import cli
-from mlx_mla.data.documents import Block, Reading, Source, find_sources
+from mlx_mla.data.documents import Reading, Source, TextBlock, find_sources
 from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.data.shards import SUFFIXES, Format, open_listed, write_shard
 from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
@@ -147,7 +147,7 @@ class _Encoded:
     bytes: int
 
 
-def _encode(block: Block, tokenizer: Tokenizer, val_fraction: float) -> _Encoded:
+def _encode(block: TextBlock, tokenizer: Tokenizer, val_fraction: float) -> _Encoded:
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     lengths: tuple[list[int], list[int]] = ([], [])
     start = np.array([tokenizer.end_of_text], np.uint16)
@@ -434,7 +434,7 @@ class _Turn(NamedTuple):
     state: dict[str, Any]
     """From where to go on if this block were not read."""
     source: Source
-    block: Block
+    block: TextBlock
 
 
 def _blocks(
@@ -454,8 +454,8 @@ def _blocks(
     class Open:
         file: int
         position: Any
-        blocks: Iterator[Block]
-        following: Future[Block | None]
+        blocks: Iterator[TextBlock]
+        following: Future[TextBlock | None]
 
     def start(file: int, position: Any) -> Open:
         blocks = sources[order[file]].blocks(position, limit)

@@ -23,7 +23,7 @@ from typing import Any, Optional, get_args
 from mlx_mla import checkpoint, cli
 from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx.caches import KVCache
-from mlx_mla.backends.mlx.device import find_device, kind_of
+from mlx_mla.backends.mlx.device import device_type, find_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.http_answer import Generator
 from mlx_mla.decoding.http_request import RequestChecks, check_template_arguments
@@ -208,7 +208,7 @@ def read_flags(
     args = _flags(others)
     folder, config = check_flags(args)
     device = find_device(own.device)
-    return args, device, decoding_dtype(own.dtype, kind_of(device)), folder, config
+    return args, device, decoding_dtype(own.dtype, device_type(device)), folder, config
 
 
 def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:

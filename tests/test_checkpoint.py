@@ -46,7 +46,7 @@ def test_what_is_downloaded_from_the_hub_is_whole(tiny_run, tmp_path):
     for name in filter_repo_objects([p.name for p in folder.iterdir()], allow_patterns=hub.FILES):
         if name not in (checkpoint.STATE, checkpoint.STATE_INFO):
             shutil.copy(folder / name, tmp_path)
-    assert checkpoint.damage(tmp_path, training=False) is None
+    assert checkpoint.integrity_error(tmp_path, training=False) is None
     assert "configuration_mla_gpt2.py" in (tmp_path / checkpoint.SUMS).read_text()
     assert (tmp_path / "configuration_mla_gpt2.py").is_file()
 
@@ -67,7 +67,7 @@ def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
     folder = tmp_path / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint.latest(tiny_run), folder)
-    assert checkpoint.damage(folder) is None
+    assert checkpoint.integrity_error(folder) is None
     name = data.draw(
         st.sampled_from(
             ["model.safetensors", "train_state.safetensors", "config.json", "tokenizer.json"]
@@ -80,11 +80,15 @@ def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
     else:
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     (folder / name).write_bytes(content)
-    assert checkpoint.damage(folder) == f"{name} is truncated or changed (its sha256 differs)"
+    assert (
+        checkpoint.integrity_error(folder) == f"{name} is truncated or changed (its sha256 differs)"
+    )
     # Only resuming reads the training state.
-    assert (checkpoint.damage(folder, training=False) is None) == name.startswith("train_state")
+    assert (checkpoint.integrity_error(folder, training=False) is None) == name.startswith(
+        "train_state"
+    )
     (folder / name).unlink()
-    assert checkpoint.damage(folder) == f"{name} is missing"
+    assert checkpoint.integrity_error(folder) == f"{name} is missing"
 
 
 def test_a_list_of_checksums_that_was_cut_is_no_proof(tiny_run, tmp_path):
@@ -94,14 +98,14 @@ def test_a_list_of_checksums_that_was_cut_is_no_proof(tiny_run, tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     for end in range(len(lines)):
         path.write_text("".join(lines[:end]))
-        assert "SHA256SUMS is truncated" in checkpoint.damage(folder), end
+        assert "SHA256SUMS is truncated" in checkpoint.integrity_error(folder), end
     path.write_bytes(b"\xff" * 100)
-    assert checkpoint.damage(folder) == "SHA256SUMS cannot be read"
+    assert checkpoint.integrity_error(folder) == "SHA256SUMS cannot be read"
     path.write_text("".join(lines) + "0" * 64 + "  ../../../etc/hostname\n")
-    assert checkpoint.damage(folder) == "../../../etc/hostname is missing"
+    assert checkpoint.integrity_error(folder) == "../../../etc/hostname is missing"
     path.write_text("".join(lines))
     (folder / "notes.txt").write_text("of the user's own")
-    assert checkpoint.damage(folder) is None
+    assert checkpoint.integrity_error(folder) is None
 
 
 def test_values_that_are_not_finite_are_found_wherever_they_are(rng):

@@ -66,7 +66,7 @@ def test_full_rank_is_exact_with_half_the_cache(method, model, hf_folder, text_f
     report = json.loads((out / "conversion.json").read_text())
     assert report["cache_bytes_per_token"]["before"] == 2 * report["cache_bytes_per_token"]["after"]
     assert report["method"] == method
-    assert checkpoint.damage(out) is None
+    assert checkpoint.integrity_error(out) is None
 
 
 @given(data=st.data())

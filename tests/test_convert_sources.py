@@ -65,7 +65,7 @@ def test_the_folder_is_one_of_ours(hf_folder, tmp_path, capfd):
         "README.md",
         "SHA256SUMS",
     }
-    assert checkpoint.damage(out) is None
+    assert checkpoint.integrity_error(out) is None
     assert "43 pad the 257 tokens" in (out / "README.md").read_text()
     texts = []
     for backend in ("mlx", "torch"):

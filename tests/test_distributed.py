@@ -143,7 +143,7 @@ def test_two_processes_by_mlx_launch_have_the_loss_curve_of_one(alone, tmp_path,
     os.close(open_end)
     assert curve(out) == pytest.approx(curve(alone), abs=1e-5), done.stderr
     assert done.stdout.count("run folder") == 1
-    assert checkpoint.damage(checkpoint.latest(out)) is None
+    assert checkpoint.integrity_error(checkpoint.latest(out)) is None
 
 
 @pytest.mark.slow
@@ -415,7 +415,7 @@ def test_auto_resume_passes_over_damaged_checkpoints(alone, broken, capfd):
     assert "step-000008: damaged, train_state.json is missing" in out
     assert "after step 4" in out
     assert curve(broken) == curve(alone)
-    assert checkpoint.damage(checkpoint.checkpoint_path(broken, 12)) is None
+    assert checkpoint.integrity_error(checkpoint.checkpoint_path(broken, 12)) is None
 
 
 def test_auto_resume_of_a_finished_run_is_no_error(alone, capfd):

@@ -199,7 +199,7 @@ def decoded_widths(name: str) -> set[tuple[int, int]]:
     kind = preset(name).resolved().model.kind
     if not kind.latent_widths:
         return {kind.head_widths}
-    return {(width, rank) for width, rank in zip(kind.latent_widths, kind.ranks)}
+    return {(width, rank) for width, rank in zip(kind.latent_widths, kind.latent_ranks)}
 
 
 @pytest.mark.parametrize("name", PRESETS)

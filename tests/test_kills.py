@@ -51,7 +51,7 @@ def test_training(tmp_path, text_file, kills):
 
     run_killed(argv, kills, begun)
     assert [p.name for p in checkpoint.checkpoints(out)] == ["step-000011", "step-000012"]
-    assert all(checkpoint.damage(p) is None for p in checkpoint.checkpoints(out))
+    assert all(checkpoint.integrity_error(p) is None for p in checkpoint.checkpoints(out))
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if row["split"] == "train"]
     assert steps == [1, 10, 12]
     assert hidden(out) == []
@@ -62,7 +62,7 @@ def test_conversion(tiny_run, tmp_path, kills):
     out = tmp_path / "model"
     argv = ["-m", "convert", str(tiny_run), "--out", str(out)]
     run_killed(argv, kills, lambda: bool(hidden(tmp_path)))
-    assert checkpoint.damage(out) is None
+    assert checkpoint.integrity_error(out) is None
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

@@ -15,7 +15,7 @@ from mlx_mla.backends.torch.load import build_model as build_torch
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.scoring import Block, Request, encode_choices, encode_pair, score
+from mlx_mla.evaluation.scoring import Request, RowBatch, encode_choices, encode_pair, score
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import initial_weights
 
@@ -138,7 +138,7 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was(scorers, monkeypatch, back
     monkeypatch.setattr(kind, name, fails)
     ones = np.ones((1, 4), np.int64)
     with pytest.raises(MemoryError):
-        scorer.run(ones, [Block(ones, np.array([0]), np.array([3]), np.array([1]))])
+        scorer.run(ones, [RowBatch(ones, np.array([0]), np.array([3]), np.array([1]))])
     blocks = scorer.model.layers if backend == 0 else scorer.model.transformer.h
     assert not any(block.attn.materialize_cache for block in blocks)
 

@@ -38,7 +38,7 @@ from bench.studying.trainer import make_room, run_toml
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml
 from mlx_mla.model.presets import overlay, preset
-from mlx_mla.training.run_folder import claim
+from mlx_mla.training.run_folder import create_run
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "bench" / "studies").glob("*.toml"))
@@ -684,17 +684,17 @@ def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):
     study = read_study(written(tmp_path))
     mha, mla = (study.cell(arm, "tiny", 1280).final(4e-3, 0.02, 1) for arm in ("mha", "mla"))
     folder = tmp_path / "runs" / "4e-3"
-    claim(folder, mha.config, contextlib.ExitStack())
+    create_run(folder, mha.config, contextlib.ExitStack())
     make_room(folder, mha)
     assert (folder / "config.toml").is_file()
     for aside in ("4e-3.other-1", "4e-3.other-2"):
         make_room(folder, mla)
         assert not folder.exists()
         assert (folder.with_name(aside) / "config.toml").is_file()
-        claim(folder, mha.config, contextlib.ExitStack())
+        create_run(folder, mha.config, contextlib.ExitStack())
     (folder / "config.toml").rename(folder / ".config.toml.tmp-7")  # killed while it was written
     make_room(folder, mha)
-    claim(folder, mha.config, contextlib.ExitStack())
+    create_run(folder, mha.config, contextlib.ExitStack())
 
 
 # --- real runs ---

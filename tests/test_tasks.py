@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.tasks import TASKS, Context, Measured
+from mlx_mla.evaluation.tasks import TASKS, Measured, TaskSetup
 from mlx_mla.evaluation.tasks.base import compare
 from mlx_mla.evaluation.tasks.wikitext2 import pages
 
 
 @pytest.fixture(scope="module")
-def context(shared_data):
+def setup(shared_data):
     tokenizer = GPT2Tokenizer(shared_data / "gpt2_bpe").fast_tokenizer()
-    return Context(lambda t: tokenizer.encode(t, add_special_tokens=False), 50256, 1024, 1024)
+    return TaskSetup(lambda t: tokenizer.encode(t, add_special_tokens=False), 50256, 1024, 1024)
 
 
 def read(shared_data, name, protocol="standard"):
@@ -28,14 +28,14 @@ def read(shared_data, name, protocol="standard"):
     return task.documents_from_file(shared_data / task.files[protocol], protocol)
 
 
-def test_wikitext_windows_score_every_token_but_the_first(shared_data, context):
+def test_wikitext_windows_score_every_token_but_the_first(shared_data, setup):
     documents = read(shared_data, "wikitext2")
     assert [kind for kind, _ in documents] == ["text"] + [
         "page"
     ] * 62  # the harness counts 62 pages
-    ids = context.encode(documents[0][1])
+    ids = setup.encode(documents[0][1])
     assert len(ids) == 287_644
-    windows = TASKS["wikitext2"].requests(documents[:1], "standard", context)[0]
+    windows = TASKS["wikitext2"].requests(documents[:1], "standard", setup)[0]
     plain = math.ceil(len(ids) / 1024)
     assert sum(len(r.targets[0]) for r in windows[:plain]) == len(ids) - plain
     assert [t for r in windows[plain:] for t in r.targets[0]] == ids[1:]
@@ -46,23 +46,23 @@ def test_wikitext_windows_score_every_token_but_the_first(shared_data, context):
     }
 
 
-def test_a_sample_of_windows_is_spread_over_the_text(shared_data, context):
+def test_a_sample_of_windows_is_spread_over_the_text(shared_data, setup):
     documents, task = read(shared_data, "wikitext2")[:1], TASKS["wikitext2"]
-    sampled = dataclasses.replace(context, limit=9, seed=3)
-    every, some = (task.requests(documents, "standard", c)[0] for c in (context, sampled))
+    sampled = dataclasses.replace(setup, limit=9, seed=3)
+    every, some = (task.requests(documents, "standard", c)[0] for c in (setup, sampled))
     assert len(some) == 18
     assert set(some) < set(every)
     assert every.index(some[8]) > 100
     assert task.requests(documents, "standard", sampled)[0] == some
 
 
-def test_the_originals_wikitext_scores_the_published_number_of_tokens(shared_data, context):
+def test_the_originals_wikitext_scores_the_published_number_of_tokens(shared_data, setup):
     documents = read(shared_data, "wikitext2", "original")
-    requests = TASKS["wikitext2"].requests(documents, "original", context)
+    requests = TASKS["wikitext2"].requests(documents, "original", setup)
     assert sum(len(r.targets[0]) for own in requests for r in own) == 242_367
 
 
-def test_documents_are_all_read(shared_data, context):
+def test_documents_are_all_read(shared_data, setup):
     assert len(read(shared_data, "lambada")) == 5153
     assert len(read(shared_data, "hellaswag")) == 10042
 

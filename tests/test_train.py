@@ -385,7 +385,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(run_copy, ca
     assert "--from-step 20" in said
     assert train.main([*map(str, resume), "--from-step", "20"]) == 0
     # The damaged folder was written anew on the way, and steps 21-40 are logged once.
-    assert checkpoint.damage(run_copy / "checkpoints" / "step-000040") is None
+    assert checkpoint.integrity_error(run_copy / "checkpoints" / "step-000040") is None
     steps = [r["step"] for r in read_metrics(run_copy / "metrics.jsonl") if r["split"] == "train"]
     assert steps == [1, 10, 20, 30, 40, 41]
 
@@ -468,7 +468,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run_copy, capsys):
     assert re.search(r"diverged at step 4\d \(loss (nan|inf|\d)", said)
     assert "newest good checkpoint is" in said
     newest = checkpoint.latest(run_copy)
-    assert checkpoint.damage(newest) is None
+    assert checkpoint.integrity_error(newest) is None
     # What was saved holds finite weights only.
     weights = checkpoint.read_weights(newest, checkpoint.read_config(newest))
     assert all(abs(w).max() < float("inf") for w in weights.values())
@@ -495,7 +495,7 @@ def test_an_update_that_diverges_is_never_saved(tmp_path, text_file, capsys, bac
     newest = tmp_path / "run" / "checkpoints" / "step-000002"
     assert f"newest good checkpoint is {newest}" in said
     assert checkpoint.latest(tmp_path / "run") == newest
-    assert checkpoint.spoilt(newest) is None
+    assert checkpoint.has_nonfinite(newest) is None
     assert train.main([*map(str, resume), *good, "--steps", "4"]) == 0
 
 
@@ -529,7 +529,7 @@ def test_a_spoilt_checkpoint_of_an_earlier_version_is_passed_over(run_copy, caps
     assert "step-000040: damaged, transformer.wte.weight in model.safetensors" in (
         capsys.readouterr().out
     )
-    assert checkpoint.spoilt(checkpoint.latest(run_copy)) is None
+    assert checkpoint.has_nonfinite(checkpoint.latest(run_copy)) is None
 
 
 def test_a_copy_of_a_checkpoint_in_the_run_folder_is_in_nobodys_way(run_copy):

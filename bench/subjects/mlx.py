@@ -14,7 +14,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from bench.subjects.contract import Timed, Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
-from mlx_mla.backends.mlx.device import kind_of, stream_of
+from mlx_mla.backends.mlx.device import device_type, stream_of
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.model.config import DType, ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
@@ -44,7 +44,7 @@ class MLXSubject:
         self, model: str, network: Any, config: ModelConfig, dtype: str, memory: MLXMemory
     ):
         self.model, self.config, self.memory = model, config, memory
-        self.device_kind = kind_of(mx.default_device())
+        self.device_kind = device_type(mx.default_device())
         self._dtype = {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
         self._network = network
         self._network.set_dtype(self._dtype)
@@ -255,7 +255,7 @@ def rates(dtype: DType, side: int) -> tuple[float, float]:
     product of `side` squared values."""
     memory = _memory_rate(side)
     mx.clear_cache()
-    backend = MLXBackend(kind_of(mx.default_device()))
+    backend = MLXBackend(device_type(mx.default_device()))
     return backend.peak_flops(dtype, seconds=0.2), memory
 
 

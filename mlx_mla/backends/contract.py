@@ -141,7 +141,7 @@ class Backend(Protocol):
 
     name: str
 
-    def facts(self) -> dict[str, str]:
+    def device_info(self) -> dict[str, str]:
         """What the framework found on this machine, by labels for people: device, BLAS, memory
         limit."""
         ...

@@ -16,7 +16,7 @@ from mlx_mla.backends.contract import Backend, Decoder
 from mlx_mla.checks.row import Outcome, at_most, together
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import CacheName, GenerationOptions
-from mlx_mla.evaluation.scoring import Block, Scorer
+from mlx_mla.evaluation.scoring import RowBatch, Scorer
 from mlx_mla.files import atomic_folder
 from mlx_mla.model.config import BackendName, DeviceName, DType, ModelConfig
 from mlx_mla.model.presets import PRESETS, preset
@@ -160,7 +160,7 @@ def log_probabilities(
     """
     V = len(scorer.tokenizer)
     where, targets = np.repeat(at, V), np.tile(np.arange(V), len(at))
-    block = Block(ids, np.arange(len(ids)), where.astype(np.int32), targets.astype(np.int32))
+    block = RowBatch(ids, np.arange(len(ids)), where.astype(np.int32), targets.astype(np.int32))
     found, _ = scorer.run(prefix, [block])
     return found.reshape(len(at), V)
 
@@ -171,7 +171,7 @@ def regret(scorer: Scorer, prompt: Sequence[int], tokens: Sequence[int]) -> floa
     assert tokens
     ids = np.array([[*prompt, *tokens[:-1]]], np.int32)
     at, chosen = np.arange(len(prompt) - 1, ids.size, dtype=np.int32), np.array(tokens, np.int32)
-    logprobs, greedy = scorer.run(None, [Block(ids, np.zeros(1, np.int32), at, chosen)])
+    logprobs, greedy = scorer.run(None, [RowBatch(ids, np.zeros(1, np.int32), at, chosen)])
     lost = [
         float(log_probabilities(scorer, ids, at[[i]]).max()) - float(logprobs[i])
         for i in np.flatnonzero(~greedy | np.isnan(logprobs))

@@ -108,7 +108,7 @@ _OTHERS = (
         where=(
             "mlx_mla/machine.py:processor",
             "mlx_mla/backends/blas.py:in_use",
-            "mlx_mla/backends/mlx/backend.py:facts",
+            "mlx_mla/backends/mlx/backend.py:device_info",
             "mlx_mla/backends/peak.py:measure_peak",
         ),
         expected="Metal and Accelerate on a Mac; rates near what is published for the chip",

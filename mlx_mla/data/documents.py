@@ -35,7 +35,7 @@ _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_vie
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class TextBlock:
     """Some consecutive documents of a source."""
 
     documents: Callable[[], list[str | None]]
@@ -51,9 +51,9 @@ class Source(Protocol):
 
     name: str
     size: float
-    """In any unit that `Block.done` counts in, the same for all sources of a run; 0: not known."""
+    """In the unit of `TextBlock.done`, one for all sources of a run; 0: not known."""
 
-    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+    def blocks(self, start: Any, limit: int) -> Iterator[TextBlock]:
         """Blocks of at least one document and, if more than one, at most `limit` bytes.
 
         Args:
@@ -151,7 +151,7 @@ class _StreamSource(_FileSource):
     longest: int | None = None
     refused: int | None = None
 
-    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+    def blocks(self, start: Any, limit: int) -> Iterator[TextBlock]:
         _check_place(start, list, self.name)
         offset, count = start or (0, 0)
         try:
@@ -165,7 +165,7 @@ class _StreamSource(_FileSource):
                             "cut it into documents"
                         )
                     end = [offset + len(data), count + data.count(self.delimiter)]
-                    yield Block(self._parser(data, offset, count), end, raw.tell())
+                    yield TextBlock(self._parser(data, offset, count), end, raw.tell())
                     offset, count = end
         except _DAMAGE as e:
             if isinstance(e, OSError) and e.strerror:
@@ -231,7 +231,7 @@ class JsonLinesSource(_StreamSource):
 class ParquetSource(_FileSource):
     """A column of a parquet file; a position is a number of rows."""
 
-    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+    def blocks(self, start: Any, limit: int) -> Iterator[TextBlock]:
         _check_place(start, int, self.name)
         skip, column = start or 0, self.reading.column
         position = skip
@@ -252,7 +252,7 @@ class ParquetSource(_FileSource):
                 rows_of = (text for batch in batches for text in self._texts(batch.column(0)))
                 total = max(1, file.metadata.num_rows)
                 for texts, position in _grouped(rows_of, first, skip, limit):
-                    yield Block(_constant(texts), position, self.size * position / total)
+                    yield TextBlock(_constant(texts), position, self.size * position / total)
         except UnicodeDecodeError as e:
             raise UserError(
                 f"{self.path}: column {column!r} is not UTF-8 after row {position:,} ({e})"
@@ -294,7 +294,7 @@ class HubSource:
     def __init__(self, dataset: Any, name: str, size: float, column: str):
         self.dataset, self.name, self.size, self.column = dataset, name, size, column
 
-    def blocks(self, start: Any, limit: int) -> Iterator[Block]:
+    def blocks(self, start: Any, limit: int) -> Iterator[TextBlock]:
         done = 0
         _check_place(start, dict, self.name)
         if start is not None:
@@ -302,7 +302,7 @@ class HubSource:
             done = start["rows"]
         try:
             for texts, end in _grouped(map(self._text, self.dataset), done, done, limit):
-                yield Block(
+                yield TextBlock(
                     _constant(texts), {"rows": end, "state": self.dataset.state_dict()}, end
                 )
         except UserError:

@@ -13,7 +13,7 @@ from mlx_mla.data.tokenizer import encode
 from mlx_mla.errors import UserError, add_hint
 from mlx_mla.evaluation.item_store import ItemStore
 from mlx_mla.evaluation.scoring import Scorer, Scores, check_lengths, score
-from mlx_mla.evaluation.tasks import TASKS, Context, Measured, Task
+from mlx_mla.evaluation.tasks import TASKS, Measured, Task, TaskSetup
 from mlx_mla.evaluation.tasks.base import Definition
 from mlx_mla.evaluation.tasks.data import unpublished
 
@@ -70,9 +70,9 @@ def check_tokenizer(scorer: Scorer, folder: Path) -> None:
         )
 
 
-def context_of(
+def task_setup(
     tokenizer: Any, n_positions: int, window: int, limit: int | None, seed: int
-) -> Context:
+) -> TaskSetup:
     """How a model's tokenizer (transformers) turns documents into requests.
 
     Raises:
@@ -82,7 +82,7 @@ def context_of(
         raise UserError(
             "the model's tokenizer has no end-of-text token, with which every task begins documents"
         )
-    return Context(
+    return TaskSetup(
         partial(encode, tokenizer), tokenizer.eos_token_id, n_positions, window, limit, seed
     )
 
@@ -95,17 +95,17 @@ class PreparedTask:
     """
 
     def __init__(
-        self, task: Task, documents: Sequence[Any], protocol: Definition, context: Context
+        self, task: Task, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ):
-        self.task, self._documents, self._protocol, self._context = (
+        self.task, self._documents, self._protocol, self._setup = (
             task,
             documents,
             protocol,
-            context,
+            setup,
         )
-        self._requests = task.requests(documents, protocol, context)
+        self._requests = task.requests(documents, protocol, setup)
         self._flat = [request for own in self._requests for request in own]
-        check_lengths(self._flat, context.n_positions)
+        check_lengths(self._flat, setup.n_positions)
 
     def run(
         self, scorer: Scorer, batch_size: int,
@@ -134,7 +134,7 @@ class PreparedTask:
         ordered = iter(range(len(self._flat)))
         scores = [[found[next(ordered)] for _ in own] for own in self._requests]
         return self.task.measure(
-            self._documents, self._protocol, self._context, self._requests, scores
+            self._documents, self._protocol, self._setup, self._requests, scores
         )
 
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class RowBatch:
     """Rows that are computed at once.
 
     Attributes:
@@ -53,7 +53,7 @@ class Scorer(Protocol):
     vocab_size: int
 
     def run(
-        self, prefix: np.ndarray | None, blocks: Sequence[Block]
+        self, prefix: np.ndarray | None, blocks: Sequence[RowBatch]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Score the tokens of blocks, one block after the other.
 
@@ -254,7 +254,7 @@ def _blocks(batch: Sequence[_Unit], batch_size: int) -> Iterator[list[_Row]]:
     return _grouped(rows, fits)
 
 
-def _block(rows: Sequence[_Row], room: int) -> Block:
+def _row_batch(rows: Sequence[_Row], room: int) -> RowBatch:
     length = min(_padded(len(rows[0].ids)), room)
     ids = np.zeros((len(rows), length), np.int32)
     where: list[int] = []
@@ -265,7 +265,7 @@ def _block(rows: Sequence[_Row], room: int) -> Block:
         where += range(first, first + len(row.target))
         targets += row.target
     parents = np.array([row.unit for row in rows], np.int32)
-    return Block(ids, parents, np.array(where, np.int32), np.array(targets, np.int32))
+    return RowBatch(ids, parents, np.array(where, np.int32), np.array(targets, np.int32))
 
 
 def _run(
@@ -275,7 +275,7 @@ def _run(
     blocks = list(_blocks(batch, batch_size))
     prefix = np.array([u.prefix for u in batch], np.int32) if length else None
     logprobs, greedy = scorer.run(
-        prefix, [_block(rows, scorer.n_positions - length) for rows in blocks]
+        prefix, [_row_batch(rows, scorer.n_positions - length) for rows in blocks]
     )
     rows = [row for block in blocks for row in block]
     ends = np.cumsum([0, *(len(row.target) for row in rows)])

@@ -249,7 +249,7 @@ class MultiHeadLatent(Attention):
             setattr(c, name, c.kv_lora_rank)
 
     @property
-    def ranks(self) -> list[int]:
+    def latent_ranks(self) -> list[int]:
         """Width of the latent that every layer reads, R."""
         c = self.c
         assert c.kv_lora_rank
@@ -263,7 +263,7 @@ class MultiHeadLatent(Attention):
 
     @property
     def text(self) -> str:
-        ranks = ", ".join(map(str, self.c.kv_lora_ranks or self.ranks[:1]))
+        ranks = ", ".join(map(str, self.c.kv_lora_ranks or self.latent_ranks[:1]))
         rope = f", RoPE {self.c.qk_rope_head_dim} wide" if self.c.qk_rope_head_dim else ""
         shared = self.c.num_kv_shared_layers
         sharing = f", one latent for the last {shared + 1} layers" if shared else ""
@@ -274,7 +274,7 @@ class MultiHeadLatent(Attention):
     def cache_text(self) -> str:
         shared = self.c.num_kv_shared_layers
         sharing = f", one for the last {shared + 1}" if shared else ""
-        return f"latents {' or '.join(map(str, sorted(set(self.ranks))))} wide{sharing}"
+        return f"latents {' or '.join(map(str, sorted(set(self.latent_ranks))))} wide{sharing}"
 
     @property
     def head_widths(self) -> tuple[int, int]:
@@ -283,7 +283,7 @@ class MultiHeadLatent(Attention):
         return self.head_dim + c.qk_rope_head_dim, c.v_head_dim
 
     def tensors(self, layer: int) -> Tensors:
-        c, rank, (key_width, value_width) = self.c, self.ranks[layer], self.head_widths
+        c, rank, (key_width, value_width) = self.c, self.latent_ranks[layer], self.head_widths
         q_width = c.n_head * key_width
         # [q (or its latent) | kv latent | shared RoPE key]
         latent_width = rank + c.qk_rope_head_dim if self.has_latent(layer) else 0
@@ -307,13 +307,13 @@ class MultiHeadLatent(Attention):
 
     @property
     def latent_widths(self) -> list[int]:
-        return [rank + self.c.qk_rope_head_dim for rank in self.ranks]
+        return [rank + self.c.qk_rope_head_dim for rank in self.latent_ranks]
 
     def score_flops(self, on_latents: bool = False) -> int:
         if not on_latents:
             return super().score_flops()
         # Scores are R + P wide, the sum of the latents R.
-        return 2 * self.c.n_head * sum(2 * r + self.c.qk_rope_head_dim for r in self.ranks)
+        return 2 * self.c.n_head * sum(2 * r + self.c.qk_rope_head_dim for r in self.latent_ranks)
 
 
 KINDS: dict[AttentionName, type[Attention]] = {"mla": MultiHeadLatent, "mha": MultiHead}

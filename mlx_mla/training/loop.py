@@ -27,7 +27,7 @@ from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
 from mlx_mla.data.windows import Batch
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.runner import PreparedTask, context_of, load, metrics, task_names
+from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names, task_setup
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 from mlx_mla.files import atomic_folder, parse_toml, write_text
@@ -97,9 +97,9 @@ def train(
         start = _shared(world, first)
         # All that the user may have got wrong is checked; from here on the run folder is written.
         if lead and resume:
-            run_folder.go_on(out, config, start.step)
+            run_folder.prepare_resume(out, config, start.step)
         elif lead:
-            run_folder.claim(out, config, stack)
+            run_folder.create_run(out, config, stack)
         began = f"training {config.preset} into {out}"
         if resume:
             began = f"resuming {out} after step {start.step}"
@@ -362,12 +362,12 @@ def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
     # Windows as long as the model allows: its progress is wanted here, not a figure to set beside
     # others.
     window = min(WINDOW, n_positions)
-    context = context_of(data.fast_tokenizer, n_positions, window, config.eval_limit, config.seed)
+    setup = task_setup(data.fast_tokenizer, n_positions, window, config.eval_limit, config.seed)
     folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
     prepared = []
     for name in task_names(config.eval_tasks, "--eval-tasks"):
         documents = load(TASKS[name], "standard", folder, config.eval_limit, config.seed)
-        prepared.append(PreparedTask(TASKS[name], documents, "standard", context))
+        prepared.append(PreparedTask(TASKS[name], documents, "standard", setup))
     return prepared
 
 

@@ -53,7 +53,7 @@ def _problem(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
-        return checkpoint.damage(folder) or checkpoint.spoilt(folder)
+        return checkpoint.integrity_error(folder) or checkpoint.has_nonfinite(folder)
     except UserError as e:
         return str(e)
 

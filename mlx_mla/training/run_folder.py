@@ -49,7 +49,7 @@ def locked_run(out: Path) -> Iterator[None]:
         yield
 
 
-def claim(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> None:
+def create_run(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> None:
     """Make the run folder, unless something is there that must not be overwritten.
 
     Args:
@@ -127,7 +127,7 @@ def resume_point(
     if not folder.is_dir():
         steps = ", ".join(str(checkpoint.step_of(p)) for p in checkpoint.checkpoints(out))
         raise UserError(f"--from-step {from_step}: {out} has checkpoints of steps {steps}")
-    if problem := checkpoint.damage(folder):
+    if problem := checkpoint.integrity_error(folder):
         older = [
             s
             for p in checkpoint.checkpoints(out)
@@ -156,7 +156,7 @@ def resume_point(
     return Start(weights, info["step"], optimizer_state, info["val_loss"])
 
 
-def go_on(out: Path, config: TrainConfig, step: int) -> None:
+def prepare_resume(out: Path, config: TrainConfig, step: int) -> None:
     """Make a run folder ready to go on after a step.
 
     Lines that a killed run wrote after its last checkpoint are dropped; they will be written again.

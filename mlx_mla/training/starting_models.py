@@ -45,7 +45,7 @@ def teacher(config: TrainConfig, tokenizer: Tokenizer) -> Teacher | None:
 
 
 def _whole_weights(option: str, folder: Path, shape: ModelConfig) -> dict[str, np.ndarray]:
-    if problem := checkpoint.damage(folder, training=False):
+    if problem := checkpoint.integrity_error(folder, training=False):
         raise UserError(f"{option} {folder}: {problem}; the folder is damaged")
     return checkpoint.read_weights(folder, shape)
 

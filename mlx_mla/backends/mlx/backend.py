@@ -33,7 +33,7 @@ class MLXBackend:
     def __init__(self, device: str = "auto"):
         self.device = find_device(device)
 
-    def facts(self) -> dict[str, str]:
+    def device_info(self) -> dict[str, str]:
         info = mx.device_info(self.device)
         gpu = "Metal" if mx.metal.is_available() else "CUDA" if mx.is_available(mx.gpu) else "none"
         facts = {

@@ -27,7 +27,7 @@ from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import UnusedCache, make_cache
-from mlx_mla.backends.mlx.device import DTYPES, kind_of, on_device, stream_of
+from mlx_mla.backends.mlx.device import DTYPES, device_type, on_device, stream_of
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.request import (
     OVERFLOWS,
@@ -69,7 +69,7 @@ class WithoutCache(nn.Module):
 
 
 @dataclasses.dataclass
-class Context:
+class DecodingState:
     """Tokens that were read or generated, and the cache with those of them that the model has
     seen."""
 
@@ -133,7 +133,7 @@ class MLXDecoder:
         dtype: InferenceDType | None = None,
     ):
         self.device = device
-        self.dtype = decoding_dtype(dtype, kind_of(device))
+        self.dtype = decoding_dtype(dtype, device_type(device))
         with mx.stream(device):
             model = load(folder, self.dtype)
         self.folder, self.requested_cache = folder, cache
@@ -240,12 +240,12 @@ class MLXDecoder:
             return contextlib.nullcontext()
         return wired_limit(self.model, [mx.default_stream(self.device)])
 
-    def _new_context(self, prompt: Sequence[int], options: GenerationOptions) -> Context:
+    def _new_context(self, prompt: Sequence[int], options: GenerationOptions) -> DecodingState:
         self._check_cache(options)
         if options.save_prompt_cache:
             prompt_cache.check_target(options.save_prompt_cache)
         if options.prompt_cache is None:
-            return Context(list(prompt), make_cache(self.model))
+            return DecodingState(list(prompt), make_cache(self.model))
         if self.requested_cache == "materialized":
             raise UserError("--prompt-cache: files keep latents; leave out --cache materialized")
         cache, tokens = prompt_cache.load(options.prompt_cache, self.folder, DTYPES[self.dtype])
@@ -258,9 +258,9 @@ class MLXDecoder:
                 f"{options.prompt_cache}: has {bits} bits a value; leave out --kv-bits "
                 f"{options.kv_bits}"
             )
-        return Context([*tokens, *prompt], cache)
+        return DecodingState([*tokens, *prompt], cache)
 
-    def _save(self, context: Context, path: Path) -> None:
+    def _save(self, context: DecodingState, path: Path) -> None:
         """Write the cache with all tokens of the context in it, and none that was only begun."""
         trim_prompt_cache(context.cache, max(0, context.cache[0].offset - len(context.tokens)))
         if context.unseen:
@@ -268,7 +268,7 @@ class MLXDecoder:
         prompt_cache.save(path, context.cache, context.tokens, self.folder)
 
     def _tokens(
-        self, context: Context, max_tokens: int, options: GenerationOptions
+        self, context: DecodingState, max_tokens: int, options: GenerationOptions
     ) -> Generator[tuple[int, bool], None, None]:
         """Generated token ids, each with whether the draft model had guessed it; adds them to the
         context."""

@@ -52,7 +52,7 @@ def stream_of(device: mx.Device) -> dict[str, mx.Stream]:
     return {"stream": mx.default_stream(device)} if TAKES_STREAM else {}
 
 
-def kind_of(device: mx.Device) -> str:
+def device_type(device: mx.Device) -> str:
     """cpu or gpu."""
     return "cpu" if device == mx.cpu else "gpu"
 

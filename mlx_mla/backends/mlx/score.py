@@ -8,7 +8,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_mla.backends.mlx.device import on_device
-from mlx_mla.evaluation.scoring import HEAD_POSITIONS, Block, expanded_cache
+from mlx_mla.evaluation.scoring import HEAD_POSITIONS, RowBatch, expanded_cache
 from mlx_mla.model.model_mlx import Model
 
 
@@ -28,7 +28,7 @@ class MLXScorer:
 
     @on_device
     def run(
-        self, prefix: np.ndarray | None, blocks: Sequence[Block]
+        self, prefix: np.ndarray | None, blocks: Sequence[RowBatch]
     ) -> tuple[np.ndarray, np.ndarray]:
         with expanded_cache(self.model):
             shared = None
@@ -38,7 +38,7 @@ class MLXScorer:
             found = [self._run(shared, block) for block in blocks]
         return np.concatenate([f for f, _ in found]), np.concatenate([g for _, g in found])
 
-    def _run(self, shared: list[Any] | None, block: Block) -> tuple[np.ndarray, np.ndarray]:
+    def _run(self, shared: list[Any] | None, block: RowBatch) -> tuple[np.ndarray, np.ndarray]:
         cache = None if shared is None else self._rows(shared, mx.array(block.parents))
         hidden = self.model.transformer(mx.array(block.ids), cache)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(block.where)]

@@ -30,7 +30,7 @@ class TorchBackend:
     def __init__(self, device: str = "auto"):
         self.device = find_device(device)
 
-    def facts(self) -> dict[str, str]:
+    def device_info(self) -> dict[str, str]:
         blas = "MKL" if torch.backends.mkl.is_available() else "other"
         device = self.device.type
         if device == "cuda":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from mlx_mla.evaluation.scoring import HEAD_POSITIONS, Block, expanded_cache
+from mlx_mla.evaluation.scoring import HEAD_POSITIONS, RowBatch, expanded_cache
 from mlx_mla.model.model_torch import MLAGPT2LMHeadModel
 
 
@@ -27,7 +27,7 @@ class TorchScorer:
 
     @torch.inference_mode()
     def run(
-        self, prefix: np.ndarray | None, blocks: Sequence[Block]
+        self, prefix: np.ndarray | None, blocks: Sequence[RowBatch]
     ) -> tuple[np.ndarray, np.ndarray]:
         with expanded_cache(self.model):
             shared = None
@@ -38,7 +38,7 @@ class TorchScorer:
             found = [self._run(shared, block) for block in blocks]
         return np.concatenate([f for f, _ in found]), np.concatenate([g for _, g in found])
 
-    def _run(self, shared: DynamicCache | None, block: Block) -> tuple[np.ndarray, np.ndarray]:
+    def _run(self, shared: DynamicCache | None, block: RowBatch) -> tuple[np.ndarray, np.ndarray]:
         device = self.model.device
         cache = None if shared is None else _rows(shared, _ids(block.parents, device))
         out = self.model.transformer(

@@ -15,7 +15,7 @@ Z95 = 1.959964
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
+class TaskSetup:
     """What requests depend on beside the documents."""
 
     encode: Callable[[str], list[int]]
@@ -149,13 +149,13 @@ class Task:
         return [documents[i] for i in sorted(random.choice(len(documents), limit, replace=False))]
 
     def requests(
-        self, documents: Sequence[Any], protocol: Definition, context: Context
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ) -> list[list[Request]]:
         """The requests of every document, in one list a document."""
         raise NotImplementedError
 
     def measure(
-        self, documents: Sequence[Any], protocol: Definition, context: Context,
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
         """The metrics from the scores of the requests."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores, encode_choices
-from mlx_mla.evaluation.tasks.base import Context, Definition, Measured, Task, accuracy
+from mlx_mla.evaluation.tasks.base import Definition, Measured, Task, TaskSetup, accuracy
 from mlx_mla.evaluation.tasks.data import field, load_hub, read_jsonl
 
 
@@ -43,26 +43,24 @@ class HellaSwag(Task):
         )
 
     def requests(
-        self, documents: Sequence[Any], protocol: Definition, context: Context
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ) -> list[list[Request]]:
         requests = []
         for row in documents:
-            head = tuple(context.encode(row["ctx"])) or (context.end_of_text,)
-            completion = Request(
-                head, tuple(tuple(context.encode(" " + e)) for e in row["endings"])
-            )
+            head = tuple(setup.encode(row["ctx"])) or (setup.end_of_text,)
+            completion = Request(head, tuple(tuple(setup.encode(" " + e)) for e in row["endings"]))
             if protocol == "original":
                 requests.append([completion])
                 continue
             query = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
             endings = [" " + clean(e) for e in row["endings"]]
             requests.append(
-                [encode_choices(context.encode, context.end_of_text, query, endings), completion]
+                [encode_choices(setup.encode, setup.end_of_text, query, endings), completion]
             )
         return requests
 
     def measure(
-        self, documents: Sequence[Any], protocol: Definition, context: Context,
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
         labels = [row["label"] for row in documents]

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores, encode_pair
-from mlx_mla.evaluation.tasks.base import Context, Definition, Measured, Task, accuracy
+from mlx_mla.evaluation.tasks.base import Definition, Measured, Task, TaskSetup, accuracy
 from mlx_mla.evaluation.tasks.data import field, load_hub, read_jsonl
 
 
@@ -42,22 +42,20 @@ class Lambada(Task):
         )
 
     def requests(
-        self, documents: Sequence[Any], protocol: Definition, context: Context
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ) -> list[list[Request]]:
         requests = []
         for text in documents:
             if protocol == "standard":
                 before, _, word = text.rpartition(" ")
-                requests.append(
-                    [encode_pair(context.encode, context.end_of_text, before, " " + word)]
-                )
+                requests.append([encode_pair(setup.encode, setup.end_of_text, before, " " + word)])
             else:
-                ids = context.encode(text)
+                ids = setup.encode(text)
                 requests.append([Request(tuple(ids[:-1]), ((ids[-1],),))] if len(ids) > 1 else [])
         return requests
 
     def measure(
-        self, documents: Sequence[Any], protocol: Definition, context: Context,
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
         flat = [s for own in scores for s in own]

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores
-from mlx_mla.evaluation.tasks.base import Context, Definition, Measured, Task
+from mlx_mla.evaluation.tasks.base import Definition, Measured, Task, TaskSetup
 from mlx_mla.evaluation.tasks.data import load_hub
 from mlx_mla.files import read_text
 
@@ -84,15 +84,15 @@ class WikiText2(Task):
         return [("text", "\n\n".join(rows)), *(("page", page) for page in pages(rows))]
 
     def requests(
-        self, documents: Sequence[Any], protocol: Definition, context: Context
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ) -> list[list[Request]]:
-        if protocol == "standard" and context.window > context.n_positions:
+        if protocol == "standard" and setup.window > setup.n_positions:
             raise UserError(
-                f"wikitext2: windows of {context.window} tokens do not fit this model's "
-                f"n_positions={context.n_positions}; --window {context.n_positions} measures "
+                f"wikitext2: windows of {setup.window} tokens do not fit this model's "
+                f"n_positions={setup.n_positions}; --window {setup.n_positions} measures "
                 "another, not comparable perplexity"
             )
-        return [self._requests(kind, text, context) for kind, text in documents]
+        return [self._requests(kind, text, setup) for kind, text in documents]
 
     def sample(
         self, documents: Sequence[Any], limit: int, random: np.random.Generator
@@ -101,32 +101,30 @@ class WikiText2(Task):
         whole = [d for d in documents if d[0] == "text"]
         return whole + super().sample([d for d in documents if d[0] != "text"], limit, random)
 
-    def _requests(self, kind: str, text: str, context: Context) -> list[Request]:
-        window = context.window
+    def _requests(self, kind: str, text: str, setup: TaskSetup) -> list[Request]:
+        window = setup.window
         if kind == "text":
-            ids = context.encode(text)
-            return [*_windows(ids, window, context), *_windows(ids, window // 2, context)]
+            ids = setup.encode(text)
+            return [*_windows(ids, window, setup), *_windows(ids, window // 2, setup)]
         if kind == "page":
-            ids = context.encode(detokenize(text))
+            ids = setup.encode(detokenize(text))
             requests = []
-            for start in range(0, len(ids), context.n_positions):
-                end = min(start + context.n_positions, len(ids))
+            for start in range(0, len(ids), setup.n_positions):
+                end = min(start + setup.n_positions, len(ids))
                 # The last window reaches back, so that its tokens too see as much as fits.
-                before = (
-                    ids[end - context.n_positions - 1 : start] if start else [context.end_of_text]
-                )
+                before = ids[end - setup.n_positions - 1 : start] if start else [setup.end_of_text]
                 requests.append(Request(tuple(before), (tuple(ids[start:end]),)))
             return requests
-        ids = context.encode(text)
+        ids = setup.encode(text)
         requests = []
-        for start in range(0, len(ids) - 1, context.n_positions):
-            end = min(start + context.n_positions, len(ids) - 1)
+        for start in range(0, len(ids) - 1, setup.n_positions):
+            end = min(start + setup.n_positions, len(ids) - 1)
             if end - start > 1:
                 requests.append(Request((ids[start],), (tuple(ids[start + 1 : end]),)))
         return requests
 
     def measure(
-        self, documents: Sequence[Any], protocol: Definition, context: Context,
+        self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
         measured = []
@@ -138,10 +136,10 @@ class WikiText2(Task):
             return [Measured("token_ppl", *sums, perplexity=True, unit="token")]
         for i, (kind, text) in enumerate(documents):
             if kind == "text":
-                n = len(_windows(context.encode(text), context.window, context))
+                n = len(_windows(setup.encode(text), setup.window, setup))
                 parts = {
                     "token_ppl": slice(None, n),
-                    f"token_ppl_stride{context.window // 2}": slice(n, None),
+                    f"token_ppl_stride{setup.window // 2}": slice(n, None),
                 }
                 for name, part in parts.items():
                     measured.append(Measured(name, nll[i][part], tokens[i][part], True, "token"))
@@ -187,11 +185,11 @@ def detokenize(page: str) -> str:
     return text
 
 
-def _windows(ids: Sequence[int], stride: int, context: Context) -> list[Request]:
-    windows = _sliding(ids, context.window, stride)
-    if context.limit is None or context.limit >= len(windows):
+def _windows(ids: Sequence[int], stride: int, setup: TaskSetup) -> list[Request]:
+    windows = _sliding(ids, setup.window, stride)
+    if setup.limit is None or setup.limit >= len(windows):
         return windows
-    chosen = np.random.default_rng(context.seed).choice(len(windows), context.limit, replace=False)
+    chosen = np.random.default_rng(setup.seed).choice(len(windows), setup.limit, replace=False)
     return [windows[i] for i in sorted(chosen)]
 
 
