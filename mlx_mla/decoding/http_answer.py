@@ -107,10 +107,12 @@ class Generator(server.ResponseGenerator):
         return request.tokenized
 
     def _make_state_machine(
-        self, model_key: Any, tokenizer: Any, stop_words: Any, *state: Any
+        self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         answer: Answer = stop_words
-        answer.machine, rest = super()._make_state_machine(model_key, tokenizer, (), *state)
+        answer.machine, rest = super()._make_state_machine(
+            model_key, tokenizer, (), *args, **kwargs
+        )
         return answer, rest
 
     def _generate(self) -> None:

@@ -1,6 +1,7 @@
 """The requests that `mlx_mla.serve` accepts: mlx-lm's fields, with the types and in the ranges that
 its generation thread survives."""
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Sequence
@@ -171,11 +172,14 @@ def _normalize_messages(body: dict[str, Any]) -> None:
     if not messages or not all(isinstance(m, dict) and _is_text(m.get("role")) for m in messages):
         raise UserError("messages must be a list of objects with a text as role")
     try:
-        process_message_content(messages)
+        normal = copy.deepcopy(messages)  # mlx-lm parses the arguments of tool calls again
+        process_message_content(normal)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"messages: the content or tool_calls of one are malformed ({e})") from None
-    if not all(_is_text(m["content"]) for m in messages):
-        raise UserError("messages: content must be a text, a list of text parts, or null")
+    for message, same in zip(messages, normal):
+        message["content"] = same["content"]
+        if not _is_text(message["content"]):
+            raise UserError("messages: content must be a text, a list of text parts, or null")
     if not all(_is_text(role) for role in roles.values()):
         raise UserError("role_mapping must map each role to a text")
 
