@@ -27,7 +27,7 @@ from mlx_mla.backends.mlx.device import device_type, find_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.decoding.http_answer import Generator
 from mlx_mla.decoding.http_request import RequestChecks, check_template_arguments
-from mlx_mla.decoding.request import LARGEST_INT, outside
+from mlx_mla.decoding.request import GREEDY_BELOW, LARGEST_INT, outside
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_json_object
 from mlx_mla.hub import find_model
@@ -228,6 +228,8 @@ def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
     for name in ("temp", "top_p", "min_p"):
         if problem := outside(name, getattr(args, name)):
             raise UserError(f"{flag(name)} {problem}")
+    if args.temp < GREEDY_BELOW:
+        args.temp = 0
     for name, lowest in LOWEST.items():
         if not lowest <= (value := getattr(args, name, lowest)) <= LARGEST_INT:
             raise UserError(f"{flag(name)} must be from {lowest} to {LARGEST_INT}, not {value}")
@@ -248,7 +250,7 @@ def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
         if any(width % args.kv_group_size for width in widths):
             raise UserError(
                 f"--kv-group-size {args.kv_group_size} does not divide the cache's width of "
-                f"{' or '.join(map(str, sorted(widths)))}; use 32, or leave out --kv-bits"
+                f"{' or '.join(map(str, sorted(widths)))}; choose another group size"
             )
     return folder, config
 
