@@ -91,7 +91,7 @@ def test_only_what_was_read_and_checked_is_passed_on(served, request_bytes, stat
 
 
 def test_a_client_that_sends_all_of_a_large_body_can_read_its_413(served):
-    status, answer = ask(served.port, b"x" * 2**21)
+    status, answer = ask(served.port, b"x" * 2**24)
     assert (status, answer["error"]) == (413, "the request is larger than 1048576 bytes")
 
 
