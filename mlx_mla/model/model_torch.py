@@ -544,7 +544,6 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, vocab_size), the cache, and with `labels` (B, L) their cross-entropy.
 
@@ -557,7 +556,6 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
         Args:
             num_items_in_batch: Divides the summed loss, as the Trainer asks when it accumulates
                 gradients. None: the number of labels.
-            shift_labels: Labels already shifted by one, used in place of `labels`.
 
         Raises:
             ValueError: Past n_positions otherwise, or for `output_attentions`.
@@ -587,13 +585,12 @@ class MLAGPT2LMHeadModel(MLAGPT2PreTrainedModel, GenerationMixin):
             only[self._end_of_text()] = 0
             logits = torch.where(past[:, keep, None], only, logits)
         loss = None
-        if labels is not None or shift_labels is not None:
+        if labels is not None:
             loss = self.loss_function(
                 logits,
                 labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
             )
         return CausalLMOutputWithPast(
             loss=loss,
