@@ -1,151 +1,211 @@
 """Report of compare_backends' results."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from bench.compare_pictures import base_of, figures
-from bench.harness import Document, Report, Row
+from bench.compare_pictures import base_of
+from bench.reading import Document
+from bench.rows import EAGER, ORIGINAL, PLAIN, Parity, Row
+from mlx_mla.display import markdown_table
+
+OTHER_WAYS = ("materialized", "none", ORIGINAL, EAGER, PLAIN)
+SPEED = (
+    "batch", "tokens", "backend", "model", "cache", "tok/s", "ms", "ratio", "roofline",
+    "waited ms", "cold tok/s", "peak MB", "cache MB",
+)  # fmt: skip
 
 
-def set_rooflines(document: Document) -> None:
-    """Give every timed row the share of its time that its FLOPs or bytes need at the rates that
-    were measured beside it."""
-    for row in document["rows"]:
-        if "rates" in row and row["status"] == "ok":
-            rates = row["rates"]
-            need = max(row["flops"] / rates["matmul_flops"], row["bytes"] / rates["memory_bytes"])
-            row["roofline"] = need / (row["ms"] / 1e3)
-
-
-def rate_lines(document: Document) -> list[str]:
-    """What each backend does on the machine at best, as a list."""
-    lines = []
-    for backend in dict.fromkeys(r["backend"] for r in document["rows"]):
-        rates = [r["rates"] for r in document["rows"] if r["backend"] == backend and "rates" in r]
-        if not rates and backend in document.get("rates", {}):
-            rates = [document["rates"][backend]]  # measured before rates were beside every row
-        if rates:
-            flops, memory = (
-                _span([r[key] / 1e9 for r in rates]) for key in ("matmul_flops", "memory_bytes")
-            )
-            lines.append(
-                f"- {backend} at its best beside the rows: {flops} GFLOP/s in a square product, "
-                f"{memory} GB/s copying or in a matrix-vector product"
-            )
+def body(document: Document, plots: Mapping[str, str]) -> list[str]:
+    """Parity, a table and the pictures of each measure, then what they come to."""
+    rows: list[Row] = document["rows"]
+    baseline = document.get("baseline")
+    lines = [*_rates(rows), f"- {_settings(document['settings'])}", ""]
+    lines += _section("Parity", _parity(document.get("parity", [])))
+    lines += [
+        "Ratios are against this project's GPT-2 (MHA) in the same backend and row group. Roofline",
+        "is the share reached of the time that the FLOPs and bytes of the call need at the rates",
+        "measured beside it. Peak MB is what the subject alone held while it was timed, its",
+        "weights and cache included. Waited is the same steps, each waited for before the next is",
+        "described.",
+        "",
+    ]
+    for measure in ("forward", "first token", "decoding", "training"):
+        chosen = sorted(
+            (r for r in rows if r.measure == measure), key=lambda r: (r.batch, r.context)
+        )
+        lines += _section(measure.capitalize(), _speeds(chosen, baseline))
+        for name, file in plots.items():
+            if name.split("-")[0] == measure.split()[0]:
+                lines += [f"![{name}]({file})", ""]
+    lines += _section("Other ways to run the same model", _ways(rows))
+    lines += _section("Several tokens on a latent cache", _chunks(rows))
+    lines += _section("Python's share of a step", _overhead(rows))
+    lines += _section("Saving a checkpoint", _saves(rows))
+    lines += _section("Context that fits", _room(rows))
+    if "cache" in plots:
+        lines += _section("Cache memory", [f"![cache]({plots['cache']})"])
     return lines
 
 
-def _span(values: list[float]) -> str:
+def _section(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "", *lines, ""] if lines else []
+
+
+def _settings(s: Mapping[str, Any]) -> str:
+    return f"{s.get('dtype', 'float32')}, median of {s['repetitions']} runs (smallest - largest)"
+
+
+def _rates(rows: list[Row]) -> Iterator[str]:
+    """What each backend does on the machine at best."""
+    for backend in dict.fromkeys(r.backend for r in rows):
+        rates = [r.rates for r in rows if r.backend == backend and r.rates]
+        if rates:
+            flops = _span([r["matmul_flops"] / 1e9 for r in rates])
+            memory = _span([r["memory_bytes"] / 1e9 for r in rates])
+            yield (
+                f"- {backend} at its best beside the rows: {flops} GFLOP/s in a square product, "
+                f"{memory} GB/s copying or in a matrix-vector product"
+            )
+
+
+def _parity(found: list[Parity]) -> list[str]:
+    """What the parity gate found."""
+    header = (
+        "weights", "implementation", "against", "positions", "largest difference of a logit",
+        "allowed", "",
+    )  # fmt: skip
+    rows = [
+        (
+            f["weights"], f"{f['backend']} {f['model']}", f["against"], f["positions"],
+            f"{f['largest_logit_difference']:.2g}", f"{f['allowed']:g}",
+            "agrees" if f["ok"] else "not timed",
+        )
+        for f in found
+    ]  # fmt: skip
+    intro = "The same weights in every implementation. What differs by more is not timed."
+    return [intro, "", *markdown_table(header, rows)] if rows else []
+
+
+def _speeds(rows: list[Row], baseline: str | None) -> list[str]:
+    """The table of a measure, without columns that are empty."""
+    cells = [SPEED, *(_cells(rows, r, baseline) for r in rows)]
+    columns = [column for column in zip(*cells) if set(column[1:]) - {"-"}]
+    header, *lines = zip(*columns) if columns else [()]
+    return markdown_table(header, lines)
+
+
+def _cells(rows: list[Row], r: Row, baseline: str | None) -> list[Any]:
+    """A row of the table of a measure."""
+    head = [r.batch, r.context, r.backend, r.model, r.cache or "-"]
+    t, base = r.tokens_per_sec, base_of(rows, r, baseline)
+    if not t:
+        return [*head, r.status, *"-" * 7]
+    return [
+        *head, f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])})", _n(r.ms),
+        f"{r.speed / base.speed:.2f}x" if base else "-",
+        "-" if r.roofline is None else f"{r.roofline:.0%}", _n(r.waited_ms), _n(t.get("cold")),
+        _mb(r.peak_bytes), _mb(r.cache_bytes),
+    ]  # fmt: skip
+
+
+def _ways(rows: list[Row]) -> list[str]:
+    """Latents against other caches and none; training against an eager step and a plain loop."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for r in rows:
+        if r.speed and r.measure in ("decoding", "training"):
+            backend = r.backend if r.measure == "decoding" else ""
+            groups.setdefault((r.measure, r.way[0], r.batch, r.context, backend), []).append(r)
+    lines, slower = [], []
+    for own in groups.values():
+        others = [r for r in own if r.way[1] in OTHER_WAYS]
+        for r in (r for r in own if r.way[1] not in OTHER_WAYS and others):
+            ratios = {o.way[1]: r.speed / o.speed for o in others}
+            if "materialized" in ratios:
+                slower.append(1 / ratios["materialized"] - 1)
+            lines.append((
+                r.measure, r.backend, r.model, r.batch, r.context, r.cache or "-",
+                ", ".join(f"{ratio:.3g}x {way}" for way, ratio in ratios.items()),
+            ))  # fmt: skip
+    header = ("measure", "backend", "model", "batch", "tokens", "cache", "speed, times that of")
+    text = [
+        f"On latents a step takes at most {max(0.0, *slower):.1%} longer than on expanded keys "
+        f"and values, over {len(slower)} cells.",
+        "",
+    ] if slower else []  # fmt: skip
+    return [*text, *markdown_table(header, lines)] if lines else []
+
+
+def _chunks(rows: list[Row]) -> list[str]:
+    cells: dict[tuple[Any, ...], dict[str | None, Row]] = {}
+    for r in rows:
+        if r.measure == "chunk" and r.speed:
+            cells.setdefault((r.backend, r.model, r.context, r.new), {})[r.path] = r
+    header = ("backend", "model", "cached", "new tokens", "absorbed, ms", "expanded, ms",
+              "as the model chooses, ms", "gain over expanded")  # fmt: skip
+    paths = ("absorbed", "expanded", "chosen")
+    return markdown_table(
+        header,
+        [
+            (*key, *(_n(c[p].ms) for p in paths), f"{c['chosen'].speed / c['expanded'].speed:.2f}x")
+            for key, c in sorted(cells.items())
+            if all(p in c for p in paths)
+        ],
+    )
+
+
+def _overhead(rows: list[Row]) -> list[str]:
+    own = [r for r in rows if r.measure == "overhead" and r.python_ms is not None]
+    if not own:
+        return []
+    return [
+        "MLX, batch 1, each step waited for. While text is generated, Python describes the next",
+        "step as this one is computed. The compiled graph reads a cache of fixed size, a multiple",
+        "of 256 tokens.",
+        "",
+        *markdown_table(
+            ("model", "context", "step", "Python, ms", "MLX, ms"),
+            [(r.model, r.context, r.cache, _n(r.python_ms), _n(r.ms)) for r in own],
+        ),
+    ]
+
+
+def _saves(rows: list[Row]) -> list[str]:
+    own = [(r, r.ms, r.bytes) for r in rows if r.measure == "save" and r.ms and r.bytes]
+    header = ("backend", "model", "seconds", "MB", "MB/s")
+    return markdown_table(
+        header,
+        [
+            (r.backend, r.model, f"{ms / 1e3:.3g}", _mb(size), _n(size / 1e3 / ms))
+            for r, ms, size in own
+        ],
+    )
+
+
+def _room(rows: list[Row]) -> list[str]:
+    """Tokens of context that fit beside the weights, from the bytes of the rows."""
+    widths = {
+        (r.model, r.cache): (r.weight_bytes, r.cache_bytes_per_token)
+        for r in rows
+        if r.measure == "decoding" and r.weight_bytes and r.cache_bytes_per_token
+    }
+    lines = [
+        (f"{model}, {cache}", f"{width:,}", *(f"{(g * 1e9 - w) / width:,.0f}" for g in (2, 8, 32)))
+        for (model, cache), (w, width) in sorted(widths.items(), key=lambda item: -item[1][1])
+    ]
+    intro = "Tokens, batch x context, that fit into so much memory beside the weights, by their"
+    header = ("model, cache", "bytes a token", "2 GB", "8 GB", "32 GB")
+    table = markdown_table(header, lines)
+    return [intro, "bytes (working memory apart).", "", *table] if table else []
+
+
+def _span(values: Sequence[float]) -> str:
     low, high = _n(min(values)), _n(max(values))
     return low if low == high else f"{low} to {high}"
 
 
-def parity_lines(document: Document) -> list[str]:
-    """What the parity gate found, as a section."""
-    found: list[Row] = document.get("parity", [])
-    if not found:
-        return []
-    lines = [
-        "## Parity",
-        "",
-        f"The same weights in every implementation, {document['settings']['dtype']}. What differs "
-        "by more is not timed.",
-        "",
-        "| weights | implementation | against | positions | largest difference of a logit "
-        "| allowed | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {f['weights']} | {f['backend']} {f['model']} | {f['against']} | {f['positions']} "
-        f"| {f['largest_logit_difference']:.2g} | {f['allowed']:g} "
-        f"| {'agrees' if f['ok'] else 'not timed'} |"
-        for f in found
-    ]
-    return [*lines, ""]
-
-
-def body(document: Document, plots: Mapping[str, str]) -> list[str]:
-    """Parity, then a table and a picture a measure."""
-    rows: list[Row] = document["rows"]
-    lines = rate_lines(document)
-    s = document["settings"]
-    lines += [f"- {s['dtype']}, median of {s['repetitions']} runs (smallest - largest)", ""]
-    lines += parity_lines(document)
-    lines += [
-        "Ratios are against this project's GPT-2 (MHA) in the same backend and row group. "
-        "Roofline is the",
-        "share reached of the time that the FLOPs and bytes of the call need at the rates measured "
-        "beside it.",
-        "Peak MB is what the subject alone held while it was timed, its weights and cache "
-        "included; waited is",
-        "the same steps where each is waited for before the next is described.",
-        "",
-    ]
-    for measure in ("forward", "first token", "decoding", "training"):
-        chosen = [r for r in rows if r["measure"] == measure]
-        if chosen:
-            lines += [
-                f"## {measure.capitalize()}",
-                "",
-                *table(chosen, document.get("baseline")),
-                "",
-            ]
-            for name, file in plots.items():
-                if name.split("-")[0] == measure.split()[0]:
-                    lines += [f"![{name}]({file})", ""]
-    if "cache" in plots:
-        lines += ["## Cache memory", "", f"![cache]({plots['cache']})"]
-    return lines
-
-
-def table(rows: list[Row], baseline: str | None) -> list[str]:
-    names = (
-        "batch",
-        "tokens",
-        "backend",
-        "model",
-        "cache",
-        "tok/s",
-        "ms",
-        "ratio",
-        "roofline",
-        "waited ms",
-        "cold tok/s",
-        "peak MB",
-    )
-    lines = [f"| {' | '.join((*names, 'cache MB'))} |", "|---" * (len(names) + 1) + "|"]
-    for r in sorted(rows, key=lambda r: (r["batch"], r["context"])):
-        what = (r["batch"], r["context"], r["backend"], r["model"], r["cache"] or "-")
-        head = f"| {' | '.join(map(str, what))} | "
-        if r["status"] != "ok":
-            lines.append(head + f"{r['status']} |" + " - |" * 7)
-            continue
-        t = r["tokens_per_sec"]
-        base = base_of(rows, r, baseline)
-        ratio = "-" if base is None else f"{t['median'] / base['tokens_per_sec']['median']:.2f}x"
-        lines.append(
-            head
-            + f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])}) | {_n(r['ms'])} | {ratio} | "
-            f"{_share(r.get('roofline'))} | {_ms(r.get('waited_ms'))} | {_n(t['cold'])} | "
-            f"{_mb(r.get('peak_bytes'))} | "
-            f"{_mb(r.get('cache_bytes'))} |"
-        )
-    return lines
-
-
-def _n(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _n(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _mb(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:,.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else _n(value)
-
-
-REPORT = Report("backends", "MLX and PyTorch side by side", body, figures)

@@ -1,7 +1,7 @@
-"""What latent attention costs a trained MHA model: perplexity by rank and method, before and after
-healing.
+"""What MLA costs a trained MHA model: perplexity by rank and method of conversion, before and after
+recovery fine-tuning.
 
-    python -m bench.convert_mla --model RUN --work FOLDER [--out bench/results]
+    python -m bench convert --model RUN --out DIR [--resume]
 
 RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for example
 
@@ -9,31 +9,29 @@ RUN is a multi-head model trained on TEXT by `python -m mlx_mla.train`, for exam
         --n-positions 128 --batch-size 16 --steps 3200 --warmup-steps 100 --learning-rate 3e-3 \\
         --initializer-range 0.06 --backend torch --data TEXT --out RUN
 
-Calibration and healing read what the model was trained on, perplexity is of the part it held out.
-Every loss is compared window by window with the MHA model's, so the difference has a standard error
-of its own: windows are alike for both, and their own spread cancels. Finished cells are kept in
-FOLDER, and an interrupted run goes on there.
+Calibration and fine-tuning read what the model was trained on; perplexity is of the part it held
+out. Every loss is compared window by window with the MHA model's, so the difference has a standard
+error of its own: both see the same windows, and the windows' own spread cancels.
 """
 
 import dataclasses
 import functools
-import json
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from bench.harness import Document, Report, Row, document, publish
+from bench.harness import Benchmark, Picture, Results, Resumable, Row
+from bench.reading import Document, Figure, Positive, Signed, Whole, record, rows
 from convert.calibration import Text, collect_moments
 from convert.latent import Method, Moments, share_ranks
 from convert.to_mla import assemble, factorise
-from mlx_mla import checkpoint, cli, files
+from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.torch.load import build_model
@@ -41,27 +39,31 @@ from mlx_mla.data import corpus
 from mlx_mla.data.shards import training_part
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.data.windows import TokenWindows
+from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
+from mlx_mla.fields import at_least_1, fraction, not_negative, positive
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.schedule import learning_rate
-from mlx_mla.pictures import pyplot
 from mlx_mla.training.run_folder import run_config
 
-PROG = "python -m bench.convert_mla"
 METHODS: tuple[Method, ...] = get_args(Method)
 UNCONVERTED = "the MHA model"
+CELL = {"rank": Whole, "method": str, "budget": bool, "heal": Figure, "teacher": bool}
+"""A measured model: its rank, which is an average over the layers with `budget`; and the share of
+the training tokens it was fine-tuned on ("heal"), with the text or the teacher as target."""
+ROWS = rows({**CELL, "perplexity": Figure, "change": Signed, "stderr": Figure})
+SIZES = ("n_layer", "n_head", "n_embd", "context", "tokens", "held_out_windows")
+MODEL = record({**dict.fromkeys(SIZES, Whole), "tokenizer": str})
 Weights = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(kw_only=True)
-class ConvertBench:
-    """Measure held-out perplexity of an MHA model made latent, by rank and method, and after
-    healing."""
+class ConvertBench(Resumable):
+    """Measure held-out perplexity of an MHA model converted to MLA, by rank and method, and after
+    recovery fine-tuning."""
 
     model: Path
     """Run folder of the multi-head model."""
-    work: Path
-    """Folder for models and finished cells; the same one goes on where it was interrupted."""
     fractions: tuple[float, ...] = (1, 0.75, 0.5, 1 / 3, 1 / 6, 1 / 12)
     """Ranks to measure, as shares of n_embd."""
     methods: tuple[Literal["balanced", "whitened", "svd"], ...] = METHODS
@@ -70,158 +72,145 @@ class ConvertBench:
     """Tokens of the training text to calibrate on."""
     held_out_windows: int = 512
     """Windows of the held-out text, spread evenly. 0: all."""
-    heal: tuple[float, ...] = (0.01, 0.05)
-    """Shares of the training tokens to heal on; none: --heal 0."""
-    heal_fractions: tuple[float, ...] = (0.5, 1 / 3, 1 / 6)
-    """Ranks to heal, as shares of n_embd."""
-    heal_method: Literal["balanced", "whitened", "svd"] = "balanced"
-    """Method of the models that are healed."""
-    heal_budget: bool = True
+    finetune: tuple[float, ...] = (0.01, 0.05)
+    """Shares of the training tokens to fine-tune on; none: --finetune 0."""
+    finetune_fractions: tuple[float, ...] = (0.5, 1 / 3, 1 / 6)
+    """Ranks to fine-tune, as shares of n_embd."""
+    finetune_method: Literal["balanced", "whitened", "svd"] = "balanced"
+    """Method of the models that are fine-tuned."""
+    finetune_budget: bool = True
     """Whether their rank is an average, shared out among the layers."""
-    heal_learning_rate: float = 3e-5
-    """Highest learning rate of healing."""
-    heal_batch_size: int = 4
-    """Sequences in a step of healing: small ones, since few tokens must give many steps."""
-    out: Optional[Path] = None
-    """Folder for the report. None: only print."""
+    finetune_learning_rate: float = 3e-5
+    """Highest learning rate of fine-tuning."""
+    finetune_batch_size: int = 4
+    """Sequences in a step of fine-tuning: few, since few tokens must give many steps."""
+
+    devices: ClassVar = {"torch": "cpu"}
+    same: ClassVar[Sequence[str]] = ("model", "calibration_tokens", "held_out_windows")
+    bounds: ClassVar = {
+        **dict.fromkeys(("fractions", "finetune_fractions"), fraction(above_0=True)),
+        **dict.fromkeys(("calibration_tokens", "finetune_batch_size"), at_least_1(10**9)),
+        "finetune": fraction(),
+        "finetune_learning_rate": positive(1),
+        "held_out_windows": not_negative(10**9),
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One measured model."""
-
-    rank: int
-    method: str
-    budget: bool = False
-    """The rank is an average, shared out among the layers."""
-    heal: float = 0.0
-    teacher: bool = False
-
-    @property
-    def name(self) -> str:
-        method = f"{self.method}{'-budget' if self.budget else ''}"
-        healed = f"-heal{self.heal:g}{'-teacher' if self.teacher else ''}" if self.heal else ""
-        return f"r{self.rank}-{method}{healed}"
+def measure(options: ConvertBench, results: Results) -> None:
+    """A row for each cell."""
+    bench = Bench(options)
+    losses = bench.window_losses(bench.config, bench.weights)
+    shape, run = bench.config, bench.run
+    model = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")} | {
+        "context": run.context, "tokens": run.steps * run.step_tokens, "tokenizer": run.tokenizer,
+        "held_out_windows": len(losses),
+    }  # fmt: skip
+    results.add(mha_perplexity=math.exp(losses.mean()), model=model)
+    for cell in bench.cells():
+        if not results.has("cells", **cell):
+            results.begin()
+            row = {**cell, **compare(bench.window_losses(*bench.converted(cell)), losses)}
+            print(*cells(row), sep="  ", flush=True)
+            results.add(row, to="cells")
 
 
 class Bench:
-    """The source model, its text, and what was measured."""
+    """The source model and its text."""
 
     def __init__(self, options: ConvertBench):
         self.options = options
         self.run = run_config(options.model)
-        self.folder = checkpoint.model_folder(options.model)
-        self.config = checkpoint.read_config(self.folder)
+        folder = checkpoint.model_folder(options.model)
+        self.config = checkpoint.read_config(folder)
         if beyond := self.config.beyond_gpt2:
             raise UserError(
                 f"--model {options.model}: has {beyond[0]}; give a run of --attention mha"
             )
-        self.weights = checkpoint.read_weights(self.folder, self.config)
+        self.weights = checkpoint.read_weights(folder, self.config)
         tokenizer = get_tokenizer(self.run.tokenizer, self.run.bpe_dir)
         tokens = corpus.tokenize(corpus.read_documents(self.run.data), tokenizer)
         cut = training_part(len(tokens), self.run.val_fraction)
-        self.training, held_out = tokens[:cut], tokens[cut:]
-        assert self.config.vocab_size
-        windows = TokenWindows(held_out, self.run.context, 0, self.config.vocab_size)
-        self.batches = list(windows.sequential(16, math.ceil(options.held_out_windows / 16)))
-        self.text = Text(self.run.data, tokenizer.fast_tokenizer(), self.run.context)
-        options.work.mkdir(parents=True, exist_ok=True)
-        self.base = self.window_losses(self.config, self.weights)
+        self._training, held_out = tokens[:cut], tokens[cut:]
+        windows = TokenWindows(held_out, self.run.context, 0, self.config.vocab_size or 0)
+        self._batches = list(windows.sequential(16, math.ceil(options.held_out_windows / 16)))
+        self._text = Text(self.run.data, tokenizer.fast_tokenizer(), self.run.context)
 
     def window_losses(self, config: ModelConfig, weights: Weights) -> np.ndarray:
         """Mean loss of every held-out window, nats per token."""
         model, losses = build_model(config, weights, torch.device("cpu")), []
         with torch.inference_mode():
-            for x, y in self.batches:
+            for x, y in self._batches:
                 logits = model(torch.tensor(x), use_cache=False).logits.transpose(1, 2)
                 losses.append(
                     F.cross_entropy(logits, torch.tensor(y).long(), reduction="none").mean(1)
                 )
         return torch.cat(losses).double().numpy()
 
-    def measure(self) -> list[Row]:
-        o, rows = self.options, []
-        D = self.config.n_embd
-        cells = [
-            Cell(max(1, round(f * D)), m, budget)
-            for f in o.fractions
-            for m in o.methods
-            for budget in (False, True)
-        ]
-        cells = [c for c in cells if c.rank < D or not c.budget]
-        heal = [
-            Cell(max(1, round(f * D)), o.heal_method, o.heal_budget, h, teacher)
-            for f in o.heal_fractions for h in o.heal if h for teacher in (False, True)
-        ]  # fmt: skip
-        # What the same tokens do to the MHA model itself, which could go on learning too.
-        heal += [Cell(D, UNCONVERTED, heal=h) for h in o.heal if h]
-        for cell in cells + heal:
-            done = o.work / f"{cell.name}.json"
-            if not done.is_file():
-                converted = self._converted(cell)
-                config, weights = self._healed(cell, *converted) if cell.heal else converted
-                row = {
-                    **dataclasses.asdict(cell),
-                    **compare(self.window_losses(config, weights), self.base),
-                }
-                files.write_text(done, json.dumps(row))
-            rows.append(json.loads(done.read_text()))
-            print(line(rows[-1]), flush=True)
-        return rows
+    def cells(self) -> Iterator[Row]:
+        """The cells to measure."""
+        o, D = self.options, self.config.n_embd
+
+        def cell(
+            rank: float, method: str, budget: bool, heal: float = 0.0, teacher: bool = False
+        ) -> Row:
+            values = (max(1, round(rank * D)), method, budget, heal, teacher)
+            return dict(zip(CELL, values, strict=True))
+
+        for f in o.fractions:
+            for m in o.methods:
+                yield from (
+                    cell(f, m, b) for b in ((False, True) if round(f * D) < D else (False,))
+                )
+        shares = [h for h in o.finetune if h]
+        for f in o.finetune_fractions:
+            for h in shares:
+                for teacher in (False, True):
+                    yield cell(f, o.finetune_method, o.finetune_budget, h, teacher)
+        # What the same tokens do to the MHA model itself, which could learn on, too.
+        yield from (cell(1, UNCONVERTED, False, h) for h in shares)
+
+    def converted(self, cell: Row) -> tuple[ModelConfig, Weights]:
+        """The model of a cell."""
+        if cell["method"] == UNCONVERTED:
+            config, weights = self.config, self.weights
+        else:
+            method = next(m for m in METHODS if m == cell["method"])
+            moments = None if method == "svd" else self._moments
+            layers = list(factorise(self.config, self.weights, method, moments))
+            ranks = (
+                share_ranks(layers, cell["rank"], method)
+                if cell["budget"]
+                else [cell["rank"]] * self.config.n_layer
+            )
+            config, weights = assemble(self.config, self.weights, ranks, layers, moments)
+        return config, self._finetuned(cell, config, weights) if cell["heal"] else weights
 
     @functools.cached_property
-    def moments(self) -> list[Moments]:
+    def _moments(self) -> list[Moments]:
         """Of the training text, with gradients."""
         model = build_model(self.config, self.weights, torch.device("cpu"))
-        return collect_moments(model, self.text, self.options.calibration_tokens, True, Console())[
-            0
-        ]
+        size = self.options.calibration_tokens
+        return collect_moments(model, self._text, size, True, Console())[0]
 
-    def _converted(self, cell: Cell) -> tuple[ModelConfig, Weights]:
-        if cell.method == UNCONVERTED:
-            return self.config, self.weights
-        method = next(m for m in METHODS if m == cell.method)
-        moments = None if method == "svd" else self.moments
-        layers = list(factorise(self.config, self.weights, method, moments))
-        ranks = (
-            share_ranks(layers, cell.rank, method)
-            if cell.budget
-            else [cell.rank] * self.config.n_layer
-        )
-        return assemble(self.config, self.weights, ranks, layers, moments)
-
-    def _healed(
-        self, cell: Cell, config: ModelConfig, weights: Weights
-    ) -> tuple[ModelConfig, Weights]:
-        assert self.config.vocab_size
-        size = self.options.heal_batch_size
-        steps = max(
-            1, round(cell.heal * self.run.steps * self.run.step_tokens / (size * self.run.context))
-        )
+    def _finetuned(self, cell: Row, config: ModelConfig, weights: Weights) -> Weights:
+        size, run = self.options.finetune_batch_size, self.run
+        steps = max(1, round(cell["heal"] * run.steps * run.step_tokens / (size * run.context)))
         settings = dataclasses.replace(
-            self.run,
-            model=config,
-            steps=steps,
-            learning_rate=self.options.heal_learning_rate,
-            batch_size=size,
-            grad_accum_steps=1,
-            warmup_steps=max(1, steps // 10),
-            weight_decay=0.0,
-        )
+            run, model=config, steps=steps, learning_rate=self.options.finetune_learning_rate,
+            batch_size=size, grad_accum_steps=1, warmup_steps=max(1, steps // 10), weight_decay=0.0,
+        )  # fmt: skip
         teacher = None
-        if cell.teacher:
+        if cell["teacher"]:
             settings = dataclasses.replace(
                 settings, teacher="--model", teacher_weight=1.0, teacher_temperature=1.0
             )
-            teacher = Teacher(self.config, self.weights, len(self.text.tokenizer))
+            teacher = Teacher(self.config, self.weights, len(self._text.tokenizer))
         session = get_backend("torch", "cpu").train_session(settings, Start(weights), teacher)
         # Another seed than the run's: other windows and another order.
-        data = TokenWindows(
-            self.training, self.run.context, self.run.seed + 1, self.config.vocab_size
-        )
+        data = TokenWindows(self._training, run.context, run.seed + 1, config.vocab_size or 0)
         for step in range(steps):
             session.step(step, learning_rate(settings, step), [data.batch(step, size)])
-        return config, session.weights()
+        return session.weights()
 
 
 def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
@@ -229,100 +218,73 @@ def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
     difference."""
     paired = losses - base
     change, error = float(paired.mean()), float(paired.std(ddof=1) / math.sqrt(len(paired)))
-    perplexity = math.exp(losses.mean())
     return {
-        "perplexity": perplexity,
+        "perplexity": math.exp(losses.mean()),
         "change": 100 * math.expm1(change),
         "stderr": 100 * math.exp(change) * error,
     }
 
 
-def line(row: Row) -> str:
-    """A row of the Markdown table."""
-    healed = f"{row['heal']:.0%}{', teacher' if row['teacher'] else ''}" if row["heal"] else "-"
+def cells(row: Row) -> tuple[str, ...]:
+    """The columns of a row."""
+    tuned = f"{row['heal']:.0%}{', teacher' if row['teacher'] else ''}" if row["heal"] else "-"
     method = f"{row['method']}{', budget' if row['budget'] else ''}"
-    return (
-        f"| {row['rank']} | {method} | {healed} | {row['perplexity']:.4f} "
-        f"| {row['change']:+.2f} ± {row['stderr']:.2f} |"
-    )
+    change = f"{row['change']:+.2f} ± {row['stderr']:.2f}"
+    return (str(row["rank"]), method, tuned, f"{row['perplexity']:.4f}", change)
 
 
 def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """What was trained, calibrated and healed, and the table."""
+    """What was trained, calibrated and fine-tuned, and the table."""
     m = found["model"]
     return [
         "",
         f"The model: {m['n_layer']} layers, {m['n_head']} heads, {m['n_embd']} wide, context "
         f"{m['context']}, trained on {m['tokens']:,} tokens ({m['tokenizer']}); perplexity "
         f"{found['mha_perplexity']:.4f} on {m['held_out_windows']:,} held-out windows. Calibrated "
-        f"on {found['settings']['calibration_tokens']:,} tokens of its training text. Healed: so "
-        "much of the training tokens, with the text's cross-entropy or the divergence from the MHA "
-        "teacher alone; the MHA model itself with the same tokens for comparison. Change: "
+        f"on {found['settings']['calibration_tokens']:,} tokens of its training text. Fine-tuned: "
+        "the share of the training tokens, with the text's cross-entropy or the divergence from "
+        "the MHA teacher alone; the MHA model itself with the same tokens for comparison. Change: "
         "perplexity against the MHA model in per cent, ± the standard error of the paired "
         "difference over windows.",
         "",
-        "| rank | method | healed | perplexity | change, % |",
-        "|---|---|---|---|---|",
-        *map(line, found["cells"]),
+        *markdown_table(
+            ("rank", "method", "fine-tuned", "perplexity", "change, %"),
+            [cells(row) for row in found["cells"]],
+        ),
     ]
 
 
-def figures(found: Document) -> dict[str, Any]:
+def figures(found: Document) -> dict[str, Picture]:
     """Change of perplexity against rank, a line a method."""
-    figure, axes = pyplot().subplots(figsize=(7, 4.5))
     series: dict[str, list[Row]] = {}
     for row in found["cells"]:
-        healed = (
-            f", healed {row['heal']:.0%}{' with teacher' if row['teacher'] else ''}"
-            if row["heal"]
-            else ""
-        )
-        if row["method"] == UNCONVERTED:
-            continue
-        series.setdefault(
-            row["method"] + (", budget" if row["budget"] else "") + healed, []
-        ).append(row)
-    for label, points in series.items():
-        x, y = ([p[key] for p in points] for key in ("rank", "change"))
-        axes.errorbar(x, y, [p["stderr"] for p in points], marker="o", ms=3, lw=1, label=label)
-    axes.set(
-        xlabel="rank of the latent",
-        ylabel="change of perplexity, %",
-        title=f"n_embd = {found['model']['n_embd']}",
-    )
-    axes.set_yscale("symlog", linthresh=0.1)
-    axes.axhline(0, color="gray", lw=0.5)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    return {"convert": figure}
+        if row["method"] != UNCONVERTED:
+            _, method, tuned, *_ = cells(row)
+            label = method if tuned == "-" else f"{method}, fine-tuned {tuned}"
+            series.setdefault(label, []).append(row)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for label, points in series.items():
+            x, y, errors = ([p[key] for p in points] for key in ("rank", "change", "stderr"))
+            axes.errorbar(x, y, errors, marker="o", ms=3, lw=1, label=label)
+        axes.set(xlabel="rank of the latent", ylabel="change of perplexity, %")
+        axes.set_title(f"n_embd = {found['model']['n_embd']}")
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.axhline(0, color="gray", lw=0.5)
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+
+    return {"convert": Picture(paint, (7, 4.5))} if series else {}
 
 
-REPORT = Report("convert", "MHA made latent: perplexity by rank and method", body, figures)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
-    options = cli.parse(ConvertBench, argv, PROG)
-    bench = Bench(options)
-    rows = bench.measure()
-    shape, run = bench.config, bench.run
-    model = {
-        **{name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")},
-        "context": run.context,
-        "tokens": run.steps * run.step_tokens,
-        "tokenizer": run.tokenizer,
-        "held_out_windows": len(bench.base),
-    }
-    measured: dict[str, Any] = {"mha_perplexity": math.exp(bench.base.mean()), "model": model}
-    measured["cells"] = rows
-    found = document("bench.convert_mla", PROG, argv, options, {"torch": "cpu"}, **measured)
-    publish(REPORT, found, options.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARKS = (
+    Benchmark(
+        name="convert", title="MHA converted to MLA: perplexity by rank and method",
+        settings=ConvertBench, measure=measure, body=body, figures=figures,
+        parts={
+            "cells": ROWS,
+            "model": MODEL, "mha_perplexity": Positive,
+        },
+    ),
+)  # fmt: skip

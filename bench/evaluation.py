@@ -1,6 +1,6 @@
 """Measure evaluation: items per second of HellaSwag and LAMBADA against lm-evaluation-harness.
 
-    python -m bench.evaluation --data-dir DIR [--limit 64] [--out bench/results]
+    python -m bench evaluation --data-dir DIR [--limit 64] [--out DIR]
 
 Both read the same items of the same model folder in batches of the same size on the same device,
 and take turns. HellaSwag is timed without its completion form, which `evaluate` also scores and
@@ -12,45 +12,56 @@ speed that PyTorch reaches. That share is of the items' tokens a second, shared 
 without padding, in those of a plain pass of the same model, timed beside it.
 
 Memory is the process's resident memory, by half of the run: it is flat if the second half needs no
-more than the first. Prints a table; writes NAME.json and NAME.md.
+more than the first.
 """
 
-import contextlib
 import dataclasses
+import functools
 import statistics
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 import numpy as np
 import psutil
 from lm_eval.models.huggingface import HFLM
+from typing_extensions import NotRequired
 
 from bench import referee
-from bench.harness import PACKAGES, Document, Report, Row, document, publish
-from mlx_mla import checkpoint, cli
+from bench.harness import PACKAGES, Benchmark, Results, Row, Settings
+from bench.reading import Document, Figure, Positive, Positives, Whole, rows
+from bench.subjects.contract import seconds
+from bench.timing import turns
+from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.data.tokenizer import get_tokenizer
+from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names, task_setup
 from mlx_mla.evaluation.scoring import Request, RowBatch, Scorer, Scores
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.base import Definition, Measured, TaskSetup
 from mlx_mla.evaluation.tasks.hellaswag import HellaSwag
+from mlx_mla.fields import at_least_1
 from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.model.presets import PRESETS, preset
 from mlx_mla.model.weights import initial_weights
 
-PROG = "python -m bench.evaluation"
 WARM_UP = 4
 TARGET = 1.9
 FORWARD = (8, 128)
 """Rows and tokens of the plain forward pass, about those of a pass of the tasks."""
+REFEREE = "lm_eval hf"
+ROWS = rows({
+    "task": str, "subject": str, "items": Whole, "items_per_second": Positive, "acc": Figure,
+    "seconds": Positives, "memory": list[list[Figure]],
+    "tokens": NotRequired[Figure], "forward": NotRequired[Positives],
+})  # fmt: skip
+"""Seconds, memory (bytes by half) and forward (tokens per second of a plain pass) are by round."""
 
 
 class AccuracyAlone(HellaSwag):
@@ -71,11 +82,10 @@ class AccuracyAlone(HellaSwag):
 
 
 TIMED = {**TASKS, "hellaswag": AccuracyAlone()}
-REFEREE = "lm_eval hf"
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvaluationBench:
+class EvaluationBench(Settings):
     """Time HellaSwag and LAMBADA against lm-evaluation-harness on one model."""
 
     data_dir: Path
@@ -96,112 +106,98 @@ class EvaluationBench:
     """A random sample of so many items. None: all."""
     repetitions: int = 1
     """Rounds of all."""
-    out: Optional[Path] = None
-    """Folder for the report. None: only print."""
+
+    packages: ClassVar = (*PACKAGES, "lm_eval")
+    bounds: ClassVar = dict.fromkeys(("batch_size", "limit", "repetitions"), at_least_1(10**6))
 
     @property
-    def devices(self) -> dict[BackendName, DeviceName]:
-        """Our backends, with the value of the --device that each is given."""
+    def devices(self) -> dict[BackendName, DeviceName]:  # type: ignore[override]
         return {name: self.device if name == "torch" else "auto" for name in self.backends}
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
-    bench = cli.parse(EvaluationBench, argv, PROG)
-    names = task_names(bench.tasks)
-    if "wikitext2" in names:
-        raise UserError(
-            "--tasks: wikitext2 has too few items to be timed by item; take hellaswag or lambada"
-        )
-    if min(bench.batch_size, bench.repetitions, 1 if bench.limit is None else bench.limit) < 1:
-        raise UserError("--batch-size, --repetitions and --limit must be at least 1")
-    with tempfile.TemporaryDirectory() as temporary:
-        rows = measure(bench, names, Path(temporary))
-    packages = (*PACKAGES, "lm_eval")
-    found = document("bench.evaluation", PROG, argv, bench, bench.devices, packages, rows=rows)
-    publish(REPORT, found, bench.out)
-    return 0
+    def checked(self) -> "EvaluationBench":
+        super().checked()
+        if "wikitext2" in task_names(self.tasks):
+            raise UserError(
+                "--tasks: wikitext2 has too few items to be timed by item; take hellaswag or "
+                "lambada"
+            )
+        return self
 
 
-def measure(bench: EvaluationBench, names: Sequence[str], temporary: Path) -> list[Row]:
+def measure(bench: EvaluationBench, results: Results) -> None:
     """A row of each task and subject."""
-    folder = model_folder(bench, temporary)
-    data = {name: sample(bench, name, temporary) for name in names}
-    scorers: dict[str, Scorer] = {
-        name: get_backend(name, device).scorer(folder, "float32")
-        for name, device in bench.devices.items()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        folder = model_folder(bench, work)
+        scorers: dict[str, Scorer] = {
+            f"mlx_mla {name}": get_backend(name, device).scorer(folder, "float32")
+            for name, device in bench.devices.items()
+        }
+        theirs = HFLM(
+            pretrained=str(folder), trust_remote_code=True, dtype="float32",
+            device=str(TorchBackend(bench.device).device), batch_size=bench.batch_size,
+        )  # fmt: skip
+        for name in task_names(bench.tasks):
+            results.add(*timed(bench, name, scorers, theirs, work / name))
+
+
+def timed(
+    bench: EvaluationBench, name: str, scorers: Mapping[str, Scorer], theirs: HFLM, work: Path
+) -> list[Row]:
+    """A row of each subject on a task, for which `work` is a folder."""
+    data = sample(bench, name, work)
+    file = data / TASKS[name].files["standard"]
+    referees = referee.local_tasks({name: file}, work)
+
+    def subject(scorer: Scorer | None) -> Callable[..., Any]:
+        def run(limit: int | None = None) -> Any:
+            if scorer is None:
+                return referee.evaluate(theirs, referees, name, bench.batch_size, limit)
+            documents = load(TIMED[name], "standard", data, None, 0)[:limit]
+            task = PreparedTask(TIMED[name], documents, "standard", setup(scorer))
+            return metrics(task.run(scorer, bench.batch_size))
+
+        return run
+
+    runs = {REFEREE: subject(None), **{s: subject(scorer) for s, scorer in scorers.items()}}
+    for run in runs.values():
+        run(limit=WARM_UP)
+    actions: dict[str, Callable[[], Any]] = {
+        **{s: functools.partial(watched, run) for s, run in runs.items()},
+        **{f"{s}: forward": functools.partial(forward_rate, r) for s, r in scorers.items()},
     }
-    theirs = HFLM(
-        pretrained=str(folder),
-        trust_remote_code=True,
-        dtype="float32",
-        device=str(TorchBackend(bench.device).device),
-        batch_size=bench.batch_size,
-    )
-    (temporary / "tasks").mkdir()
-    files = {name: data[name] / TASKS[name].files["standard"] for name in names}
-    referees = referee.local_tasks(files, temporary / "tasks")
-
-    def ours(backend: str, name: str, limit: int | None = None) -> dict[str, float]:
-        scorer = scorers[backend]
-        documents = load(TIMED[name], "standard", data[name], None, 0)[:limit]
-        setup = task_setup(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
-        return metrics(
-            PreparedTask(TIMED[name], documents, "standard", setup).run(scorer, bench.batch_size)
-        )
-
+    found = turns(actions, bench.repetitions, warm_up=0)
+    items = sum(bool(line.strip()) for line in file.read_text(encoding="utf-8").splitlines())
     rows = []
-    for name in names:
-        subjects: dict[str, Callable[..., dict[str, float]]] = {
-            REFEREE: lambda limit=None, name=name: referee.evaluate(
-                theirs, referees, name, bench.batch_size, limit
-            )
-        }
-        for b in bench.backends:
-            subjects[f"mlx_mla {b}"] = lambda limit=None, b=b, name=name: ours(b, name, limit)
-        items = sum(
-            1 for line in files[name].read_text(encoding="utf-8").splitlines() if line.strip()
-        )
-        for run in subjects.values():
-            run(limit=WARM_UP)
-        found: dict[str, dict[str, Any]] = {s: {"seconds": [], "memory": []} for s in subjects}
-        for _ in range(bench.repetitions):
-            for subject, run in subjects.items():
-                with watched() as figures:
-                    scores = run()
-                found[subject]["seconds"].append(figures["seconds"])
-                found[subject]["memory"].append([figures["first_half"], figures["second_half"]])
-                found[subject]["acc"] = scores["acc"]
-            for b in bench.backends:
-                found[f"mlx_mla {b}"].setdefault("forward", []).append(forward_rate(scorers[b]))
-        tokens = {
-            f"mlx_mla {b}": needed_tokens(scorers[b], name, data[name]) for b in bench.backends
-        }
-        for subject, f in found.items():
-            if subject in tokens:
-                f["tokens"] = tokens[subject]
-            rate = items / statistics.median(f["seconds"])
-            rows.append(
-                {"task": name, "subject": subject, "items": items, "items_per_second": rate, **f}
-            )
+    for s in runs:
+        scores, times, memory = zip(*found[s])
+        row = {
+            "task": name, "subject": s, "items": items, "acc": scores[-1]["acc"],
+            "items_per_second": items / statistics.median(times), "seconds": list(times),
+            "memory": list(memory),
+        }  # fmt: skip
+        if s in scorers:
+            row |= {
+                "tokens": needed_tokens(scorers[s], name, data),
+                "forward": found[f"{s}: forward"],
+            }
+        rows.append(row)
     return rows
+
+
+def setup(scorer: Scorer) -> TaskSetup:
+    """What a task's requests depend on."""
+    return task_setup(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
 
 
 def needed_tokens(scorer: Scorer, name: str, data: Path) -> int:
     """Tokens that a task's items need at least: what an item's continuations share once, without
     padding."""
     documents = load(TIMED[name], "standard", data, None, 0)
-    setup = task_setup(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
-    own = TIMED[name].requests(documents, "standard", setup)
-    requests = [request for requests in own for request in requests]
+    own = TIMED[name].requests(documents, "standard", setup(scorer))
     return sum(
         len(r.context) - 1 + sum(len(target) for target in r.targets)
-        if len(r.targets) > 1
-        else len(r.context) + len(r.targets[0]) - 1
+        for requests in own
         for r in requests
     )
 
@@ -212,18 +208,12 @@ def forward_rate(scorer: Scorer) -> float:
     ids = np.random.default_rng(0).integers(0, len(scorer.tokenizer), FORWARD).astype(np.int32)
     last = np.arange(1, rows + 1, dtype=np.int32) * length - 1
     block = RowBatch(ids, np.arange(rows), last, ids[:, 0])
-    seconds = []
-    for _ in range(4):
-        began = time.perf_counter()
-        scorer.run(None, [block])
-        seconds.append(time.perf_counter() - began)
-    return ids.size / min(seconds[1:])
+    return ids.size / min([seconds(lambda: scorer.run(None, [block])) for _ in range(4)][1:])
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """Seconds, and the most resident bytes in either half of the time, of what runs inside."""
-    process, figures, samples = psutil.Process(), dict[str, float](), list[tuple[float, int]]()
+def watched(work: Callable[[], Any]) -> tuple[Any, float, list[int]]:
+    """What a call returns, its seconds, and the most resident bytes in either half of the time."""
+    process, samples = psutil.Process(), list[tuple[float, int]]()
     stop, began = threading.Event(), time.perf_counter()
 
     def look() -> None:
@@ -233,83 +223,73 @@ def watched() -> Iterator[dict[str, float]]:
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        yield figures
+        outcome = work()
     finally:
-        figures["seconds"] = seconds = time.perf_counter() - began
+        took = time.perf_counter() - began
         stop.set()
         thread.join()
-        for name, half in (
-            ("first_half", (0, seconds / 2)),
-            ("second_half", (seconds / 2, seconds)),
-        ):
-            figures[name] = max((rss for t, rss in samples if half[0] <= t <= half[1]), default=0)
+    halves = ([rss for t, rss in samples if (t > took / 2) == second] for second in (False, True))
+    return outcome, took, [max(half, default=0) for half in halves]
 
 
 def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
     """The folder of --model; a preset's is written with random weights."""
     if bench.model not in PRESETS:
         return checkpoint.model_folder(Path(bench.model))
-    tokenizer = get_tokenizer("gpt2", bench.bpe_dir)
+    tokenizer = get_tokenizer("gpt2", bench.bpe_dir).fast_tokenizer()
     config = preset(bench.model)
     if config.tokenizer != "gpt2":
         raise UserError(f"--model {bench.model}: the tasks need a preset with --tokenizer gpt2")
     model = config.resolved().model
-    folder = temporary / bench.model
+    folder = temporary / "model"
     folder.mkdir()
-    checkpoint.write_model(
-        folder, model, initial_weights(model, 0, 0.02), tokenizer.fast_tokenizer(), ""
-    )
+    checkpoint.write_model(folder, model, initial_weights(model, 0, 0.02), tokenizer, "")
     return folder
 
 
-def sample(bench: EvaluationBench, name: str, temporary: Path) -> Path:
+def sample(bench: EvaluationBench, name: str, work: Path) -> Path:
     """A data folder with the items of --limit."""
     path = TASKS[name].files["standard"]
+    (work / path).parent.mkdir(parents=True)
     if bench.limit is None:
         return bench.data_dir.resolve()
     lines = (bench.data_dir / path).read_text(encoding="utf-8").splitlines()
-    chosen = np.random.default_rng(0).choice(
-        len(lines), min(bench.limit, len(lines)), replace=False
-    )
-    folder = temporary / "data"
-    (folder / path).parent.mkdir(parents=True)
-    (folder / path).write_text("".join(lines[i] + "\n" for i in sorted(chosen)), encoding="utf-8")
-    return folder
+    count = min(bench.limit, len(lines))
+    chosen = np.random.default_rng(0).choice(len(lines), count, replace=False)
+    (work / path).write_text("".join(lines[i] + "\n" for i in sorted(chosen)), encoding="utf-8")
+    return work
 
 
 def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
     """The table."""
-    rows: list[Row] = found["rows"]
-    bench = found["settings"]
-    lines = [
-        f"- {bench['model']}, float32, batches of {bench['batch_size']} rows, median of "
-        f"{bench['repetitions']}",
-        f"- target: PyTorch at least {TARGET}x of lm_eval; MLX at least PyTorch's share of the "
-        "forward speed", "",
-        "| task | subject | items | items/s | against lm_eval | of its forward speed | accuracy "
-        "| memory, first half | second half |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    reference = {r["task"]: r["items_per_second"] for r in rows if r["subject"] == REFEREE}
+    rows, s = found["rows"], found["settings"]
+    theirs = {r["task"]: r["items_per_second"] for r in rows if r["subject"] == REFEREE}
+    lines = []
     for r in rows:
-        first, second = (f"{statistics.median(m) / 2**20:,.0f} MiB" for m in zip(*r["memory"]))
-        lines.append(
-            f"| {r['task']} | {r['subject']} | {r['items']:,} | {r['items_per_second']:.2f} "
-            f"| {r['items_per_second'] / reference[r['task']]:.2f}x | {_share(r)} "
-            f"| {r['acc']:.4f} | {first} | {second} |"
-        )
-    return lines
+        share = "-"
+        if "forward" in r:
+            rate = r["tokens"] / statistics.median(r["seconds"])
+            share = f"{rate / statistics.median(r['forward']):.0%}"
+        halves = (f"{statistics.median(m) / 2**20:,.0f} MiB" for m in zip(*r["memory"]))
+        lines.append((
+            r["task"], r["subject"], f"{r['items']:,}", f"{r['items_per_second']:.2f}",
+            f"{r['items_per_second'] / theirs[r['task']]:.2f}x" if r["task"] in theirs else "-",
+            share, f"{r['acc']:.4f}", *halves,
+        ))  # fmt: skip
+    header = ("task", "subject", "items", "items/s", "against lm_eval", "of its forward speed",
+              "accuracy", "memory, first half", "second half")  # fmt: skip
+    return [
+        f"- {s['model']}, float32, batches of {s['batch_size']} rows, median of {s['repetitions']}",
+        f"- target: PyTorch at least {TARGET}x of lm_eval; MLX at least PyTorch's share of the "
+        "forward speed",
+        "",
+        *markdown_table(header, lines),
+    ]
 
 
-def _share(r: Row) -> str:
-    if "forward" not in r:
-        return "-"
-    rate = r["tokens"] / statistics.median(r["seconds"])
-    return f"{rate / statistics.median(r['forward']):.0%}"
-
-
-REPORT = Report("evaluation", "Evaluation beside lm_eval", body)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARKS = (
+    Benchmark(
+        name="evaluation", title="Evaluation beside lm_eval", settings=EvaluationBench,
+        measure=measure, body=body, parts={"rows": ROWS},
+    ),
+)  # fmt: skip

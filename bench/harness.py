@@ -1,78 +1,236 @@
-"""What every benchmark shares: the machine, turns and medians, and the one writer of reports.
+"""What every benchmark shares: its settings, the machine, rows on disk, and reports.
 
-    python -m bench.harness bench/results/NAME.json ...     # write NAME.md and pictures anew
-
-A benchmark is a module with a `REPORT`. What it has measured is a document, plain values that go
-into NAME.json; the report's text and pictures are functions of the document alone, so that they can
-be written anew without measuring.
+A benchmark is a `Benchmark`: settings, a function that measures into a `Results`, and a report. The
+report is a function of the stored document alone, so `python -m bench report results.json` writes
+it again without measuring.
 """
 
 import dataclasses
-import datetime
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
-import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, NamedTuple, Optional, get_origin
 
 import tyro
 
+from bench.reading import Document, checked, read_document
+from bench.rows import upgraded
 from mlx_mla import cli, files
 from mlx_mla.backends import get_backend
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, flag
+from mlx_mla.fields import Bounds
 from mlx_mla.machine import memory, processor
 from mlx_mla.model.config import BackendName, DeviceName
-from mlx_mla.pictures import save
-
-PROG = "python -m bench.harness"
-PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
-RESULTS, REPORT_FILE = "results.json", "report.md"
+from mlx_mla.pictures import draw, save
 
 Row = dict[str, Any]
-"""One measurement of one subject."""
-Document = dict[str, Any]
-"""What a benchmark has measured: `report` (its module), `command`, `machine`, `settings`, and
-what its report reads."""
+"""A row of most benchmarks, as JSON has it."""
+RESULTS, REPORT_FILE = "results.json", "report.md"
+PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
+UNFINISHED = 75  # EX_TEMPFAIL: nothing is wrong, call again
+
+REGISTRY = {
+    "compare": ("compare_backends", "MLX and PyTorch side by side, MLA against GPT-2"),
+    "core": ("compare_backends", "the training step, decoding by cache, and saving, in MLX"),
+    "decode": ("compare_backends", "decoding by kind of cache, batch and context"),
+    "trained": ("trained", "what quantisation costs trained models, what a draft model gains"),
+    "training": ("training", "memory of a training step against the estimate; largest batches"),
+    "convert": ("convert_mla", "what converting a trained model to MLA costs, by rank and method"),
+    "evaluation": ("evaluation", "evaluation beside lm-evaluation-harness"),
+    "prepare": ("prepare", "preparing data beside tiktoken alone"),
+    "serve": ("serve", "mlx_lm.server under many clients"),
+    "reduction": ("reduction", "what averaging gradients over processes adds to a step"),
+}
+"""The module and the subject of each benchmark, by the NAME in `python -m bench NAME`."""
 
 
-def _no_figures(document: Document) -> dict[str, Any]:
-    return {}
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    """Flags that every benchmark has."""
+
+    out: Optional[Path] = None
+    """Folder for results.json, report.md and pictures. None: only print."""
+
+    packages: ClassVar[Sequence[str]] = PACKAGES
+    """Packages whose versions the report lists."""
+    bounds: ClassVar[Mapping[str, Bounds]] = {}
+    """Values that numeric fields may have."""
+    devices: ClassVar[Mapping[BackendName, DeviceName]] = {}
+    """Frameworks that are measured, each with its --device. A property where flags choose them."""
+
+    def checked(self) -> "Settings":
+        """The settings to use; UserError for a value out of its bounds or an empty list."""
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if values == ():
+                raise UserError(f"{flag(field.name)} needs at least one value")
+            limit = self.bounds.get(field.name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if limit and value is not None and (problem := limit.problem(value)):
+                    raise UserError(f"{flag(field.name)} {problem}")
+        return self
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """How a benchmark's document is shown.
+@dataclasses.dataclass(kw_only=True)
+class Resumable(Settings):
+    """Flags of benchmarks that take hours."""
 
-    Attributes:
-        kind: Word at the end of the files' names.
-        title: Heading.
-        body: Lines of Markdown after the machine's, from the document and the files of its
-            pictures.
-        figures: matplotlib figures by name; one that has the report's kind as its name is NAME.png.
+    resume: bool = False
+    """Keep the rows that --out has, and measure the rest."""
+    minutes: Optional[float] = None
+    """Start no measurement after this many minutes; the exit code is then 75. None: no limit."""
+
+    same: ClassVar[Sequence[str]] = ()
+    """Settings that all rows of one file share."""
+
+    def checked(self) -> "Resumable":
+        super().checked()
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError("--minutes must be above 0")
+        for name in ("resume", "minutes"):
+            if getattr(self, name) and self.out is None:
+                raise UserError(f"--{name} needs --out, the folder with the rows to keep")
+        return self
+
+
+class Picture(NamedTuple):
+    """What paints a figure, and the figure's size in inches."""
+
+    paint: Callable[[Any], None]
+    size: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What is measured, and how it is reported."""
+
+    name: str
+    """NAME in `python -m bench NAME`."""
+    title: str
+    """Heading of the report."""
+    settings: type[Settings]
+    measure: Callable[[Any, "Results"], None]
+    """Measures by the settings, and adds rows."""
+    parts: Mapping[str, Any]
+    """The values of the document that the report reads: their types by name."""
+    body: Callable[[Document, Mapping[str, str]], list[str]]
+    """Lines of Markdown from the document and the files of its pictures."""
+    figures: Callable[[Document], Mapping[str, Picture]] = lambda _: {}
+    """Pictures by name."""
+    default: Any = None
+    """Settings to use where no flag is given, if not the class's own."""
+
+
+class OutOfTime(Exception):
+    """--minutes have passed, and something is left to measure."""
+
+
+class Results:
+    """The rows of a run and the facts about it, on disk after every change.
+
+    Raises:
+        UserError: If --out has results and --resume is not given, or if they are from another
+            machine, measured with other settings, or damaged.
     """
 
-    kind: str
-    title: str
-    body: Callable[[Document, Mapping[str, str]], list[str]]
-    figures: Callable[[Document], dict[str, Any]] = _no_figures
+    def __init__(self, benchmark: Benchmark, settings: Any, command: str):
+        self.path: Path | None = settings.out and settings.out / RESULTS
+        self._benchmark = benchmark
+        minutes = getattr(settings, "minutes", None)
+        self._ends = minutes and time.monotonic() + 60 * minutes
+        self.document: Document = {
+            "benchmark": benchmark.name,
+            "command": command,
+            "machine": machine(settings.devices, settings.packages),
+            "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
+        }
+        self.document |= {k: [] for k, kind in benchmark.parts.items() if get_origin(kind) is list}
+        if self.path and self.path.exists():
+            if not getattr(settings, "resume", False):
+                hint = "add --resume to complete them, or " if hasattr(settings, "resume") else ""
+                raise UserError(f"{settings.out}: holds results; {hint}give --out a new name")
+            self._take_over(self.path, settings.same)
+
+    def _take_over(self, path: Path, same: Sequence[str]) -> None:
+        benchmark, stored = read(path)
+        elsewhere = "give --out a new name"
+        if benchmark.name != self._benchmark.name:
+            raise UserError(f"{path}: results of another benchmark; {elsewhere}")
+        for key, value in self.document["machine"].items():
+            if stored["machine"].get(key, value) != value:
+                raise UserError(f"{path}: measured with another {key}; {elsewhere}")
+        for key in same:
+            if (before := stored["settings"][key]) != (now := self.document["settings"][key]):
+                raise UserError(f"{path}: measured with {key} {before}, not {now}; {elsewhere}")
+        self.document |= {k: stored[k] for k in self._benchmark.parts if k in stored}
+
+    def has(self, part: str = "rows", /, **key: Any) -> bool:
+        """Whether a row of a list of the document has these values."""
+        rows = (row if isinstance(row, dict) else vars(row) for row in self.document[part])
+        return any(all(row[k] == v for k, v in key.items()) for row in rows)
+
+    def begin(self) -> None:
+        """Call before each measurement: raises OutOfTime after --minutes."""
+        if self._ends and time.monotonic() > self._ends:
+            raise OutOfTime
+
+    def add(self, *rows: Any, to: str = "rows", **facts: Any) -> None:
+        """Add rows to a list of the document, set facts, and save."""
+        if rows:
+            self.document[to].extend(rows)
+        self.document |= facts
+        self.save()
+
+    def save(self) -> None:
+        """Replace the file; UserError if it cannot be written."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"{self.path.parent}: cannot be made: {e.strerror}; give another --out"
+            ) from e
+        text = json.dumps(self.document, indent=1, default=dataclasses.asdict, allow_nan=False)
+        files.write_text(self.path, text + "\n")
+
+
+def run(benchmark: Benchmark, argv: Sequence[str], prog: str = "") -> int:
+    """Measure, print the report, and write it with --out; returns the exit code."""
+    prog = prog or f"python -m bench {benchmark.name}"
+    settings = cli.parse(benchmark.settings, argv, prog, benchmark.default).checked()
+    results = Results(benchmark, settings, f"{prog} {shlex.join(argv)}".rstrip())
+    code = 0
+    try:
+        benchmark.measure(settings, results)
+    except OutOfTime:
+        code = UNFINISHED
+    results.save()
+    print(markdown(benchmark, results.document, {}))
+    if results.path:
+        write_report(benchmark, results.document, results.path)
+    if code:
+        print("--minutes are over: the same command with --resume continues", file=sys.stderr)
+    return code
 
 
 def machine(
     devices: Mapping[BackendName, DeviceName], packages: Sequence[str] = PACKAGES
 ) -> dict[str, str]:
-    """What figures depend on, and that can be told.
+    """What figures depend on.
 
     Args:
-        devices: Frameworks that were measured, each with the value of its --device.
+        devices: Frameworks that are measured, each with the value of its --device.
         packages: Packages whose versions matter.
     """
-    facts = {
+    found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": memory(),
@@ -81,127 +239,51 @@ def machine(
     }
     for package in packages:
         try:
-            facts[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            facts[package] = "missing"
+            found[package] = "missing"
     for backend, device in devices.items():
-        facts |= get_backend(backend, device).device_info()
-    return facts
+        found |= get_backend(backend, device).device_info()
+    return found
 
 
-def report_name(kind: str) -> str:
-    """Name of a report: the processor, the date and the kind of report."""
-    words = (
-        "".join(c if c.isalnum() else " " for c in processor().replace("(R)", "")).lower().split()
-    )
-    return f"{'-'.join(words)}-{os.cpu_count()}cores_{datetime.date.today().isoformat()}_{kind}"
+def find(name: str) -> Benchmark:
+    """A registered benchmark. UserError if a package that it needs is missing."""
+    try:
+        module = importlib.import_module(f"bench.{REGISTRY[name][0]}")
+    except ModuleNotFoundError as e:
+        raise UserError(f"{name} needs {e.name}; pip install {e.name}") from None
+    return next(b for b in module.BENCHMARKS if b.name == name)
 
 
-def take_turns(
-    actions: Mapping[str, Callable[[], float]], repetitions: int
-) -> dict[str, list[float]]:
-    """Run every action once unmeasured, then `repetitions` rounds of all; returns what each
-    returned."""
-    for action in actions.values():
-        action()
-    results: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repetitions):
-        for name, action in actions.items():
-            results[name].append(action())
-    return results
+def read(path: Path) -> tuple[Benchmark, Document]:
+    """A stored document with typed rows, and its benchmark; UserError if it is none."""
+    document = upgraded(read_document(path), path)
+    name = document.get("benchmark")
+    if not isinstance(name, str) or name not in REGISTRY or name == "reduction":
+        raise UserError(f"{path}: does not name its benchmark; measure it again")
+    benchmark = find(name)
+    return benchmark, checked(document, benchmark.parts, benchmark.settings, path)
 
 
-def row(what: str, name: str, case: str, unit: str, values: Sequence[float], **more: Any) -> Row:
-    """A row of repeated measurements: median, smallest and largest."""
-    return {
-        "what": what,
-        "preset": name,
-        "case": case,
-        "unit": unit,
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "repetitions": len(values),
-        **more,
-    }
-
-
-def document(
-    module: str,
-    prog: str,
-    argv: Sequence[str],
-    settings: Any,
-    devices: Mapping[BackendName, DeviceName],
-    packages: Sequence[str] = PACKAGES,
-    **measured: Any,
-) -> Document:
-    """What a benchmark measured, with how and where.
-
-    Args:
-        module: Where its `REPORT` is, `bench.core` for example.
-        prog: How it is started.
-        argv: Its arguments.
-        settings: Its command's dataclass.
-        devices: Frameworks that were measured, each with the value of its --device.
-        packages: Packages whose versions matter.
-        measured: What its report reads.
-    """
-    plain = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    return {
-        "report": module,
-        "command": f"{prog} {shlex.join(argv)}".rstrip(),
-        "machine": machine(devices, packages),
-        "settings": plain,
-        **measured,
-    }
-
-
-def markdown(report: Report, document: Document, pictures: Mapping[str, str]) -> str:
+def markdown(benchmark: Benchmark, document: Document, pictures: Mapping[str, str]) -> str:
     """The report's text: the heading, the machine, the command, and what was measured."""
-    lines = [f"# {report.title}", ""]
+    lines = [f"# {benchmark.title}", ""]
     lines += [f"- {key}: {value}" for key, value in document["machine"].items()]
     if "command" in document:
         lines.append(f"- command: `{document['command']}`")
-    return "\n".join([*lines, *report.body(document, pictures)]).rstrip() + "\n"
+    return "\n".join([*lines, *benchmark.body(document, pictures)]).rstrip() + "\n"
 
 
-def publish(report: Report, document: Document, out: Path | None) -> None:
-    """Print a report; with `out`, also write NAME.json, NAME.md and pictures into that folder."""
-    print(markdown(report, document, {}))
-    if out is not None:
-        path = out / f"{report_name(report.kind)}.json"
-        write(report, document, path)
-        print(f"written: {path.with_suffix('')}.*")
-
-
-def write(report: Report, document: Document, path: Path) -> None:
-    """Write a document, its report and its pictures.
-
-    Args:
-        path: NAME.json, beside which NAME.md and NAME.png come; or results.json of a folder of its
-            own, beside which are report.md and a file a picture.
-
-    Raises:
-        UserError: If the folder or a file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{path.parent}: cannot be made: {e.strerror}; give another --out") from e
-    files.write_text(path, json.dumps(document, indent=1, default=str) + "\n")
-    rewrite(report, document, path)
-
-
-def rewrite(report: Report, document: Document, path: Path) -> None:
-    """Write report and pictures of a document that is on disk."""
+def write_report(benchmark: Benchmark, document: Document, path: Path) -> None:
+    """Write the report and the pictures of a document that is on disk as `path`."""
     alone = path.name == RESULTS
-    prefix = "" if alone else path.stem.removesuffix(report.kind)
     pictures = {}
-    for name, figure in report.figures(document).items():
-        pictures[name] = f"{prefix}{name}.png"
-        save_figure(figure, path.with_name(pictures[name]))
+    for name, picture in benchmark.figures(document).items():
+        pictures[name] = f"{name}.png" if alone else f"{path.stem}-{name}.png"
+        draw(path.with_name(pictures[name]), picture.paint, figsize=picture.size)
     text = path.with_name(REPORT_FILE) if alone else path.with_suffix(".md")
-    files.write_text(text, markdown(report, document, pictures))
+    files.write_text(text, markdown(benchmark, document, pictures))
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -213,51 +295,17 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 @dataclasses.dataclass(kw_only=True)
-class HarnessCommand:
-    """Write the text and the pictures of stored results anew; measures nothing."""
+class ReportCommand:
+    """Write the reports and the pictures of stored results again, without measuring."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """JSON files that benchmarks have written."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
-    command = cli.parse(HarnessCommand, argv, PROG)
-    for path in command.results:
-        stored = read(path)
-        rewrite(report_of(stored, path), stored, path)
+def report(argv: Sequence[str]) -> int:
+    """`python -m bench report`: reads all the files before it writes anything."""
+    command = cli.parse(ReportCommand, argv, "python -m bench report")
+    for path, found in [(path, read(path)) for path in command.results]:
+        write_report(*found, path)
         print(f"written: {path}")
     return 0
-
-
-def read(path: Path) -> Document:
-    """A stored document; UserError if it is none."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored["machine"], dict):
-            raise TypeError
-        return stored
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not results of a benchmark") from None
-
-
-def report_of(document: Document, path: Path) -> Report:
-    """The report that a stored document is shown by."""
-    module = document.get("report")
-    if not (isinstance(module, str) and module.startswith("bench.")):
-        raise UserError(f"{path}: does not name its benchmark; measure it again")
-    try:
-        report: Report = importlib.import_module(module).REPORT
-    except ModuleNotFoundError as e:
-        raise UserError(f"{path}: {module} needs {e.name}; pip install {e.name}") from None
-    return report
-
-
-if __name__ == "__main__":
-    sys.exit(main())

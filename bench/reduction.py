@@ -1,20 +1,21 @@
 """Measure what averaging gradients over ranks adds to a training step.
 
-    mlx.launch -n 2 -- python -m bench.reduction [--preset nano]
-    torchrun --nproc-per-node 2 bench/reduction.py --backend torch
+    mlx.launch -n 2 -- python -m bench reduction [--preset nano]
+    torchrun --nproc-per-node 2 -m bench reduction --backend torch
 
 Steps with and without the averaging take turns on every rank. Prints a table; figures are medians
 with the smallest and largest beside them, of rank 0.
 """
 
 import dataclasses
+import functools
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from bench.subjects.contract import seconds
+from bench.timing import turns
 from mlx_mla import cli
 from mlx_mla.backends import get_backend, get_engine
 from mlx_mla.backends.contract import Start
@@ -24,7 +25,7 @@ from mlx_mla.model.presets import preset
 from mlx_mla.model.weights import initial_weights, num_parameters
 from mlx_mla.world import EngineName, join
 
-PROG = "python -m bench.reduction"
+PROG = "python -m bench reduction"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,12 +46,8 @@ class ReductionBench:
     """Engine, as for mlx_mla.train."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Measure on all ranks, and print the table on rank 0; returns the exit code."""
     options = cli.parse(ReductionBench, argv, PROG)
     with join(options.distributed_backend, get_engine) as world:
         if world.size == 1:
@@ -61,41 +58,32 @@ def _main(argv: Sequence[str]) -> int:
         backend = get_backend(options.backend)
         averaging = backend.train_session(config, Start(weights), world=world)
         alone = backend.train_session(config, Start(weights))
-        rng = np.random.default_rng(world.rank)
-        ids = rng.integers(
-            0, config.model.vocab_size, (options.batch_size, config.context + 1)
-        ).astype(np.int32)
-        batches = [(ids[:, :-1], ids[:, 1:])] * options.grad_accum_steps
-        times: dict[str, list[float]] = {
-            "step, averaged": [],
-            "step, alone": [],
-            "agreeing (two a step)": [],
+        shape = (options.batch_size, config.context + 1)
+        ids = np.random.default_rng(world.rank).integers(0, config.model.vocab_size, shape)
+        batches = [(ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32))]
+        batches *= options.grad_accum_steps
+
+        def timed(work: Callable[[], object]) -> float:
+            world.gather()  # all begin together
+            return seconds(work)
+
+        actions: dict[str, Callable[[], object]] = {
+            "step, averaged": lambda: averaging.step(0, 1e-4, batches),
+            "step, alone": lambda: alone.step(0, 1e-4, batches),
+            "agreeing (two a step)": lambda: (world.gather(1.0), world.gather()),
         }
-        for step in range(options.repetitions + 2):  # the first two warm up
-            for name, work in (
-                ("step, averaged", lambda n=step: averaging.step(n, 1e-4, batches)),
-                ("step, alone", lambda n=step: alone.step(n, 1e-4, batches)),
-                ("agreeing (two a step)", lambda: (world.gather(1.0), world.gather())),
-            ):
-                world.gather()  # all begin together
-                times[name].append(_seconds(work))
+        found = turns(
+            {name: functools.partial(timed, work) for name, work in actions.items()},
+            options.repetitions,
+            warm_up=2,
+        )
         if world.rank == 0:
             nbytes = 4 * num_parameters(config.model)
             print(
                 f"{options.preset}, {options.backend}, {world.size} ranks: {nbytes:,} bytes of "
                 "gradients a step"
             )
-            for name, values in times.items():
-                v = [1e3 * value for value in values[2:]]
-                print(f"{name:<24}{statistics.median(v):8.2f} ms  ({min(v):.2f} to {max(v):.2f})")
+            for name, values in found.items():
+                low, middle, high = (1e3 * f(values) for f in (min, statistics.median, max))
+                print(f"{name:<24}{middle:8.2f} ms  ({low:.2f} to {high:.2f})")
     return 0
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-if __name__ == "__main__":
-    sys.exit(main())

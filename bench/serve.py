@@ -1,12 +1,11 @@
 """`mlx_lm.server` under many clients: this project's models, and mlx-lm's own GPT-2, each served by
 stock mlx-lm.
 
-    python -m bench.serve --out bench/results
+    python -m bench serve --out DIR
 
 Every model has random weights and bytes as tokens. Each prompt is asked once alone; then all
 clients ask for a while, each going through all prompts from another one on, and every answer is
-compared with the one given alone. Writes NAME.json and NAME.md, NAME being the machine, the date
-and "serve".
+compared with the one given alone.
 """
 
 import concurrent.futures
@@ -23,27 +22,33 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Optional
+from typing import ClassVar
 
 from safetensors.numpy import save_file
 
-from bench.harness import Document, Report, Row, document, publish
+from bench.harness import Benchmark, Results, Row, Settings
+from bench.reading import Document, Figure, Positive, Whole, rows
 from bench.subjects.contract import gpt2_shape
-from mlx_mla import checkpoint, cli
+from mlx_mla import checkpoint
 from mlx_mla.data.tokenizer import ByteTokenizer
-from mlx_mla.errors import UserError
+from mlx_mla.display import markdown_table
+from mlx_mla.fields import Bounds, at_least_1, positive
 from mlx_mla.model.presets import preset
 from mlx_mla.model.weights import initial_weights
 
-PROG = "python -m bench.serve"
 SERVER = "import mlx_mla.backends.mlx; from mlx_lm.server import main; main()"
 THEIRS = "mlx-lm gpt2"
+ROWS = rows({
+    "model": str, "requests": Whole, "same": Whole, "different": Whole, "failed": Whole,
+    "tokens_per_sec": Positive, "seconds": Figure,
+    "median_latency": Figure, "worst_latency": Figure,
+})  # fmt: skip
 
 
 @dataclasses.dataclass(kw_only=True)
-class ServeBench:
+class ServeBench(Settings):
     """Measure mlx_lm.server with this project's models against mlx-lm's own GPT-2."""
 
     presets: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
@@ -59,32 +64,24 @@ class ServeBench:
     """Tokens of an answer."""
     prompt_bytes: int = 400
     """Length of the longest prompt; the others are from an eighth of it up."""
-    out: Optional[Path] = None
-    """Folder for the report. None: only print."""
+
+    packages: ClassVar = ("mlx", "mlx-lm")
+    devices: ClassVar = {"mlx": "auto"}
+    bounds: ClassVar = {
+        **dict.fromkeys(("layers", "clients", "max_tokens"), at_least_1(10**4)),
+        "prompt_bytes": Bounds("be at least 8", 8, 10**6),
+        "seconds": positive(10**6),
+    }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
-    s = cli.parse(ServeBench, argv, PROG)
-    if min(s.layers, s.clients, s.max_tokens) < 1 or s.prompt_bytes < 8 or s.seconds <= 0:
-        raise UserError(
-            "--layers, --clients, --max-tokens and --seconds must be positive, --prompt-bytes at "
-            "least 8"
-        )
-    rows = []
+def measure(s: ServeBench, results: Results) -> None:
+    """A row for each model."""
     with tempfile.TemporaryDirectory() as folder:
         for name in s.presets:
-            rows += [
-                measure(s, label, model) for label, model in models(Path(folder), name, s.layers)
-            ]
-    packages = ("mlx", "mlx-lm")
-    found = document("bench.serve", PROG, argv, s, {"mlx": "auto"}, packages, rows=rows)
-    publish(REPORT, found, s.out)
-    return 0
+            for label, model in models(Path(folder), name, s.layers):
+                row = asked(s, label, model)
+                print(*cells(row, None), sep="  ", flush=True)
+                results.add(row)
 
 
 def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
@@ -107,54 +104,42 @@ def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
         yield THEIRS, theirs
 
 
-def measure(s: ServeBench, label: str, folder: Path) -> Row:
+def asked(s: ServeBench, label: str, folder: Path) -> Row:
     """Answers, errors and speeds of one model."""
-    text = random.Random(0)
+    text, shortest = random.Random(0), s.prompt_bytes // 8
     letters = "abcdefghijklmnopqrstuvwxyz     "
-    lengths = [
-        s.prompt_bytes // 8 + i * (s.prompt_bytes - s.prompt_bytes // 8) // s.clients
-        for i in range(s.clients)
-    ]
+    lengths = [shortest + i * (s.prompt_bytes - shortest) // s.clients for i in range(s.clients)]
     prompts = ["".join(text.choice(letters) for _ in range(n)) for n in lengths]
     with serving(folder) as port:
         alone = [ask(port, p, s.max_tokens)[0] for p in prompts]
-        end = time.monotonic() + s.seconds
+        start = time.monotonic()
 
         def client(number: int) -> list[tuple[str, int, float]]:
             """Outcome, tokens and seconds of each request."""
             done: list[tuple[str, int, float]] = []
             for i in range(number, sys.maxsize):
                 began = time.monotonic()
-                if began >= end:
+                if began >= start + s.seconds:
                     return done
                 try:
                     answer, tokens = ask(port, prompts[i % len(prompts)], s.max_tokens)
                     outcome = "same" if answer == alone[i % len(prompts)] else "different"
                 except (OSError, ValueError, KeyError) as e:
-                    outcome, tokens = f"error: {e}", 0
+                    outcome, tokens = "failed", 0
+                    print(f"{label}: error: {e}", file=sys.stderr)
                 done.append((outcome, tokens, time.monotonic() - began))
             return done
 
-        began = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(s.clients) as pool:
             done = [d for own in pool.map(client, range(s.clients)) for d in own]
-        took = time.monotonic() - began
-    row = {
-        "model": label,
-        "requests": len(done),
-        "same": sum(d[0] == "same" for d in done),
-        "different": sum(d[0] == "different" for d in done),
-        "errors": sorted({d[0] for d in done if d[0].startswith("error")}),
-        "failed": sum(d[0].startswith("error") for d in done),
-        "tokens_per_sec": sum(d[1] for d in done) / took,
-        "seconds": took,
-        "median_latency": statistics.median(d[2] for d in done),
-        "worst_latency": max(d[2] for d in done),
-    }
-    print(f"{label}: {row['requests']} requests, {row['failed']} errors, {row['different']} "
-          "different, "
-          f"{row['tokens_per_sec']:.1f} tok/s", flush=True)  # fmt: skip
-    return row
+        took = time.monotonic() - start
+    outcomes, tokens, latencies = zip(*done)
+    return {
+        "model": label, "requests": len(done), "tokens_per_sec": sum(tokens) / took,
+        **{name: outcomes.count(name) for name in ("same", "different", "failed")},
+        "seconds": took, "median_latency": statistics.median(latencies),
+        "worst_latency": max(latencies),
+    }  # fmt: skip
 
 
 def ask(port: int, prompt: str, max_tokens: int) -> tuple[str, int]:
@@ -173,17 +158,12 @@ def serving(folder: Path) -> Iterator[int]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        SERVER,
-        "--model",
-        str(folder),
-        "--port",
-        str(port),
-        "--trust-remote-code",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = ["--model", str(folder), "--port", str(port), "--trust-remote-code"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(600):
             if process.poll() is not None:
@@ -200,32 +180,35 @@ def serving(folder: Path) -> Iterator[int]:
         process.wait(30)
 
 
+def cells(r: Row, theirs: float | None) -> tuple[object, ...]:
+    """The columns of a row."""
+    return (
+        r["model"], r["requests"], r["failed"], r["different"], f"{r['tokens_per_sec']:.1f}",
+        f"{r['tokens_per_sec'] / theirs:.2f}x" if theirs else "-",
+        f"{r['median_latency']:.2f}, worst {r['worst_latency']:.2f}",
+    )  # fmt: skip
+
+
 def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
     """The table."""
-    rows: list[Row] = found["rows"]
-    s = found["settings"]
-    lines = [
+    rows, s = found["rows"], found["settings"]
+    theirs = next((r["tokens_per_sec"] for r in rows if r["model"] == THEIRS), None)
+    return [
         f"- {s['layers']} layers, random weights, float32; {s['clients']} clients for "
         f"{s['seconds']:g} s, prompts of {s['prompt_bytes'] // 8} to {s['prompt_bytes']} tokens, "
         f"{s['max_tokens']} tokens an answer",
         "",
-        "| model | requests | errors | unlike the answer given alone | tok/s | against mlx-lm's | "
-        "latency, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    theirs = next((r["tokens_per_sec"] for r in rows if r["model"] == THEIRS), None)
-    for r in rows:
-        ratio = f"{r['tokens_per_sec'] / theirs:.2f}x" if theirs else "-"
-        lines.append(
-            f"| {r['model']} | {r['requests']} | {r['failed']} | {r['different']} | "
-            f"{r['tokens_per_sec']:.1f} | "
-            f"{ratio} | {r['median_latency']:.2f}, worst {r['worst_latency']:.2f} |"
-        )
-    return lines
+        *markdown_table(
+            ("model", "requests", "errors", "unlike the answer given alone", "tok/s",
+             "against mlx-lm's", "latency, s"),
+            [cells(r, theirs) for r in rows],
+        ),
+    ]  # fmt: skip
 
 
-REPORT = Report("serve", "mlx_lm.server under many clients", body)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARKS = (
+    Benchmark(
+        name="serve", title="mlx_lm.server under many clients", settings=ServeBench,
+        measure=measure, body=body, parts={"rows": ROWS},
+    ),
+)  # fmt: skip

@@ -1,51 +1,40 @@
-"""Timing of several subjects, one of them in memory at a time, with a cold run apart and running
-out of memory survived.
-
-Every subject is loaded twice: in order for the first half of its runs and backwards for the second,
-so that a machine that drifts does so for all alike, as if they took turns run by run. That would
-need all of them in memory at once, which a machine of 16 GB pays for by swapping.
-"""
+"""Turns, medians, and the timing of subjects of which one at a time is in memory."""
 
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from bench import subjects
-from bench.harness import Row
+from bench.rows import Row
 from bench.subjects.contract import Timed
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One subject of a measurement: what to run, and what it costs.
+def turns(
+    actions: Mapping[K, Callable[[], T]], repetitions: int, warm_up: int = 1
+) -> dict[K, list[T]]:
+    """Run all actions in turns, so that drift of the machine hits them equally.
 
-    Attributes:
-        key: What tells its row from others; cases of one "backend" and "model" share a subject.
-        load: Puts the subject into memory: a `Subject` or a `Trainer`.
-        run: The call, on the subject; may return a `Timed` where it times a part of itself.
-        tokens: Of one call, for the rate.
-        flops: That one call must compute.
-        bytes: That one call must move.
-        sizes: What else its row says.
+    Returns:
+        What each returned, without its first `warm_up` runs.
     """
-
-    key: Row
-    load: Callable[[], Any]
-    run: Callable[[Any], Any]
-    tokens: int
-    flops: float
-    bytes: float
-    sizes: Row
+    results: dict[K, list[T]] = {name: [] for name in actions}
+    for _ in range(warm_up + repetitions):
+        for name, action in actions.items():
+            results[name].append(action())
+    return {name: values[warm_up:] for name, values in results.items()}
 
 
-def there_and_back(items: Sequence[T], repetitions: int) -> Iterator[tuple[T, int]]:
-    """Each item with how many of its repetitions are due: half in order, the rest backwards.
+def abba_order(items: Sequence[T], repetitions: int) -> Iterator[tuple[T, int]]:
+    """Each item with its due repetitions: half of them in order, the rest backwards.
 
-    The last one's two halves follow each other and are one.
+    Drift of the machine hits the items equally, as in turns, but each is visited twice only. The
+    last item's two halves follow each other and are one.
     """
     first = (repetitions + 1) // 2
     for i, item in enumerate(items):
@@ -55,26 +44,40 @@ def there_and_back(items: Sequence[T], repetitions: int) -> Iterator[tuple[T, in
             yield item, repetitions - first
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One subject of a measurement: what to run, and what it costs.
+
+    Attributes:
+        row: Its row, without figures. Cases of one backend and model share a subject.
+        load: Puts the subject, a `Subject` or a `Trainer`, into memory.
+        run: The call, on the subject; may return a `Timed` where it times a part of itself.
+        tokens: Of one call, for the rate. 0: no rate.
+    """
+
+    row: Row
+    load: Callable[[], Any]
+    run: Callable[[Any], Any]
+    tokens: int
+
+
 def time_cases(cases: Sequence[Case], repetitions: int) -> list[Row]:
-    """Time cases, those of one subject in turns while it is in memory.
+    """Time cases in ABBA order, those of one subject in turns while it is in memory.
 
     When a subject is loaded first, each of its cases is warmed up until two runs agree within a
     tenth; the second time by one run.
 
     Returns:
-        A row a case; one that ran out of memory has that as its status, and no figures.
+        A row for each case. One that ran out of memory has that as its status, and no figures.
     """
     runs = [_Run(case) for case in cases]
     groups: dict[tuple[str, str], list[_Run]] = {}
     for run in runs:
-        groups.setdefault((run.case.key["backend"], run.case.key["model"]), []).append(run)
-    for own, count in there_and_back(list(groups.values()), repetitions):
+        groups.setdefault((run.case.row.backend, run.case.row.model), []).append(run)
+    for own, count in abba_order(list(groups.values()), repetitions):
         _visit(own, count)
-        subjects.release(own[0].case.key["backend"])
-    rows = [run.row() for run in runs]
-    for row in rows:
-        _say(row)
-    return rows
+        subjects.release(own[0].case.row.backend)
+    return [run.row() for run in runs]
 
 
 def _visit(own: Sequence["_Run"], count: int) -> None:
@@ -87,9 +90,8 @@ def _visit(own: Sequence["_Run"], count: int) -> None:
         return
     for run in own:
         run.warm_up(subject)
-    for _ in range(count):
-        for run in own:
-            run.repeat(subject)
+    actions = {i: functools.partial(run.repeat, subject) for i, run in enumerate(own)}
+    turns(actions, count, warm_up=0)
 
 
 def _only_memory(error: Exception) -> None:
@@ -101,11 +103,9 @@ def _only_memory(error: Exception) -> None:
 class _Run:
     def __init__(self, case: Case):
         self.case, self.status = case, "ok"
-        self._seconds: list[float] = []
-        self._waited: list[float] = []
+        self._timed: list[Timed] = []
         self._peaks: list[int] = []
         self._cold: float | None = None
-        self._cache_bytes: int | None = None
 
     def warm_up(self, subject: Any) -> None:
         last: float | None = None
@@ -113,48 +113,40 @@ class _Run:
             timed = self._once(subject)
             if timed is None:
                 return
-            took = timed.seconds
-            self._cold = took if self._cold is None else self._cold
-            if last is not None and abs(took - last) <= 0.1 * last:
+            self._cold = timed.seconds if self._cold is None else self._cold
+            if last is not None and abs(timed.seconds - last) <= 0.1 * last:
                 return
-            last = took
+            last = timed.seconds
 
     def repeat(self, subject: Any) -> None:
         timed = self._once(subject)
-        if timed is None:
-            return
-        self._seconds.append(timed.seconds)
-        self._cache_bytes = timed.cache_bytes
-        if timed.waited is not None:
-            self._waited.append(timed.waited)
-        if (peak := subject.memory.peak()) is not None:
-            self._peaks.append(peak)
+        if timed is not None:
+            self._timed.append(timed)
+            if (peak := subject.memory.peak()) is not None:
+                self._peaks.append(peak)
 
     def row(self) -> Row:
-        case = self.case
-        row = {**case.key, "status": self.status}
+        row, tokens = dataclasses.replace(self.case.row, status=self.status), self.case.tokens
         if self.status != "ok":
             return row
-        assert self._cold is not None
-        median = statistics.median(self._seconds)
-        speeds = {
-            "median": case.tokens / median,
-            "min": case.tokens / max(self._seconds),
-            "max": case.tokens / min(self._seconds),
-            "cold": case.tokens / self._cold,
-            "values": [case.tokens / t for t in self._seconds],
-        }
-        return {
-            **row,
-            "tokens_per_sec": speeds,
-            "ms": median * 1e3,
-            "waited_ms": statistics.median(self._waited) * 1e3 if self._waited else None,
-            "peak_bytes": max(self._peaks, default=None),
-            "cache_bytes": self._cache_bytes,
-            **case.sizes,
-            "flops": case.flops,
-            "bytes": case.bytes,
-        }
+        seconds = [t.seconds for t in self._timed]
+        waited = [t.waited for t in self._timed if t.waited is not None]
+        described = [t.described for t in self._timed if t.described is not None]
+        row.ms = 1e3 * statistics.median(seconds)
+        row.waited_ms = 1e3 * statistics.median(waited) if waited else None
+        row.python_ms = 1e3 * statistics.median(described) if described else None
+        row.peak_bytes = max(self._peaks, default=None)
+        row.cache_bytes = self._timed[-1].cache_bytes
+        if tokens:
+            assert self._cold is not None
+            row.tokens_per_sec = {
+                "median": tokens / statistics.median(seconds),
+                "min": tokens / max(seconds),
+                "max": tokens / min(seconds),
+                "cold": tokens / self._cold,
+                "values": [tokens / t for t in seconds],
+            }
+        return row
 
     def _once(self, subject: Any) -> Timed | None:
         if self.status != "ok":
@@ -169,14 +161,3 @@ class _Run:
             return None
         took = time.perf_counter() - began
         return outcome if isinstance(outcome, Timed) else Timed(took)
-
-
-def _say(row: Row) -> None:
-    speed = row.get("tokens_per_sec")
-    shown = f"{speed['median']:,.1f} tok/s" if speed else row["status"]
-    where = f"batch {row['batch']}, {row['context']} tokens"
-    print(
-        f"{row['measure']:<12} {row['backend']:<6} {row['model']:<36} "
-        f"{row['cache'] or '':<13}{where}: {shown}",
-        flush=True,
-    )

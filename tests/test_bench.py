@@ -2,11 +2,16 @@
 asserted."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+from helpers import refused
 
+from bench import __main__ as command
+from bench import harness
+from bench.timing import abba_order, turns
 from mlx_mla.errors import UserError
 
 pytest.importorskip("torch")
@@ -15,6 +20,14 @@ NARROW = [
     *("--quick", "--models", "gpt2-124m", "mla-124m", "--batch", "1", "--context", "64"),
     *("--repetitions", "1", "--forward-batch", "1"),
 ]  # fmt: skip
+
+
+def run(*argv) -> int:
+    return command.main([str(a) for a in argv])
+
+
+def document(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -27,99 +40,77 @@ def compare():
 @pytest.fixture(scope="module")
 def report(compare, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "report"
-    assert compare.main([*NARROW, "--out", str(out)]) == 0
+    argv = [*NARROW, "--measures", "forward", "first-token", "decoding", "loops"]
+    assert compare.main([*argv, "--out", str(out)]) == 0
     return out
-
-
-def rows(out: Path) -> list[dict]:
-    return json.loads((out / "results.json").read_text())["rows"]
 
 
 @pytest.mark.slow
 def test_every_measure_has_rows_for_both_backends_and_the_outside_references(report):
-    found = {(r["measure"], r["backend"], r["model"]) for r in rows(report)}
-    for measure in ("forward", "first token", "decoding"):
-        for backend, outside in (("mlx", "mlx-lm gpt2"), ("torch", "transformers GPT-2")):
+    rows = document(report)["rows"]
+    found = {(r["measure"], r["backend"], r["model"]): r for r in rows}
+    for backend, outside in (("mlx", "mlx-lm gpt2"), ("torch", "transformers GPT-2")):
+        for measure in ("forward", "first token", "decoding"):
             for model in ("gpt2-124m", "mla-124m", outside):
                 assert (measure, backend, model) in found
-    assert ("decoding", "torch", "original's decoding (mla-124m)") in found
+        assert ("decoding", backend, "original's decoding (mla-124m)") in found
     assert {(b, m) for x, b, m in found if x == "training"} == {
-        (b, m) for b in ("mlx", "torch") for m in ("gpt2-124m", "mla-124m")
+        (backend, name.format(model))
+        for backend, way in (("mlx", "eager step ({})"), ("torch", "plain PyTorch loop ({})"))
+        for name in ("{}", way)
+        for model in ("gpt2-124m", "mla-124m")
     }
-    for r in rows(report):
+    for r in rows:
         assert r["status"] == "ok"
         t = r["tokens_per_sec"]
         assert 0 < t["min"] <= t["median"] <= t["max"]
         assert len(t["values"]) == 1
         assert r["roofline"] > 0
-        assert min(r["rates"].values()) > 0
-        decoded_in_mlx = r["measure"] == "decoding" and r["backend"] == "mlx"
-        assert (r["waited_ms"] is not None) == decoded_in_mlx
-    latent, whole = (
-        next(
-            r
-            for r in rows(report)
-            if (r["measure"], r["backend"], r["model"]) == ("decoding", "torch", m)
-        )
-        for m in ("mla-124m", "gpt2-124m")
+        waits = r["measure"] == "decoding" and r["backend"] == "mlx" and r["cache"] != "none"
+        assert (r["waited_ms"] is not None) == waits
+    latent = next(
+        r
+        for r in rows
+        if r["backend"] == "torch" and r["cache"] == "latent" and r["measure"] == "decoding"
     )
+    whole = found["decoding", "torch", "gpt2-124m"]
     assert whole["cache_bytes_per_token"] == 4 * latent["cache_bytes_per_token"]
     assert whole["cache_bytes"] == 4 * latent["cache_bytes"]
 
 
 @pytest.mark.slow
-def test_parity_is_in_the_results_and_first_in_the_report(report):
-    found = json.loads((report / "results.json").read_text())["parity"]
-    compared = {(f["weights"], f["backend"], f["model"]) for f in found}
-    assert compared == {
+def test_the_report_has_parity_first_then_tables_and_plots(report):
+    found = document(report)["parity"]
+    assert {(f["weights"], f["backend"], f["model"]) for f in found} == {
         ("gpt2-124m", "torch", "gpt2-124m"),
         ("gpt2-124m", "mlx", "mlx-lm gpt2"),
         ("gpt2-124m", "torch", "transformers GPT-2"),
         ("mla-124m", "torch", "mla-124m"),
     }
     text = (report / "report.md").read_text()
-    headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings[0] == "## Parity"
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:5] == ["Parity", "Forward", "First token", "Decoding", "Training"]
     for f in found:
         # Different kernels round differently, so a difference of exactly nothing was not measured.
         assert 0 < f["largest_logit_difference"] <= f["allowed"] == 1e-3
         assert f["ok"]
-        assert f["against"] == f"mlx {f['weights']}"
-        shown = f"| {f['backend']} {f['model']} | {f['against']} | {f['positions']} "
+        shown = f"| {f['backend']} {f['model']} | mlx {f['weights']} | {f['positions']} "
         assert f"{shown}| {f['largest_logit_difference']:.2g} |" in text
-
-
-@pytest.mark.slow
-def test_the_report_shows_the_tables_and_plots(report):
-    text = (report / "report.md").read_text()
-    for part in (
-        "## Forward",
-        "## First token",
-        "## Decoding",
-        "## Training",
-        "| 1.00x |",
-        "GFLOP/s",
-    ):
+    for part in ("| 1.00x |", "GFLOP/s", "x plain PyTorch loop |", "x eager step, "):
         assert part in text
-    for name in (
-        "forward",
-        "first",
-        "decoding-mlx",
-        "decoding-torch",
-        "training",
-        "cache",
-    ):
+    for name in ("forward", "first", "decoding-mlx", "decoding-torch", "training", "cache"):
         assert f"]({name}.png)" in text
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_resuming_keeps_rows_and_measures_the_missing(compare, report, capfd):
-    before = rows(report)
-    document = json.loads((report / "results.json").read_text())
-    (report / "results.json").write_text(json.dumps({**document, "rows": before[:-3]}))
-    assert compare.main([*NARROW, "--out", str(report), "--resume"]) == 0
-    after = rows(report)
+    stored = document(report)
+    before = stored["rows"]
+    (report / "results.json").write_text(json.dumps({**stored, "rows": before[:-3]}))
+    argv = ["--measures", "forward", "first-token", "decoding", "loops", "--out", str(report)]
+    assert compare.main([*NARROW, *argv, "--resume"]) == 0
+    after = document(report)["rows"]
     assert after[:-3] == before[:-3]
     keys = ("measure", "backend", "model", "cache", "batch", "context")
     assert [[r[k] for k in keys] for r in after[-3:]] == [[r[k] for k in keys] for r in before[-3:]]
@@ -164,8 +155,17 @@ def test_peak_memory_is_the_subjects_own(attention, kind, width, others):
     subjects.release("mlx")
 
 
+def test_actions_take_turns_and_loaded_subjects_go_there_and_back():
+    said = []
+    found = turns({"a": lambda: said.append("a") or len(said), "b": lambda: said.append("b")}, 2)
+    assert (said, found) == (["a", "b"] * 3, {"a": [3, 5], "b": [None, None]})
+    assert list(abba_order("ab", 5)) == [("a", 3), ("b", 5), ("a", 2)]
+    assert list(abba_order("ab", 1)) == [("a", 1), ("b", 1)]
+
+
 def test_one_subject_is_in_memory_at_a_time():
-    from bench.timing import Case, there_and_back, time_cases
+    from bench.rows import Row
+    from bench.timing import Case, time_cases
 
     alive: list[str] = []
     order: list[str] = []
@@ -173,8 +173,7 @@ def test_one_subject_is_in_memory_at_a_time():
     class Loaded:
         def __init__(self, name):
             assert not alive, f"{name} beside {alive}"
-            self.name = name
-            self.memory = self
+            self.name, self.memory = name, self
             alive.append(name)
 
         def __del__(self):
@@ -191,18 +190,15 @@ def test_one_subject_is_in_memory_at_a_time():
         subject.held = len(subject.name)
 
     def case(name):
-        key = {"measure": "forward", "backend": "torch", "model": name, "cache": None}
-        key |= {"batch": 1, "context": 1}
-        return Case(key, lambda: Loaded(name), run, 1, 1.0, 1.0, {})
+        row = Row(measure="forward", backend="torch", model=name, batch=1, context=1)
+        return Case(row, lambda: Loaded(name), run, 1)
 
     found = time_cases([case("a"), case("bb"), case("ccc")], 4)
-    assert [r["peak_bytes"] for r in found] == [1, 2, 3]
-    assert [len(r["tokens_per_sec"]["values"]) for r in found] == [4, 4, 4]
+    assert [r.peak_bytes for r in found] == [1, 2, 3]
+    assert [len(r.tokens_per_sec["values"]) for r in found] == [4, 4, 4]
     assert not alive
     visits = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert visits == ["a", "bb", "ccc", "bb", "a"]
-    assert list(there_and_back("ab", 5)) == [("a", 3), ("b", 5), ("a", 2)]
-    assert list(there_and_back("ab", 1)) == [("a", 1), ("b", 1)]
 
 
 def test_a_trainer_gives_its_memory_back():
@@ -211,6 +207,7 @@ def test_a_trainer_gives_its_memory_back():
 
     from bench import subjects
     from bench.training import settings
+    from mlx_mla.model.weights import num_parameters
 
     config = settings("nano", dtype="float32", batch_size=1, seq_len=64, compile=False)
     ids = np.ones((1, 64), np.int32)
@@ -220,19 +217,11 @@ def test_a_trainer_gives_its_memory_back():
         trainer = subjects.load_trainer("mlx", config, "cpu")
         trainer.step(ids, ids)
         # AdamW: weights, gradients and two moments, all in float32.
-        weights = sum(4 * n for n in _sizes(config.model))
+        weights = 4 * num_parameters(config.model)
         assert 3 * weights < trainer.memory.peak() < 20 * weights
         del trainer
         subjects.release("mlx")
         assert mx.get_active_memory() - before < 0.1 * weights
-
-
-def _sizes(model):
-    from math import prod
-
-    from mlx_mla.model.weights import parameter_shapes
-
-    return [prod(shape) for shape in parameter_shapes(model).values()]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -246,14 +235,14 @@ def test_mlx_decodes_with_what_generate_decodes_with(batch, kind):
 
     config, weights = _weighed("mla")
     subject = subjects.load("mlx", "weighed", config, weights, "float32", "cpu")
-    subject._use(kind)
+    subject.use(kind)
     cache = subject._filled(batch, 700, 8)
     assert {type(c).__name__ for c in cache} == {"KVCache" if batch == 1 else "BatchKVCache"}
     assert all(c.keys.shape[2] == 768 for c in cache)  # multiples of 256, as mlx-lm's grow
     tokens = np.array(list(subject._tokens(batch, cache, 5))).reshape(5, batch)
     cache, y = subject._filled(batch, 700, 8), mx.zeros((batch, 1), mx.int32)
     for row in tokens:
-        y = mx.argmax(subject._network(y, cache=cache)[:, -1], axis=-1, keepdims=True)
+        y = mx.argmax(subject.network(y, cache=cache)[:, -1], axis=-1, keepdims=True)
         assert y[:, 0].tolist() == row.tolist()
 
 
@@ -268,7 +257,7 @@ def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
 
     config, weights = _weighed("mla")
     subject = subjects.load("torch", "weighed", config, weights, "float32", "cpu")
-    subject._use("latent")
+    subject.use("latent")
     logits = {}
     for fixed, cache_type in ((False, GrowingCache), (True, StaticCache)):
         subject.fixed_shapes = fixed
@@ -277,7 +266,7 @@ def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
             assert isinstance(cache, cache_type)
             y = torch.zeros((batch, 1), dtype=torch.long)
             mask = subject._mask(batch, 51)
-            out = subject._network(y, attention_mask=mask, past_key_values=cache, use_cache=True)
+            out = subject.network(y, attention_mask=mask, past_key_values=cache, use_cache=True)
             logits[fixed] = out.logits
         timed = subject.decode(batch, 50, 2, "latent")
         length = config.n_positions if fixed else 52
@@ -294,59 +283,58 @@ def test_the_first_token_needs_the_head_once():
     c = c.resolved()
     matrices = 2 * (8 * 24 + 8 * 8 + 2 * 8 * 32)
     scores = 2 * 2 * 2 * 8 * 5.5  # layers x (scores and values) x a multiply-add x width x keys
-    assert costs.prompt_flops(c, 10) == 10 * (2 * matrices + scores) + 2 * 8 * 100
+    found = costs.flops("first token", c, "materialized", 1, 10)
+    assert found == 10 * (2 * matrices + scores) + 2 * 8 * 100
 
 
-def test_a_benchmark_stops_after_its_minutes_and_goes_on(compare, tmp_path, monkeypatch, capfd):
+def test_a_benchmark_stops_after_its_minutes_and_resumes(compare, tmp_path, monkeypatch, capfd):
     from bench import subjects
 
     monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))
     argv = [*NARROW, "--models", "mla-124m", "--backends", "mlx", "--measures", "forward"]
     argv += ["--out", str(tmp_path / "out"), "--resume"]
-    assert compare.main([*argv, "--minutes", "1e-9"]) == compare.UNFINISHED
-    assert rows(tmp_path / "out") == []
-    assert "--resume goes on" in capfd.readouterr().err
+    assert compare.main([*argv, "--minutes", "1e-9"]) == harness.UNFINISHED
+    assert document(tmp_path / "out")["rows"] == []
+    assert "--resume continues" in capfd.readouterr().err
     assert compare.main([*argv, "--minutes", "60"]) == 0
-    assert len(rows(tmp_path / "out")) == 2
+    assert len(document(tmp_path / "out")["rows"]) == 2
 
 
 def test_a_roofline_is_taken_of_the_rates_beside_its_row():
-    from bench.compare_report import set_rooflines
+    from bench.rows import Row
 
-    need = {"status": "ok", "flops": 1e9, "bytes": 1e6, "ms": 10.0, "backend": "mlx"}
-    fast, slow = (
-        {**need, "rates": {"matmul_flops": f, "memory_bytes": 1e9}} for f in (4e11, 1.25e11)
-    )
-    set_rooflines({"rows": [fast, slow]})
-    assert (fast["roofline"], slow["roofline"]) == pytest.approx((0.25, 0.8))
+    for flops, share in ((4e11, 0.25), (1.25e11, 0.8)):
+        row = Row(measure="forward", backend="mlx", model="m", batch=1, context=1, ms=10.0)
+        row.flops, row.bytes = 1e9, 1e6
+        row.tokens_per_sec = {"median": 1.0, "min": 1.0, "max": 1.0}
+        row.rates = {"matmul_flops": flops, "memory_bytes": 1e9}
+        row.set_roofline()
+        assert row.roofline == pytest.approx(share)
 
 
 @pytest.mark.slow
 def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, monkeypatch, capfd):
-    from bench import subjects
+    from bench.subjects import torch as subject_torch
 
-    real = subjects.load
+    real = subject_torch.ours
 
-    def wrong(backend, model, config, weights, *rest):
-        if backend == "torch":
-            weights = {k: w * (1.1 if "ln_f" in k else 1) for k, w in weights.items()}
-        return real(backend, model, config, weights, *rest)
+    def wrong(model, config, weights, *rest):
+        weights = {k: w * (1.1 if "ln_f" in k else 1) for k, w in weights.items()}
+        return real(model, config, weights, *rest)
 
-    monkeypatch.setattr(subjects, "load", wrong)
+    monkeypatch.setattr(subject_torch, "ours", wrong)
     out = tmp_path / "out"
-    assert (
-        compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)])
-        == 0
-    )
-    (verdict,) = json.loads((out / "results.json").read_text())["parity"]
+    argv = [*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]
+    assert compare.main(argv) == 0
+    (verdict,) = document(out)["parity"]
     assert (verdict["backend"], verdict["ok"]) == ("torch", False)
     assert verdict["largest_logit_difference"] > verdict["allowed"]
     assert "| not timed |" in (out / "report.md").read_text()
-    assert {r["backend"] for r in rows(out)} == {"mlx"}
+    assert {r["backend"] for r in document(out)["rows"]} == {"mlx"}
 
 
 @pytest.mark.slow
-def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monkeypatch, capfd):
+def test_running_out_of_memory_marks_the_row_and_continues(compare, tmp_path, monkeypatch, capfd):
     from bench.subjects import torch as subject_torch
 
     def full(self, ids):
@@ -354,139 +342,197 @@ def test_running_out_of_memory_marks_the_row_and_goes_on(compare, tmp_path, monk
 
     monkeypatch.setattr(subject_torch.TorchSubject, "forward", full)
     out = tmp_path / "out"
-    assert (
-        compare.main([*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)])
-        == 0
-    )
-    status = {r["backend"]: r["status"] for r in rows(out)}
+    argv = [*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]
+    assert compare.main(argv) == 0
+    status = {r["backend"]: r["status"] for r in document(out)["rows"]}
     assert status == {"mlx": "ok", "torch": "out of memory"}
     assert "out of memory" in (out / "report.md").read_text()
 
 
 def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
-    from helpers import refused
-
     def no(*argv):
         return refused(capsys, *argv, command=compare.main)
 
     assert "did you mean 'mla-124m'" in no("--models", "mla-124")
     assert "invalid choice 'jax'" in no("--backends", "jax")
-    assert "at least 1" in no("--repetitions", "0")
+    assert "--repetitions must be at least 1" in no("--repetitions", "0")
+    assert "--batch must be at least 1" in no("--batch", "1", "0")
+    assert "--models needs at least one value" in no("--models")
     assert "--resume needs --out" in no("--resume")
-    (tmp_path / "results.json").write_text("{}")
     assert "--minutes needs --out" in no("--minutes", "5")
+    stored = tmp_path / "results.json"
+    stored.write_text("{}")
     assert "holds results; add --resume" in no("--out", tmp_path)
-    assert "not results of this benchmark" in no("--out", tmp_path, "--resume")
-    another = {"machine": {}, "settings": {"dtype": "bfloat16"}, "parity": [], "rows": []}
-    (tmp_path / "results.json").write_text(json.dumps(another))
+    assert "not results of a benchmark" in no("--out", tmp_path, "--resume")
+    another = {"benchmark": "compare", "machine": {}, "settings": {"dtype": "bfloat16"}, "rows": []}
+    stored.write_text(json.dumps(another))
     assert "measured with dtype bfloat16, not float32" in no("--out", tmp_path, "--resume")
+    stored.write_text(json.dumps({**another, "benchmark": "serve"}))
+    assert "results of another benchmark" in no("--out", tmp_path, "--resume")
     folder = shutil.copytree(tiny_run / "checkpoints/step-000040", tmp_path / "quantised")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}})
-    )
+    quantised = {**config, "quantization": {"bits": 4, "group_size": 32}}
+    (folder / "config.json").write_text(json.dumps(quantised))
     assert "which only MLX reads; compare the folder it was made from" in no("--models", folder)
 
 
+def test_the_command_lists_the_benchmarks_and_refuses_others(capsys):
+    assert run() == run("--help") == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in (*harness.REGISTRY, "report"))
+    assert "no benchmark 'cores'; take one of compare, core" in refused(
+        capsys, "cores", command=command.main
+    )
+
+
 STORED = Path(__file__).parent.parent / "bench" / "results"
+# A study keeps its runs; what holds for those is in test_study.py.
+RESULTS = sorted(p for p in STORED.glob("**/*.json") if '"runs":' not in p.read_text())
 
 
-@pytest.mark.parametrize(
-    "path",
-    # A study keeps its runs; what holds for those is in test_study.py.
-    sorted(p for p in STORED.glob("**/*.json") if '"runs":' not in p.read_text()),
-    ids=lambda path: str(path.relative_to(STORED)),
-)
-def test_stored_reports_say_what_their_results_say(path, tmp_path):
-    from bench import harness
-
-    stored = harness.read(path)
-    copy = tmp_path / path.name
-    harness.write(harness.report_of(stored, path), stored, copy)
-    assert json.loads(copy.read_text()) == stored
-    for written in tmp_path.iterdir():
-        assert path.with_name(written.name).is_file()
-        if written.suffix == ".md":
-            assert written.read_text() == path.with_name(written.name).read_text()
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_stored_reports_say_what_their_results_say(path, tmp_path, capsys):
+    copy = Path(shutil.copy(path, tmp_path))
+    assert run("report", copy) == 0
+    assert copy.read_bytes() == path.read_bytes()
+    written = {p.name for p in tmp_path.iterdir()}
+    assert written == {p.name for p in path.parent.iterdir()}
+    assert (tmp_path / "report.md").read_text() == path.with_name("report.md").read_text()
 
 
-def test_a_document_says_what_the_frameworks_found_on_the_devices_that_were_measured():
-    from bench import harness
+def test_results_with_a_name_of_their_own_get_a_report_of_that_name(tmp_path, capsys):
+    copy = shutil.copy(RESULTS[0], tmp_path / "some-machine_convert.json")
+    assert run("report", copy) == 0
+    names = {
+        "some-machine_convert.json",
+        "some-machine_convert.md",
+        "some-machine_convert-convert.png",
+    }
+    assert {p.name for p in tmp_path.iterdir()} == names
 
-    facts = harness.machine({"mlx": "cpu", "torch": "cpu"}, ("numpy",))
-    assert facts["MLX device"].startswith("Device(cpu, 0)")
-    assert facts["MLX float32 products"] == "float32"
-    assert facts["PyTorch device"] == "cpu"
+
+def numbers(value, path=()):
+    """The path to every number of a document."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_damaged_results_are_refused_before_anything_is_written(path, tmp_path, capsys):
+    """Whatever a number of the first row becomes."""
+    rows = next(key for key in ("cells", "rows") if key in json.loads(path.read_text()))
+    copy, good = tmp_path / "results.json", Path(shutil.copy(path, tmp_path / "good.json"))
+    places = [p for p in numbers(json.loads(path.read_text())[rows][:1]) if p[-1] != "repetitions"]
+    assert places
+    for place in places:
+        for wrong in (True, math.nan, 1e308, -1e308, "3", [], {}):
+            broken = json.loads(path.read_text())
+            holder = broken[rows]
+            for key in place[:-1]:
+                holder = holder[key]
+            holder[place[-1]] = wrong
+            copy.write_text(json.dumps(broken))
+            with pytest.raises(UserError, match=rf"{copy}: {rows}\[0\].*{place[1]}.*measure again"):
+                harness.read(copy)
+    assert str(copy) in refused(capsys, "report", good, copy, command=command.main)
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "good.json"}
+
+
+def test_a_document_names_what_the_frameworks_found_on_the_devices_that_were_measured():
+    found = harness.machine({"mlx": "cpu", "torch": "cpu"}, ("numpy",))
+    assert found["MLX device"].startswith("Device(cpu, 0)")
+    assert found["MLX float32 products"] == "float32"
+    assert found["PyTorch device"] == "cpu"
     alone = {"system", "processor", "memory", "python", "threads", "numpy"}
-    assert set(harness.machine({}, ("numpy",))) == alone < set(facts)
+    assert set(harness.machine({}, ("numpy",))) == alone < set(found)
     with pytest.raises(UserError, match="--device cuda goes with --backend torch"):
         harness.machine({"mlx": "cuda"})
 
 
-def test_the_harness_refuses_what_is_no_report(tmp_path, capsys):
-    from bench import harness
-
-    for text, said in (("{", "not results"), ("[]", "not results"), (None, "cannot be read")):
-        path = tmp_path / "some.json"
-        path.unlink(missing_ok=True)
+def test_the_report_of_something_else_is_refused(tmp_path, capsys):
+    path = tmp_path / "some.json"
+    for text, said in (
+        (None, "no such file"),
+        ("{", "JSON"),
+        ("[]", "JSON"),
+        ('{"machine": {}}', "not results of a benchmark"),
+        ('{"machine": {}, "settings": {}, "report": "os.path"}', "does not name its benchmark"),
+        ('{"machine": {}, "settings": {}, "benchmark": "serve"}', "rows is missing"),
+    ):
         if text is not None:
             path.write_text(text)
-        assert harness.main([str(path)]) == 2
-        assert said in capsys.readouterr().err
-    path.write_text('{"machine": {}, "report": "os.path"}')
-    assert harness.main([str(path)]) == 2
-    assert "does not name its benchmark" in capsys.readouterr().err
+        assert said in refused(capsys, "report", path, command=command.main)
 
 
 @pytest.mark.slow
-def test_core_bench_runs(capfd, tmp_path):
-    from bench import core
+def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, capfd):
+    import mlx.core as mx
 
-    assert core.main(["--quick", "--out", str(tmp_path)]) == 0
-    said = capfd.readouterr().out
-    for part in ("nano, compiled", "nano, latent", "checkpoint save"):
-        assert part in said
-    assert len(list(tmp_path.glob("*_core.json"))) == 1
+    from bench import subjects
+
+    monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
+    monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
+    quick = ["--quick", "--repetitions", "1", "--models", "mla-124m"]
+    assert run("core", *quick, "--context", "256", "--out", tmp_path / "core") == 0
+    found = {(r["measure"], r["model"], r["cache"]) for r in document(tmp_path / "core")["rows"]}
+    assert found == {
+        ("training", "mla-124m", None), ("training", "eager step (mla-124m)", None),
+        ("decoding", "mla-124m", "latent"), ("decoding", "mla-124m", "materialized"),
+        ("decoding", "original's decoding (mla-124m)", "none"), ("save", "mla-124m", None),
+    }  # fmt: skip
+    out = tmp_path / "decode"
+    argv = ["decode", *quick, "gpt2-124m", "--backends", "mlx", "--batch", "1", "3"]
+    argv += ["--context", "256", "768", "--out", out]
+    assert run(*argv) == 0
+    found = document(out)["rows"]
+    cells = {
+        (r["batch"], r["context"], r["model"], r["cache"])
+        for r in found
+        if r["measure"] == "decoding" and r["cache"] != "none"
+    }
+    kinds = (("gpt2-124m", "materialized"), ("mla-124m", "latent"), ("mla-124m", "materialized"))
+    assert cells == {(b, c, *kind) for b in (1, 3) for c in (16, 48) for kind in kinds}
+    paths = {(r["context"], r["new"], r["path"]) for r in found if r["measure"] == "chunk"}
+    ways = ("absorbed", "expanded", "chosen")
+    assert paths == {(c, n, p) for c in (16, 48) for n in (2, 8, 32) for p in ways}
+    apart = [r for r in found if r["measure"] == "overhead"]
+    assert {r["cache"] for r in apart} == {"eager", "compiled"}
+    assert all(r["python_ms"] > 0 < r["ms"] for r in apart)
+    text = (out / "report.md").read_text()
+    for part in ("On latents a step takes at most", "Python, ms", "gain over expanded"):
+        assert part in text
+    assert run(*argv, "--resume") == 0
+    assert document(out)["rows"] == found
 
 
 @pytest.mark.slow
-def test_evaluation_bench_does_equal_work(shared_data, tmp_path, capfd):
+def test_evaluation_does_equal_work(shared_data, tmp_path, capfd):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
     from helpers import write_gpt2_model
 
-    from bench import evaluation
-
     folder = write_gpt2_model(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
-    argv = [
-        "--data-dir",
-        str(shared_data),
-        "--model",
-        str(folder),
-        "--limit",
-        "12",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert evaluation.main([*argv, "--batch-size", "4"]) == 0
-    (path,) = (tmp_path / "out").glob("*_evaluation.json")
-    found = json.loads(path.read_text())["rows"]
+    out = tmp_path / "out"
+    argv = ["evaluation", "--data-dir", shared_data, "--model", folder, "--limit", "12"]
+    assert run(*argv, "--out", out, "--batch-size", "4") == 0
+    found = document(out)["rows"]
     assert len(found) == 6
     for task in ("hellaswag", "lambada"):
         rows = [r for r in found if r["task"] == task]
         assert {r["subject"] for r in rows} == {"lm_eval hf", "mlx_mla mlx", "mlx_mla torch"}
         assert {r["items"] for r in rows} == {12}
         assert len({r["acc"] for r in rows}) == 1
-    assert "| against lm_eval |" in path.with_suffix(".md").read_text()
+    assert "| against lm_eval |" in (out / "report.md").read_text()
 
 
-def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
+def test_evaluation_refuses(shared_data, capsys):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
-    from helpers import refused
-
-    from bench import evaluation
 
     def no(*argv):
-        return refused(capsys, "--data-dir", shared_data, *argv, command=evaluation.main)
+        own = ("evaluation", "--data-dir", shared_data, *argv)
+        return refused(capsys, *own, command=command.main)
 
     assert "wikitext2 has too few items" in no("--tasks", "wikitext2")
     assert "must be at least 1" in no("--limit", "0")
@@ -494,125 +540,61 @@ def test_evaluation_bench_refuses(shared_data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_convert_bench_measures_every_cell_and_resumes(text_file, tmp_path, capfd):
-    from bench import convert_mla
+def test_convert_measures_every_cell_and_resumes(text_file, tmp_path, capfd):
     from mlx_mla import train
 
-    run = tmp_path / "run"
-    argv = [
-        "--attention",
-        "mha",
-        "--n-layer",
-        "2",
-        "--n-head",
-        "2",
-        "--n-embd",
-        "16",
-        "--n-positions",
-        "32",
-    ]
-    argv += [
-        "--data",
-        str(text_file),
-        "--out",
-        str(run),
-        "--steps",
-        "40",
-        "--batch-size",
-        "4",
-        "--eval-every",
-        "0",
-    ]
-    assert train.main([*argv, "--backend", "torch", "--device", "cpu", "--sample-tokens", "0"]) == 0
-    flags = ["--model", str(run), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    flags += [
-        "--fractions",
-        "1",
-        "0.25",
-        "--heal",
-        "0.2",
-        "--heal-fractions",
-        "0.25",
-        "--calibration-tokens",
-        "2000",
-    ]
-    assert convert_mla.main(flags) == 0
-    (path,) = (tmp_path / "out").glob("*_convert.json")
-    cells = json.loads(path.read_text())["cells"]
+    source, out = tmp_path / "run", tmp_path / "out"
+    argv = "--attention mha --n-layer 2 --n-head 2 --n-embd 16 --n-positions 32 --steps 40"
+    argv += " --batch-size 4 --eval-every 0 --backend torch --device cpu --sample-tokens 0"
+    assert train.main([*argv.split(), "--data", str(text_file), "--out", str(source)]) == 0
+    flags = ["convert", "--model", source, "--out", out, "--fractions", "1", "0.25"]
+    flags += ["--finetune", "0.2", "--finetune-fractions", "0.25", "--calibration-tokens", "2000"]
+    assert run(*flags) == 0
+    stored = document(out)
+    cells = stored["cells"]
     named = {(c["rank"], c["method"], c["budget"], c["heal"], c["teacher"]): c for c in cells}
     assert len(named) == len(cells) == 3 + 6 + 2 + 1
     for method in ("svd", "whitened", "balanced"):
         assert abs(named[16, method, False, 0.0, False]["change"]) < 0.01  # full rank is exact
         assert named[4, method, False, 0.0, False]["stderr"] > 0
-    assert (
-        named[4, "balanced", True, 0.2, False]["change"]
-        < named[4, "balanced", True, 0.0, False]["change"]
-    )
+    tuned, before = (named[4, "balanced", True, share, False]["change"] for share in (0.2, 0.0))
+    assert tuned < before
     assert named[16, "the MHA model", False, 0.2, False]["change"] < 0
-    (tmp_path / "work" / "r16-svd.json").unlink()
-    capfd.readouterr()
-    assert convert_mla.main(flags) == 0
-    assert json.loads(path.read_text())["cells"] == cells
-    assert (
-        convert_mla.main(["--model", str(tmp_path / "nowhere"), "--work", str(tmp_path / "w")]) == 2
-    )
+    (out / "results.json").write_text(json.dumps({**stored, "cells": cells[1:]}))
+    assert run(*flags, "--resume") == 0
+    assert document(out)["cells"] == [*cells[1:], cells[0]]
+    assert run("convert", "--model", tmp_path / "nowhere") == 2
 
 
 @pytest.mark.slow
 def test_prepare_is_timed_against_tiktoken_and_weighed(
     shared_data, shared_corpus, tmp_path, capsys
 ):
-    from bench import prepare as bench
-
-    src = shared_corpus / "debian_sqlite_doc"
-    argv = [
-        str(src),
-        "--bpe-dir",
-        str(shared_data / "gpt2_bpe"),
-        "--megabytes",
-        "0.2",
-        "--repetitions",
-        "1",
-    ]
-    assert (
-        bench.main(
-            [*argv, "--web-page", "900", "--memory-shard-tokens", "20000", "--out", str(tmp_path)]
-        )
-        == 0
-    )
-    said = capsys.readouterr().out
-    (path,) = tmp_path.glob("*.json")
-    found = json.loads(path.read_text())
-    assert {r["subject"] for r in found["speed"]} == {
-        bench.ALONE,
-        bench.PLAIN,
-        bench.XZ,
-        bench.UNPACK,
-    }
-    assert all(
-        r["bytes"] >= 200_000 and min(r["seconds"] + r["cpu_seconds"]) > 0 for r in found["speed"]
-    )
+    src, out = shared_corpus / "debian_sqlite_doc", tmp_path / "out"
+    argv = ["prepare", src, "--bpe-dir", shared_data / "gpt2_bpe", "--megabytes", "0.2"]
+    argv += ["--repetitions", "1", "--web-page", "900", "--memory-shard-tokens", "20000"]
+    assert run(*argv, "--out", out) == 0
+    said, found = capsys.readouterr().out, document(out)
+    assert [r["subject"] for r in found["speed"]] == 2 * [
+        "tiktoken alone", "prepare, .jsonl", "prepare, .jsonl.xz", "xz alone, one core",
+    ]  # fmt: skip
+    for r in found["speed"]:
+        assert r["bytes"] >= 200_000
+        assert min(r["seconds"] + r["cpu_seconds"]) > 0
     assert found["memory"][1]["bytes"] > 3 * found["memory"][0]["bytes"]
     assert all(m["peak_bytes"] > 10**7 for m in found["memory"])
     assert said.count("1.00x") >= 2
 
 
 @pytest.mark.slow
-def test_training_measures_memory_speed_and_plans(tmp_path, capsys):
-    from bench import training
-
-    assert training.main(["--quick", "--repetitions", "1", "--out", str(tmp_path)]) == 0
-    rows = json.loads(next(tmp_path.glob("*_training.json")).read_text())["rows"]
-    held = [r for r in rows if r["what"] == "memory"]
+def test_training_measures_memory_and_plans(tmp_path, capsys):
+    assert run("training", "--quick", "--out", tmp_path / "out") == 0
+    held = document(tmp_path / "out")["memory"]
     assert [r["checkpoint_every"] for r in held] == [0, 1]
     for r in held:
         parts = ("state_bytes", "gradient_bytes", "activation_bytes")
         assert sum(r["measured"][part] for part in parts) == r["measured"]["total_bytes"]
-    assert {r["case"] for r in rows if r["what"] == "speed"} == {
-        "plain PyTorch loop",
-        "torch",
-        "mlx",
-    }
+        assert r["measured"]["total_bytes"] == pytest.approx(r["estimate"]["total_bytes"], rel=0.3)
     assert "| nano | bfloat16 |" in capsys.readouterr().out
 
 
@@ -630,86 +612,24 @@ def test_a_plan_puts_in_what_fits():
 
 
 @pytest.mark.slow
-def test_decode_bench_measures_every_cell_and_resumes(tmp_path, monkeypatch, capfd):
-    import mlx.core as mx
-
-    from bench import decode, subjects
-
-    monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
-    monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
-    argv = [
-        "--quick",
-        "--backends",
-        "mlx",
-        "--models",
-        "gpt2-124m",
-        "mla-124m",
-        "--out",
-        str(tmp_path),
-    ]
-    assert decode.main(argv) == 0
-    (path,) = tmp_path.glob("*_decode.json")
-    found = json.loads(path.read_text())["rows"]
-    cells = {
-        (r["batch"], r["context"], r["model"], r["cache"])
-        for r in found
-        if r["measure"] == "decoding"
-    }
-    kinds = (("gpt2-124m", "materialized"), ("mla-124m", "latent"), ("mla-124m", "materialized"))
-    assert cells == {(b, c, *kind) for b in (1, 3) for c in (16, 48) for kind in kinds}
-    paths = {(r["context"], r["new"], r["path"]) for r in found if r["measure"] == "chunk"}
-    assert paths == {
-        (c, n, p) for c in (16, 48) for n in (2, 8, 32) for p in ("absorbed", "expanded", "chosen")
-    }
-    assert {r["cache"] for r in found if r["measure"] == "overhead"} == {"eager", "compiled"}
-    report = path.with_suffix(".md").read_text()
-    assert "within 5 % of the better cache" in report
-    assert path.with_name(f"{path.stem}-mlx.png").stat().st_size > 10_000
-    assert decode.main([*argv, "--resume"]) == 0
-    assert json.loads(path.read_text())["rows"] == found
-    assert decode.main(argv) == 2
-    assert "add --resume" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_serve_bench_finds_no_errors(tmp_path, capfd):
-    from bench import serve
-
-    argv = [
-        "--presets",
-        "mla-124m-r128",
-        "--layers",
-        "1",
-        "--clients",
-        "3",
-        "--seconds",
-        "1.5",
-        "--max-tokens",
-        "4",
-    ]
-    assert serve.main([*argv, "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*_serve.json")
-    (row,) = json.loads(path.read_text())["rows"]
+def test_serve_finds_no_errors(tmp_path, capfd):
+    argv = "serve --presets mla-124m-r128 --layers 1 --clients 3 --seconds 1.5 --max-tokens 4"
+    assert run(*argv.split(), "--out", tmp_path / "out") == 0
+    (row,) = document(tmp_path / "out")["rows"]
     assert row["requests"] == row["same"] >= 3
     assert row["failed"] == row["different"] == 0
 
 
 @pytest.mark.slow
-def test_trained_bench_measures_quantisation_and_drafts(tiny_run, text_file, tmp_path, capfd):
-    from bench import decode_trained
-
-    argv = [
-        "--models",
-        str(tiny_run),
-        "--text",
-        str(text_file),
-        "--windows",
-        "4",
-        "--draft",
-        str(tiny_run),
-    ]
-    assert decode_trained.main([*argv, "--tokens", "8", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*_decode-trained.json")
-    document = json.loads(path.read_text())
-    assert document["quality"][0]["change"] == 0
-    assert all(r["same_text"] for r in document["speed"])
+def test_trained_measures_quantisation_and_drafts(tiny_run, text_file, tmp_path, capfd):
+    argv = ["trained", "--models", tiny_run, "--text", text_file, "--windows", "4"]
+    out = tmp_path / "out"
+    assert run(*argv, "--draft", tiny_run, "--tokens", "8", "--out", out) == 0
+    found = document(out)
+    assert found["quality"][0]["change"] == 0
+    assert {(r["weight_bits"], r["cache_bits"]) for r in found["quality"]} >= {
+        (None, None),
+        (8, None),
+    }
+    assert [r["guesses"] for r in found["speed"]] == [0, 2, 3, 4, 6]
+    assert all(r["same_text"] for r in found["speed"])

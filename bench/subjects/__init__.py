@@ -1,41 +1,53 @@
-"""The subjects of the benchmarks, by framework.
+"""The registry of subjects: every model of --models in every framework, and their references.
 
-The frameworks are in mlx.py and torch.py, imported only when they are asked for.
+The frameworks are in mlx.py and torch.py, which are imported only when they are asked for. A
+`Candidate` is a subject before it is loaded: at any time one of them is in memory.
 """
 
+import dataclasses
+import functools
 import gc
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file, save_file
+
+from bench.rows import EAGER, PLAIN
 from bench.subjects.contract import Subject, Trainer, Weights
+from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.weights import initial_weights
+
+OUTSIDE = {"mlx": "mlx-lm gpt2", "torch": "transformers GPT-2"}
+"""The ecosystem's GPT-2, by backend."""
 
 
 def load(
     backend: str, model: str, config: ModelConfig, weights: Weights, dtype: str, device: str
 ) -> Subject:
     """One of this project's models in a backend."""
-    return _module(backend).ours(model, config, weights, dtype, device)
+    subject: Subject = _module(backend).ours(model, config, weights, dtype, device)
+    return subject
 
 
-def load_reference(
-    backend: str, config: ModelConfig, weights: Weights, dtype: str, device: str
-) -> Subject:
-    """GPT-2 of the ecosystem with the weights of our MHA model: mlx-lm's, or transformers'."""
-    assert not config.beyond_gpt2
-    return _module(backend).reference(config, weights, dtype, device)
-
-
-def load_trainer(backend: str, config: TrainConfig, device: str) -> Trainer:
-    """A training session of this project on random weights."""
-    return _module(backend).Trainer(config, device)
+def load_trainer(backend: str, config: TrainConfig, device: str, way: str = "") -> Trainer:
+    """A training session of this project on random weights, its eager step, or a plain loop."""
+    if way == EAGER:
+        config = dataclasses.replace(config, compile=False)
+    trainer: Trainer = _module(backend).trainer(config, device, plain=way == PLAIN)
+    return trainer
 
 
 def rates(backend: str, dtype: str, device: str, side: int) -> tuple[float, float]:
-    """What the device does at best in this framework: matmul FLOP/s, and bytes per second from
-    memory, by `side` squared values, which should not fit into its caches."""
-    module = _module(backend)
-    return module.rates(dtype, side) if backend == "mlx" else module.rates(dtype, device, side)
+    """What the device does at best in this framework: matmul FLOP/s, and bytes per second of a
+    large copy or matrix-vector product of `side` squared values, which must not fit into its
+    caches."""
+    found: tuple[float, float] = _module(backend).rates(dtype, device, side)
+    return found
 
 
 def release(backend: str) -> None:
@@ -57,3 +69,92 @@ def _module(backend: str) -> Any:
         raise UserError(
             f"backend {backend}: {e.name} is not installed; pip install {e.name}"
         ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model in a framework, which `load` puts into memory.
+
+    Attributes:
+        weights: Name of the model whose weights it has; `model` is another for an outside GPT-2.
+    """
+
+    backend: str
+    model: str
+    weights: str
+    config: ModelConfig
+    load: Callable[[], Subject]
+
+
+class Models:
+    """The configurations of --models and where their weights are.
+
+    Random weights of presets are written to a temporary folder, so that a model takes memory only
+    while it is loaded.
+
+    Args:
+        quick: Shrink presets.
+        n_positions: Position table of the presets; None: their own.
+    """
+
+    def __init__(self, names: tuple[str, ...], quick: bool, n_positions: int | None):
+        self._temporary = tempfile.TemporaryDirectory(prefix="bench-")
+        self._read: dict[str, Callable[[], Weights]] = {}
+        self.configs: dict[str, ModelConfig] = {}
+        for i, name in enumerate(names):
+            if name not in PRESETS and Path(name).exists():
+                self.configs[name], self._read[name] = _folder(name)
+                continue
+            self.configs[name] = config = _preset(name, quick, n_positions)
+            path = Path(self._temporary.name) / f"{i}.safetensors"
+            save_file(initial_weights(config, 0), path)
+            self._read[name] = functools.partial(load_file, path)
+
+    @property
+    def baseline(self) -> str | None:
+        """The first model with multi-head attention and nothing beyond GPT-2."""
+        return next((n for n, c in self.configs.items() if not c.beyond_gpt2), None)
+
+    def candidates(
+        self, backends: tuple[str, ...], dtype: str, device: str, outside: bool
+    ) -> list[Candidate]:
+        """Every model in every backend; with `outside`, the ecosystem's GPT-2 after ours."""
+
+        def candidate(b: str, name: str, own: bool) -> Candidate:
+            config, model = self.configs[name], name if own else OUTSIDE[b]
+
+            def loaded() -> Subject:
+                weights = self._read[name]()
+                subject: Subject = _module(b).ours(model, config, weights, dtype, device, own)
+                return subject
+
+            return Candidate(b, model, name, config, loaded)
+
+        return [
+            candidate(b, name, own)
+            for name in self.configs
+            for own in ((True, False) if outside and name == self.baseline else (True,))
+            for b in backends
+        ]
+
+
+def _folder(name: str) -> tuple[ModelConfig, Callable[[], Weights]]:
+    folder = checkpoint.model_folder(Path(name))
+    config = checkpoint.read_config(folder)
+    if checkpoint.is_quantized(folder):
+        raise UserError(
+            f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder "
+            "it was made from"
+        )
+    return config, lambda: checkpoint.read_weights(folder, config)
+
+
+def _preset(name: str, quick: bool, n_positions: int | None) -> ModelConfig:
+    config = preset(name).resolved().model
+    if quick:
+        rank = None if config.kv_lora_rank is None else max(8, config.kv_lora_rank // 8)
+        small: dict[str, Any] = {"n_layer": 2, "n_head": 3, "n_embd": 96, "n_positions": 128}
+        config = dataclasses.replace(
+            preset(name).model, **small, vocab_size=512, kv_lora_rank=rank
+        ).resolved()
+    return dataclasses.replace(config, n_positions=n_positions or config.n_positions)

@@ -17,19 +17,18 @@ def cache_bytes(config: ModelConfig, kind: str, dtype: str) -> int:
     return config.kind.cached_values(materialized=kind == "materialized") * BYTES[dtype]
 
 
-def decode_flops(config: ModelConfig, kind: str, context: int) -> float:
-    """FLOPs of decoding one token after `context` cached ones; without a cache see
-    forward_flops_per_token."""
-    c = config
-    matrices = sum(
-        s[0] * s[1] for n, s in parameter_shapes(c).items() if len(s) == 2 and "wpe" not in n
-    )
-    return 2.0 * matrices + c.kind.score_flops(on_latents=kind == "latent") * context
-
-
-def prompt_flops(config: ModelConfig, context: int) -> float:
-    """FLOPs of reading a prompt of `context` tokens and choosing the next one: the head's product
-    is needed for the last position alone."""
-    assert config.vocab_size
-    head = 2.0 * config.vocab_size * config.n_embd
-    return context * (forward_flops_per_token(config, context) - head) + head
+def flops(
+    measure: str, config: ModelConfig, kind: str, batch: int, context: int, steps: int = 1
+) -> float:
+    """FLOPs of a call of a measure on sequences of `context` tokens, cached ones in decoding; 0
+    where they are not counted."""
+    forward = float(context * forward_flops_per_token(config, context)) if context else 0.0
+    if measure == "decoding" and kind != "none":
+        shapes = parameter_shapes(config).items()
+        matrices = sum(s[0] * s[1] for n, s in shapes if len(s) == 2 and "wpe" not in n)
+        scores = config.kind.score_flops(on_latents=kind == "latent") * context
+        return batch * steps * (2.0 * matrices + scores)
+    if measure == "first token":  # the head's product is needed for the last position alone
+        assert config.vocab_size
+        return batch * (forward - (context - 1) * 2.0 * config.vocab_size * config.n_embd)
+    return batch * forward * {"forward": 1, "decoding": steps, "training": 3}.get(measure, 0)

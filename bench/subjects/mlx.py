@@ -1,6 +1,5 @@
-"""Models in MLX for compare_backends: this project's, and mlx-lm's own GPT-2."""
+"""Models in MLX: this project's, and mlx-lm's own GPT-2."""
 
-import statistics
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -11,9 +10,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import gpt2
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-from bench.subjects.contract import Timed, Weights, gpt2_shape
+from bench.subjects.contract import Subject, Timed, Trainer, Weights, gpt2_shape, seconds
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.backends.mlx.decode import WithoutCache
 from mlx_mla.backends.mlx.device import device_type, stream_of
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.model.config import DType, ModelConfig, TrainConfig
@@ -35,7 +35,7 @@ class MLXMemory:
         return max(mx.get_peak_memory(), mx.get_active_memory()) - self._before
 
 
-class MLXSubject:
+class MLXSubject(Subject):
     """A model by mlx-lm's contract: ours, or mlx-lm's own."""
 
     backend = "mlx"
@@ -43,32 +43,31 @@ class MLXSubject:
     def __init__(
         self, model: str, network: Any, config: ModelConfig, dtype: str, memory: MLXMemory
     ):
-        self.model, self.config, self.memory = model, config, memory
-        self.device_kind = device_type(mx.default_device())
-        self._dtype = {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
-        self._network = network
-        self._network.set_dtype(self._dtype)
-        self._network.eval()
-        mx.eval(self._network.parameters())
+        super().__init__(model, network, config, memory, device_type(mx.default_device()))
+        network.set_dtype(getattr(mx, dtype))
+        network.eval()
+        mx.eval(network.parameters())
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        return np.array(self._network(mx.array(ids)).astype(mx.float32))
+        return np.array(self.network(mx.array(ids)).astype(mx.float32))
 
     def forward(self, ids: np.ndarray) -> None:
-        mx.eval(self._network(mx.array(ids)))
+        mx.eval(self.network(mx.array(ids)))
 
     def first_token(self, ids: np.ndarray, kind: str) -> None:
-        self._use(kind)
-        next(self._generated(mx.array(ids), make_prompt_cache(self._network), 1))
+        self.use(kind)
+        network = WithoutCache(self.network) if kind == "none" else self.network
+        next(_generated(network, mx.array(ids), make_prompt_cache(network), 1))
 
     def decode(self, batch: int, context: int, steps: int, kind: str) -> Timed:
-        self._use(kind)
+        self.use(kind)
+        if kind == "none":
+            return self._decode_without_cache(context, steps)
         cache = self._filled(batch, context, steps + 2)
         self.memory.reset()
-        y = mx.zeros((batch, 1), mx.int32)
-        began = time.perf_counter()
+        began, y = time.perf_counter(), mx.zeros((batch, 1), mx.int32)
         for _ in range(steps):
-            y = mx.argmax(self._network(y, cache=cache)[:, -1], axis=-1, keepdims=True)
+            y = self._step(y, cache)
             mx.eval(y)
         waited = time.perf_counter() - began
         for c in cache:
@@ -76,50 +75,58 @@ class MLXSubject:
         # One step is always under way: that of the first token is not timed, and that of the token
         # after the last is.
         tokens = self._tokens(batch, cache, steps + 1)
-        next(tokens)
-        began = time.perf_counter()
-        for _ in range(steps):
-            next(tokens)
-        seconds, size = time.perf_counter() - began, sum(c.nbytes for c in cache)
+        took = _timed(tokens, steps)
+        size = sum(c.nbytes for c in cache)
         tokens.close()
         mx.synchronize()
         del cache, tokens
         mx.clear_cache()  # else MLX keeps buffers that no later subject has a use for
-        return Timed(seconds, size, waited)
+        return Timed(took, size, waited)
+
+    def _decode_without_cache(self, context: int, steps: int) -> Timed:
+        network = WithoutCache(self.network)
+        self.memory.reset()
+        prompt = mx.zeros((context,), mx.int32)
+        tokens = _generated(network, prompt, make_prompt_cache(network), steps + 1)
+        return Timed(_timed(tokens, steps), 0)
 
     def read_on(self, batch: int, context: int, new: int) -> Timed:
-        self._use("latent")
+        self.use("latent")
         cache = self._filled(batch, context, new)
         self.memory.reset()
         began = time.perf_counter()
-        mx.eval(self._network(mx.zeros((batch, new), mx.int32), cache=cache))
+        mx.eval(self.network(mx.zeros((batch, new), mx.int32), cache=cache))
         seconds = time.perf_counter() - began
         del cache
         mx.clear_cache()
         return Timed(seconds)
 
-    def python_overhead(self, context: int, steps: int) -> tuple[float, float]:
-        """Seconds that Python takes to describe a step at batch 1, and that MLX then takes to
-        compute it (medians)."""
-        self._use("latent")
-        cache, y = self._filled(1, context, steps), mx.zeros((1, 1), mx.int32)
-        return _apart(
-            lambda y: mx.argmax(self._network(y, cache=cache)[:, -1], axis=-1, keepdims=True),
-            y,
-            steps,
-        )
+    def overhead(self, context: int, steps: int, compiled: bool) -> Timed:
+        """A step at batch 1 on latents: the mean seconds that Python takes to describe it, and that
+        MLX then takes to compute it; eager, or as one compiled graph on a cache of fixed size, the
+        next multiple of 256."""
+        self.use("latent")
+        if compiled:
+            advance = self._compiled(context, -(-(context + steps) // 256) * 256)
+        else:
+            cache = self._filled(1, context, steps)
+            advance = lambda y: self._step(y, cache)  # noqa: E731
+        y, described, computed = mx.zeros((1, 1), mx.int32), 0.0, 0.0
+        for _ in range(steps):
+            began = time.perf_counter()
+            y = advance(y)
+            between = time.perf_counter()
+            mx.eval(y)
+            described += between - began
+            computed += time.perf_counter() - between
+        return Timed(computed / steps, described=described / steps)
 
-    def compiled_overhead(self, context: int, steps: int, bucket: int = 256) -> tuple[float, float]:
-        """The same with one compiled graph on a cache of fixed size, the next multiple of
-        `bucket`."""
-        self._use("latent")
-        size = -(-(context + steps) // bucket) * bucket
+    def _compiled(self, context: int, size: int) -> Callable[[mx.array], mx.array]:
         state = [mx.array([context]), *(c.keys for c in self._filled(1, size - 1, 1))]
 
         def step(y: mx.array, offset: mx.array, *keys: mx.array) -> tuple[mx.array, ...]:
             caches = [FixedCache(k, offset) for k in keys]
-            y = mx.argmax(self._network(y, cache=caches)[:, -1], axis=-1, keepdims=True)
-            return y, offset + 1, *(c.keys for c in caches)
+            return self._step(y, caches), offset + 1, *(c.keys for c in caches)
 
         compiled = mx.compile(step)
 
@@ -127,29 +134,22 @@ class MLXSubject:
             y, *state[:] = compiled(y, *state)
             return y
 
-        return _apart(advance, mx.zeros((1, 1), mx.int32), steps)
+        return advance
 
-    def _use(self, kind: str) -> None:
-        if hasattr(self._network, "materialize_cache"):
-            self._network.materialize_cache(kind == "materialized")
-
-    def _generated(self, ids: mx.array, cache: list[Any], max_tokens: int) -> Any:
-        """mlx-lm's loop, which `generate` runs for one prompt."""
-        stream = stream_of(mx.default_device())
-        return generate_step(
-            ids, self._network, prompt_cache=cache, max_tokens=max_tokens, **stream
-        )
+    def _step(self, y: mx.array, cache: Any) -> mx.array:
+        """The next greedy tokens (B, 1), not evaluated."""
+        return mx.argmax(self.network(y, cache=cache)[:, -1], axis=-1, keepdims=True)
 
     def _tokens(self, batch: int, cache: list[Any], count: int) -> Generator[list[int], None, None]:
         """Greedy tokens, the next step under way while one is handed out: by mlx-lm's own loop,
         or, for several sequences, as its `GenerationBatch` does it."""
         if batch == 1:
-            for token, _ in self._generated(mx.zeros((1,), mx.int32), cache, count):
+            for token, _ in _generated(self.network, mx.zeros((1,), mx.int32), cache, count):
                 yield [token]
             return
 
         def step(y: mx.array) -> mx.array:
-            logits = self._network(y[:, None], cache=cache)[:, -1]
+            logits = self.network(y[:, None], cache=cache)[:, -1]
             y = mx.argmax(logits - mx.logsumexp(logits, axis=-1, keepdims=True), axis=-1)
             mx.async_eval(y)
             return y
@@ -163,8 +163,8 @@ class MLXSubject:
     def _filled(self, batch: int, context: int, steps: int) -> list[Any]:
         """The cache that `generate` has after a context, with room for the steps: decoding takes
         as long whatever the values are."""
-        shapes = make_prompt_cache(self._network)
-        mx.eval(self._network(mx.zeros((1, 1), mx.int32), cache=shapes))
+        shapes = make_prompt_cache(self.network)
+        mx.eval(self.network(mx.zeros((1, 1), mx.int32), cache=shapes))
         room = -(-(context + steps) // KVCache.step) * KVCache.step
         cache: list[Any] = []
         for like in shapes:
@@ -182,19 +182,6 @@ class MLXSubject:
             cache.append(c)
         mx.eval([(c.keys, c.values, c.offset) for c in cache])
         return cache
-
-
-class Trainer:
-    """See `bench.subjects.contract.Trainer`."""
-
-    def __init__(self, config: TrainConfig, device: str):
-        self.memory = MLXMemory()
-        self._session = MLXBackend(device).train_session(
-            config, Start(initial_weights(config.model, 0))
-        )
-
-    def step(self, x: np.ndarray, y: np.ndarray) -> None:
-        self._session.step(0, 1e-4, [(x, y)])
 
 
 class FixedCache:
@@ -215,34 +202,42 @@ class FixedCache:
         return 0  # the table has room: the benchmark sees to it
 
 
-def _apart(advance: Callable[[mx.array], mx.array], y: mx.array, steps: int) -> tuple[float, float]:
-    described, computed = [], []
-    for _ in range(steps):
-        began = time.perf_counter()
-        y = advance(y)
-        between = time.perf_counter()
-        mx.eval(y)
-        described.append(between - began)
-        computed.append(time.perf_counter() - between)
-    return statistics.median(described), statistics.median(computed)
+def _generated(
+    network: Any, ids: mx.array, cache: list[Any], max_tokens: int
+) -> Generator[Any, None, None]:
+    """mlx-lm's loop, which `generate` runs for one prompt."""
+    stream = stream_of(mx.default_device())
+    return generate_step(ids, network, prompt_cache=cache, max_tokens=max_tokens, **stream)
 
 
-def ours(model: str, config: ModelConfig, weights: Weights, dtype: str, device: str) -> MLXSubject:
-    """One of this project's models."""
+def _timed(tokens: Generator[Any, None, None], count: int) -> float:
+    """Seconds of `count` tokens after the first."""
+    next(tokens)
+    return seconds(lambda: [next(tokens) for _ in range(count)])
+
+
+def ours(
+    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool = True
+) -> MLXSubject:
+    """One of this project's models; without `own`, mlx-lm's `gpt2` with the weights of our MHA
+    model."""
     mx.set_default_device(MLXBackend(device).device)
     memory = MLXMemory()
-    return MLXSubject(model, build_model(config, weights), config, dtype, memory)
+    if own:
+        network: Any = build_model(config, weights)
+    else:
+        network = gpt2.Model(gpt2.ModelArgs(model_type="gpt2", **gpt2_shape(config)))
+        network.load_weights(
+            [(k.replace("transformer.", "model.", 1), mx.array(w)) for k, w in weights.items()]
+        )
+    return MLXSubject(model, network, config, dtype, memory)
 
 
-def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> MLXSubject:
-    """mlx-lm's `gpt2` with the weights of our MHA model."""
-    mx.set_default_device(MLXBackend(device).device)
+def trainer(config: TrainConfig, device: str, plain: bool = False) -> Trainer:
+    """A training session of this project."""
     memory = MLXMemory()
-    network = gpt2.Model(gpt2.ModelArgs(model_type="gpt2", **gpt2_shape(config)))
-    network.load_weights(
-        [(k.replace("transformer.", "model.", 1), mx.array(w)) for k, w in weights.items()]
-    )
-    return MLXSubject("mlx-lm gpt2", network, config, dtype, memory)
+    start = Start(initial_weights(config.model, 0))
+    return Trainer(config, MLXBackend(device).train_session(config, start), memory)
 
 
 def release() -> None:
@@ -250,26 +245,16 @@ def release() -> None:
     mx.clear_cache()
 
 
-def rates(dtype: DType, side: int) -> tuple[float, float]:
-    """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector
-    product of `side` squared values."""
-    memory = _memory_rate(side)
-    mx.clear_cache()
-    backend = MLXBackend(device_type(mx.default_device()))
-    return backend.peak_flops(dtype, seconds=0.2), memory
-
-
-def _memory_rate(side: int) -> float:
+def rates(dtype: DType, device: str, side: int) -> tuple[float, float]:
+    """See `bench.subjects.rates`."""
+    backend = MLXBackend(device)
+    mx.set_default_device(backend.device)
     b, v = mx.full((side, side), 0.5), mx.full((side,), 0.5)
     mx.eval(b, v)
 
     def best(action: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            mx.eval(action())
-            times.append(time.perf_counter() - began)
-        return min(times)
+        return min(seconds(lambda: mx.eval(action())) for _ in range(5))
 
     product = min(best(lambda: b @ v), best(lambda: v @ b))
-    return max(2 * b.nbytes / best(lambda: b + 1), b.nbytes / product)
+    memory = max(2 * b.nbytes / best(lambda: b + 1), b.nbytes / product)
+    return backend.peak_flops(dtype, seconds=0.2), memory

@@ -1,14 +1,16 @@
-"""Models in PyTorch for compare_backends: this project's, and transformers' own GPT-2."""
+"""Models in PyTorch: this project's, transformers' own GPT-2, and a plain training loop."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from bench.subjects.contract import Timed, Weights, gpt2_shape
+from bench.subjects.contract import Subject, Timed, Trainer, Weights, gpt2_shape, seconds
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.backends.torch.caches import GrowingCache
@@ -47,181 +49,171 @@ class TorchMemory:
         return torch.mps.driver_allocated_memory() if self._device.type == "mps" else None
 
 
-class TorchSubject:
+class TorchSubject(Subject):
     """A model by transformers' contract: ours, or transformers' own."""
 
     backend = "torch"
 
     def __init__(
-        self,
-        model: str,
-        network: Any,
-        config: ModelConfig,
-        dtype: str,
-        device: torch.device,
+        self, model: str, network: Any, config: ModelConfig, dtype: str, device: torch.device,
         memory: TorchMemory,
-    ):
-        self.model, self.config, self.device, self.device_kind = model, config, device, device.type
-        self.memory = memory
+    ):  # fmt: skip
+        network = network.to(device, getattr(torch, dtype)).eval()
+        super().__init__(model, network, config, memory, device.type)
+        self.device = device
         self.fixed_shapes = device.type == "mps"  # as for `TorchDecoder`
-        self._network = network.to(
-            device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        ).eval()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return self._network(self._ids(ids), use_cache=False).logits.float().cpu().numpy()
+            logits = self.network(self._ids(ids), use_cache=False).logits
+            return logits.float().cpu().numpy()
 
+    @torch.inference_mode()
     def forward(self, ids: np.ndarray) -> None:
-        with torch.inference_mode():
-            self._network(self._ids(ids), use_cache=False)
-        self._synchronize()
+        self.network(self._ids(ids), use_cache=False)
+        _synchronize(self.device)
 
+    @torch.inference_mode()
     def first_token(self, ids: np.ndarray, kind: str) -> None:
-        self._use(kind)
-        with torch.inference_mode():
-            cache = None if kind == "none" else DynamicCache()
-            out = self._network(
-                self._ids(ids[None]),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=1,
-            )
-            out.logits[:, -1].argmax(-1).tolist()
+        self.use(kind)
+        cache = None if kind == "none" else DynamicCache()
+        self._next(self._ids(ids[None]), cache, logits_to_keep=1).tolist()
 
+    @torch.inference_mode()
     def decode(self, batch: int, context: int, steps: int, kind: str) -> Timed:
-        self._use(kind)
-        y = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
-        if kind == "none":
-            self.memory.reset()
-            return self._decode_without_cache(y.expand(batch, context), steps)
-        with torch.inference_mode():
-            cache = self._filled(batch, context - 1)
-            self.memory.reset()
-            began = 0.0
-            for i in range(steps + 1):
-                if i == 1:  # the step before made room in the cache
-                    began = time.perf_counter()
-                out = self._network(
-                    y,
-                    attention_mask=self._mask(batch, context + i),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                y = out.logits[:, -1].argmax(-1, keepdim=True)
-                y.tolist()  # waits, as `generate` does for every token
-            seconds = time.perf_counter() - began
-        return Timed(seconds, _cache_bytes(cache))
+        self.use(kind)
+        cache = None if kind == "none" else self._filled(batch, context - 1)
+        ids = self._zeros(batch, 1 if cache else context)
+        self.memory.reset()
+        began = 0.0
+        for i in range(steps + 1):
+            if i == 1:  # the step before made room in the cache
+                began = time.perf_counter()
+            if cache is None:  # as the original decodes: the whole context, logits of it all
+                ids = torch.cat([ids, self._next(ids, None)], dim=1)
+            else:
+                mask = self._mask(batch, context + i)
+                ids = self._next(ids, cache, attention_mask=mask, logits_to_keep=1)
+            ids[:, -1].tolist()  # waits, as `generate` does for every token
+        took = time.perf_counter() - began
+        layers = cache.layers if cache else []
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return Timed(took, sum(t.numel() * t.element_size() for t in tensors))
 
+    @torch.inference_mode()
     def read_on(self, batch: int, context: int, new: int) -> Timed:
-        self._use("latent")
-        with torch.inference_mode():
-            cache = self._filled(batch, context)
-            self.memory.reset()
-            y = torch.zeros((batch, new), dtype=torch.long, device=self.device)
-            began = time.perf_counter()
-            self._network(y, past_key_values=cache, use_cache=True)
-            self._synchronize()
-            return Timed(time.perf_counter() - began)
+        self.use("latent")
+        cache, ids = self._filled(batch, context), self._zeros(batch, new)
+        self.memory.reset()
+        began = time.perf_counter()
+        self.network(ids, past_key_values=cache, use_cache=True)
+        _synchronize(self.device)
+        return Timed(time.perf_counter() - began)
+
+    def _next(self, ids: torch.Tensor, cache: Any, **more: Any) -> torch.Tensor:
+        """The greedy tokens (B, 1) after ids (B, T)."""
+        out = self.network(ids, past_key_values=cache, use_cache=cache is not None, **more)
+        following: torch.Tensor = out.logits[:, -1].argmax(-1, keepdim=True)
+        return following
 
     def _mask(self, batch: int, keys: int) -> torch.Tensor | None:
         """What `generate` hides of several prompts: nothing here, where all are as long. A fixed
         cache has a column for every position."""
         if batch == 1:
             return None
-        width = self.config.n_positions if self._fixed else keys
-        return torch.ones((batch, width), dtype=torch.long, device=self.device)
+        return self._zeros(batch, self.config.n_positions if self._fixed else keys) + 1
 
     @property
     def _fixed(self) -> bool:
-        return self.fixed_shapes and hasattr(self._network, "materialize_cache")
-
-    def _new_cache(self) -> Any:
-        """The cache that `generate` has on this device, for our models; transformers' for its
-        own."""
-        if not hasattr(self._network, "materialize_cache"):
-            return DynamicCache()
-        if self._fixed:
-            return StaticCache(config=self._network.config, max_cache_len=self.config.n_positions)
-        return GrowingCache()
+        return self.fixed_shapes and hasattr(self.network, "materialize_cache")
 
     def _filled(self, batch: int, context: int) -> Any:
-        """That cache with a context in it."""
+        """The cache that `generate` has on this device for our models, or transformers' for its
+        own, with a context in it."""
         shapes = DynamicCache()
-        self._network(
-            torch.zeros((1, 1), dtype=torch.long, device=self.device),
-            past_key_values=shapes,
-            use_cache=True,
-        )
-        cache = self._new_cache()
+        self.network(self._zeros(1, 1), past_key_values=shapes, use_cache=True)
+        cache: Any = DynamicCache()
+        if self._fixed:
+            cache = StaticCache(config=self.network.config, max_cache_len=self.config.n_positions)
+        elif hasattr(self.network, "materialize_cache"):
+            cache = GrowingCache()
         for i, layer in enumerate(shapes.layers):
-            keys, values = (
-                torch.full(
-                    (batch, layer.keys.shape[1], context, a.shape[-1]),
-                    0.01,
-                    dtype=a.dtype,
-                    device=a.device,
-                )
-                for a in (layer.keys, layer.values)
-            )
-            cache.update(keys, values, i)
-        self._synchronize()
+            shape = (batch, layer.keys.shape[1], context)
+            arrays = (a.new_full((*shape, a.shape[-1]), 0.01) for a in (layer.keys, layer.values))
+            cache.update(*arrays, i)
+        _synchronize(self.device)
         return cache
 
-    def _decode_without_cache(self, ids: torch.Tensor, steps: int) -> Timed:
-        """How the original project decoded: the whole context again for every token."""
-        with torch.inference_mode():
-            began = time.perf_counter()
-            for _ in range(steps):
-                logits = self._network(ids, use_cache=False).logits[:, -1]
-                ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-                self._synchronize()
-            return Timed(time.perf_counter() - began, 0)
-
-    def _use(self, kind: str) -> None:
-        if hasattr(self._network, "materialize_cache"):
-            self._network.materialize_cache(kind == "materialized")
+    def _zeros(self, batch: int, length: int) -> torch.Tensor:
+        return torch.zeros((batch, length), dtype=torch.long, device=self.device)
 
     def _ids(self, ids: np.ndarray) -> torch.Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+
+class PlainLoop:
+    """A training loop as nanoGPT's and many others' are, to compare this project's sessions with:
+    all logits at once, F.cross_entropy, clipping, torch.optim.AdamW; compiled and fused on CUDA.
+
+    The network is transformers' GPT-2 where the attention is GPT-2's, else this project's.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        weights = initial_weights(config.model, 0)
+        self._config, self._device = config, device
+        if config.model.beyond_gpt2:
+            self._network: Any = build_model(config.model, weights, device)
+        else:
+            self._network = reference_network(config.model, weights).to(device)
+        self._network.train()
+        matrices, others = (
+            [p for p in self._network.parameters() if (p.ndim >= 2) == is_matrix]
+            for is_matrix in (True, False)
+        )
+        on_cuda = device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=1e-4, betas=(config.beta1, config.beta2), fused=on_cuda,
+        )  # fmt: skip
+        self._forward = torch.compile(self._network) if on_cuda else self._network
+
+    def step(self, step: int, learning_rate: float, batches: Sequence[Any]) -> None:
+        """One step on one batch, at a rate of its own."""
+        ids, targets = (torch.tensor(a, dtype=torch.long, device=self._device) for a in batches[0])
+        half = self._config.dtype == "bfloat16"
+        autocast = torch.autocast(self._device.type, torch.bfloat16)
+        with autocast if half else contextlib.nullcontext():
+            logits = self._forward(ids, use_cache=False).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._config.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.item()
 
 
-class Trainer:
-    """See `bench.subjects.contract.Trainer`."""
-
-    def __init__(self, config: TrainConfig, device: str):
-        place = TorchBackend(device).device
-        self.memory = TorchMemory(place)
-        self._session = TorchTrainSession(place, config, Start(initial_weights(config.model, 0)))
-
-    def step(self, x: np.ndarray, y: np.ndarray) -> None:
-        self._session.step(0, 1e-4, [(x, y)])
-
-
-def _cache_bytes(cache: Any) -> int:
-    return sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))
+def trainer(config: TrainConfig, device: str, plain: bool = False) -> Trainer:
+    """A training session of this project, or the plain loop."""
+    place = TorchBackend(device).device
+    memory = TorchMemory(place)
+    if plain:
+        return Trainer(config, PlainLoop(config, place), memory)
+    session = TorchTrainSession(place, config, Start(initial_weights(config.model, 0)))
+    return Trainer(config, session, memory)
 
 
 def ours(
-    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str
+    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool = True
 ) -> TorchSubject:
-    """One of this project's models."""
+    """One of this project's models; without `own`, transformers' GPT2LMHeadModel with the weights
+    of our MHA model."""
     place = TorchBackend(device).device
     memory = TorchMemory(place)
-    return TorchSubject(model, build_model(config, weights, place), config, dtype, place, memory)
-
-
-def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> TorchSubject:
-    """transformers' GPT2LMHeadModel with the weights of our MHA model."""
-    place = TorchBackend(device).device
-    memory = TorchMemory(place)
-    network = reference_network(config, weights)
-    return TorchSubject("transformers GPT-2", network, config, dtype, place, memory)
+    network = build_model(config, weights, place) if own else reference_network(config, weights)
+    return TorchSubject(model, network, config, dtype, place, memory)
 
 
 def release() -> None:
@@ -245,26 +237,22 @@ def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
 
 
 def rates(dtype: DType, device: str, side: int) -> tuple[float, float]:
-    """FLOP/s of large matrix products, and bytes per second of a large copy or matrix-vector
-    product of `side` squared values."""
+    """See `bench.subjects.rates`."""
     backend = TorchBackend(device)
     place = backend.device
     b = torch.full((side, side), 0.5, device=place)
     v, target = torch.full((side,), 0.5, device=place), torch.empty_like(b)
 
     def best(action: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            action()
-            if place.type != "cpu":
-                getattr(torch, place.type).synchronize()
-            times.append(time.perf_counter() - began)
-        return min(times)
+        return min(seconds(lambda: _synchronize(place, action())) for _ in range(5))
 
     size = b.numel() * b.element_size()
-    memory = max(
-        2 * size / best(lambda: target.copy_(b)),
-        size / min(best(lambda: b @ v), best(lambda: v @ b)),
-    )
+    product = min(best(lambda: b @ v), best(lambda: v @ b))
+    memory = max(2 * size / best(lambda: target.copy_(b)), size / product)
     return backend.peak_flops(dtype, seconds=0.2), memory
+
+
+def _synchronize(device: torch.device, _: Any = None) -> None:
+    """Wait for what the device was given to do."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()

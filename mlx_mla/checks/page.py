@@ -27,7 +27,7 @@ BY_HAND = (
     (
         "What averaging costs over Thunderbolt",
         "`bench/reduction.py`",
-        "`mlx.launch --hostfile macs.json -- python -m bench.reduction --preset mla-124m "
+        "`mlx.launch --hostfile macs.json -- python -m bench reduction --preset mla-124m "
         "--grad-accum-steps 8`",
         "two kinds of steps side by side",
     ),
