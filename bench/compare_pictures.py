@@ -42,11 +42,12 @@ def figures(document: Document) -> dict[str, Picture]:
         for backend, rows_of_backend in by_backend.items():
             field = "batch" if baseline else "model"
             values = dict.fromkeys(getattr(r, field) for r in rows_of_backend if r.cache != "none")
+            order = sorted(values) if baseline else values
             panels = {
                 f"batch {value}" if baseline else value: _lines(
                     [r for r in rows_of_backend if value in (r.batch, r.way[0])], baseline
                 )
-                for value in values
+                for value in order
             }
             title = f"{backend}: decoding speed"
             _add(drawn, f"decoding-{backend}", panels, title, baseline)
@@ -89,13 +90,13 @@ def _add(
     width, height = 5.6 * columns, 3.1 * rows + 0.3
 
     def paint(fig: Any) -> None:
-        axes = fig.subplots(rows, columns, squeeze=False).flat
+        axes = list(fig.subplots(rows, columns, squeeze=False).flat)
         # Each panel has room for its labels at its right.
         fig.subplots_adjust(
             left=0.6 / width, right=1 - 1.9 / width, wspace=0.8,
             bottom=0.5 / height, top=1 - 0.55 / height, hspace=0.45,
         )  # fmt: skip
-        for ax in list(axes)[len(panels) :]:
+        for ax in axes[len(panels) :]:
             ax.set_axis_off()
         for ax, (panel, lines) in zip(axes, panels.items()):
             places = sorted({place for line in lines.values() for place, _ in line})

@@ -400,6 +400,18 @@ def test_stored_reports_say_what_their_results_say(path, tmp_path, capsys):
     assert (tmp_path / "report.md").read_text() == path.with_name("report.md").read_text()
 
 
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_no_picture_of_stored_results_is_empty(path):
+    from matplotlib.figure import Figure
+
+    benchmark, found = harness.read(path)
+    for name, picture in benchmark.figures(found).items():
+        figure = Figure(figsize=picture.size)
+        picture.paint(figure)
+        shown = [axes for axes in figure.axes if axes.axison]
+        assert shown and all(len(axes.lines) > 1 for axes in shown), name
+
+
 def test_results_with_a_name_of_their_own_get_a_report_of_that_name(tmp_path, capsys):
     copy = shutil.copy(RESULTS[0], tmp_path / "some-machine_convert.json")
     assert run("report", copy) == 0
