@@ -121,6 +121,30 @@ class Compare(Resumable):
         return self
 
 
+@dataclasses.dataclass(kw_only=True)
+class Core(Compare):
+    """Time the training step, decoding by kind of cache, and saving, in MLX."""
+
+    models: tuple[str, ...] = ("nano", "mla-124m", "mla-124m-r128")
+    backends: tuple[Literal["mlx", "torch"], ...] = ("mlx",)
+    measures: tuple[Measure, ...] = ("loops", "decoding", "save")
+    batch: tuple[int, ...] = (1,)
+    context: tuple[int, ...] = (64, 256, 1000)
+    train_batch: int = 4
+    uncached: Literal["first", "all"] = "all"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Decode(Compare):
+    """Time decoding by kind of cache, batch and context."""
+
+    models: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
+    measures: tuple[Measure, ...] = ("overhead", "decoding", "chunks")
+    batch: tuple[int, ...] = (1, 4, 16, 64)
+    context: tuple[int, ...] = (128, 512, 1000, 4096, 16384)
+    references: bool = False
+
+
 def measure(settings: Compare, results: Results) -> None:
     """Check parity, then time what has no row yet."""
     bench = Bench(settings, results)
@@ -370,21 +394,13 @@ def _say(row: Row) -> None:
 
 BENCHMARKS = tuple(
     Benchmark(
-        name=name, title=title, settings=Compare, default=default, measure=measure, body=body,
-        figures=figures, parts={"rows": list[Row], "parity": list[Parity], "baseline": str},
+        name=name, title=title, settings=settings, measure=measure, body=body, figures=figures,
+        parts={"rows": list[Row], "parity": list[Parity], "baseline": str},
     )
-    for name, title, default in (
-        ("compare", "MLX and PyTorch side by side", None),
-        ("core", "The training step, decoding by cache, and a save", Compare(
-            models=("nano", "mla-124m", "mla-124m-r128"), backends=("mlx",), uncached="all",
-            measures=("loops", "decoding", "save"), batch=(1,), context=(64, 256, 1000),
-            train_batch=4,
-        )),
-        ("decode", "Decoding by kind of cache", Compare(
-            models=("gpt2-124m", "mla-124m", "mla-124m-r128"), references=False,
-            measures=("overhead", "decoding", "chunks"), batch=(1, 4, 16, 64),
-            context=(128, 512, 1000, 4096, 16384),
-        )),
+    for name, title, settings in (
+        ("compare", "MLX and PyTorch side by side", Compare),
+        ("core", "The training step, decoding by cache, and a save", Core),
+        ("decode", "Decoding by kind of cache", Decode),
     )
 )  # fmt: skip
 COMPARE = BENCHMARKS[0]

@@ -124,8 +124,6 @@ class Benchmark:
     """Lines of Markdown from the document and the files of its pictures."""
     figures: Callable[[Document], Mapping[str, Picture]] = lambda _: {}
     """Pictures by name."""
-    default: Any = None
-    """Settings to use where no flag is given, if not the class's own."""
 
 
 class OutOfTime(Exception):
@@ -205,7 +203,7 @@ class Results:
 def run(benchmark: Benchmark, argv: Sequence[str], prog: str = "") -> int:
     """Measure, print the report, and write it with --out; returns the exit code."""
     prog = prog or f"python -m bench {benchmark.name}"
-    settings = cli.parse(benchmark.settings, argv, prog, benchmark.default).checked()
+    settings = cli.parse(benchmark.settings, argv, prog).checked()
     results = Results(benchmark, settings, f"{prog} {shlex.join(argv)}".rstrip())
     code = 0
     try:

@@ -54,19 +54,12 @@ class Memory(Protocol):
 
 
 class Subject:
-    """A model ready to be timed. Every timed call returns only when the device has finished.
-
-    Attributes:
-        device_kind: cpu; gpu (MLX), cuda or mps (PyTorch).
-    """
+    """A model ready to be timed. Every timed call returns only when the device has finished."""
 
     backend: str
 
-    def __init__(
-        self, model: str, network: Any, config: ModelConfig, memory: Memory, device_kind: str
-    ):
-        self.model, self.network, self.config = model, network, config
-        self.memory, self.device_kind = memory, device_kind
+    def __init__(self, model: str, network: Any, config: ModelConfig, memory: Memory):
+        self.model, self.network, self.config, self.memory = model, network, config, memory
 
     def use(self, kind: str) -> None:
         """Choose what the network caches, if it has a choice."""

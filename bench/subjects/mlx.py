@@ -14,7 +14,7 @@ from bench.subjects.contract import Subject, Timed, Trainer, Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.decode import WithoutCache
-from mlx_mla.backends.mlx.device import device_type, stream_of
+from mlx_mla.backends.mlx.device import stream_of
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.model.config import DType, ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
@@ -43,7 +43,7 @@ class MLXSubject(Subject):
     def __init__(
         self, model: str, network: Any, config: ModelConfig, dtype: str, memory: MLXMemory
     ):
-        super().__init__(model, network, config, memory, device_type(mx.default_device()))
+        super().__init__(model, network, config, memory)
         network.set_dtype(getattr(mx, dtype))
         network.eval()
         mx.eval(network.parameters())

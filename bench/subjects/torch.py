@@ -59,7 +59,7 @@ class TorchSubject(Subject):
         memory: TorchMemory,
     ):  # fmt: skip
         network = network.to(device, getattr(torch, dtype)).eval()
-        super().__init__(model, network, config, memory, device.type)
+        super().__init__(model, network, config, memory)
         self.device = device
         self.fixed_shapes = device.type == "mps"  # as for `TorchDecoder`
 
