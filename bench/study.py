@@ -1,9 +1,9 @@
-"""Train arms alike, tuned alike, over seeds, and say which is better: `python -m bench.study`.
+"""Compare arms of a training study, tuned alike and repeated over seeds: `python -m bench.study`.
 
     python -m bench.study bench/studies/quick.toml --out runs/quick [--jobs N] [--quick] [--dry-run]
 
-docs/study.md explains the protocol. A study can be stopped at any moment and started again; runs
-that have finished are in results.json, and are never repeated.
+docs/study.md explains the protocol. A study can be stopped at any time and resumed with the same
+command; finished runs are in results.json and are never repeated.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ from rich.console import Console
 from bench.harness import machine
 from bench.studying import measured
 from bench.studying.agenda import agenda, flops
+from bench.studying.intervals import student
 from bench.studying.pictures import draw
 from bench.studying.plan import Cell, Run, Study
 from bench.studying.pool import Pool, cores, only_one, stopped_by
 from bench.studying.reading import read_study
 from bench.studying.report import markdown
-from bench.studying.results import Record, Results
-from bench.studying.summary import Row, chain, summarise
+from bench.studying.results import Outcome, Results
+from bench.studying.summary import Summary, summarise
 from bench.studying.trainer import Trainer
 from mlx_mla import cli
 from mlx_mla.data.dataset import TrainingData
@@ -45,7 +46,7 @@ REPORT = "report.md"
 class StudyCommand:
     """Run a study: tune every arm, train it with every seed, write the report.
 
-    Goes on where it was stopped; runs that stand in the results.json of --out are never repeated.
+    Resumes where it was stopped: runs in the results.json of --out are never repeated.
     """
 
     study: Annotated[Path, tyro.conf.Positional]
@@ -55,21 +56,19 @@ class StudyCommand:
     jobs: int = 1
     """Runs at a time; each gets its share of the cores."""
     data: Optional[str] = None
-    """What to train on, in place of the file's: as --data of mlx_mla.train."""
+    """What to train on, instead of the file's: as --data of mlx_mla.train. Only runs on these data
+    count."""
     bpe_dir: Optional[str] = None
-    """Folder with GPT-2's encoder.json and vocab.bpe, where its tokens are studied without a
-    network."""
+    """Folder with GPT-2's encoder.json and vocab.bpe, for --tokenizer gpt2 without a network."""
     quick: bool = False
-    """Some steps a run, three rates, two seeds: a check that everything runs."""
+    """A check that everything runs: 20 steps a run, three rates, two seeds."""
     evaluate: bool = False
     """Afterwards, run the evaluation tasks on the first seed's run of every arm."""
-    decode: bool = False
-    """Afterwards, time decoding at 1000 tokens; needs an idle machine."""
     report_only: bool = False
-    """Train nothing: write the report of the runs that have finished."""
+    """Write the report of the runs that have finished, without training."""
     dry_run: bool = False
-    """Print the runs, their costs and the hours on the machines that the file names; train
-    nothing."""
+    """Print the runs, their costs and the hours on the machines that the file names, without
+    training."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +81,7 @@ def _main(argv: Sequence[str]) -> int:
     if command.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {command.jobs}")
     study = read_study(command.study, command.data, command.bpe_dir, command.quick)
+    student()
     console = Console()
     if command.dry_run:
         console.print(_costs(study), markup=False, highlight=False, soft_wrap=True)
@@ -91,12 +91,16 @@ def _main(argv: Sequence[str]) -> int:
     with only_one(command.out):
         results = Results(command.out)
         made_by = f"{PROG} {shlex.join(argv)}"
+        ready = [] if command.report_only else agenda(study, results).ready
+        if ready or command.data is not None:  # otherwise the data need not be on this machine
+            results.use_data(_fingerprint(study.cells[0].config))
+        results.check_data(study)
         if not command.report_only:
             stopped = _train(study, results, command, console)
             if stopped is not None:
                 _report(study, results, command.out, made_by)
                 console.print(
-                    f"stopped by {stopped_by(stopped)}; all runs are saved, go on with:\n"
+                    f"stopped by {stopped_by(stopped)}; all runs are saved, resume with:\n"
                     f"  {made_by}",
                     highlight=False,
                     soft_wrap=True,
@@ -104,22 +108,19 @@ def _main(argv: Sequence[str]) -> int:
                 return 128 + stopped
         if command.evaluate:
             measured.evaluate(study, results, command.out / "runs", console)
-        if command.decode:
-            measured.decode(study, results, console)
-        for row in _report(study, results, command.out, made_by):
+        summary = _report(study, results, command.out, made_by)
+        for row in summary.rows:
             print(f"{row.cell.arm}, {row.cell.size}, {row.cell.tokens:,} tokens: {row.verdict}")
+        if (c := summary.primary) is not None:
+            print(f"primary, {c.arm.arm} against {c.rival.arm}: {c.verdict}")
         print(f"report: {command.out / REPORT}")
     return 0
 
 
 def _train(study: Study, results: Results, command: StudyCommand, console: Console) -> int | None:
     assert command.out is not None
-    plan = agenda(study, results)
-    if plan.ready:  # else the data need not be here
-        results.use_data(_fingerprint(plan.ready[0].config))
-        plan = agenda(study, results)
     if others := len(results.others(study)):
-        print(f"kept apart, the study does not ask for them: {others} runs, which the report names")
+        print(f"{others} runs in results.json are not the study's; the report lists them")
     if command.jobs > cores():
         console.print(
             f"--jobs {command.jobs} on {cores()} cores: each run has one", highlight=False
@@ -130,8 +131,8 @@ def _train(study: Study, results: Results, command: StudyCommand, console: Conso
 
     runs = command.out / "runs"
 
-    def finished(trainer: Trainer, record: Record) -> None:
-        results.add(trainer.run, record, facts)
+    def finished(trainer: Trainer, found: Outcome) -> None:
+        results.add(trainer.run, found, facts)
         trainer.tidy()
         _remove_weights(study, results, runs)
 
@@ -148,21 +149,15 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
     best = {tuning.finals[0].key for tuning in found if tuning.finals}
     for tuning in found:
         if tuning.wanted and study.keep == "best":
-            continue  # any of them may be the best
+            continue  # the first final run may be one of them
         for run in [*tuning.tried, *tuning.finals]:
             needed = study.keep == "best" and run.key in best
             if not needed and results.get(run) is not None:
                 shutil.rmtree(runs / run.name, ignore_errors=True)
 
 
-def _report(study: Study, results: Results, out: Path, made_by: str) -> list[Row]:
-    rows = summarise(study, results)
-    steps = {
-        "The stair, a step at a time": chain(study, results, study.stair),
-        "Rivals, the second against the first": [
-            step for pair in study.rivals for step in chain(study, results, pair)
-        ],
-    }
+def _report(study: Study, results: Results, out: Path, made_by: str) -> Summary:
+    summary = summarise(study, results)
     results.summary = {
         "study": study.name,
         "title": study.title,
@@ -170,12 +165,12 @@ def _report(study: Study, results: Results, out: Path, made_by: str) -> list[Row
         "baseline": study.baseline,
         "margin_nats": study.margin,
         "confidence": study.confidence,
-        "rows": [row.plain() for row in rows],
+        "rows": [row.plain() for row in summary.rows],
     }
     results.save()
-    text = markdown(study, results, rows, steps, draw(study, rows, out), made_by)
+    text = markdown(study, results, summary, draw(study, summary.rows, out), made_by)
     write_text(out / REPORT, text)
-    return rows
+    return summary
 
 
 def _fingerprint(config: TrainConfig) -> str:
@@ -183,11 +178,9 @@ def _fingerprint(config: TrainConfig) -> str:
 
 
 def _costs(study: Study) -> str:
-    """What the study takes, for people."""
-    lines = [study.title, ""]
-    lines.append(
-        f"{'arm':<24}{'size':<10}{'tokens':>14}{'runs':>6}{'parameters':>13}{'cache B':>9}"
-    )
+    """What the study costs, as text."""
+    head = f"{'arm':<24}{'size':<10}{'tokens':>14}{'runs':>6}{'parameters':>13}{'cache B':>9}"
+    lines = [study.title, "", head]
     tokens: dict[str, float] = {}
     work = 0.0
     for cell in study.cells:
@@ -201,19 +194,22 @@ def _costs(study: Study) -> str:
         )
     total = sum(len(_runs(cell)) for cell in study.cells)
     lines += ["", f"{total} runs at least, {work:.3g} FLOPs; an edge adds up to {study.extensions}"]
+    if any(cell.tuning_seed is None for cell in study.cells):
+        lines.append("no tuning_seed: tuning uses the first seed, which is also one of the results")
     lines += [f"  {size}: {count:,.0f} tokens in all" for size, count in tokens.items()]
     for m in study.machines:
         hours = {s: tokens[s] / rate / 3600 for s, rate in m.tokens_per_second.items()}
-        said = ", ".join(f"{size} {h:,.0f} h" for size, h in hours.items())
+        said = ", ".join(f"{size} {h:,.1f} h" for size, h in hours.items())
         lines.append(f"{m.name}: {said} ({m.source})")
     return "\n".join([*lines, "dry run: nothing was trained"])
 
 
 def _runs(cell: Cell) -> list[Run]:
-    rate, scale = cell.rates[0], cell.scales[0]
+    rate, std = cell.rates[0], cell.stds[0]
     tuning = [cell.tuning(r) for r in cell.rates] if len(cell.rates) > 1 else []
-    tuning += [cell.tuning(rate, s) for s in cell.scales] if cell.tunes_scale else []
-    return [*tuning, *(cell.final(rate, scale, seed) for seed in cell.seeds)]
+    tuning += [cell.tuning(rate, s) for s in cell.stds] if cell.tunes_std else []
+    tuning += [cell.tuning(rate)] * 3 if cell.tunes_rate_again else []
+    return [*tuning, *(cell.final(rate, std, seed) for seed in cell.seeds)]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The study: rates, pairing, verdicts, and that no finished run is ever repeated."""
+"""The study: its file, tuning, pairing and verdicts, and that no finished run is ever repeated."""
 
 import contextlib
-import itertools
+import copy
 import json
 import math
 import os
@@ -19,34 +19,35 @@ import tomli_w
 from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from bench import study as command
-from bench.labels import label_ends, spread
-from bench.studying import measured, pictures
+from bench.studying import pictures
 from bench.studying.agenda import agenda
-from bench.studying.intervals import Interval, interval, t_quantile, verdict
+from bench.studying.intervals import Interval, holm, interval, pooled, verdict
 from bench.studying.pictures import far_arms
 from bench.studying.pool import cores
 from bench.studying.reading import read_study
-from bench.studying.report import markdown
 from bench.studying.results import RESULTS, Results, thinned
-from bench.studying.search import search
+from bench.studying.search import around, search
 from bench.studying.settings import settings
-from bench.studying.summary import chain, summarise
+from bench.studying.summary import summarise
 from bench.studying.trainer import make_room, run_toml
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml
 from mlx_mla.model.presets import overlay, preset
 from mlx_mla.training.run_folder import create_run
 
+stats = pytest.importorskip("scipy.stats")
+
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "bench" / "studies").glob("*.toml"))
 QUICK = ROOT / "bench" / "studies" / "quick.toml"
+PUBLISHED = sorted(path.parent.name for path in ROOT.glob("bench/results/*/results.json")
+                   if (ROOT / "bench" / "studies" / f"{path.parent.name}.toml").exists())  # fmt: skip
 
 SMALL = """
 baseline = "mha"
-stair = ["mha", "mla"]
+primary = ["mla", "mha"]
 [base]
 backend = "torch"
 device = "cpu"
@@ -60,12 +61,17 @@ n_embd = 16
 n_positions = 32
 [sizes.tiny]
 tokens = 1280
+tuning_seed = 0
 learning_rates = [1e-3, 2e-3, 4e-3, 8e-3]
 seeds = [1, 2, 3]
 [arms.mha]
 [arms.mla]
 model = { attention = "mla", kv_lora_rank = 8 }
 """
+TINY = ("tiny", 1280)
+STDS = SMALL.replace("seeds = [1", "initializer_ranges = [0.02, 0.03, 0.045]\nseeds = [1")
+OLD = SMALL.replace("tuning_seed = 0\n", "").replace('primary = ["mla", "mha"]\n', "")
+"""As files were before there was a tuning seed."""
 
 
 def written(tmp_path: Path, text: str = SMALL, name: str = "small.toml") -> Path:
@@ -74,8 +80,16 @@ def written(tmp_path: Path, text: str = SMALL, name: str = "small.toml") -> Path
     return path
 
 
+def opened(tmp_path: Path, text: str = SMALL):
+    """A study and its results on the data named d."""
+    study, results = read_study(written(tmp_path, text)), Results(tmp_path)
+    results.use_data("d")
+    return study, results
+
+
 def pretend(study, results: Results, loss) -> list:
-    """Finish every run that the study asks for, with the loss that a function of it gives."""
+    """Finish every run that the study asks for, with the loss that a function of it gives; the run
+    diverges where that is infinite."""
     done = []
     while ready := agenda(study, results).ready:
         run = ready[0]
@@ -84,6 +98,8 @@ def pretend(study, results: Results, loss) -> list:
         value = loss(run)
         curve = [[run.tokens // 2, value + 0.5], [run.tokens, value]]
         found = {"loss": value, "curve": curve, "seconds": 1.0, "tokens_per_second": 1.0}
+        if math.isinf(value):
+            found = {"loss": None, "diverged": "training diverged at step 7", "curve": []}
         results.add(run, found, {"system": "none"})
     return done
 
@@ -99,28 +115,41 @@ def noisy(best: dict[str, float], offset: dict[str, float]):
     return loss
 
 
+LEVEL = noisy({"mha": 3e-3, "mla": 2.1e-3}, {"mha": 0, "mla": 0})
+
+
+def report_of(study, results) -> str:
+    out = results.path.parent
+    command._report(study, results, out, "a test")
+    for name in ("difference.png", "loss-cache.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    return (out / "report.md").read_text()
+
+
 # --- intervals and verdicts ---
-
-
-def test_quantiles_of_student_t_are_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    for degrees in [*range(1, 31), 100, 999]:
-        for probability in (0.75, 0.95, 0.975, 0.995, 0.9995):
-            expected = stats.t.ppf(probability, degrees)
-            assert t_quantile(probability, degrees) == pytest.approx(expected, rel=1e-9)
-
-
-def test_quantiles_of_student_t_are_those_of_the_tables():
-    for degrees, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
-        assert t_quantile(0.975, degrees) == pytest.approx(expected, abs=5e-4)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=9, unique=True))
 def test_the_interval_is_scipys(values):
-    stats = pytest.importorskip("scipy.stats")
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     found = interval(values, 0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_the_pooled_deviation_is_that_of_one_way_analysis_of_variance():
+    samples = [[1.0, 2.0, 4.0], [3.0, 3.5], [7.0]]
+    sd, degrees = pooled(samples)
+    squares = sum((v - sum(s) / len(s)) ** 2 for s in samples for v in s)
+    assert (sd, degrees) == (pytest.approx((squares / 3) ** 0.5), 3)
+    found = interval(samples[1], 0.95, (sd, degrees))
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 3) * sd / 2**0.5)
+    assert pooled([[1.0], [2.0]]) is None
+
+
+def test_p_values_are_adjusted_by_holms_method():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.6, 0.7]) == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +167,13 @@ def test_the_verdict_follows_the_rule(low, high, said):
     assert verdict(Interval(0.0, low, high, 3), 0.005) == said
 
 
-# --- learning rates ---
+def test_without_scipy_a_study_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    err = refused(capsys, written(tmp_path), "--dry-run", command=command.main)
+    assert "needs scipy; install it with: pip install" in err
+
+
+# --- tuning ---
 
 
 @given(st.floats(1e-4, 1e-1), st.floats(0.01, 10), st.integers(4, 6))
@@ -151,7 +186,7 @@ def test_the_rate_of_a_parabola_is_found(best, curvature, count):
         if not found.wanted:
             break
     assert found.best == pytest.approx(best, rel=0.05)
-    assert found.note == "fitted"
+    assert (found.note, found.loss) == ("fitted", pytest.approx(2, abs=1e-6))
     assert set(grid) <= set(found.tried) == set(losses)
 
 
@@ -172,46 +207,133 @@ def test_rates_that_diverge_are_never_chosen():
     assert (dead.best, dead.wanted) == (None, ())
 
 
+def test_the_values_around_one_are_three_of_the_grid():
+    assert [around((1, 2, 4, 8), x) for x in (0.5, 2.7, 2.9, 90)] == [
+        (1, 2, 4), (1, 2, 4), (2, 4, 8), (2, 4, 8)
+    ]  # fmt: skip
+
+
+def tuned(best: dict[str, float]):
+    """Losses with a minimum at an std an arm, and at a rate that falls as the std rises."""
+
+    def loss(run) -> float:
+        std = run.config.initializer_range
+        rate = run.rate / (2.8e-3 * (0.02 / std) ** 0.5)
+        return 2 + run.seed / 100 + math.log(rate) ** 2 + math.log(std / best[run.arm]) ** 2
+
+    return loss
+
+
+def test_rates_then_stds_then_rates_again_are_tuned_with_a_seed_of_their_own(tmp_path, capsys):
+    study, results = opened(tmp_path, STDS)
+    # mla's std is beyond the grid, and beyond what one edge adds.
+    done = pretend(study, results, tuned({"mha": 0.028, "mla": 0.08}))
+    assert len({run.name for run in done}) == len(done)
+    tuning, finals = done[: -2 * 3], done[-2 * 3 :]
+    assert {run.seed for run in tuning} == {0} and [r.seed for r in finals] == [1, 1, 2, 2, 3, 3]
+    tried = {arm: [] for arm in study.arms}
+    for run in tuning:
+        tried[run.arm].append((run.rate, run.config.initializer_range))
+    grid = [(r, 0.02) for r in (1e-3, 2e-3, 4e-3, 8e-3)]
+    # The loss at a fixed rate is least where both terms balance, between 0.02 and the arm's std.
+    for arm, stds, std, around, rate in (
+        ("mha", [0.02, 0.03, 0.045], 0.026, [2e-3, 4e-3, 1e-3], 2.5e-3),
+        ("mla", [0.02, 0.03, 0.045, 0.0675, 0.101], 0.061, [2e-3, 4e-3, 1e-3], 1.6e-3),
+    ):
+        again = [(r, std) for r in sorted(around)]
+        assert tried[arm] == [*grid, *((2.8e-3, s) for s in stds), *again]
+        for run in finals:
+            if run.arm == arm:
+                assert (run.rate, run.config.initializer_range) == (rate, std)
+                assert parse_toml(run_toml(run), "")["initializer_range"] == std
+    mla = summarise(study, results).rows[1]
+    assert mla.plain()["rate"] == 1.6e-3 and mla.plain()["initializer_range"] == 0.061
+    assert not results.others(study)
+    text = report_of(study, results)
+    assert "| mha | 0.0025 | 0.026 | 1, 2, 3 |" in text and "| rate again |" in text
+    assert command.main([str(written(tmp_path, STDS)), "--dry-run"]) == 0
+    assert "26 runs at least" in capsys.readouterr().out  # 2 x (4 rates + 3 stds + 3 + 3 seeds)
+
+
+def test_the_agenda_counts_what_waits_for_a_rate(tmp_path):
+    study, results = opened(tmp_path, STDS)
+    plan = agenda(study, results)
+    assert (len(plan.ready), len(plan.later)) == (8, 2 * (3 + 3 + 3))
+    pretend(read_study(written(tmp_path)), results, tuned({"mha": 0.03, "mla": 0.03}))
+    # Of the runs of the study without stds, those that tried rates count.
+    plan = agenda(study, results)
+    assert {(r.arm, r.config.initializer_range) for r in plan.ready} == {
+        (arm, std) for arm in study.arms for std in (0.02, 0.03, 0.045)
+    }
+    assert len(plan.later) == 2 * (3 + 3)
+
+
+def test_an_arm_whose_every_std_diverges_has_diverged(tmp_path):
+    study, results = opened(tmp_path, STDS)
+    finite, grid = tuned({"mha": 0.03, "mla": 0.03}), study.cells[1].rates
+    dead = lambda run: run.arm == "mla" and run.rate not in grid  # noqa: E731
+    pretend(study, results, lambda run: math.inf if dead(run) else finite(run))
+    mha, mla = summarise(study, results).rows
+    assert (mla.verdict, mla.tuning.std.best, dict(mla.finals)) == ("diverged", None, {})
+    assert len(mha.finals) == 3
+    assert "(diverged), 0.045 (diverged)" in command.markdown(
+        study, results, summarise(study, results), {}, "command"
+    )
+
+
+def test_a_study_without_a_tuning_seed_says_which_results_were_tuned_on(tmp_path):
+    study, results = opened(tmp_path, OLD)
+    # Fitted where the grid has a value: the tuning run of seed 1 is the final run, too.
+    done = pretend(study, results, noisy({"mha": 2e-3, "mla": 3e-3}, {"mha": 0, "mla": 0}))
+    assert len(done) == 2 * 4 + 2 + 3
+    mha, mla = summarise(study, results).rows
+    assert (mha.tuned_on, mla.tuned_on) == ([1], [])
+    text = report_of(study, results)
+    assert "| mha | 0.002 | 1t, 2, 3 |" in text
+    assert "tuning used the first seed of the results" in text
+
+
 # --- the file ---
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("stair = ", "stairs = ", "unknown key 'stairs'"),
-        ("stair = ", 'rivals = [["mha"]]\nstair = ', "each of rivals must be a pair"),
-        ("stair = ", 'rivals = [["mha", "ml"]]\nstair = ', "rivals: 'ml' is no arm; did you mean"),
-        ("stair = ", 'rivals = "mha"\nstair = ', "rivals must be a list of pairs"),
+        ("primary = ", "primry = ", "unknown key 'primry'; did you mean 'primary'"),
+        ('"mla", "mha"]', '"mla"]', 'primary must be ["arm", "rival"]'),
+        ('"mla", "mha"]', '"ml", "mha"]', "primary: 'ml' is not an arm; did you mean 'mla'"),
+        ('"mla", "mha"]', '"mla", "mla"]', "primary names an arm twice"),
+        ('["mla", "mha"]', '[["mla", 3], "mha"]', "primary: 3 is not an arm"),
+        ("tokens = 1280", "tokens = [1280, 2560]", "it needs a study of one size and budget"),
+        ("primary = ", 'rivals = [["mha"]]\nprimary = ', "each of rivals must be a pair"),
+        ("primary = ", 'rivals = "mha"\nprimary = ', "rivals = 'mha' is not a value of type"),
+        ("primary = ", 'stair = ["ml"]\nprimary = ', "stair: 'ml' is not an arm; did you mean"),
+        ("tuning_seed = 0", "tuning_seed = 2", "tuning_seed 2 is one of mha's seeds"),
+        ("tuning_seed = 0", "tuning_seed = -1", "tuning_seed must not be negative"),
         ("batch_size = 4", "batchsize = 4", "did you mean 'batch_size'"),
         ("batch_size = 4", "steps = 4", "steps comes from tokens of a size"),
         ("n_head = 2", 'n_head = "2"', "is not a value of type int"),
         ('baseline = "mha"', 'baseline = "mh"', "did you mean 'mha'"),
+        ('baseline = "mha"', "", "baseline is missing"),
         ("[arms.mla]", "[arms.mha]", "not valid TOML"),
-        ("[arms.mla]", "[arms.MHA]", "names equal but for capitals"),
-        (
-            'model = { attention = "mla", kv_lora_rank = 8 }',
-            "warmup_steps = 2",
-            "mla changes nothing",
-        ),
-        (
-            "[arms.mla]",
-            "[arms.a]\nwarmup_steps = 3\n[arms.b]\nwarmup_steps = 3\n[arms.mla]",
-            "twin",
-        ),
+        ("[arms.mla]", "[arms.MHA]", "which differ in more than capitals"),
+        ('model = { attention = "mla", kv_lora_rank = 8 }', "warmup_steps = 2", "changes nothing"),
+        ("[arms.mla]", "[arms.a]\ngrad_clip = 3\n[arms.b]\ngrad_clip = 3\n[arms.mla]", "twin"),
         ("[arms.mla]", "[arms.mla]\nbatch_size = 8", "must be the same for all arms"),
         ("[arms.mla]", "[arms.mla]\nlearning_rate = 1e-3", "comes from learning_rates"),
         ("[arms.mla]", "[arms.mla]\nat.tny.seeds = [1]", "did you mean 'tiny'"),
         ("[arms.mla]", "[arms.mla]\nat.tiny.tokens = 640", "mla trains on 640 tokens, which the"),
-        ("[arms.mha]", "[arms.mha]\nat.tiny.tokens = 640", "mla trains on 1,280 tokens, which the"),
         ("2e-3, 4e-3, 8e-3]", "2e-3]", "at least 4 values"),
         ("[1e-3, ", "[1e-4, ", "a factor of 1.4 to 2 apart"),
-        ("seeds =", "initializer_ranges = [0.02, 0.04]\nseeds =", "at least 3 values a factor"),
-        ("seeds =", "initializer_ranges = [0.02]\nseeds =", "initializer_range sets one"),
-        ("seeds =", "initializer_ranges = [0, 1, 2]\nseeds =", "a list of positive numbers"),
-        ("seeds =", "initializer_ranges = [60, 90, 135]\nseeds =", "at most 100, not 135"),
+        ("[1e-3, ", "[nan, ", "learning_rates must be a finite number"),
+        ("seeds = [", "initializer_ranges = [0.02, 0.04]\nseeds = [", "at least 3 values a factor"),
+        ("seeds = [", "initializer_ranges = [0.02]\nseeds = [", "initializer_range sets one"),
+        ("seeds = [", "initializer_ranges = [0, 1, 2]\nseeds = [", "must be positive"),
+        ("seeds = [", "initializer_ranges = [60, 90, 135]\nseeds = [", "at most 100, not 135"),
         ("[1, 2, 3]", "[1, 1]", "different whole numbers"),
+        ("[1, 2, 3]", "[1, true]", "seeds = [1, True] is not a value of type"),
         ("tokens = 1280", "tokens = 12", "at least a step's 128"),
-        ("tokens = 1280", "", "tokens must be a whole number"),
+        ("tokens = 1280", "", "tokens is missing"),
         ("[base]", "[verdict]\nmargin = 5\n[base]", "a share of perplexity such as 0.005"),
         ("warmup_steps = 2", "eval_batches = 2\nfinal_eval_batches = 3", "must be equal"),
         ("n_embd = 16", "n_embd = 15", "not divisible"),
@@ -229,7 +351,7 @@ def test_what_a_study_must_not_say_is_one_error(tmp_path, capsys, old, new, said
 
 
 def places(table: dict, path: tuple = ()) -> list[tuple]:
-    """Where a value stands, of every table and value."""
+    """Where every table and value of a nested table is."""
     found = []
     for name, value in table.items():
         found.append((*path, name))
@@ -245,6 +367,8 @@ FULL = SMALL.replace(
     """title = "t"
 extensions = 1
 keep = "all"
+stair = ["mha", "mla"]
+rivals = [["mha", "mla"]]
 [verdict]
 margin = 0.01
 [evaluate]
@@ -258,7 +382,7 @@ source = "s"
 
 
 @pytest.mark.parametrize(
-    "wrong", [-1, 2, 1.5, True, "x", "", [], [[1]], ["x"], {}, {"a": {}}], ids=str
+    "wrong", [-1, 2, 1.5, 1e308, True, "x", "", [], [[1]], ["x"], {}, {"a": {}}], ids=str
 )
 def test_a_value_of_any_type_in_any_place_is_taken_or_refused(tmp_path, wrong):
     for path in places(parse_toml(FULL, "")):
@@ -279,11 +403,12 @@ def test_a_value_of_any_type_in_any_place_is_taken_or_refused(tmp_path, wrong):
 def test_shipped_studies_are_read_and_every_run_is_read_back_as_it_was_meant(path):
     study = read_study(path)
     for cell in study.cells:
-        run = cell.final(cell.rates[0], cell.scales[0], cell.seeds[0])
+        run = cell.final(cell.rates[0], cell.stds[0], cell.seeds[0])
         text = run_toml(run)
         assert overlay(preset(run.config.preset), parse_toml(text, ""), "") == run.config
-    for row in summarise(study, Results(Path("none"))):
-        assert row.verdict == ("baseline" if row.cell.arm == study.baseline else "unfinished")
+    for row in summarise(study, Results(Path("none"))).rows:
+        baseline = row.cell.arm == study.baseline
+        assert row.verdict == "baseline" if baseline else row.verdict.startswith("unfinished")
 
 
 def test_places_that_are_given_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
@@ -309,257 +434,304 @@ def test_the_file_that_the_guide_shows_is_one(tmp_path):
 
 
 def test_the_dry_run_says_what_it_takes(tmp_path, capsys):
-    text = SMALL + '[machines.m]\ntokens_per_second = { tiny = 10 }\nsource = "a test"\n'
+    text = SMALL + '[machines.m]\ntokens_per_second = { tiny = 0.1 }\nsource = "a test"\n'
     assert command.main([str(written(tmp_path, text)), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "14 runs at least" in out  # 2 arms x (4 rates + 3 seeds)
-    assert f"m: tiny {14 * 1280 / 10 / 3600:,.0f} h (a test)" in out
+    assert f"m: tiny {14 * 1280 / 0.1 / 3600:,.1f} h (a test)" in out
 
 
 def test_every_difference_from_the_base_is_listed_also_what_defaults_bring(tmp_path):
     study = read_study(written(tmp_path))
-    mla = study.cell("mla", "tiny", 1280)
-    changes = study.differences(mla)
+    changes = study.differences(study.cell("mla", TINY))
     assert changes["model.attention"] == ("mha", "mla")
     assert changes["model.attention_bias"] == (True, False)
     assert changes["model.kv_lora_rank"] == (None, 8)
     assert "learning_rate" not in changes and "seed" not in changes
-    assert study.differences(study.cell("mha", "tiny", 1280)) == {}
+    assert study.differences(study.cell("mha", TINY)) == {}
 
 
 # --- what is run, and what it shows ---
 
 
 def test_rates_come_first_then_seeds_alike_for_all_arms(tmp_path):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    best = {"mha": 3e-3, "mla": 2.1e-3}
-    done = pretend(study, results, noisy(best, {"mha": 0, "mla": 0}))
+    study, results = opened(tmp_path)
+    done = pretend(study, results, LEVEL)
     tuning, finals = done[:8], done[8:]
-    assert {r.seed for r in tuning} == {1}
+    assert {r.seed for r in tuning} == {0}
     assert [(r.arm, r.seed) for r in finals] == [
         (arm, seed) for seed in (1, 2, 3) for arm in ("mha", "mla")
     ]
-    for arm, rate in best.items():
+    for arm, rate in (("mha", 3e-3), ("mla", 2.1e-3)):
         assert [r.rate for r in finals if r.arm == arm] == pytest.approx([rate] * 3, rel=0.03)
     # What decides batches and held-out windows is the same at a seed.
     for field in ("batch_size", "seq_len", "val_fraction", "eval_batches", "steps"):
         assert len({settings(r.config)[field] for r in finals}) == 1
 
 
-SCALED = SMALL.replace("seeds = ", "initializer_ranges = [0.02, 0.03, 0.045]\nseeds = ")
-
-
-def scaled(best: dict[str, float]):
-    """Losses with a minimum at a scale of the first weights an arm, and at a rate of 2.8e-3."""
-
-    def loss(run) -> float:
-        rate, scale = run.rate / 2.8e-3, run.config.initializer_range / best[run.arm]
-        return 2 + run.seed / 100 + math.log(rate) ** 2 + math.log(scale) ** 2
-
-    return loss
-
-
-def test_scales_of_the_first_weights_are_tuned_at_the_rate_found(tmp_path, capsys):
-    path = written(tmp_path, SCALED)
-    study, results = read_study(path), Results(tmp_path)
-    results.use_data("d")
-    # mla's is beyond the grid, and beyond what one edge adds.
-    done = pretend(study, results, scaled({"mha": 0.028, "mla": 0.08}))
-    assert len({run.name for run in done}) == len(done)
-    tried = {arm: [] for arm in study.arms}
-    for run in done[: -2 * 3]:
-        tried[run.arm].append((run.rate, run.config.initializer_range))
-    grid = [1e-3, 2e-3, 4e-3, 8e-3]
-    scales = [0.02, 0.03, 0.045]
-    for arm, beyond in (("mha", []), ("mla", [0.0675, 0.101])):
-        assert tried[arm] == [*((r, 0.02) for r in grid), *((2.8e-3, s) for s in scales + beyond)]
-    for run in done[-2 * 3 :]:
-        assert run.rate == 2.8e-3
-        assert run.config.initializer_range == {"mha": 0.028, "mla": 0.08}[run.arm]
-        assert parse_toml(run_toml(run), "")["initializer_range"] == run.config.initializer_range
-    _, mla = summarise(study, results)
-    assert mla.verdict == "not worse"
-    assert mla.difference.mean == pytest.approx(0, abs=1e-3)
-    assert not results.others(study)
-    text = report_of(study, results)
-    assert "| mha | 0.0028 | 0.028 | 3 |" in text
-    assert "0.03 (2.0148), 0.045 (2.2351) | 0.028 | fitted |" in text
-    assert mla.plain()["initializer_range"] == 0.08
-    assert list(mla.plain()["initializer_ranges_tried"]) == [
-        f"{s:g}" for s in mla.tuning.scale.tried
-    ]
-    assert command.main([str(path), "--dry-run"]) == 0
-    assert "20 runs at least" in capsys.readouterr().out  # 2 arms x (4 rates + 3 scales + 3 seeds)
-
-
-def test_the_agenda_counts_the_scales_that_wait_for_a_rate(tmp_path):
-    study, results = read_study(written(tmp_path, SCALED)), Results(tmp_path)
-    results.use_data("d")
-    plan = agenda(study, results)
-    assert (len(plan.ready), len(plan.later)) == (8, 12)
-    pretend(read_study(written(tmp_path)), results, scaled({"mha": 0.03, "mla": 0.03}))
-    # Of the runs of the study without scales, those that tried rates count.
-    plan = agenda(study, results)
-    assert {(r.arm, r.config.initializer_range) for r in plan.ready} == {
-        (arm, scale) for arm in study.arms for scale in (0.03, 0.045)
-    }
-    assert len(plan.later) == 6
-
-
-def test_an_arm_whose_every_scale_diverges_has_diverged(tmp_path):
-    study, results = read_study(written(tmp_path, SCALED)), Results(tmp_path)
-    results.use_data("d")
-    finite = scaled({"mha": 0.03, "mla": 0.03})
-    while ready := agenda(study, results).ready:
-        run = ready[0]
-        dead = run.arm == "mla" and run.rate not in study.cells[1].rates
-        found = {"loss": None, "diverged": "training diverged"} if dead else {"loss": finite(run)}
-        results.add(run, {"curve": [], "tokens_per_second": 1.0, **found}, {})
-    mha, mla = summarise(study, results)
-    assert (mla.verdict, mla.tuning.scale.best, dict(mla.finals)) == ("diverged", None, {})
-    assert len(mha.finals) == 3
-    text = markdown(study, results, summarise(study, results), {}, {}, "command")
-    assert "(diverged) | - | diverged at every one |" in text
-
-
 def test_an_arm_may_have_fewer_budgets_than_the_baseline(tmp_path):
-    text = SMALL.replace("tokens = 1280", "tokens = [1280, 2560]\ntune_tokens = 640")
-    text = text.replace("[arms.mla]", "[arms.mla]\nat.tiny.tokens = 2560")
-    study, results = read_study(written(tmp_path, text)), Results(tmp_path)
-    results.use_data("d")
-    best = {"mha": 3e-3, "mla": 2.1e-3}
-    done = pretend(study, results, noisy(best, {"mha": 0, "mla": 0}))
+    text = OLD.replace("tokens = 1280", "tokens = [1280, 2560]\ntune_tokens = 640")
+    study, results = opened(
+        tmp_path, text.replace("[arms.mla]", "[arms.mla]\nat.tiny.tokens = 2560")
+    )
+    done = pretend(study, results, LEVEL)
     # Rates are tried once an arm, whatever budgets follow.
     assert Counter((r.arm, r.tokens) for r in done) == {
         ("mha", 640): 4, ("mla", 640): 4, ("mha", 1280): 3, ("mha", 2560): 3, ("mla", 2560): 3
     }  # fmt: skip
-    rows = {(r.cell.arm, r.cell.tokens): r for r in summarise(study, results)}
+    rows = {(r.cell.arm, r.cell.tokens): r for r in summarise(study, results).rows}
     assert rows.keys() == {("mha", 1280), ("mha", 2560), ("mla", 2560)}
     assert rows["mla", 2560].difference.count == 3
 
 
 def test_differences_are_paired_by_seed_and_agree_with_scipy(tmp_path):
-    stats = pytest.importorskip("scipy.stats")
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    loss = noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0.03})
-    pretend(study, results, loss)
-    base, mla = summarise(study, results)
-    a, b = ([row.finals[seed]["loss"] for seed in (1, 2, 3)] for row in (mla, base))
-    test = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert (mla.difference.low, mla.difference.high) == pytest.approx((test.low, test.high))
+    study, results = opened(
+        tmp_path, SMALL.replace("[base]", 'rivals = [["mha", "mla"]]\n[base]', 1)
+    )
+    pretend(study, results, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0.03}))
+    summary = summarise(study, results)
+    base, mla = summary.rows
+    a, b = ([row.finals[seed].loss for seed in (1, 2, 3)] for row in (mla, base))
+    test = stats.ttest_rel(a, b)
+    ends = test.confidence_interval(0.95)
+    assert (mla.difference.low, mla.difference.high) == pytest.approx((ends.low, ends.high))
+    assert mla.comparison.p == pytest.approx(test.pvalue)
     assert mla.verdict == "worse"  # seeds move both arms by far more than the difference
-    assert mla.loss.high - mla.loss.low > 10 * (mla.difference.high - mla.difference.low)
+    assert mla.loss - base.loss == pytest.approx(mla.difference.mean)
     assert mla.tokens_to_baseline is None
-    assert [s.difference for s in chain(study, results, study.stair)] == [mla.difference]
+    # What the file declares primary is not one of many; here no other comparison is left.
+    assert summary.primary.primary and summary.primary.verdict == "worse"
+    assert [c.holm for c in (mla.comparison, summary.pairs[0], summary.primary)] == [None] * 3
     # From half the tokens to the end the curve falls by 0.5.
-    better = Results(tmp_path / "better")
-    better.use_data("d")
-    better.path.parent.mkdir()
+    (tmp_path / "better").mkdir()
+    study, better = opened(tmp_path / "better")
     pretend(study, better, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": -0.25}))
-    assert summarise(study, better)[1].tokens_to_baseline == pytest.approx(0.75 * 1280, rel=0.02)
+    row = summarise(study, better).rows[1]
+    assert row.tokens_to_baseline == pytest.approx(0.75 * 1280, rel=0.02)
+
+
+THREE = SMALL + '[arms.narrow]\nmodel = { attention = "mla", kv_lora_rank = 4 }\n'
+
+
+def test_of_several_arms_the_one_that_tuning_prefers_is_primary_and_holm_adjusts_the_rest(tmp_path):
+    text = THREE.replace('primary = ["mla", ', 'primary = [["mla", "narrow"], ')
+    study, results = opened(tmp_path, text)
+    assert summarise(study, results).primary is None
+    rates = dict.fromkeys(study.arms, 3e-3)
+    tuning = noisy(rates, {"mha": 0, "mla": 0.02, "narrow": 0.01})
+    final = noisy(rates, {"mha": 0, "mla": -0.02, "narrow": 0.01})
+    pretend(study, results, lambda run: (final if run.seed else tuning)(run))
+    summary = summarise(study, results)
+    # By the results it would be mla.
+    assert (summary.primary.arm.arm, summary.primary.verdict) == ("narrow", "worse")
+    _, mla, narrow = summary.rows
+    assert (mla.comparison.holm, narrow.comparison.holm) == (mla.comparison.p, None)
+    text = report_of(study, results)
+    assert "the arm of mla, narrow with the best tuning loss, against mha" in text
+    assert "| tiny, 1,280 | mha | narrow | 3 |" in text and "| primary | worse |" in text
+
+
+def test_holm_counts_all_comparisons_that_are_not_primary(tmp_path):
+    study, results = opened(tmp_path, THREE)
+    pretend(study, results, noisy(dict.fromkeys(study.arms, 3e-3), dict.fromkeys(study.arms, 0)))
+    text = OLD + THREE[len(SMALL) :]
+    study = read_study(written(tmp_path, text.replace("seeds = ", "tuning_seed = 0\nseeds = ")))
+    _, mla, narrow = summarise(study, results).rows
+    p = [mla.comparison.p, narrow.comparison.p]
+    assert [mla.comparison.holm, narrow.comparison.holm] == holm(p)
+    assert max(holm(p)) > max(p) or max(p) == 1 or min(holm(p)) == 2 * min(p)
+
+
+def test_a_verdict_that_the_pooled_deviation_does_not_confirm_is_marked(tmp_path):
+    study, results = opened(tmp_path, THREE)
+    noise = {"mha": 0, "mla": 0.001, "narrow": 0.05}
+    mean = {"mha": 0, "mla": 0.02, "narrow": 0.02}
+    best = noisy(dict.fromkeys(study.arms, 3e-3), dict.fromkeys(study.arms, 0))
+    pretend(study, results, lambda run: best(run) if run.seed == 0 else (
+        2 + mean[run.arm] + noise[run.arm] * (run.seed - 2)))  # fmt: skip
+    mla = summarise(study, results).rows[1]
+    assert mla.verdict == "worse" and not mla.comparison.agrees
+    assert mla.comparison.with_pooled_sd.low < 0 < mla.difference.low
+    assert "| worse* |" in report_of(study, results)
+
+
+def test_what_the_baseline_lacks_is_in_the_verdict(tmp_path):
+    study, results = opened(tmp_path)
+    finite = LEVEL
+    lost = lambda run: run.arm == "mha" and run.seed == 3  # noqa: E731
+    pretend(study, results, lambda run: math.inf if lost(run) else finite(run))
+    (tmp_path / "less").mkdir()
+    _, less = opened(tmp_path / "less")
+    less.records = [r for r in results.records if r.loss is not None]
+    less._index()
+    for found, said in ((results, "unfinished: mha diverged"), (less, "unfinished: 2 of 3 seeds")):
+        summary = summarise(study, found)
+        assert (summary.rows[1].verdict, summary.primary.verdict) == (said, said)
+        assert summary.rows[1].difference.count == 2
+    assert "**mha at tiny, 1,280 tokens, seed 3**: training diverged" in report_of(study, results)
+
+
+def test_a_diverged_seed_is_reported_and_not_averaged_away(tmp_path):
+    study, results = opened(tmp_path)
+    finite = noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": -1})
+    dead = lambda run: run.arm == "mla" and run.seed == 3  # noqa: E731
+    pretend(study, results, lambda run: math.inf if dead(run) else finite(run))
+    mla = summarise(study, results).rows[1]
+    assert (mla.verdict, mla.diverged) == ("diverged", [3])
+    text = report_of(study, results)
+    assert "**mla at tiny, 1,280 tokens, seed 3**: training diverged at step 7" in text
+    assert "1, 2, 3 (1 diverged) |" in text
+
+
+def test_eight_seeds_asked_and_five_done_are_named(tmp_path):
+    study, results = opened(tmp_path, SMALL.replace("[1, 2, 3]", "[1, 2, 3, 4, 5]"))
+    pretend(study, results, LEVEL)
+    more = read_study(written(tmp_path, SMALL.replace("[1, 2, 3]", "[1, 2, 3, 4, 5, 6, 7, 8]")))
+    assert summarise(more, results).primary.verdict == "unfinished: 5 of 8 seeds"
+    assert "| 1, 2, 3, 4, 5 of 8 seeds |" in report_of(more, results)
+    assert [(r.seed, r.arm) for r in agenda(more, results).ready] == [
+        (seed, arm) for seed in (6, 7, 8) for arm in ("mha", "mla")
+    ]
+
+
+# --- results.json ---
 
 
 def test_finished_runs_count_whatever_became_of_names_and_paths(tmp_path):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    loss = noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0})
-    done = pretend(study, results, loss)
+    study, results = opened(tmp_path)
+    done = pretend(study, results, LEVEL)
     again = Results(tmp_path)
     again.use_data("d")
-    assert len(again.records) == len(done)
-    assert not agenda(study, again).ready
-    renamed = SMALL.replace('"mla"]', '"latent"]').replace("[arms.mla]", "[arms.latent]")
+    assert again.records == results.records and len(again.records) == len(done)
+    renamed = SMALL.replace('"mla", "mha"]', '"latent", "mha"]').replace("arms.mla", "arms.latent")
     elsewhere = renamed.replace("[base]", '[base]\ndata = "other/path"\nlog_every = 3')
     assert not agenda(read_study(written(tmp_path, elsewhere)), again).ready
 
 
 def test_a_changed_study_keeps_what_still_fits_and_names_the_rest(tmp_path):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    loss = noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0})
-    pretend(study, results, loss)
+    study, results = opened(tmp_path)
+    pretend(study, results, LEVEL)
     changed = read_study(written(tmp_path, SMALL.replace("rank = 8", "rank = 4")))
     assert {r.arm for r in agenda(changed, results).ready} == {"mla"}
-    assert {r["arm"] for r in results.others(changed)} == {"mla"}
-    assert len(results.others(changed)) == 7
-    pretend(changed, results, loss)
-    assert "## Finished runs that the study no longer asks for" in report_of(changed, results)
-    # Changed back, both stand there.
+    assert [r.arm for r in results.others(changed)] == ["mla"] * 7
+    pretend(changed, results, LEVEL)
+    assert "## Finished runs that the study does not ask for" in report_of(changed, results)
+    # Changed back, the old ones count again.
     assert not agenda(study, results).ready
-    more = read_study(written(tmp_path, SMALL.replace("[1, 2, 3]", "[1, 2, 3, 4]")))
-    assert [r.seed for r in agenda(more, results).ready] == [4, 4]
 
 
-def test_runs_on_other_data_do_not_count(tmp_path):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    pretend(study, results, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0}))
+def test_runs_on_other_data_do_not_count_and_are_never_mixed(tmp_path, capsys):
+    (tmp_path / "text").write_text("some text to train on " * 400)
+    study, results = opened(tmp_path)
+    pretend(study, results, LEVEL)
+    path, out = written(tmp_path), ["--out", tmp_path, "--report-only"]
+    # A complete folder with data that are not those of its runs: the report is about the data.
+    assert command.main([str(path), "--data", str(tmp_path / "text"), *map(str, out)]) == 0
+    assert "mla, tiny, 1,280 tokens: unfinished: 0 of 3 seeds" in capsys.readouterr().out
+    err = refused(capsys, path, "--data", tmp_path / "none", *out, command=command.main)
+    assert "none" in err
     results.use_data("e")
     assert len(agenda(study, results).ready) == 8
     assert len(results.others(study)) == 14
+    results.add(study.cells[0].final(3e-3, 0.02, 2), {"loss": 1.0, "curve": []}, {})
+    before = (tmp_path / "report.md").read_text()
+    err = refused(capsys, path, *out, command=command.main)
+    assert f"{RESULTS}: data_sha256 names 2 sets of data: d (m" in err
+    assert "choose one with --data" in err
+    assert (tmp_path / "report.md").read_text() == before
 
 
 @pytest.mark.parametrize(
-    "fields", [["model.rope_theta"], ["model.position_embedding_type", "model.head_dim"], []]
+    "fields", [["model.rope_theta"], ["model.position_embedding_type", "initializer"], []]
 )
 def test_results_from_before_a_setting_existed_still_count(tmp_path, fields):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    pretend(study, results, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0}))
-    path = tmp_path / RESULTS
-    document = json.loads(path.read_text())
+    study, results = opened(tmp_path)
+    pretend(study, results, LEVEL)
+    document = json.loads(results.path.read_text())
     for field in fields:
         tables = [document["settings"], *(r["settings"] for r in document["runs"])]
         assert sum(table.pop(field, "absent") != "absent" for table in tables) >= 1
-    path.write_text(json.dumps(document))
+    results.path.write_text(json.dumps(document))
     assert not agenda(study, Results(tmp_path)).ready
 
 
 def test_results_with_a_setting_that_is_gone_are_kept_apart(tmp_path):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    pretend(study, results, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0}))
-    path = tmp_path / RESULTS
-    document = json.loads(path.read_text())
+    study, results = opened(tmp_path)
+    pretend(study, results, LEVEL)
+    document = json.loads(results.path.read_text())
     document["settings"]["model.gated"] = True
-    path.write_text(json.dumps(document))
+    results.path.write_text(json.dumps(document))
     later = Results(tmp_path)
     assert len(later.others(study)) == len(later.records) == 14
     assert len(agenda(study, later).ready) == 8
 
 
-def test_a_diverged_seed_is_reported_and_not_averaged_away(tmp_path):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    finite = noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": -1})
-    while ready := agenda(study, results).ready:
-        run = ready[0]
-        dead = run.arm == "mla" and run.seed == 3
-        found = {"loss": None, "diverged": "training diverged at step 7"} if dead else {}
-        found = {"loss": finite(run), "curve": [], "tokens_per_second": 1.0, **found}
-        results.add(run, found, {})
-    _, mla = summarise(study, results)
-    assert (mla.verdict, mla.diverged) == ("diverged", [3])
-    assert "**mla at tiny, 1,280 tokens, seed 3**: training diverged at step 7" in report_of(
-        study, results
-    )
-
-
-def report_of(study, results) -> str:
-    out = results.path.parent
-    command._report(study, results, out, "a test")
-    for name in ("difference.png", "loss-cache.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    return (out / "report.md").read_text()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 2}', "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 2, "runs": []}', "\xff"])
 def test_a_results_file_that_is_none_is_one_error(tmp_path, text):
     (tmp_path / RESULTS).write_text(text)
     with pytest.raises(UserError, match=r"results\.json"):
         Results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("loss", True, "loss = True is not"),
+        ("loss", math.nan, "loss must be a finite number"),
+        ("loss", 1e308, "loss must be at most 100"),
+        ("loss", -1, "loss must not be negative"),
+        ("loss", None, "loss and diverged"),
+        ("loss", "x", "loss = 'x' is not"),
+        ("diverged", "at step 3", "loss and diverged"),
+        ("rate", 0, "rate must be positive"),
+        ("seed", 1.5, "seed = 1.5 is not"),
+        ("tokens", "many", "tokens = 'many' is not"),
+        ("curve", [[1, 2], [1, 2]], "curve: [1, 2] is out of order"),
+        ("curve", [[1, math.inf]], "curve: [1, inf] must be a finite"),
+        ("curve", [[1]], "curve: [1] must be a pair"),
+        ("curve", 3, "curve = 3 is not"),
+        ("machine", "another", "machine 'another' is not in"),
+        ("settings", [], "settings = [] is not"),
+        ("data_sha256", None, "data_sha256 = None is not"),
+        ("colour", 1, "unknown key 'colour'"),
+    ],
+)
+def test_a_mutated_record_is_refused_before_a_report_is_written(
+    tmp_path, capsys, field, value, said
+):
+    study, results = opened(tmp_path)
+    pretend(study, results, LEVEL)
+    document = json.loads(results.path.read_text())
+    document["runs"][4][field] = value
+    results.path.write_text(json.dumps(document))
+    out = ["--out", tmp_path, "--report-only"]
+    err = refused(capsys, tmp_path / "small.toml", *out, command=command.main)
+    assert f"{results.path}: run 5: {said}" in err
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_two_records_of_one_run_must_agree(tmp_path):
+    study, results = opened(tmp_path)
+    pretend(study, results, LEVEL)
+    document = json.loads(results.path.read_text())
+    document["runs"].append(copy.deepcopy(document["runs"][2]))
+    results.path.write_text(json.dumps(document))
+    assert len(Results(tmp_path).records) == 15
+    document["runs"][-1]["loss"] += 0.1
+    results.path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"results\.json: runs 3 and 15 .* are one, with loss"):
+        Results(tmp_path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_results_still_give_their_report(tmp_path, name):
+    source = ROOT / "bench" / "results" / name
+    (tmp_path / RESULTS).write_bytes((source / RESULTS).read_bytes())
+    study = ROOT / "bench" / "studies" / f"{name}.toml"
+    assert command.main([str(study), "--out", str(tmp_path), "--report-only"]) == 0
+    strip = lambda text: text.split("\n- rule", 1)[1]  # noqa: E731  (the command names the folder)
+    assert strip((tmp_path / "report.md").read_text()) == strip((source / "report.md").read_text())
+    assert (tmp_path / RESULTS).read_text() == (source / RESULTS).read_text()
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=300), st.integers(2, 64))
@@ -569,12 +741,7 @@ def test_a_thinned_curve_keeps_its_end(points, count):
     assert len(few) == min(count, len(points))
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.01, 0.2))
-def test_labels_are_apart_in_order_and_centred(heights, gap):
-    heights = sorted(heights)
-    placed = spread(heights, gap)
-    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(placed))
-    assert sum(placed) == pytest.approx(sum(heights), abs=1e-6)
+# --- pictures ---
 
 
 @pytest.mark.parametrize(
@@ -586,103 +753,68 @@ def test_labels_are_apart_in_order_and_centred(heights, gap):
         ({"a": -0.9, "b": 0.05, "c": 28, "d": 60}, {"c", "d"}),
         ({"a": 0.0, "b": 7.9}, set()),
         ({"a": -40, "b": 3}, {"a"}),
-        ({"a": 12, "b": 13, "c": 40}, set()),
     ],
 )
 def test_arms_that_would_squeeze_the_others_are_far(percent, far):
     assert far_arms(percent) == far
 
 
-def test_many_labels_at_the_bottom_stay_in_the_picture():
-    fig, ax = pictures._axes()
-    label_ends(ax, [(1, i / 1000, f"arm-{i}", "black") for i in range(14)])
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert all(fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1 for box in boxes)
-    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+def test_pictures_show_seeds_intervals_and_what_is_unfinished_with_one_colour_an_arm(
+    tmp_path, monkeypatch
+):
+    from matplotlib.figure import Figure
 
+    figures = {}
 
-LONG_NAMES = """
-baseline = "mha"
-[base.model]
-attention = "mha"
-n_layer = 2
-n_head = 4
-n_embd = 64
-n_positions = 32
-[sizes.tiny]
-tokens = 1280
-learning_rates = [1e-3]
-seeds = [1, 2]
-[arms.mha]
-[arms.a-quarter-of-the-cache]
-model = { attention = "mla", kv_lora_rank = 32 }
-[arms.an-eighth-in-many-words]
-model = { attention = "mla", kv_lora_rank = 16 }
-"""
+    def paint(out, painter, **settings):
+        figures[out.name] = Figure(**settings)
+        painter(figures[out.name])
+
+    monkeypatch.setattr(pictures, "draw_picture", paint)
+    arms = "".join(f'[arms.r{n}]\nmodel = {{ attention = "mla", kv_lora_rank = {n} }}\n'
+                   for n in range(1, 8))  # fmt: skip
+    study, results = opened(tmp_path, SMALL + arms)
+    offset = {arm: 0.01 * i for i, arm in enumerate(study.arms)}
+    pretend(study, results, noisy(dict.fromkeys(study.arms, 3e-3), offset))
+    results.records = [r for r in results.records if (r.arm, r.seed) != ("r1", 3)]
+    results._index()
+    assert len(pictures.draw(study, summarise(study, results).rows, tmp_path)) == len(figures) == 3
+    (forest,) = figures["difference.png"].axes
+    texts = [t.get_text().strip() for t in forest.texts]
+    assert texts.count("n = 3") == 7 and texts.count("n = 2 of 3") == 1
+    (cache,) = figures["loss-cache.png"].axes
+    labels = {line.get_label(): line for line in cache.lines}
+    assert "mla (n = 3)" in labels and labels["r1 (n = 2 of 3)"].get_markerfacecolor() == "white"
+    bars = [
+        line for line in cache.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"
+    ]
+    assert len(bars) == 8
+    (gap,) = figures["difference-tokens-tiny-1280.png"].axes
+    curves = {line.get_label(): line for line in gap.lines if "(n" in line.get_label()}
+    assert len(curves) == 6 and "mla (n = 3)" in curves  # the primary one, and the nearest
+    for label, line in curves.items():
+        assert labels[label].get_color() == line.get_color()
+    assert len({line.get_color() for line in labels.values()}) >= 9
 
 
 def test_one_arm_alone_is_not_drawn(tmp_path):
-    study, results = read_study(written(tmp_path)), Results(tmp_path)
-    results.use_data("d")
-    losses = {"mha": 2.0, "mla": 2.1}
+    study, results = opened(tmp_path)
     for cell in study.cells:
         for rate in cell.rates:
             results.add(cell.tuning(rate), {"loss": 2 + abs(rate - 2e-3), "curve": []}, {})
         run = results.tuning(cell, 0).finals[0]
-        curve = [[run.tokens // 2, 3.0], [run.tokens, losses[cell.arm]]]
-        results.add(run, {"loss": losses[cell.arm], "curve": curve}, {})
-        drawn = pictures.draw(study, summarise(study, results), tmp_path)
-        assert ("Loss against cache" in drawn) == (cell is study.cells[-1])
+        curve = [[run.tokens // 2, 3.0], [run.tokens, 2.0]]
+        results.add(run, {"loss": 2.0, "curve": curve}, {})
+        drawn = pictures.draw(study, summarise(study, results).rows, tmp_path)
         assert bool(drawn) == (cell is study.cells[-1])
 
 
-def test_a_seed_that_one_arm_alone_has_moves_no_curve_off_another(tmp_path, monkeypatch):
-    study = read_study(written(tmp_path, SMALL.replace("[1e-3, 2e-3, 4e-3, 8e-3]", "[4e-3]")))
-    results = Results(tmp_path)
-    results.use_data("d")
-    losses = {"mha": {1: 2.0, 2: 2.3, 3: 2.9}, "mla": {1: 1.9, 2: 2.2}}
-    for cell in study.cells:
-        for seed, loss in losses[cell.arm].items():
-            run = cell.final(4e-3, 0.02, seed)
-            curve = [[run.tokens // 2, loss + 1], [run.tokens, loss]]
-            results.add(run, {"loss": loss, "curve": curve}, {})
-    figures = {}
-    monkeypatch.setattr(
-        pictures, "save_figure", lambda figure, path: figures.update({path.name: figure})
-    )
-    pictures.draw(study, summarise(study, results), tmp_path)
-    (ax,) = figures["loss-tokens-tiny-1280.png"].axes
-    # The baseline at its own mean, 2.4; the other 0.1 below, as at both seeds, not at 2.05.
-    drawn = [line.get_ydata().tolist() for line in ax.lines[:2]]  # the names have lines, too
-    assert drawn == [pytest.approx([3.4, 2.4]), pytest.approx([3.3, 2.3])]
+# --- real runs ---
 
 
-def test_no_name_in_a_picture_lies_over_another(tmp_path, monkeypatch):
-    study = read_study(written(tmp_path, LONG_NAMES))
-    results = Results(tmp_path)
-    results.use_data("d")
-    # All alike, so that names of one height stand in neighbouring columns.
-    pretend(study, results, lambda run: 2 + run.seed / 100 + len(run.arm) / 1e6)
-    figures = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
-    assert len(pictures.draw(study, summarise(study, results), tmp_path)) == len(figures) == 4
-    for figure in figures:
-        figure.canvas.draw()
-        names = [t for ax in figure.axes for t in ax.texts if t.get_text() in study.arms]
-        boxes = [name.get_window_extent() for name in names]
-        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-        points = [
-            ax.transData.transform(line.get_xydata()[-1])
-            for ax in figure.axes
-            for line in ax.lines
-            if line.get_marker() == "o"
-        ]
-        assert not any(box.contains(*point) for box in boxes for point in points)
-
-
-def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):
+def test_a_folder_resumes_its_own_run_alone(tmp_path):
     study = read_study(written(tmp_path))
-    mha, mla = (study.cell(arm, "tiny", 1280).final(4e-3, 0.02, 1) for arm in ("mha", "mla"))
+    mha, mla = (study.cell(arm, TINY).final(4e-3, 0.02, 1) for arm in ("mha", "mla"))
     folder = tmp_path / "runs" / "4e-3"
     create_run(folder, mha.config, contextlib.ExitStack())
     make_room(folder, mha)
@@ -697,12 +829,9 @@ def test_a_folder_goes_on_with_its_own_run_alone(tmp_path):
     create_run(folder, mha.config, contextlib.ExitStack())
 
 
-# --- real runs ---
-
-
-def start(*args: str, **more) -> subprocess.Popen:
+def start(*args: object, **more) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "bench.study", *args],
+        [sys.executable, "-m", "bench.study", *map(str, args)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -717,11 +846,11 @@ ONE_SEED = ONE_RATE.replace("[1, 2]", "[1]")
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_and_another_machine_needs_results_json_alone(tmp_path):
+def test_killed_at_any_moment_it_resumes_and_another_machine_needs_results_json_alone(tmp_path):
     pytest.importorskip("torch")
-    text = ONE_RATE.replace("tokens = 1280", "tokens = 64_000")  # 500 steps
-    study, out = written(tmp_path, text), tmp_path / "out"
-    asked = [str(study), "--out", str(out), "--jobs", "2"]
+    study = written(tmp_path, ONE_RATE.replace("tokens = 1280", "tokens = 64_000"))  # 500 steps
+    out = tmp_path / "out"
+    asked = [study, "--out", out, "--jobs", "2"]
     first = start(*asked)
     metrics = out / "runs" / "mha" / "tiny" / "64000" / "0.004-1" / "metrics.jsonl"
     until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5)
@@ -741,13 +870,12 @@ def test_killed_at_any_moment_it_goes_on_and_another_machine_needs_results_json_
     for record in records:
         assert record["curve"][-1] == [64_000, pytest.approx(record["loss"], abs=1e-5)]
     # The weights of the first seed stay, for --evaluate.
-    assert sorted(p.parent.parent.name for p in out.glob("runs/*/tiny/64000/*/latest")) == [
-        "64000", "64000"
-    ]  # fmt: skip
+    kept = [p.parent.parent.name for p in out.glob("runs/*/tiny/64000/*/latest")]
+    assert kept == ["64000", "64000"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / RESULTS).write_bytes((out / RESULTS).read_bytes())
-    away = start(str(study), "--out", str(elsewhere), "--data", "not/here")
+    away = start(study, "--out", elsewhere)
     said, error = away.communicate(timeout=60)
     assert away.returncode == 0, error
     assert "started" not in said
@@ -756,45 +884,19 @@ def test_killed_at_any_moment_it_goes_on_and_another_machine_needs_results_json_
     assert strip(elsewhere / "report.md") == strip(out / "report.md")
 
 
-def test_decoding_is_timed_once_and_told_of_every_budget(tmp_path, monkeypatch):
-    pytest.importorskip("torch")
-    monkeypatch.setattr(measured, "DECODE_CONTEXT", 20)
-    monkeypatch.setattr(measured, "DECODE_STEPS", 3)
-    text = ONE_SEED.replace("tokens = 1280", "tokens = [1280, 2560]")
-    study = read_study(written(tmp_path, text))
-    results = Results(tmp_path)
-    measured.decode(study, results, Console())
-    rows = {row["key"]: row for row in results.measured["decode"]}
-    assert sorted(rows) == sorted(cell.key for cell in study.cells)
-    assert len(rows) == 4
-    assert len({row["tokens_per_second"] for row in rows.values()}) == 2
-    said = markdown(study, results, summarise(study, results), {}, {}, "command")
-    for cell in study.cells:
-        row = rows[cell.key]
-        assert 0 < row["min"] <= row["tokens_per_second"] <= row["max"]
-        materialized = row["cache"] == "materialized"
-        values = cell.config.model.kind.cached_values(materialized)
-        assert row["cache_bytes"] % (4 * values) == 0
-        assert row["cache_bytes"] // (4 * values) >= 23
-        told = f" {row['cache_bytes']:,}" + (f" ({row['cache']})" if cell.arm == "mla" else "")
-        assert f"{told} |" in said
-
-
 @pytest.mark.slow
 def test_a_run_that_diverges_and_a_stop_by_ctrl_c(tmp_path):
     pytest.importorskip("torch")
     study = written(tmp_path, ONE_SEED + 'at.tiny.learning_rates = [1e30]\nabout = "too fast"\n')
     out = tmp_path / "out"
-    asked = [str(study), "--out", str(out)]
-    process = start(*asked)
+    process = start(study, "--out", out)
     until(lambda: list(out.glob("runs/*/tiny/1280/*.log")))
     process.send_signal(signal.SIGINT)
     said, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "go on with" in said
-    assert not list(out.glob("runs/**/*.tmp-*"))
-    assert not list(out.glob("runs/**/*.other-*"))
-    process = start(*asked)
+    assert "resume with" in said
+    assert not [*out.glob("runs/**/*.tmp-*"), *out.glob("runs/**/*.other-*")]
+    process = start(study, "--out", out)
     said, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert "mla, tiny, 1,280 tokens: diverged" in said
@@ -808,7 +910,7 @@ def test_no_space_is_one_line_and_nothing_is_lost(tmp_path):
     pytest.importorskip("torch")
     out = tmp_path / "out"
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    asked = [str(written(tmp_path, ONE_SEED)), "--out", str(out)]
+    asked = [written(tmp_path, ONE_SEED), "--out", out]
     full = start(*asked, preexec_fn=limit)
     _, error = full.communicate(timeout=120)
     assert full.returncode == 2
@@ -823,27 +925,15 @@ def test_no_space_is_one_line_and_nothing_is_lost(tmp_path):
 def test_the_quick_study_runs_whole(tmp_path):
     pytest.importorskip("torch")
     out = tmp_path / "out"
-    process = start(str(QUICK), "--quick", "--jobs", str(cores()), "--out", str(out))
+    process = start(QUICK, "--quick", "--jobs", cores(), "--out", out)
     said, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert "ETA" in said
     text = (out / "report.md").read_text()
-    for part in (
-        "## tiny",
-        "| mla-rope |",
-        "## The stair",
-        "## Rivals",
-        "## Learning rates",
-        "## The scale of the first weights",
-        "--quick",
-    ):
+    for part in ("## The primary", "## tiny", "| mla-rope |", "## Pairs", "rate again", "--quick"):
         assert part in text
-    for picture in ("difference", "loss-cache", "loss-tokens-tiny-10240"):
+    for picture in ("difference", "loss-cache"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
-    summary = json.loads((out / RESULTS).read_text())["summary"]
-    assert {r["verdict"] for r in summary["rows"]} <= {
-        "baseline", "better", "not worse", "worse", "not shown"
-    }  # fmt: skip
 
 
 def until(true) -> None:

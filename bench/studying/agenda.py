@@ -14,7 +14,7 @@ class Agenda:
     ready: list[Run]
     """Runs that wait for nothing, in the order to start them."""
     later: list[Run]
-    """Runs that wait for others; their rates and scales are placeholders."""
+    """Runs that wait for others; their rates and stds are placeholders."""
 
 
 def agenda(study: Study, results: Results) -> Agenda:
@@ -33,9 +33,11 @@ def agenda(study: Study, results: Results) -> Agenda:
             found = results.tuning(cell, study.extensions)
             ready += found.wanted
             if found.wanted:
-                tried = cell.scales if found.scale is None and cell.tunes_scale else ()
-                later += [cell.tuning(cell.rates[0], scale) for scale in tried]
-                later += [cell.final(cell.rates[0], cell.scales[0], s) for s in cell.seeds]
+                stds = cell.stds if found.std is None and cell.tunes_std else ()
+                later += [cell.tuning(cell.rates[0], std) for std in stds]
+                if cell.tunes_rate_again and found.rate_again is None:
+                    later += [cell.tuning(cell.rates[0])] * 3
+                later += [cell.final(cell.rates[0], cell.stds[0], s) for s in cell.seeds]
             repeated += [(i, r) for i, r in enumerate(found.finals) if results.get(r) is None]
         ready += [run for _, run in sorted(repeated, key=lambda pair: pair[0])]
     # Budgets that are tuned with the same tokens share their tuning runs.
@@ -43,10 +45,10 @@ def agenda(study: Study, results: Results) -> Agenda:
 
 
 def flops(run: Run) -> float:
-    """Training FLOPs of a run, by which times are told in advance."""
+    """Training FLOPs of a run, from which the remaining time is estimated."""
     return 3.0 * forward_flops_per_token(run.config.model, run.config.context) * run.tokens
 
 
 def best_run(study: Study, results: Results, cell: Cell) -> Run | None:
-    """The first seed's run with what was found, which stands for its cell."""
+    """The first seed's final run, which represents its cell."""
     return next(iter(results.tuning(cell, study.extensions).finals), None)

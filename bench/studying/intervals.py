@@ -1,9 +1,12 @@
-"""Student's interval of a mean, and the verdict that it allows."""
+"""Intervals and p values of paired differences, and the verdict that an interval allows."""
 
 import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
+
+from mlx_mla.errors import UserError
 
 BETTER, NOT_WORSE, WORSE, NOT_SHOWN = "better", "not worse", "worse", "not shown"
 
@@ -17,23 +20,68 @@ class Interval:
     high: float
     count: int
 
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
 
-def interval(values: Sequence[float], confidence: float) -> Interval:
+
+def student() -> Any:
+    """scipy.stats; UserError with what to install if it is missing."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError("a study needs scipy; install it with: pip install -e '.[dev]'") from None
+    return stats
+
+
+def interval(
+    values: Sequence[float], confidence: float, spread: tuple[float, int] | None = None
+) -> Interval:
     """Student's t-interval of the mean of independent values.
 
     Args:
         values: At least one.
         confidence: Such as 0.95.
+        spread: Standard deviation of a value and its degrees of freedom. None: of these values.
     """
     mean, n = statistics.fmean(values), len(values)
-    if n == 1:
+    if n == 1 and spread is None:
         return Interval(mean, -math.inf, math.inf, 1)
-    half = t_quantile(0.5 + confidence / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    sd, degrees = spread or (statistics.stdev(values), n - 1)
+    half = student().t.ppf(0.5 + confidence / 2, degrees) * sd / math.sqrt(n)
+    return Interval(mean, float(mean - half), float(mean + half), n)
+
+
+def pooled(samples: Sequence[Sequence[float]]) -> tuple[float, int] | None:
+    """The standard deviation that several samples share, and its degrees of freedom; None where no
+    sample has two values."""
+    degrees = sum(len(values) - 1 for values in samples)
+    if degrees < 1:
+        return None
+    squares = sum(statistics.variance(v) * (len(v) - 1) for v in samples if len(v) > 1)
+    return math.sqrt(squares / degrees), degrees
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Of Student's two-sided test that the mean is zero; None for a single value."""
+    if len(values) < 2:
+        return None
+    if len(set(values)) == 1:
+        return float(values[0] == 0)
+    return float(student().ttest_1samp(values, 0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number by Holm's method, in the same order."""
+    adjusted, largest = list(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def verdict(difference: Interval, margin: float) -> str:
-    """What a paired difference of losses (arm less baseline) shows.
+    """What a paired difference of losses (arm less rival) shows.
 
     Args:
         difference: With its interval.
@@ -44,37 +92,3 @@ def verdict(difference: Interval, margin: float) -> str:
     if difference.high <= margin:
         return NOT_WORSE
     return WORSE if difference.low > 0 else NOT_SHOWN
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution, by bisection.
-
-    Args:
-        probability: Between 0.5 and 1.
-        degrees: Degrees of freedom, at least 1.
-    """
-    assert 0.5 <= probability < 1
-    low, high = 0.0, 1.0
-    while _central(high, degrees) < 2 * probability - 1:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if _central(middle, degrees) < 2 * probability - 1:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _central(t: float, degrees: int) -> float:
-    """P(|T| < t), the finite series for whole degrees of freedom (Abramowitz and Stegun, 26.7.3
-    and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = 0.0 if degrees == 1 else term
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

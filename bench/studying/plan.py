@@ -9,6 +9,8 @@ from mlx_mla.model.config import TrainConfig
 
 RateName = Literal["learning_rate", "muon_learning_rate"]
 Keep = Literal["best", "all", "none"]
+Place = tuple[str, int]
+"""A size and a budget of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,19 +22,19 @@ class Run:
     config: TrainConfig
     """Resolved, with its rate, seed and steps."""
     rate: float
-    scale: float | None
-    """Of the first weights, where it is not the `initializer_range` of its arm."""
+    std: float | None
+    """Initialization std, where it is not the `initializer_range` of its arm."""
     seed: int
 
     @property
     def tokens(self) -> int:
-        """Tokens that it trains on."""
+        """Tokens that it is trained on."""
         return self.config.steps * self.config.step_tokens
 
     @property
     def name(self) -> str:
-        """Where it stands in the folder of runs."""
-        start = "" if self.scale is None else f"-from-{self.scale:g}"
+        """Its folder within the folder of runs."""
+        start = "" if self.std is None else f"-from-{self.std:g}"
         return f"{self.arm}/{self.size}/{self.tokens}/{self.rate:g}{start}-{self.seed}"
 
     @property
@@ -52,10 +54,12 @@ class Cell:
     tune_steps: int
     rates: tuple[float, ...]
     rate_name: RateName
-    scales: tuple[float, ...]
-    """Of the first weights (`initializer_range`), tried at the rate found; a single one is taken as
-    it is."""
+    stds: tuple[float, ...]
+    """Values of `initializer_range` to try at the rate found; a single one is not tuned."""
     seeds: tuple[int, ...]
+    tuning_seed: int | None
+    """Seed of the tuning runs. None: the first of `seeds`, and rates are not tried again with the
+    std found; studies written before there was a choice are read like this."""
 
     @property
     def tokens(self) -> int:
@@ -63,39 +67,45 @@ class Cell:
         return self.config.steps * self.config.step_tokens
 
     @property
-    def key(self) -> str:
-        """What makes the cell what it is, apart from what the study chooses."""
-        return key(settings(self.config))
+    def place(self) -> Place:
+        """Size and budget, within which arms are compared."""
+        return self.size, self.tokens
 
     @property
-    def tunes_scale(self) -> bool:
-        return len(self.scales) > 1
+    def tunes_std(self) -> bool:
+        return len(self.stds) > 1
+
+    @property
+    def tunes_rate_again(self) -> bool:
+        """Whether rates are tried again with the std found."""
+        return self.tunes_std and len(self.rates) > 1 and self.tuning_seed is not None
 
     @property
     def owned(self) -> frozenset[str]:
         """Settings that the study chooses, run by run."""
-        scale = {"initializer_range"} if self.tunes_scale else set()
-        return frozenset({"steps", "seed", self.rate_name, *scale})
+        std = {"initializer_range"} if self.tunes_std else set()
+        return frozenset({"steps", "seed", self.rate_name, *std})
 
-    def final(self, rate: float, scale: float, seed: int) -> Run:
-        """The run of a seed at the rate and the scale that were found."""
-        return self._run(rate, scale, seed, self.config.steps)
+    def final(self, rate: float, std: float, seed: int) -> Run:
+        """The run of a seed at the rate and the std that were found."""
+        return self._run(rate, std, seed, self.config.steps)
 
-    def tuning(self, rate: float, scale: float | None = None) -> Run:
-        """The run that tries a rate, or a scale at a rate, with the first seed."""
-        scale = self.config.initializer_range if scale is None else scale
-        return self._run(rate, scale, self.seeds[0], self.tune_steps)
+    def tuning(self, rate: float, std: float | None = None) -> Run:
+        """The run that tries a rate, or an std at a rate."""
+        std = self.config.initializer_range if std is None else std
+        seed = self.seeds[0] if self.tuning_seed is None else self.tuning_seed
+        return self._run(rate, std, seed, self.tune_steps)
 
-    def _run(self, rate: float, scale: float, seed: int, steps: int) -> Run:
+    def _run(self, rate: float, std: float, seed: int, steps: int) -> Run:
         changes: dict[str, Any] = {self.rate_name: rate, "seed": seed, "steps": steps}
-        config = dataclasses.replace(self.config, initializer_range=scale, **changes)
-        named = None if scale == self.config.initializer_range else scale
+        config = dataclasses.replace(self.config, initializer_range=std, **changes)
+        named = None if std == self.config.initializer_range else std
         return Run(self.arm, self.size, config, rate, named, seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a machine is said to do, for the dry run."""
+    """The speed of a machine, for the dry run."""
 
     name: str
     tokens_per_second: Mapping[str, float]
@@ -110,6 +120,9 @@ class Study:
     name: str
     title: str
     baseline: str
+    primary: tuple[tuple[str, ...], str] | None
+    """The comparison that the study is made for: an arm against its rival. Of several arms it is
+    the one with the lowest loss in tuning."""
     margin: float
     """Nats that an arm may lose and still count as not worse."""
     confidence: float
@@ -117,13 +130,11 @@ class Study:
     extensions: int
     """Values that may be added beyond the ends of a grid."""
     keep: Keep
-    """Runs whose weights stay: the first seed's with what was found, all, none."""
+    """Runs whose weights are kept: the first seed's final runs, all, none."""
     arms: Mapping[str, str]
-    """Names to what is said of them."""
-    stair: tuple[str, ...]
-    """Arms of which each is compared with the one before."""
-    rivals: tuple[tuple[str, ...], ...]
-    """Pairs of arms of which the second is compared with the first."""
+    """Names to descriptions."""
+    pairs: tuple[tuple[str, str], ...]
+    """Pairs of arms, each of which compares the second with the first."""
     cells: tuple[Cell, ...]
     bases: Mapping[str, Settings]
     """The base at every size, before the arms."""
@@ -136,16 +147,15 @@ class Study:
     def sizes(self) -> list[str]:
         return list(dict.fromkeys(cell.size for cell in self.cells))
 
-    def baseline_of(self, cell: Cell) -> Cell | None:
-        """The baseline's cell beside another's."""
-        return self.cell(self.baseline, cell.size, cell.tokens)
+    @property
+    def places(self) -> list[Place]:
+        """Sizes and budgets, within which arms are compared."""
+        return list(dict.fromkeys(cell.place for cell in self.cells))
 
-    def cell(self, arm: str, size: str, tokens: int) -> Cell | None:
-        asked = (arm, size, tokens)
-        return next((c for c in self.cells if (c.arm, c.size, c.tokens) == asked), None)
+    def cell(self, arm: str, place: Place) -> Cell | None:
+        return next((c for c in self.cells if (c.arm, c.place) == (arm, place)), None)
 
     def differences(self, cell: Cell) -> dict[str, tuple[Any, Any]]:
         """Every setting in which an arm differs from the base at its size, defaults included."""
-        base = self.bases[cell.size]
-        both = differences(base, settings(cell.config))
+        both = differences(self.bases[cell.size], settings(cell.config))
         return {k: v for k, v in both.items() if k not in cell.owned}

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from bench.studying.agenda import Agenda, flops
 from bench.studying.plan import Run
-from bench.studying.results import Record
+from bench.studying.results import Outcome
 from bench.studying.trainer import Trainer
 from mlx_mla.errors import UserError
 from mlx_mla.training.recovery import catch_signals
@@ -60,7 +60,7 @@ class Pool:
         self._active: list[Trainer] = []
 
     def work(
-        self, ask: Callable[[], Agenda], finished: Callable[[Trainer, Record], None]
+        self, ask: Callable[[], Agenda], finished: Callable[[Trainer, Outcome], None]
     ) -> int | None:
         """Go on until nothing is left to do.
 
@@ -99,16 +99,16 @@ class Pool:
                 waits = " (waits for a trainer that was left behind)"
                 progress.say(f"started  {run.name}{waits if self._active[-1].waits else ''}")
 
-    def _collect(self, finished: Callable[[Trainer, Record], None], progress: "_Progress") -> bool:
+    def _collect(self, finished: Callable[[Trainer, Outcome], None], progress: "_Progress") -> bool:
         """Whether any run has finished since the last call."""
         any_finished = False
         for trainer in list(self._active):
-            record = trainer.poll()
-            if record is not None:
+            outcome = trainer.poll()
+            if outcome is not None:
                 self._active.remove(trainer)
                 progress.finished(trainer)
-                finished(trainer, record)
-                loss = record.get("diverged") or f"loss {record['loss']:.4f}"
+                finished(trainer, outcome)
+                loss = outcome.get("diverged") or f"loss {outcome['loss']:.4f}"
                 progress.say(f"finished {trainer.run.name}  {loss}")
                 any_finished = True
         return any_finished

@@ -1,29 +1,104 @@
-"""Reading a study's TOML file, and refusing what it must not say."""
+"""Reading a study's TOML file and checking it."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Optional, Union
 
-from bench.studying.plan import Cell, Keep, Machine, RateName, Study
-from bench.studying.settings import Settings, key, settings
+from bench.studying.plan import Cell, Keep, Machine, Place, RateName, Study
+from bench.studying.settings import Settings, key, settings, table
 from mlx_mla.errors import UserError, nearest
+from mlx_mla.fields import Bounds, at_least_1, fraction, not_negative, positive
 from mlx_mla.files import read_toml
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.config import MAX_SEED, TrainConfig
 from mlx_mla.model.presets import overlay, preset
 
 PAIRED = (
     *("tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len"),
     *("eval_batches", "final_eval_batches"),
 )
-"""What all arms have alike, so that at a seed they see the same data and held-out windows."""
-
-OWN_AT_SIZE = ("tokens", "learning_rates", "initializer_ranges", "seeds")
-"""What an arm may have otherwise than its size."""
+"""Settings that all arms share, so that at a seed they see the same data and held-out windows."""
 
 QUICK_STEPS, QUICK_VALUES, QUICK_SEEDS = 20, 3, 2
+
+# The tables of the file. `kw_only` fields without a default are required.
+
+
+@dataclasses.dataclass(kw_only=True)
+class _File:
+    title: str = ""
+    baseline: str
+    primary: Optional[list] = None
+    stair: list[str] = dataclasses.field(default_factory=list)
+    rivals: list[list[str]] = dataclasses.field(default_factory=list)
+    extensions: int = 3
+    keep: Keep = "best"
+    verdict: dict = dataclasses.field(default_factory=dict)
+    evaluate: dict = dataclasses.field(default_factory=dict)
+    machines: dict = dataclasses.field(default_factory=dict)
+    base: dict
+    sizes: dict
+    arms: dict
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Verdict:
+    margin: float = 0.005
+    confidence: float = 0.95
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Evaluate:
+    tasks: Optional[str] = None
+    limit: Optional[int] = None
+    data_dir: Optional[str] = None
+    window: Optional[int] = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Machine:
+    tokens_per_second: dict
+    source: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Tuned:
+    """What a size says of its runs, and an arm may say otherwise."""
+
+    tokens: Union[int, list[int]]
+    learning_rates: list[float]
+    initializer_ranges: Optional[list[float]] = None
+    seeds: list[int]
+
+
+_TUNED = [field.name for field in dataclasses.fields(_Tuned)]
+_BOUNDS = {
+    "extensions": not_negative(10),
+    "tokens": at_least_1(10**18),
+    "tune_tokens": at_least_1(10**18),
+    "learning_rates": positive(),
+    "initializer_ranges": positive(100),
+    "seeds": not_negative(MAX_SEED),
+    "tuning_seed": not_negative(MAX_SEED),
+    "margin": fraction("be a share of perplexity such as 0.005", above_0=True, below_1=True),
+    "confidence": Bounds("be a share such as 0.95", 0.5, 0.9999),
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Size:
+    tune_tokens: Optional[int] = None
+    tuning_seed: Optional[int] = None
+    arms: Optional[list[str]] = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Arm:
+    about: str = ""
+    rate: RateName = "learning_rate"
+    at: dict = dataclasses.field(default_factory=dict)
 
 
 def read_study(
@@ -33,118 +108,110 @@ def read_study(
 
     Args:
         path: The TOML file.
-        data: What to train on, in place of the file's.
-        bpe_dir: Folder of GPT-2's vocabulary, in place of the file's.
+        data: What to train on, instead of the file's.
+        bpe_dir: Folder of GPT-2's vocabulary, instead of the file's.
         quick: Shrink every run to some steps, and the grids and seeds; see docs/study.md.
 
     Raises:
-        UserError: For anything that the file must not say; the message names the place.
+        UserError: For anything that the file must not contain; the message names the place.
     """
     places = {"data": data, "bpe_dir": bpe_dir}
     given = {name: place for name, place in places.items() if place is not None}
-    return _Reader(path, read_toml(path), given, quick).study()
+    return _Reader(path, given, quick).study()
 
 
 class _Reader:
     """Turns the tables of a TOML file into a study; `where` in messages is file and table."""
 
-    def __init__(self, path: Path, toml: dict[str, Any], places: dict[str, str], quick: bool):
-        self.path, self.toml, self.quick = path, toml, quick
-        self.where = str(path)
-        known = ("title", "baseline", "stair", "rivals", "extensions", "keep", "evaluate")
-        _known(toml, (*known, "machines", "verdict", "base", "arms", "sizes"), self.where)
-        self.arms: dict[str, dict[str, Any]] = self._table("arms")
-        self.sizes: dict[str, dict[str, Any]] = self._table("sizes")
-        for kind, table in (("arms", self.arms), ("sizes", self.sizes)):
-            for name, values in table.items():
+    def __init__(self, path: Path, places: dict[str, str], quick: bool):
+        self.path, self.where, self.quick = path, str(path), quick
+        self.file = table(_File, read_toml(path), self.where, _BOUNDS)
+        self.arms: dict[str, tuple[_Arm, dict[str, Any]]] = {}
+        self.sizes: dict[str, tuple[_Size, dict[str, Any]]] = {}
+        for kind, cls, tables, found in (
+            ("arms", _Arm, self.file.arms, self.arms),
+            ("sizes", _Size, self.file.sizes, self.sizes),
+        ):
+            for name, values in tables.items():
+                where = f"{self.where} [{kind}.{name}]"
                 if not isinstance(values, dict):
-                    raise UserError(f"{self.where}: {kind}.{name} must be a table, [{kind}.{name}]")
+                    raise UserError(f"{where}: must be a table")
                 if not name or "/" in name or name.startswith("."):
-                    raise UserError(
-                        f"{self.where}: {kind}.{name!r} names a folder; use letters, digits and -"
-                    )
-            folded = [name.casefold() for name in table]
-            if len(set(folded)) < len(folded):  # folders on a Mac do not tell them apart
+                    raise UserError(f"{where}: names a folder; use letters, digits and -")
+                found[name] = _split(cls, values, where)
+            folded = [name.casefold() for name in tables]
+            if not tables or len(set(folded)) < len(folded):  # a Mac's folders are one then
                 raise UserError(
-                    f"{self.where}: two {kind} have names equal but for capitals; rename one"
+                    f"{self.where}: {kind} must have names, which differ in more than capitals"
                 )
-        base = {**self._table("base"), **places}
-        self._not_owned(base, "base", "learning_rate")
+        base = {**self.file.base, **places}
+        self._check_not_owned(base, "base", "learning_rate")
         self.given = set(base)
-        start = preset(base["preset"]) if "preset" in base else TrainConfig()
+        start = preset(base["preset"]) if isinstance(base.get("preset"), str) else TrainConfig()
         self.base = overlay(start, base, f"{self.where} [base]")
         self.base.make_paths_absolute()
         self.bases: dict[str, Settings] = {}
 
     def study(self) -> Study:
-        toml, where = self.toml, self.where
-        rule = self._table("verdict", needed=False)
-        _known(rule, ("margin", "confidence"), f"{where} [verdict]")
-        margin = _number(rule, "margin", 0.005, f"{where} [verdict]")
-        confidence = _number(rule, "confidence", 0.95, f"{where} [verdict]")
-        if not 0 < margin < 1 or not 0.5 <= confidence < 1:
-            raise UserError(
-                f"{where} [verdict]: margin is a share of perplexity such as 0.005, confidence one "
-                f"such as 0.95, not {margin} and {confidence}"
-            )
-        baseline = toml.get("baseline")
-        if not isinstance(baseline, str) or baseline not in self.arms:
-            raise UserError(
-                f"{where}: baseline = {baseline!r} is no arm; {self._arm_hint(baseline)}"
-            )
-        stair = self._names(toml.get("stair", []), "stair")
-        rivals = toml.get("rivals", [])
-        if not isinstance(rivals, list):
-            raise UserError(f"{where}: rivals must be a list of pairs of arms, not {rivals!r}")
-        pairs = tuple(self._names(pair, "rivals") for pair in rivals)
-        if any(len(pair) != 2 for pair in pairs):
+        file, where = self.file, self.where
+        rule = table(_Verdict, file.verdict, f"{where} [verdict]", _BOUNDS)
+        (baseline,) = self._names([file.baseline], "baseline")
+        stair = self._names(file.stair, "stair")
+        rivals = [self._names(pair, "rivals") for pair in file.rivals]
+        if any(len(pair) != 2 for pair in rivals):
             raise UserError(f"{where}: each of rivals must be a pair of arms")
-        keep = toml.get("keep", "best")
-        if keep not in get_args(Keep):
-            raise UserError(f"{where}: keep = {keep!r} must be one of {', '.join(get_args(Keep))}")
-        extensions = toml.get("extensions", 3)
-        if type(extensions) is not int or extensions < 0:
-            raise UserError(f"{where}: extensions must be a whole number, not {extensions!r}")
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
+        evaluate = vars(table(_Evaluate, file.evaluate, f"{where} [evaluate]"))
         return Study(
             name=self.path.stem,
-            title=str(toml.get("title", self.path.stem)),
+            title=file.title or self.path.stem,
             baseline=baseline,
-            margin=math.log1p(margin),
-            confidence=confidence,
-            extensions=0 if self.quick else extensions,
-            keep=keep,
-            arms={name: str(arm.get("about", "")) for name, arm in self.arms.items()},
-            stair=stair,
-            rivals=pairs,
+            primary=self._primary(list(dict.fromkeys(cell.place for cell in cells))),
+            margin=math.log1p(rule.margin),
+            confidence=rule.confidence,
+            extensions=0 if self.quick else file.extensions,
+            keep=file.keep,
+            arms={name: arm.about for name, (arm, _) in self.arms.items()},
+            pairs=tuple((a, b) for a, b in (*itertools.pairwise(stair), *rivals)),
             cells=tuple(cells),
             bases=self.bases,
-            machines=self._machines(),
-            evaluate=self._evaluate(),
+            machines=tuple(self._machine(*named) for named in file.machines.items()),
+            evaluate={k: v for k, v in evaluate.items() if v is not None},
             quick=self.quick,
         )
 
+    def _primary(self, places: Sequence[Place]) -> tuple[tuple[str, ...], str] | None:
+        if self.file.primary is None:
+            return None
+        where = f"{self.where}: primary"
+        if len(self.file.primary) != 2 or not isinstance(self.file.primary[1], str):
+            raise UserError(f'{where} must be ["arm", "rival"], or [["arm", "arm"], "rival"]')
+        if len(places) > 1:
+            raise UserError(f"{where} is one comparison; it needs a study of one size and budget")
+        first, rival = self.file.primary
+        arms = self._names([first] if isinstance(first, str) else first, "primary")
+        self._names([rival, *arms], "primary")
+        return arms, rival
+
     def _cells_of(self, size: str, baseline: str) -> list[Cell]:
         where = f"{self.where} [sizes.{size}]"
-        table = dict(self.sizes[size])
-        own = {name: table.pop(name, None) for name in ("tune_tokens", "arms", *OWN_AT_SIZE)}
-        self._not_owned(table, f"sizes.{size}", "learning_rate")
-        base = self._watched(overlay(self.base, table, where), self.given | table.keys())
-        if self.quick:
-            base = _shortened(base)
-        if base.eval_batches != base.final_eval_batches:
+        own, values = self.sizes[size]
+        tuned = {name: values[name] for name in _TUNED if name in values}
+        values = {k: v for k, v in values.items() if k not in tuned}
+        self._check_not_owned(values, f"sizes.{size}", "learning_rate")
+        config = overlay(self.base, values, where)
+        config = self._logging(config, self.given | values.keys())
+        if config.eval_batches != config.final_eval_batches:
             raise UserError(
                 f"{where}: eval_batches and final_eval_batches must be equal, so that the end of a "
                 "curve is the loss that the verdict is about"
             )
-        self.bases[size] = settings(_resolved(base, where))
-        names = self._names(own.pop("arms") or list(self.arms), f"sizes.{size}.arms")
+        self.bases[size] = settings(_resolved(config, where))
+        names = self._names(own.arms or list(self.arms), f"sizes.{size}.arms")
         if baseline not in names:
             raise UserError(f"{where}: arms must hold the baseline, {baseline}; add it")
-        cells = []
-        for name in names:
-            cells += self._cells(name, size, base, own, where)
-        self._distinct(cells, baseline, size)
+        cells = [cell for name in names for cell in self._cells(name, size, config, own, tuned)]
+        self._check_distinct(cells, baseline, size)
         compared = {cell.tokens for cell in cells if cell.arm == baseline}
         for cell in cells:
             if cell.tokens not in compared:
@@ -155,97 +222,99 @@ class _Reader:
         return cells
 
     def _cells(
-        self, name: str, size: str, base: TrainConfig, own: Mapping[str, Any], where: str
+        self, name: str, size: str, base: TrainConfig, own: _Size, tuned: Mapping[str, Any]
     ) -> list[Cell]:
-        arm = dict(self.arms[name])
-        arm.pop("about", None)
-        rate_name = arm.pop("rate", "learning_rate")
-        at = arm.pop("at", {})
-        if rate_name not in get_args(RateName):
-            raise UserError(
-                f"{self.where} [arms.{name}]: rate = {rate_name!r} must be one of "
-                f"{', '.join(get_args(RateName))}"
-            )
-        _known(at, self.sizes, f"{self.where} [arms.{name}.at]")
-        here = at.get(size, {})
-        _known(here, here, f"{self.where} [arms.{name}.at.{size}]")
-        here = dict(here)
-        own = {**own, **{k: here.pop(k) for k in OWN_AT_SIZE if k in here}}
-        for values, table in ((arm, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
-            self._not_owned(values, table, rate_name)
-            if values.keys() & {"preset", "data"}:
-                raise UserError(f"{self.where} [{table}]: preset and data belong under [base]")
-        config = overlay(base, arm, f"{self.where} [arms.{name}]")
+        arm, values = self.arms[name]
+        where = f"{self.where} [arms.{name}]"
+        for known in arm.at:
+            if known not in self.sizes:
+                raise UserError(f"{where} at: unknown size {known!r}; {nearest(known, self.sizes)}")
+        here = arm.at.get(size, {})
+        if not isinstance(here, dict):
+            raise UserError(f"{where}: at.{size} must be a table")
+        tuned = {**tuned, **{k: v for k, v in here.items() if k in _TUNED}}
+        here = {k: v for k, v in here.items() if k not in _TUNED}
+        for changes, place in ((values, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
+            self._check_not_owned(changes, place, arm.rate)
+            if changes.keys() & {"preset", "data"}:
+                raise UserError(f"{self.where} [{place}]: preset and data belong under [base]")
+        config = overlay(base, values, where)
         config = overlay(config, here, f"{self.where} [arms.{name}.at.{size}]")
-        config = _resolved(config, f"{self.where} [arms.{name}] at size {size}")
-        if rate_name == "muon_learning_rate" and config.optimizer != "muon":
-            raise UserError(
-                f"{self.where} [arms.{name}]: rate = {rate_name!r} goes with optimizer = 'muon'"
-            )
+        config = _resolved(config, f"{where} at size {size}")
+        if arm.rate == "muon_learning_rate" and config.optimizer != "muon":
+            raise UserError(f"{where}: rate = {arm.rate!r} goes with optimizer = 'muon'")
         for field in PAIRED:
             if settings(config)[field] != self.bases[size][field]:
                 raise UserError(
-                    f"{self.where} [arms.{name}]: {field} must be the same for all arms, which see "
-                    "the same data and held-out windows; set it under [base] or [sizes]"
+                    f"{where}: {field} must be the same for all arms, which see the same data and "
+                    "held-out windows; set it under [base] or [sizes]"
                 )
-        budgets = own["tokens"] if isinstance(own["tokens"], list) else [own["tokens"]]
+        where = f"{self.where} [sizes.{size}]"
+        mine = table(_Tuned, tuned, where, _BOUNDS)
+        budgets = mine.tokens if isinstance(mine.tokens, list) else [mine.tokens]
         steps = [_steps(config, n, f"{where}: tokens") for n in budgets]
         if not steps or len(set(steps)) < len(steps):
             raise UserError(f"{where}: tokens must be one budget, or several that differ")
-        tune = own["tune_tokens"]
-        rates = self._rates(own["learning_rates"], f"{where}: learning_rates")
-        scales = self._scales(own["initializer_ranges"], config, f"{where}: initializer_ranges")
-        seeds = _seeds(own["seeds"], f"{where}: seeds")
+        if not mine.seeds or len(set(mine.seeds)) < len(mine.seeds):
+            raise UserError(f"{where}: seeds must be different whole numbers, not {mine.seeds}")
+        if own.tuning_seed in mine.seeds:
+            raise UserError(
+                f"{where}: tuning_seed {own.tuning_seed} is one of {name}'s seeds; results must "
+                "not include the run that tuning chose, so use another seed"
+            )
+        rates = self._grid(mine.learning_rates, 4, "or one, not tuned", f"{where}: learning_rates")
+        stds: tuple[float, ...] = (config.initializer_range,)
+        if mine.initializer_ranges is not None:
+            otherwise, label = "initializer_range sets one", f"{where}: initializer_ranges"
+            stds = self._grid(mine.initializer_ranges, 3, otherwise, label)
+        seeds, tune = tuple(mine.seeds), own.tune_tokens
         if self.quick:
             steps, tune, seeds = [min(QUICK_STEPS, *steps)], None, seeds[:QUICK_SEEDS]
-        given = self.given | self.sizes[size].keys()
-        if self.quick:
-            given |= {"eval_every", "save_every"}
+        given = self.given | self.sizes[size][1].keys()
         cells = []
         for count in steps:
-            tuned = count if tune is None else _steps(config, tune, f"{where}: tune_tokens")
-            watched = _watched_often(config, count, given)
-            final = dataclasses.replace(watched, steps=count)
-            cells.append(Cell(name, size, final, tuned, rates, rate_name, scales, seeds))
+            tuning = count if tune is None else _steps(config, tune, f"{where}: tune_tokens")
+            final = dataclasses.replace(config, steps=count)
+            for field, times in {"eval_every": 20, "save_every": 20, "log_every": 100}.items():
+                if field not in given:
+                    setattr(final, field, max(1, count // times))
+            if self.quick:
+                final.eval_every, final.save_every = QUICK_STEPS // 4, QUICK_STEPS // 2
+            cells.append(
+                Cell(name, size, final, tuning, rates, arm.rate, stds, seeds, own.tuning_seed)
+            )
         return cells
 
-    def _rates(self, values: Any, where: str) -> tuple[float, ...]:
-        rates = _positive(values, where)
-        # A single rate is one that is known; it is reported as not tuned.
-        if len(rates) == 1:
-            return rates
-        return self._grid(rates, 4, "or one, not tuned", where)
-
-    def _scales(self, values: Any, config: TrainConfig, where: str) -> tuple[float, ...]:
-        if values is None:
-            return (config.initializer_range,)
-        scales = _positive(values, where)
-        for scale in scales:
-            _resolved(dataclasses.replace(config, initializer_range=scale), where)
-        return self._grid(scales, 3, "initializer_range sets one", where)
-
     def _grid(
-        self, values: tuple[float, ...], least: int, otherwise: str, where: str
+        self, values: list[float], least: int, otherwise: str, where: str
     ) -> tuple[float, ...]:
-        steps = [high / low for low, high in itertools.pairwise(values)]
-        if len(values) < least or min(steps) < 1.3 or max(steps) > 2.3:
+        grid = tuple(sorted(float(v) for v in values))
+        # A single rate is known beforehand, and is reported as not tuned.
+        if len(grid) == 1 and least == 4:
+            return grid
+        steps = [high / low for low, high in itertools.pairwise(grid)]
+        if len(grid) < least or min(steps) < 1.3 or max(steps) > 2.3:
             raise UserError(
                 f"{where} needs at least {least} values a factor of 1.4 to 2 apart ({otherwise}), "
-                f"not {', '.join(f'{v:g}' for v in values)}"
+                f"not {', '.join(f'{v:g}' for v in grid)}"
             )
-        if not self.quick:
-            return values
-        first = (len(values) - QUICK_VALUES) // 2
-        return values[first : first + QUICK_VALUES]
+        first = (len(grid) - QUICK_VALUES) // 2 if self.quick else 0
+        return grid[first : first + QUICK_VALUES] if self.quick else grid
 
-    @staticmethod
-    def _watched(config: TrainConfig, given: Set[str]) -> TrainConfig:
-        """No samples and one checkpoint, where the study does not ask for more."""
-        quiet = {"sample_tokens": 0, "keep": 1, "eval_batches": 20}
+    def _logging(self, config: TrainConfig, given: Set[str]) -> TrainConfig:
+        """No samples and one checkpoint, where the study does not ask for more; little of
+        everything for --quick."""
+        quiet: dict[str, Any] = {"sample_tokens": 0, "keep": 1, "eval_batches": 20}
         quiet["final_eval_batches"] = config.eval_batches if "eval_batches" in given else 20
-        return overlay(config, {k: v for k, v in quiet.items() if k not in given}, "the study")
+        quiet = {k: v for k, v in quiet.items() if k not in given}
+        config = dataclasses.replace(config, **quiet)
+        if self.quick and config.eval_batches == config.final_eval_batches:
+            warmup = min(config.warmup_steps, QUICK_STEPS // 4)
+            few = {"warmup_steps": warmup, "eval_batches": 2, "final_eval_batches": 2}
+            config = dataclasses.replace(config, **few)  # type: ignore[arg-type]
+        return config
 
-    def _distinct(self, cells: Sequence[Cell], baseline: str, size: str) -> None:
+    def _check_distinct(self, cells: Sequence[Cell], baseline: str, size: str) -> None:
         """Refuse an arm that is another's twin, or changes nothing."""
         where = f"{self.where} [arms]"
         base = {**self.bases[size], "steps": 0}
@@ -260,72 +329,42 @@ class _Reader:
                     f"{where}: {cell.arm} is the twin of {twin} at size {size}; remove one"
                 )
 
-    def _not_owned(self, values: Mapping[str, Any], table: str, rate_name: str) -> None:
+    def _check_not_owned(self, values: Mapping[str, Any], where: str, rate_name: str) -> None:
         for name, source in (
             ("steps", "tokens of a size"),
             ("seed", "seeds of a size"),
             (rate_name, "learning_rates of a size"),
         ):
             if name in values:
-                raise UserError(f"{self.where} [{table}]: {name} comes from {source}; remove it")
+                raise UserError(f"{self.where} [{where}]: {name} comes from {source}; remove it")
 
-    def _machines(self) -> tuple[Machine, ...]:
-        machines = []
-        for name, values in self._table("machines", needed=False).items():
-            where = f"{self.where} [machines.{name}]"
-            _known(values, ("tokens_per_second", "source"), where)
-            rates = values.get("tokens_per_second")
-            if not isinstance(rates, dict) or not isinstance(values.get("source"), str):
-                raise UserError(f"{where}: needs tokens_per_second = {{SIZE = N}} and a source")
-            _known(rates, self.sizes, f"{where}: tokens_per_second")
-            speeds = {s: _number(rates, s, 0, where) for s in rates}
-            if min(speeds.values(), default=0) <= 0:
-                raise UserError(f"{where}: tokens_per_second must be positive")
-            machines.append(Machine(name, speeds, values["source"]))
-        return tuple(machines)
-
-    def _evaluate(self) -> dict[str, Any]:
-        values = self._table("evaluate", needed=False)
-        _known(values, ("tasks", "limit", "data_dir", "window"), f"{self.where} [evaluate]")
-        return values
-
-    def _table(self, name: str, needed: bool = True) -> dict[str, Any]:
-        values = self.toml.get(name, {})
-        if not isinstance(values, dict) or (needed and not values):
-            raise UserError(f"{self.where}: needs a table [{name}] that says something")
-        return values
+    def _machine(self, name: str, values: Any) -> Machine:
+        where = f"{self.where} [machines.{name}]"
+        machine = table(_Machine, values, where)
+        for size, speed in machine.tokens_per_second.items():
+            if size not in self.sizes:
+                raise UserError(f"{where}: unknown size {size!r}; {nearest(size, self.sizes)}")
+            if isinstance(speed, bool) or not isinstance(speed, int | float) or not speed > 0:
+                raise UserError(f"{where}: tokens_per_second of {size} must be a positive number")
+        return Machine(name, machine.tokens_per_second, machine.source)
 
     def _names(self, values: Any, what: str) -> tuple[str, ...]:
         if not isinstance(values, list):
             raise UserError(f"{self.where}: {what} must be a list of arms")
         for name in values:
             if not isinstance(name, str) or name not in self.arms:
-                raise UserError(f"{self.where}: {what}: {name!r} is no arm; {self._arm_hint(name)}")
+                hint = nearest(str(name), self.arms)
+                raise UserError(f"{self.where}: {what}: {name!r} is not an arm; {hint}")
         if len(set(values)) < len(values):
             raise UserError(f"{self.where}: {what} names an arm twice; remove one")
         return tuple(values)
 
-    def _arm_hint(self, name: Any) -> str:
-        return nearest(str(name), self.arms)
 
-
-def _shortened(config: TrainConfig) -> TrainConfig:
-    """For --quick: a warm-up and measurements that suit some steps."""
-    return dataclasses.replace(
-        config,
-        warmup_steps=min(config.warmup_steps, QUICK_STEPS // 4),
-        eval_batches=2,
-        final_eval_batches=2,
-        eval_every=QUICK_STEPS // 4,
-        save_every=QUICK_STEPS // 2,
-    )
-
-
-def _watched_often(config: TrainConfig, steps: int, given: Set[str]) -> TrainConfig:
-    """Twenty points of the curve and as many checkpoints, where the study does not say."""
-    often = {"eval_every": max(1, steps // 20), "save_every": max(1, steps // 20)}
-    often["log_every"] = max(1, steps // 100)
-    return overlay(config, {k: v for k, v in often.items() if k not in given}, "the study")
+def _split(cls: type, values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """The fields of a class of this file, and the other keys, which are settings of runs."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    own = {k: v for k, v in values.items() if k in names}
+    return table(cls, own, where, _BOUNDS), {k: v for k, v in values.items() if k not in names}
 
 
 def _resolved(config: TrainConfig, where: str) -> TrainConfig:
@@ -335,43 +374,7 @@ def _resolved(config: TrainConfig, where: str) -> TrainConfig:
         raise UserError(f"{where}: {e}") from None
 
 
-def _steps(config: TrainConfig, tokens: Any, where: str) -> int:
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < config.step_tokens:
-        raise UserError(
-            f"{where} must be a whole number, at least a step's {config.step_tokens:,}, "
-            f"not {tokens!r}"
-        )
+def _steps(config: TrainConfig, tokens: int, where: str) -> int:
+    if tokens < config.step_tokens:
+        raise UserError(f"{where} must be at least a step's {config.step_tokens:,}, not {tokens:,}")
     return round(tokens / config.step_tokens)
-
-
-def _positive(values: Any, where: str) -> tuple[float, ...]:
-    numbers = isinstance(values, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in values
-    )
-    if not numbers or not values:
-        raise UserError(f"{where} must be a list of positive numbers, not {values!r}")
-    return tuple(sorted(float(v) for v in values))
-
-
-def _seeds(values: Any, where: str) -> tuple[int, ...]:
-    whole = isinstance(values, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
-    )
-    if not whole or not values or len(set(values)) < len(values):
-        raise UserError(f"{where} must be a list of different whole numbers, not {values!r}")
-    return tuple(values)
-
-
-def _known(values: Any, known: Any, where: str) -> None:
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: must be a table")
-    for name in values:
-        if name not in known:
-            raise UserError(f"{where}: unknown key {name!r}; {nearest(name, known)}")
-
-
-def _number(values: Mapping[str, Any], name: str, default: float, where: str) -> float:
-    value = values.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{where}: {name} must be a number, not {value!r}")
-    return float(value)

@@ -1,6 +1,7 @@
 """A study's report.md."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,257 +10,261 @@ from bench.studying.intervals import Interval
 from bench.studying.plan import Cell, Study
 from bench.studying.results import Record, Results
 from bench.studying.search import Search
-from bench.studying.summary import Row, Step
+from bench.studying.summary import Comparison, Row, Summary
+from mlx_mla.display import markdown_table
 
 
 def markdown(
-    study: Study,
-    results: Results,
-    rows: Sequence[Row],
-    steps: Mapping[str, Sequence[Step]],
-    pictures: Mapping[str, str],
-    command: str,
+    study: Study, results: Results, summary: Summary, pictures: Mapping[str, str], command: str
 ) -> str:
     """The whole report.
 
     Args:
-        rows: Of every cell.
-        steps: Headings to comparisons of arms with one another.
         pictures: Captions to file names.
-        command: What made it.
+        command: The command that made it.
     """
-    lines = [f"# {study.title}", "", *_head(study, results, rows, command), ""]
-    for size, tokens in dict.fromkeys((r.cell.size, r.cell.tokens) for r in rows):
-        here = [r for r in rows if (r.cell.size, r.cell.tokens) == (size, tokens)]
-        lines += [f"## {size}: {here[0].cell.tokens:,} tokens", ""]
-        lines += [*_losses(study, here), "", *_costs(here, results), ""]
-    for heading, compared in steps.items():
-        lines += _steps(heading, compared)
+    rows = summary.rows
+    lines = [f"# {study.title}", "", *_head(study, results, summary, command), ""]
+    if study.primary is not None:
+        lines += ["## The primary comparison", "", *_primary(study, summary.primary), ""]
+    for place in study.places:
+        here = [r for r in rows if r.cell.place == place]
+        lines += [f"## {place[0]}: {place[1]:,} tokens", ""]
+        lines += [*_losses(study, here), "", *_costs(here), ""]
+    if summary.pairs:
+        lines += ["## Pairs of arms, the second against the first", "", *_pairs(summary.pairs), ""]
     lines += _evaluations(study, results)
     if pictures:
         lines += ["## Pictures", ""]
         for caption, name in pictures.items():
             lines += [f"![{caption}]({name})", ""]
-    lines += ["## What each arm changes", "", *_changes(study, rows), ""]
-    lines += ["## Learning rates", "", *_rates(rows), ""]
-    if any(row.cell.tunes_scale for row in rows):
-        lines += ["## The scale of the first weights, at the rate found", "", *_scales(rows), ""]
-    lines += _apart(study, results)
+    lines += ["## What each arm changes", "", *_changes(study), ""]
+    lines += ["## Tuning", "", *_tuned(rows), ""]
+    if others := results.others(study):
+        lines += ["## Finished runs that the study does not ask for", ""]
+        lines += ["They are kept in results.json and count for nothing above.", ""]
+        lines += [f"- {_run_name(r)}: {_outcome(r)}" for r in others]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def rule(study: Study) -> str:
-    """The verdict's rule in a sentence."""
+    """The rule of the verdicts, in a sentence."""
     share = math.expm1(study.margin)
     return (
-        f"an arm is *better* if the {study.confidence:.0%} interval of its paired difference from "
-        f"{study.baseline} lies below zero, *not worse* if its upper end is at most {share:.2%} of "
-        f"perplexity ({study.margin:.5f} nats), *worse* if the interval lies above zero and "
-        "reaches beyond that margin, else *not shown*"
+        f"an arm is *better* if the {study.confidence:.0%} interval of its paired difference lies "
+        f"below zero, *not worse* if its upper end is at most {share:.2%} of perplexity "
+        f"({study.margin:.5f} nats), *worse* if the interval lies above zero and reaches beyond "
+        "that margin, otherwise *not shown*"
     )
 
 
-def _head(study: Study, results: Results, rows: Sequence[Row], command: str) -> list[str]:
-    unfinished = [r for r in rows if r.verdict == "unfinished" or (not r.finals)]
-    used = {record["machine"] for r in rows for record in r.finals.values()}
+def _head(study: Study, results: Results, summary: Summary, command: str) -> list[str]:
+    rows = summary.rows
+    unfinished = [r for r in rows if not r.finished or r.verdict.startswith("unfinished")]
+    used = {record.machine for r in rows for record in r.finals.values()}
     lines = [f"- command: `{command}`"]
     if study.quick:
         lines.append("- **--quick**: a check that everything runs; its figures mean nothing")
     if unfinished:
         lines.append(f"- **not finished**: {len(unfinished)} of {len(rows)} rows")
-    lines += [f"- rule, fixed in the study's file: {rule(study)}"]
-    lines.append(
-        "- intervals are Student's over seeds; at a seed all arms see the same data in the same "
-        "order and the same held-out windows; losses are nats a token"
-    )
+    tested = sum(c.holm is not None for c in (*(r.comparison for r in rows), *summary.pairs) if c)
+    primary = "none was declared primary" if study.primary is None else "all but the primary one"
+    lines += [
+        f"- rule, fixed in the study's file: {rule(study)}",
+        "- losses are held-out, in nats a token; at a seed all arms see the same data in the same "
+        "order and the same held-out windows, so differences are paired by seed; an arm's loss is "
+        f"{study.baseline}'s mean over its seeds plus the arm's paired difference",
+        "- intervals are Student's with the standard deviation of the arm's own differences; those "
+        "with the standard deviation pooled over all arms of the table stand beside them, and a "
+        "verdict with * is not confirmed by them",
+        f"- exploratory comparisons: {tested} ({primary}); Holm's p is adjusted for their number",
+    ]
+    if any(cell.tuning_seed is None for cell in study.cells):
+        lines.append(
+            "- **tuning used the first seed of the results**, since the study's file has no "
+            "tuning_seed; seeds marked t are the tuning run itself"
+        )
     for name, facts in results.machines.items():
         if name in used:
             lines.append(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     for row in rows:
         for seed in row.diverged:
-            record = row.finals[seed]
-            lines.append(f"- **{_name(row.cell)}, seed {seed}**: {record['diverged']}")
+            where = f"{row.cell.arm} at {row.cell.size}, {row.cell.tokens:,} tokens, seed {seed}"
+            lines.append(f"- **{where}**: {row.finals[seed].diverged}")
     return lines
+
+
+def _primary(study: Study, c: Comparison | None) -> list[str]:
+    assert study.primary is not None
+    arms, rival = study.primary
+    what = arms[0] if len(arms) == 1 else f"the arm of {', '.join(arms)} with the best tuning loss"
+    said = f"Declared in the study's file: {what}, against {rival}."
+    if c is None:
+        return [said, "", "Tuning has not ended, so the arm is not known."]
+    return [said, "", *_pairs([c])]
 
 
 def _losses(study: Study, rows: Sequence[Row]) -> list[str]:
-    scaled = any(row.cell.tunes_scale for row in rows)
-    head = ["arm", "rate", *(["scale"] if scaled else []), "seeds", "loss", "difference"]
-    head += ["in perplexity", "verdict", "tokens to the baseline's loss"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    with_std = any(row.cell.tunes_std for row in rows)
+    head = ["arm", "rate", *(["std"] if with_std else []), "seeds", "loss", "difference"]
+    head += ["in perplexity", "with pooled SD", "Holm's p", "verdict"]
+    cells = []
     for row in sorted(rows, key=_by_difference):
-        d = row.difference
-        reached = "-" if row.cell.arm == study.baseline or row.loss is None else "never"
-        if row.tokens_to_baseline is not None and row.cell.arm != study.baseline:
-            reached = f"{row.tokens_to_baseline / row.cell.tokens:.0%}"
-        cells = [
-            row.cell.arm,
-            _found(row.tuning.rate),
-            *([_found(row.tuning.scale)] if scaled else []),
-            f"{len(row.finals)}" + (f" ({len(row.diverged)} diverged)" if row.diverged else ""),
-            _interval(row.loss, "{:.4f}"),
-            _interval(d, "{:+.4f}"),
-            "-" if d is None else f"{math.expm1(d.mean):+.2%}",
-            row.verdict,
-            reached,
+        tuning, c = row.tuning, row.comparison
+        std = tuning.std.best if tuning.std else None
+        cells.append(
+            [
+                row.cell.arm,
+                _number(tuning.best_rate),
+                *([_number(std)] if with_std else []),
+                _seeds(row),
+                "-" if row.loss is None else f"{row.loss:.4f}",
+                *_differences(c),
+                f"{row.verdict}{'' if c is None or c.agrees else '*'}",
+            ]
+        )
+    return markdown_table(head, cells)
+
+
+def _pairs(comparisons: Sequence[Comparison]) -> list[str]:
+    head = ["size, tokens", "from", "to", "seeds", "difference", "in perplexity"]
+    head += ["with pooled SD", "Holm's p", "verdict"]
+    cells = [
+        [
+            f"{c.arm.size}, {c.arm.tokens:,}",
+            c.rival.arm,
+            c.arm.arm,
+            str(len(c.values)),
+            *_differences(c),
+            f"{c.verdict}{'' if c.agrees else '*'}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        for c in comparisons
+    ]
+    return markdown_table(head, cells)
+
+
+def _differences(c: Comparison | None) -> list[str]:
+    """Difference, the same in perplexity, with the pooled SD, and the adjusted p value."""
+    if c is None or c.difference is None:
+        return ["-"] * 4
+    p = "primary" if c.primary else "-" if c.holm is None else f"{c.holm:.3f}"
+    pooled = "-" if c.with_pooled_sd is None else _percent(c.with_pooled_sd)
+    return [f"{c.difference.mean:+.4f}", _percent(c.difference), pooled, p]
+
+
+def _percent(d: Interval) -> str:
+    low, mean, high = (f"{100 * math.expm1(v):+.2f}" for v in (d.low, d.mean, min(d.high, 700.0)))
+    return f"{mean} %" if math.isinf(d.high) else f"{mean} % ({low} to {high})"
+
+
+def _seeds(row: Row) -> str:
+    """Seeds that are done, of how many, and those whose run is a tuning run."""
+    done = ", ".join(f"{s}t" if s in row.tuned_on else str(s) for s in sorted(row.finals))
+    missing = "" if row.finished else f" of {len(row.cell.seeds)} seeds"
+    diverged = f" ({len(row.diverged)} diverged)" if row.diverged else ""
+    return (done or "none") + missing + diverged
 
 
 def _by_difference(row: Row) -> float:
-    """Best first; the seeds of two arms may differ, so their mean losses do not tell."""
-    if row.verdict == "baseline":
+    if row.comparison is None:
         return 0.0
     return math.inf if row.difference is None else row.difference.mean
 
 
-def _costs(rows: Sequence[Row], results: Results) -> list[str]:
-    decoded = {r["key"]: r for r in results.measured.get("decode", [])}
-    with_decode = any(r.cell.key in decoded for r in rows)
+def _costs(rows: Sequence[Row]) -> list[str]:
     head = ["arm", "parameters", "non-embedding", "forward FLOPs a token", "cache bytes a token"]
-    head += ["decoding tok/s at 1000 tokens", "cache bytes at 1000 tokens"] if with_decode else []
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    head += ["training tok/s", "minutes a run", "tokens to the baseline's loss"]
+    cells = []
     for row in rows:
-        cells = [
-            row.cell.arm, f"{row.parameters:,}", f"{row.non_embedding:,}",
-            f"{row.flops_per_token:,}", f"{row.cache_bytes:,}",
-        ]  # fmt: skip
-        if with_decode:
-            cells += _decoded(row, decoded.get(row.cell.key))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _decoded(row: Row, d: Record | None) -> list[str]:
-    if d is None:
-        return ["-", "-"]
-    # The cache that was chosen, where there is a choice.
-    kept = f" ({d['cache']})" if row.cell.config.model.kind.latent_widths else ""
-    return [
-        f"{d['tokens_per_second']:,.0f} ({d['min']:,.0f} - {d['max']:,.0f})",
-        f"{d['cache_bytes']:,}{kept}",
-    ]
-
-
-def _steps(heading: str, steps: Sequence[Step]) -> list[str]:
-    if not steps:
-        return []
-    lines = [f"## {heading}", ""]
-    lines += ["| size, tokens | from | to | difference | in perplexity |", "|---|---|---|---|---|"]
-    for step in steps:
-        d = step.difference
-        lines.append(
-            f"| {step.after.size}, {step.after.tokens:,} | {step.before.arm} | {step.after.arm} | "
-            f"{_interval(d, '{:+.4f}')} | {'-' if d is None else f'{math.expm1(d.mean):+.2%}'} |"
+        speeds = [r.tokens_per_second for r in row.finals.values() if r.tokens_per_second]
+        seconds = [r.seconds for r in row.finals.values() if r.loss is not None]
+        machines = sorted({r.machine for r in row.finals.values()})
+        reached = "never" if row.tokens_to_baseline is None else ""
+        reached = reached or f"{row.tokens_to_baseline / row.cell.tokens:.0%}"  # type: ignore[operator]
+        cells.append(
+            [
+                row.cell.arm,
+                f"{row.parameters:,}",
+                f"{row.non_embedding:,}",
+                f"{row.flops_per_token:,}",
+                f"{row.cache_bytes:,}",
+                f"{statistics.median(speeds):,.0f} ({', '.join(machines)})" if speeds else "-",
+                f"{statistics.median(seconds) / 60:.1f}" if seconds else "-",
+                "-" if row.comparison is None or not row.finals else reached,
+            ]
         )
-    return [*lines, ""]
+    return markdown_table(head, cells)
 
 
 def _evaluations(study: Study, results: Results) -> list[str]:
     best = (best_run(study, results, cell) for cell in study.cells)
     asked = {run.key for run in best if run is not None}
-    measured = [r for r in results.measured.get("evaluate", []) if r["key"] in asked]
-    if not measured:
+    cells = [
+        [row["run"], task, name, f"{value:.4g}", f"{values[f'{name}_stderr']:.2g}"]
+        for row in results.measured.get("evaluate", [])
+        if row["key"] in asked
+        for task, values in row["tasks"].items()
+        for name, value in values.items()
+        if f"{name}_stderr" in values
+    ]
+    if not cells:
         return []
-    lines = ["## Tasks", "", "| run | task | metric | value | standard error |"]
-    lines.append("|---|---|---|---|---|")
-    for row in measured:
-        for task, values in row["tasks"].items():
-            for name, value in values.items():
-                if f"{name}_stderr" in values:
-                    error = values[f"{name}_stderr"]
-                    lines.append(f"| {row['run']} | {task} | {name} | {value:.4g} | {error:.2g} |")
-    return [*lines, ""]
+    head = ["run", "task", "metric", "value", "standard error"]
+    return ["## Tasks", "", *markdown_table(head, cells), ""]
 
 
-def _changes(study: Study, rows: Sequence[Row]) -> list[str]:
-    """Every difference of every arm from the base, also those that defaults bring along."""
-    lines = []
-    for row in rows:
-        cell = row.cell
-        if any(c.tokens < cell.tokens and _same(c, cell) for c in study.cells):
-            continue  # another budget of the same
-        changes = [f"`{k}` {_value(a)} -> {_value(b)}" for k, (a, b) in _diff(study, cell)]
+def _changes(study: Study) -> list[str]:
+    """Every difference of every arm from the base, including those that defaults bring along."""
+    lines, seen = [], set[tuple[str, str]]()
+    for cell in study.cells:
+        if (cell.arm, cell.size) in seen:
+            continue  # another budget
+        seen.add((cell.arm, cell.size))
+        changes = [
+            f"`{k}` {_value(a)} -> {_value(b)}"
+            for k, (a, b) in sorted(study.differences(cell).items())
+        ]
         about = f" ({study.arms[cell.arm]})" if study.arms[cell.arm] else ""
-        what = "; ".join(changes) or "nothing"
-        lines.append(f"- {cell.arm}{about} at {cell.size}: {what}")
+        lines.append(f"- {cell.arm}{about} at {cell.size}: {'; '.join(changes) or 'nothing'}")
     return lines
-
-
-def _same(a: Cell, b: Cell) -> bool:
-    return (a.arm, a.size) == (b.arm, b.size)
-
-
-def _diff(study: Study, cell: Cell) -> list[tuple[str, tuple[Any, Any]]]:
-    return sorted(study.differences(cell).items())
 
 
 def _value(value: Any) -> str:
     return "unset" if value is None else str(value)
 
 
-def _rates(rows: Sequence[Row]) -> list[str]:
-    return _tuned("rates", [(row.cell, row.tuning.rate) for row in rows])
+def _tuned(rows: Sequence[Row]) -> list[str]:
+    """A line for every search: what was tried, and the result."""
+    cells = []
+    for row in rows:
+        cell, tuning = row.cell, row.tuning
+        searches = [("rate", tuning.rate)]
+        if tuning.std is not None and cell.tunes_std:
+            searches.append(("std", tuning.std))
+        if tuning.rate_again is not None:
+            searches.append(("rate again", tuning.rate_again))
+        for what, search in searches:
+            cells.append([cell.arm, f"{cell.size}, {cell.tokens:,}", what, *_search(cell, search)])
+    return markdown_table(["arm", "size, tokens", "what", "tried (loss)", "found", "how"], cells)
 
 
-def _scales(rows: Sequence[Row]) -> list[str]:
-    there = [row for row in rows if row.cell.tunes_scale]
-    return _tuned("scales", [(row.cell, row.tuning.scale) for row in there])
+def _search(cell: Cell, search: Search) -> list[str]:
+    tried = ", ".join(
+        f"{value:g} ({loss:.4f})" if math.isfinite(loss) else f"{value:g} (diverged)"
+        for value, loss in search.losses.items()
+    )
+    tuned = cell.tune_steps * cell.config.step_tokens
+    with_ = "" if tuned == cell.tokens else f", with {tuned:,} tokens"
+    return [tried or "-", _number(search.best), (search.note or "unfinished") + with_]
 
 
-def _tuned(what: str, found: Sequence[tuple[Cell, Search | None]]) -> list[str]:
-    """A row for every arm: what was tried, and what came of it."""
-    lines = [
-        f"| arm | size, tokens | {what} tried (loss) | {what.removesuffix('s')} | how |",
-        "|---|---|---|---|---|",
-    ]
-    for cell, search in found:
-        losses = search.losses if search else {}
-        tried = ", ".join(
-            f"{value:g} ({loss:.4f})" if math.isfinite(loss) else f"{value:g} (diverged)"
-            for value, loss in losses.items()
-        )
-        tuned = cell.tune_steps * cell.config.step_tokens
-        with_ = "" if tuned == cell.tokens else f", with {tuned:,} tokens"
-        note = search.note if search else ""
-        lines.append(
-            f"| {cell.arm} | {cell.size}, {cell.tokens:,} | {tried or '-'} | {_found(search)} | "
-            f"{note or 'unfinished'}{with_} |"
-        )
-    return lines
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
-def _found(search: Search | None) -> str:
-    return "-" if search is None or search.best is None else f"{search.best:g}"
+def _run_name(r: Record) -> str:
+    return f"{r.arm}/{r.size}/{r.tokens}/{r.rate:g}-{r.seed}"
 
 
-def _apart(study: Study, results: Results) -> list[str]:
-    others = results.others(study)
-    if not others:
-        return []
-    lines = ["## Finished runs that the study no longer asks for", ""]
-    lines.append("They are kept in results.json and count for nothing above.")
-    lines.append("")
-    for r in others:
-        loss = "diverged" if r["loss"] is None else f"loss {r['loss']:.4f}"
-        lines.append(f"- {_record_name(r)}: {loss}")
-    return [*lines, ""]
-
-
-def _record_name(record: Record) -> str:
-    """The name of a finished run."""
-    return "{arm}/{size}/{tokens}/{rate:g}-{seed}".format(**record)
-
-
-def _name(cell: Cell) -> str:
-    return f"{cell.arm} at {cell.size}, {cell.tokens:,} tokens"
-
-
-def _interval(value: Interval | None, form: str) -> str:
-    if value is None:
-        return "-"
-    mean = form.format(value.mean)
-    if value.count == 1:
-        return mean
-    return f"{mean} ({form.format(value.low)} to {form.format(value.high)})"
+def _outcome(r: Record) -> str:
+    return "diverged" if r.loss is None else f"loss {r.loss:.4f}"

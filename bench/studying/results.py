@@ -1,92 +1,156 @@
 """results.json of a study: every finished run, so that none is ever repeated, on any machine."""
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from bench.studying.plan import Cell, Run, Study
-from bench.studying.search import Search, search
-from bench.studying.settings import filled, key, settings
+from bench.studying.search import Search, around, search
+from bench.studying.settings import filled, key, settings, table
 from mlx_mla.errors import UserError
-from mlx_mla.files import write_text
+from mlx_mla.fields import Bounds, at_least_1, not_negative, positive
+from mlx_mla.files import parse_json_object, read_json, write_text
+from mlx_mla.model.config import MAX_SEED
 
 RESULTS = "results.json"
 FORMAT = 1
+LARGEST_LOSS = 100.0
+"""In nats; a run that ends above has diverged."""
 
-Record = dict[str, Any]
-"""A finished run: its settings, `loss` or `diverged`, `curve` of [tokens, held-out loss], and where
-and how fast it was trained."""
+_BOUNDS = {
+    "rate": positive(),
+    "seed": not_negative(MAX_SEED),
+    "tokens": at_least_1(10**18),
+    "loss": not_negative(LARGEST_LOSS),
+    "seconds": not_negative(1e12),
+    "tokens_per_second": not_negative(1e12),
+}
+_POINT = Bounds("not be negative", 0, 10**18)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """A finished run, as results.json holds it."""
+
+    arm: str
+    size: str
+    rate: float
+    seed: int
+    tokens: int
+    loss: Optional[float]
+    """Final held-out loss in nats a token; None for a run that diverged."""
+    diverged: str = ""
+    """How it diverged."""
+    curve: list[list[float]]
+    """Points of [tokens, held-out loss], thinned."""
+    seconds: float = 0.0
+    """Of training."""
+    tokens_per_second: Optional[float] = None
+    """The median over the run."""
+    threads: Optional[int] = None
+    machine: str
+    """Name of an entry of `Results.machines`."""
+    data_sha256: str
+    settings: dict
+    """See `bench.studying.settings`."""
+
+    def plain(self) -> dict[str, Any]:
+        """The record as JSON has it."""
+        return {k: v for k, v in vars(self).items() if k != "diverged" or v}
+
+
+Outcome = dict[str, Any]
+"""The fields of a record that the run itself decides, from `loss` to `threads`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What is known of what is tuned for a cell."""
+    """What the finished runs say about a cell's learning rate and initialization std."""
 
     cell: Cell
     rate: Search
-    scale: Search | None
-    """Of the first weights, at the rate found; None before there is one."""
+    std: Search | None = None
+    """At the rate found; None before there is one."""
+    rate_again: Search | None = None
+    """At the std found, where `Cell.tunes_rate_again`."""
 
     @property
     def wanted(self) -> list[Run]:
-        """Runs that must finish before more can be said."""
-        if self.scale is None:
-            return [self.cell.tuning(rate) for rate in self.rate.wanted]
-        return [self._at(scale) for scale in self.scale.wanted]
+        """Runs that must finish before the final runs are known."""
+        return self._runs(lambda search: search.wanted)
 
     @property
     def tried(self) -> list[Run]:
-        """All tuning runs so far, wanted ones among them."""
-        rates = self.rate.tried if len(self.cell.rates) > 1 else ()
-        runs = [self.cell.tuning(rate) for rate in rates]
-        if self.scale is not None and self.cell.tunes_scale:
-            runs += [self._at(scale) for scale in self.scale.tried]
-        return runs
+        """All tuning runs so far, including those that are wanted."""
+        return self._runs(lambda search: search.tried)
 
     @property
     def diverged(self) -> bool:
-        """Whether nothing that was tried came to a loss."""
+        """Whether nothing that was tried gave a loss."""
         return not self.wanted and not self.finals
+
+    @property
+    def best_rate(self) -> float | None:
+        return (self.rate_again or self.rate).best
+
+    @property
+    def loss(self) -> float:
+        """Expected of a run of the tuning seed with what was found; infinite where it is not
+        known."""
+        last = self.rate_again or (self.std if self.cell.tunes_std else self.rate)
+        return last.loss if last is not None and not self.wanted else math.inf
 
     @property
     def finals(self) -> list[Run]:
         """The runs over seeds, in their order; empty before the tuning has ended."""
-        if self.rate.best is None or self.scale is None or self.scale.best is None:
+        if self.wanted or self.best_rate is None or self.std is None or self.std.best is None:
             return []
-        best = self.rate.best, self.scale.best
+        best = self.best_rate, self.std.best
         return [self.cell.final(*best, seed) for seed in self.cell.seeds]
 
-    def _at(self, scale: float) -> Run:
-        assert self.rate.best is not None
-        return self.cell.tuning(self.rate.best, scale)
+    def _runs(self, values: Callable[[Search], Sequence[float]]) -> list[Run]:
+        cell, runs = self.cell, list[Run]()
+        if len(cell.rates) > 1:
+            runs += [cell.tuning(rate) for rate in values(self.rate)]
+        if self.std is not None and cell.tunes_std:
+            assert self.rate.best is not None
+            runs += [cell.tuning(self.rate.best, std) for std in values(self.std)]
+        if self.rate_again is not None:
+            assert self.std is not None
+            runs += [cell.tuning(rate, self.std.best) for rate in values(self.rate_again)]
+        return runs
 
 
 class Results:
     """The finished runs of a folder, looked up by their settings alone.
 
-    So a run is known again whatever became of its arm's name, and a changed study keeps those of
-    its runs that are still asked for.
+    So a run is found again whatever its arm is called now, and a changed study keeps those of its
+    runs that it still asks for.
 
     Args:
-        out: The study's folder; its results.json is read if it is there.
+        out: The study's folder; its results.json is read if it exists.
+
+    Raises:
+        UserError: If results.json is damaged; the message names the run and the field.
     """
 
     def __init__(self, out: Path):
         self.path = out / RESULTS
         document = _read(self.path)
-        common = document["settings"]
-        self.records: list[Record] = [
-            {**run, "settings": filled({**common, **run["settings"]})} for run in document["runs"]
-        ]
         self.machines: dict[str, dict[str, str]] = document["machines"]
         self.measured: dict[str, list[dict[str, Any]]] = document["measured"]
-        for row in itertools.chain(*self.measured.values()):
-            row["key"] = key(filled(json.loads(row["key"])))
         self.summary: dict[str, Any] = document["summary"]
+        common = document["settings"]
+        self.records = [
+            _record(values, common, self.machines, f"{self.path}: run {number}")
+            for number, values in enumerate(document["runs"], 1)
+        ]
+        for row in self.measured.get("evaluate", []):
+            where = f"{self.path}: measured"
+            row["key"] = key(filled(parse_json_object(row["key"], where)))
         self.data: str | None = None
         """Fingerprint of the data that count; None: those of any."""
         self._index()
@@ -100,32 +164,31 @@ class Results:
         """The record of a run; None if it has not finished."""
         return self._by_key.get(run.key)
 
-    def add(self, run: Run, record: Record, machine: dict[str, str]) -> None:
-        """Write a finished run down, on the data that `use_data` named."""
+    def add(self, run: Run, found: Outcome, machine: dict[str, str]) -> None:
+        """Write down a finished run on the data that `use_data` named."""
         assert self.data is not None
         text = key(machine)
         name = next((n for n, facts in self.machines.items() if key(facts) == text), None)
         if name is None:
             name = f"machine-{len(self.machines) + 1}"
             self.machines[name] = machine
-        where = {"arm": run.arm, "size": run.size, "rate": run.rate, "seed": run.seed}
-        self.records.append(
-            {**where, "tokens": run.tokens, **record, "machine": name}
-            | {"data_sha256": self.data, "settings": settings(run.config)}
-        )
+        where: dict[str, Any] = {"arm": run.arm, "size": run.size, "rate": run.rate}
+        where |= {"seed": run.seed, "tokens": run.tokens, "machine": name}
+        values = {**where, **found, "data_sha256": self.data}
+        self.records.append(Record(**values, settings=settings(run.config)))
         self._index()
         self.save()
 
     def save(self) -> None:
-        """Replace results.json in one step; the settings that all runs share stand there once."""
-        all_settings = [r["settings"] for r in self.records]
+        """Replace results.json in one step; settings that all runs share are written once."""
+        all_settings = [r.settings for r in self.records]
         common = {
             k: v
             for k, v in (all_settings[0].items() if all_settings else ())
             if all(s.get(k, k) == v for s in all_settings)
         }
         rows = [
-            r | {"settings": {k: v for k, v in r["settings"].items() if k not in common}}
+            r.plain() | {"settings": {k: v for k, v in r.settings.items() if k not in common}}
             for r in self.records
         ]
         head = {"format": FORMAT, "machines": self.machines, "settings": common}
@@ -135,103 +198,136 @@ class Results:
         write_text(self.path, text)
 
     def others(self, study: Study) -> list[Record]:
-        """Finished runs that the study does not ask for: settings that were changed since, or
-        other data. They stay in the file and count for nothing."""
-        asked: dict[frozenset[str], set[str]] = {}
-        for cell in study.cells:
-            chosen = cell.owned - {"steps"}
-            for run in (cell.tuning(1.0), cell.final(1.0, cell.scales[0], cell.seeds[0])):
-                asked.setdefault(chosen, set()).add(_without(settings(run.config), chosen))
-        return [
-            r
-            for r in self.records
-            if not self._counts(r)
-            or all(_without(r["settings"], chosen) not in those for chosen, those in asked.items())
-        ]
+        """Finished runs that the study does not ask for, because of changed settings or other
+        data. They are kept in the file and count for nothing."""
+        asked = {id(record) for record in self._asked(study)}
+        return [r for r in self.records if not self._counts(r) or id(r) not in asked]
+
+    def check_data(self, study: Study) -> None:
+        """UserError if the study's runs were trained on different data, and no data were named."""
+        found = {record.data_sha256: record for record in self._asked(study)}
+        if self.data is None and len(found) > 1:
+            names = "; ".join(f"{sha[:12]} ({_name(r)})" for sha, r in found.items())
+            raise UserError(
+                f"{self.path}: data_sha256 names {len(found)} sets of data: {names}; choose one "
+                "with --data"
+            )
 
     def tuning(self, cell: Cell, extensions: int) -> Tuning:
-        """What is known of a cell's learning rate and the scale of its first weights."""
-        losses = self._losses(cell.tuning(1.0), cell.rate_name)
-        rate = search(cell.rates, losses, extensions)
+        """What is known of a cell's learning rate and initialization std."""
+        rate = search(cell.rates, self._losses(cell.tuning(1.0), cell.rate_name), extensions)
         if rate.best is None:
-            return Tuning(cell, rate, None)
+            return Tuning(cell, rate)
         losses = self._losses(cell.tuning(rate.best), "initializer_range")
-        return Tuning(cell, rate, search(cell.scales, losses, extensions))
+        std = search(cell.stds, losses, extensions)
+        if std.best is None or not cell.tunes_rate_again:
+            return Tuning(cell, rate, std)
+        losses = self._losses(cell.tuning(1.0, std.best), cell.rate_name)
+        again = search(around(rate.tried, rate.best), losses, extensions)
+        return Tuning(cell, rate, std, again)
 
     def finals(self, cell: Cell, extensions: int) -> dict[int, Record]:
         """Finished runs over seeds, with what was found, by seed."""
         found = {run.seed: self.get(run) for run in self.tuning(cell, extensions).finals}
         return {seed: record for seed, record in found.items() if record is not None}
 
+    def _asked(self, study: Study) -> Iterable[Record]:
+        """Records of the study's runs, at any rate and std, on any data."""
+        asked: dict[frozenset[str], set[str]] = {}
+        for cell in study.cells:
+            for run in (cell.tuning(1.0), *(cell.final(1.0, cell.stds[0], s) for s in cell.seeds)):
+                chosen = cell.owned - {"steps", "seed"}
+                asked.setdefault(chosen, set()).add(_without(settings(run.config), chosen))
+        for r in self.records:
+            if any(_without(r.settings, chosen) in those for chosen, those in asked.items()):
+                yield r
+
     def _losses(self, run: Run, name: str) -> dict[float, float]:
         """Losses of the finished runs that differ from one in a setting alone, by the setting."""
-        asked = _without(settings(run.config), {name})
-        return {
-            r["settings"][name]: loss_of(r)
-            for r in self._counting
-            if _without(r["settings"], {name}) == asked
-        }
+        if name not in self._grids:
+            grids = self._grids[name] = {}
+            for r in self._by_key.values():
+                if name in r.settings:
+                    grid = grids.setdefault(_without(r.settings, {name}), {})
+                    grid[r.settings[name]] = math.inf if r.loss is None else r.loss
+        return self._grids[name].get(_without(settings(run.config), {name}), {})
 
     def _index(self) -> None:
-        self._counting = [r for r in self.records if self._counts(r)]
-        self._by_key = {key(r["settings"]): r for r in self._counting}
+        self._by_key: dict[str, Record] = {}
+        self._grids: dict[str, dict[str, dict[float, float]]] = {}
+        seen: dict[tuple[str, str], int] = {}
+        for number, r in enumerate(self.records, 1):
+            run = key(r.settings)
+            first = seen.setdefault((run, r.data_sha256), number)
+            before = self.records[first - 1]
+            if before.loss != r.loss:
+                raise UserError(
+                    f"{self.path}: runs {first} and {number} ({_name(r)}) are one, with loss "
+                    f"{before.loss} and {r.loss}; remove the wrong one"
+                )
+            if self._counts(r):
+                self._by_key[run] = r
 
     def _counts(self, record: Record) -> bool:
-        return self.data in (None, record["data_sha256"])
-
-
-def loss_of(record: Record) -> float:
-    """Final held-out loss in nats a token; infinite for a run that diverged."""
-    loss: float | None = record["loss"]
-    return math.inf if loss is None else loss
+        return self.data in (None, record.data_sha256)
 
 
 def thinned(points: Sequence[Any], count: int = 64) -> list[Any]:
-    """At most `count` points of a curve, evenly, the last among them."""
+    """At most `count` evenly spaced points of a curve, including the last."""
     if len(points) <= count:
         return list(points)
     return [points[-1 - i * (len(points) - 1) // (count - 1)] for i in range(count)][::-1]
 
 
-def diverged(records: Iterable[Record]) -> list[Record]:
-    """Those that have no loss."""
-    return [r for r in records if r["loss"] is None]
+def _name(r: Record) -> str:
+    return f"{r.arm}/{r.size}/{r.tokens}/{r.rate:g}-{r.seed}"
 
 
 def _without(values: dict[str, Any], names: Set[str]) -> str:
-    """A run's settings as text, but for some."""
+    """A run's settings as text, except for some."""
     return key({k: v for k, v in values.items() if k not in names})
 
 
+def _record(
+    values: Any, common: Mapping[str, Any], machines: Mapping[str, Any], where: str
+) -> Record:
+    record = table(Record, values, where, _BOUNDS)
+    if (record.loss is None) != bool(record.diverged):
+        raise UserError(f"{where}: loss and diverged: one of them must be there, and not both")
+    if record.machine not in machines:
+        raise UserError(f"{where}: machine {record.machine!r} is not in the file's machines")
+    last = -1.0
+    for point in record.curve:
+        problem = "must be a pair" if len(point) != 2 else _POINT.problem(point[0])
+        problem = problem or _POINT.problem(point[1])
+        if problem or point[0] <= last:
+            raise UserError(f"{where}: curve: {point} {problem or 'is out of order'}")
+        last = point[0]
+    return dataclasses.replace(record, settings=filled({**common, **record.settings}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Document:
+    """What results.json holds."""
+
+    format: int = FORMAT
+    machines: dict = dataclasses.field(default_factory=dict)
+    settings: dict = dataclasses.field(default_factory=dict)
+    summary: dict = dataclasses.field(default_factory=dict)
+    measured: dict = dataclasses.field(default_factory=dict)
+    runs: list[dict] = dataclasses.field(default_factory=list)
+
+
 def _read(path: Path) -> dict[str, Any]:
-    empty: dict[str, Any] = {
-        "machines": {},
-        "settings": {},
-        "summary": {},
-        "measured": {},
-        "runs": [],
-    }
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return empty
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    try:
-        document = json.loads(text)
-        if document["format"] != FORMAT:
-            raise UserError(
-                f"{path}: format {document['format']}, and this version reads {FORMAT}; give "
-                "another --out"
-            )
-        for run in document["runs"]:
-            if missing := {"arm", "size", "loss", "settings", "data_sha256"} - run.keys():
-                raise KeyError(missing)
-        return {name: document[name] for name in empty}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        if isinstance(e, UserError):
-            raise
+    values = read_json(path) if path.exists() else vars(_Document())
+    where = str(path)
+    if "runs" not in values or values.get("format") != FORMAT:
         raise UserError(
-            f"{path}: is no results.json of a study ({type(e).__name__}); restore it, or give "
+            f"{where}: is no results.json of a study in format {FORMAT}; restore it, or give "
             "another --out"
-        ) from None
+        )
+    document = table(_Document, values, where)
+    for row in document.measured.get("evaluate", []):
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+            raise UserError(f"{where}: measured: a row of evaluate has no key; remove it")
+    return vars(document)

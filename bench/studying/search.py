@@ -1,4 +1,4 @@
-"""What is tuned for an arm: from losses over a grid of values to the value of the final runs."""
+"""From the losses over a grid of values to the value that the final runs use."""
 
 import dataclasses
 import math
@@ -7,75 +7,85 @@ from collections.abc import Mapping, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What the losses so far say."""
+    """What the losses so far show."""
 
     wanted: tuple[float, ...]
-    """Values that must be tried before more can be said."""
+    """Values that must be tried before a value can be chosen."""
     tried: tuple[float, ...]
-    """The grid, with what its edges added."""
+    """The grid, with the values added beyond its edges."""
     losses: Mapping[float, float]
-    """Of those tried, as far as they have finished."""
+    """Losses of the values that have finished."""
     best: float | None
-    """The value for the final runs; None while some are wanted, or where all diverged."""
+    """The value for the final runs; None while some are wanted, or if all diverged."""
+    loss: float
+    """Expected at the best value: the parabola's minimum, or the loss of that value; infinite
+    without one."""
     note: str
-    """How it was found."""
+    """How the value was found."""
 
 
 def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int) -> Search:
     """Choose a value, such as a learning rate.
 
-    It is the minimum of the parabola, in the value's logarithm, through the best one and its two
-    neighbours, rounded to two digits: it lies within half a step of the best one. The final runs
-    are then fresh for every arm, so that none is favoured by the luck of its tuning run, and no arm
-    is penalised by where its optimum lies between two values of the grid.
+    The choice is the minimum of the parabola, in the value's logarithm, through the best value and
+    its two neighbours, rounded to two digits. So no arm is penalised because its optimum lies
+    between two values of the grid.
 
     Args:
-        grid: The values to try, all positive; a single one is taken as it is.
+        grid: The values to try, all positive; a single one is used as it is.
         losses: Losses of the values tried, infinite for a run that diverged.
-        extensions: How many values may be added beyond the grid, a step each, while the best lies
-            at an edge.
+        extensions: How many values may be added beyond the grid, one at a time, while the best
+            value lies at an edge.
     """
     values = sorted(grid)
 
-    def found(best: float | None, note: str, wanted: tuple[float, ...] = ()) -> Search:
+    def found(
+        best: float | None, note: str, loss: float = math.inf, wanted: tuple[float, ...] = ()
+    ) -> Search:
         known = {v: losses[v] for v in values if v in losses}
-        return Search(wanted, tuple(values), known, best, note)
+        return Search(wanted, tuple(values), known, best, loss, note)
 
     if len(values) == 1:
-        return found(values[0], "given, not tuned")
+        return found(values[0], "given, not tuned", losses.get(values[0], math.inf))
     for added in range(extensions + 1):
         if missing := tuple(v for v in values if v not in losses):
-            return found(None, "", missing)
+            return found(None, "", wanted=missing)
         at = min(range(len(values)), key=lambda i: losses[values[i]])
         if 0 < at < len(values) - 1 and math.isfinite(losses[values[at]]):
             break
         if added < extensions:
-            # Where all diverged, the least of equals is the lowest value.
+            # Where all diverged, min() returns the lowest value, and lower ones follow.
             if at == 0:
-                values.insert(0, _three_digits(values[0] ** 2 / values[1]))
+                values.insert(0, float(f"{values[0] ** 2 / values[1]:.3g}"))
             else:
-                values.append(_three_digits(values[-1] ** 2 / values[-2]))
+                values.append(float(f"{values[-1] ** 2 / values[-2]:.3g}"))
     best = values[at]
     if not math.isfinite(losses[best]):
         return found(None, "diverged at every one")
     if at in (0, len(values) - 1):
-        return found(best, "at the edge of those tried")
+        return found(best, "at the edge of those tried", losses[best])
     three = [losses[v] for v in values[at - 1 : at + 2]]
     if not all(map(math.isfinite, three)):
-        return found(best, "the next one diverged")
-    x = [math.log(v) for v in values[at - 1 : at + 2]]
-    return found(float(f"{math.exp(_vertex(x, three)):.2g}"), "fitted")
+        return found(best, "the next one diverged", losses[best])
+    x, least = _vertex([math.log(v) for v in values[at - 1 : at + 2]], three)
+    return found(float(f"{math.exp(x):.2g}"), "fitted", least)
 
 
-def _vertex(x: Sequence[float], y: Sequence[float]) -> float:
-    """Where the parabola through three points is least; the middle one is not above the others."""
+def around(values: Sequence[float], center: float) -> tuple[float, ...]:
+    """The three neighbouring values of a grid whose middle one is nearest to `center`."""
+    inner = range(1, len(values) - 1)
+    at = min(inner, key=lambda i: abs(math.log(values[i] / center)))
+    return tuple(values[at - 1 : at + 2])
+
+
+def _vertex(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Where the parabola through three points is least, and its value there; the middle point must
+    not be above the others."""
     left, right = x[1] - x[0], x[2] - x[1]
     down, up = (y[1] - y[0]) / left, (y[2] - y[1]) / right
     if up == down:
-        return x[1]  # three equal losses
+        return x[1], y[1]  # three equal losses
     # The slope is `down` midway between the first two, `up` midway between the last two.
-    return (x[0] + x[1]) / 2 - down * (left + right) / 2 / (up - down)
-
-
-def _three_digits(value: float) -> float:
-    return float(f"{value:.3g}")
+    bend = (up - down) / (left + right)
+    least = (x[0] + x[1]) / 2 - down / (2 * bend)
+    return least, y[1] - bend * (least - x[1]) ** 2

@@ -1,20 +1,20 @@
-"""What a study's finished runs show, an arm at a size and budget at a time."""
+"""What a study's finished runs show: a row for every arm, and comparisons of pairs of arms."""
 
 import dataclasses
-import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.studying.intervals import Interval, interval, verdict
+from bench.studying import intervals
+from bench.studying.intervals import Interval, interval, p_value, pooled
 from bench.studying.plan import Cell, Study
-from bench.studying.results import Record, Results, Tuning, diverged, loss_of
+from bench.studying.results import Record, Results, Tuning
 from mlx_mla.model.estimate import cache_bytes_per_token, forward_flops_per_token
 from mlx_mla.model.weights import num_parameters, parameter_shapes
 
 CACHE_BYTES_PER_VALUE = 2
-DIVERGED, UNFINISHED = "diverged", "unfinished"
+BASELINE = "baseline"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,32 @@ class CurvePoint:
     value: Interval
 
 
+@dataclasses.dataclass
+class Comparison:
+    """An arm against a rival at one size and budget, paired seed by seed."""
+
+    rival: Cell
+    arm: Cell
+    values: list[float]
+    """Differences of the final losses on common seeds, arm less rival."""
+    difference: Interval | None
+    """With the SD of these differences, on which the verdict is based."""
+    p: float | None
+    verdict: str
+    primary: bool = False
+    with_pooled_sd: Interval | None = None
+    """With the SD pooled over all comparisons of the size and budget."""
+    holm: float | None = None
+    """p adjusted for the number of exploratory comparisons."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both intervals exclude zero, or neither."""
+        if self.difference is None or self.with_pooled_sd is None:
+            return True
+        return self.difference.excludes_zero == self.with_pooled_sd.excludes_zero
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """An arm at a size and budget."""
@@ -32,22 +58,40 @@ class Row:
     cell: Cell
     tuning: Tuning
     finals: Mapping[int, Record]
-    loss: Interval | None
-    """Final held-out loss over the seeds that did not diverge, nats a token."""
-    difference: Interval | None
-    """Paired with the baseline, seed by seed."""
-    verdict: str
+    comparison: Comparison | None
+    """With the baseline; None for the baseline itself."""
+    loss: float | None
+    """The baseline's mean final loss plus the paired difference, so that seeds which only some
+    arms have move none; nats a token."""
     tokens_to_baseline: float | None
-    """Tokens after which the mean curve is at the baseline's final loss, over the seeds that both
-    have; None: never."""
-    curve: Sequence[CurvePoint]
+    """Tokens after which the mean curve is at the baseline's final loss, on common seeds; None if
+    it never is."""
     gap: Sequence[CurvePoint]
     """The paired difference along the run."""
 
     @property
+    def difference(self) -> Interval | None:
+        return None if self.comparison is None else self.comparison.difference
+
+    @property
+    def verdict(self) -> str:
+        return self.comparison.verdict if self.comparison else BASELINE
+
+    @property
+    def finished(self) -> bool:
+        """Whether every seed has a record."""
+        return set(self.finals) == set(self.cell.seeds)
+
+    @property
     def diverged(self) -> list[int]:
         """Seeds whose run diverged."""
-        return [seed for seed, r in self.finals.items() if r["loss"] is None]
+        return [seed for seed, r in self.finals.items() if r.loss is None]
+
+    @property
+    def tuned_on(self) -> list[int]:
+        """Seeds whose run was a tuning run, too: the tuning chose them for their loss."""
+        tried = {run.key for run in self.tuning.tried}
+        return [run.seed for run in self.tuning.finals if run.key in tried]
 
     @property
     def parameters(self) -> int:
@@ -70,16 +114,10 @@ class Row:
         return cache_bytes_per_token(self.cell.config.model, CACHE_BYTES_PER_VALUE)
 
     def plain(self) -> dict[str, Any]:
-        """What results.json says of the row."""
-        cell, scale = self.cell, dict[str, Any]()
-        if cell.tunes_scale:
-            found = self.tuning.scale
-            scale = {
-                "initializer_range": found and found.best,
-                "initializer_range_found": found.note if found else "",
-                "initializer_ranges_tried": _plain_losses(found.losses if found else {}),
-            }
-        return {
+        """The row as results.json has it."""
+        cell, tuning, c = self.cell, self.tuning, self.comparison
+        rate = tuning.rate_again or tuning.rate
+        values = {
             "arm": cell.arm,
             "size": cell.size,
             "tokens": cell.tokens,
@@ -87,101 +125,135 @@ class Row:
             "non_embedding_parameters": self.non_embedding,
             "forward_flops_per_token": self.flops_per_token,
             "cache_bytes_per_token": self.cache_bytes,
-            "rate": self.tuning.rate.best,
-            "rate_found": self.tuning.rate.note,
-            "rates_tried": _plain_losses(self.tuning.rate.losses),
-            **scale,
+            "rate": tuning.best_rate,
+            "rate_found": rate.note,
+            "rates_tried": _plain_losses(rate.losses),
+        }
+        if tuning.std is not None and cell.tunes_std:
+            values["initializer_range"] = tuning.std.best
+            values["initializer_range_found"] = tuning.std.note
+            values["initializer_ranges_tried"] = _plain_losses(tuning.std.losses)
+        return values | {
             "seeds": sorted(self.finals),
             "diverged_seeds": self.diverged,
-            "loss": _plain(self.loss),
+            "loss": self.loss,
             "difference": _plain(self.difference),
+            "difference_with_pooled_sd": _plain(c.with_pooled_sd) if c else None,
+            "p": c.p if c else None,
+            "holm_p": c.holm if c else None,
             "verdict": self.verdict,
             "tokens_to_baseline_loss": self.tokens_to_baseline,
         }
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """An arm against another that is not the baseline, such as a step of the stair."""
+class Summary:
+    """What a study shows."""
 
-    before: Cell
-    after: Cell
-    difference: Interval | None
-
-
-def summarise(study: Study, results: Results) -> list[Row]:
-    """A row for every cell of the study, finished or not."""
-    return [_row(study, results, cell) for cell in study.cells]
+    rows: Sequence[Row]
+    """For every cell, finished or not."""
+    primary: Comparison | None
+    pairs: Sequence[Comparison]
+    """Comparisons that the file names beside those with the baseline."""
 
 
-def chain(study: Study, results: Results, arms: Sequence[str]) -> list[Step]:
-    """Each of the arms against the one before it, at every size and budget that has both."""
-    steps = []
-    for size, tokens in dict.fromkeys((c.size, c.tokens) for c in study.cells):
-        cells = [study.cell(arm, size, tokens) for arm in arms]
-        there = [cell for cell in cells if cell is not None]
-        for before, after in itertools.pairwise(there):
-            first, second = (results.finals(c, study.extensions) for c in (before, after))
-            steps.append(Step(before, after, _paired(second, first, study.confidence)))
-    return steps
+def summarise(study: Study, results: Results) -> Summary:
+    """Compare what has finished."""
+    rows = [_row(study, results, cell) for cell in study.cells]
+    primary = _primary(study, results)
+    pairs = []
+    for place in study.places:
+        for before, after in study.pairs:
+            rival, arm = study.cell(before, place), study.cell(after, place)
+            if rival is not None and arm is not None:
+                pairs.append(_compare(study, results, arm, rival))
+    exploratory = [*(row.comparison for row in rows if row.comparison), *pairs]
+    for place in study.places:
+        here = [c for c in exploratory if c.arm.place == place]
+        with_baseline = [row.comparison for row in rows if row.comparison]
+        spread = pooled([c.values for c in with_baseline if c.arm.place == place and c.values])
+        for c in [*here, *([primary] if primary else [])]:
+            if c.values and spread is not None and c.arm.place == place:
+                c.with_pooled_sd = interval(c.values, study.confidence, spread)
+    if primary:  # the same comparison is not exploratory where it stands beside others
+        exploratory = [c for c in exploratory if (c.arm, c.rival) != (primary.arm, primary.rival)]
+    tested = [(c, c.p) for c in exploratory if c.p is not None]
+    for (c, _), adjusted in zip(tested, intervals.holm([p for _, p in tested])):
+        c.holm = adjusted
+    return Summary(rows, primary, pairs)
+
+
+def _primary(study: Study, results: Results) -> Comparison | None:
+    """The primary comparison; None while tuning does not say which arm it is."""
+    if study.primary is None:
+        return None
+    (place,) = study.places
+    arms, rival = study.primary
+    cells = [cell for arm in arms if (cell := study.cell(arm, place))]
+    against = study.cell(rival, place)
+    tunings = [results.tuning(cell, study.extensions) for cell in cells]
+    if against is None or (len(cells) > 1 and any(tuning.wanted for tuning in tunings)):
+        return None
+    chosen = min(tunings, key=lambda tuning: tuning.loss).cell
+    return dataclasses.replace(_compare(study, results, chosen, against), primary=True)
+
+
+def _compare(study: Study, results: Results, arm: Cell, rival: Cell) -> Comparison:
+    """An arm against a rival. The verdict needs every seed that both are asked for."""
+    runs = [results.finals(cell, study.extensions) for cell in (arm, rival)]
+    values = [_loss(a) - _loss(b) for a, b in _pairs(*runs)]
+    difference = interval(values, study.confidence) if values else None
+    asked = set(arm.seeds) & set(rival.seeds)
+    done = asked & runs[0].keys() & runs[1].keys()
+    diverged = [
+        cell.arm
+        for cell, found in zip((arm, rival), runs)
+        if results.tuning(cell, study.extensions).diverged
+        or any(found[seed].loss is None for seed in asked if seed in found)
+    ]
+    if diverged:
+        said = "diverged" if arm.arm in diverged else f"unfinished: {rival.arm} diverged"
+    elif difference is None or done != asked:
+        said = f"unfinished: {len(done)} of {len(asked)} seeds"
+    else:
+        said = intervals.verdict(difference, study.margin)
+    return Comparison(rival, arm, values, difference, p_value(values) if values else None, said)
 
 
 def _row(study: Study, results: Results, cell: Cell) -> Row:
     tuning = results.tuning(cell, study.extensions)
     finals = results.finals(cell, study.extensions)
-    base_cell = study.baseline_of(cell)
-    base = results.finals(base_cell, study.extensions) if base_cell else {}
-    is_baseline = cell.arm == study.baseline
-    difference = None if is_baseline else _paired(finals, base, study.confidence)
-    losses = [loss_of(r) for r in finals.values() if r["loss"] is not None]
-    curve = _curve([r["curve"] for r in finals.values() if r["loss"] is not None], study.confidence)
-    if is_baseline:
-        said = "baseline"
-    elif tuning.diverged or diverged(finals.values()):
-        said = DIVERGED
-    elif difference is None or set(finals) != set(cell.seeds):
-        said = UNFINISHED
-    else:
-        said = verdict(difference, study.margin)
+    base_cell = study.cell(study.baseline, cell.place)
+    assert base_cell is not None
+    base = results.finals(base_cell, study.extensions)
+    comparison = None if cell is base_cell else _compare(study, results, cell, base_cell)
     pairs = _pairs(finals, base)
-    return Row(
-        cell=cell,
-        tuning=tuning,
-        finals=finals,
-        loss=interval(losses, study.confidence) if losses else None,
-        difference=difference,
-        verdict=said,
-        tokens_to_baseline=_reached(
-            _curve([a["curve"] for a, _ in pairs], study.confidence),
-            statistics.fmean(loss_of(b) for _, b in pairs),
-        )
-        if pairs
-        else None,
-        curve=curve,
-        gap=() if is_baseline else _gap(finals, base, study.confidence),
-    )
+    loss = reached = None
+    if pairs:
+        loss = statistics.fmean(_loss(r) for r in base.values() if r.loss is not None)
+        if comparison and comparison.difference:
+            loss += comparison.difference.mean
+        curve = _curve([a.curve for a, _ in pairs], study.confidence)
+        reached = _reached(curve, statistics.fmean(_loss(b) for _, b in pairs))
+    return Row(cell, tuning, finals, comparison, loss, reached, _gap(pairs, study.confidence))
 
 
 def _pairs(arm: Mapping[int, Record], base: Mapping[int, Record]) -> list[tuple[Record, Record]]:
-    """Runs of both at the seeds that both have, where neither diverged."""
+    """Runs of both on common seeds, where neither diverged."""
     both = [(arm[seed], base[seed]) for seed in arm if seed in base]
-    return [(a, b) for a, b in both if a["loss"] is not None and b["loss"] is not None]
+    return [(a, b) for a, b in both if a.loss is not None and b.loss is not None]
 
 
-def _paired(
-    arm: Mapping[int, Record], base: Mapping[int, Record], confidence: float
-) -> Interval | None:
-    values = [loss_of(a) - loss_of(b) for a, b in _pairs(arm, base)]
-    return interval(values, confidence) if values else None
+def _loss(record: Record) -> float:
+    assert record.loss is not None
+    return record.loss
 
 
-def _gap(
-    arm: Mapping[int, Record], base: Mapping[int, Record], confidence: float
-) -> list[CurvePoint]:
+def _gap(pairs: Iterable[tuple[Record, Record]], confidence: float) -> list[CurvePoint]:
     curves = []
-    for a, b in _pairs(arm, base):
-        other = dict(b["curve"])
-        curves.append([[n, loss - other[n]] for n, loss in a["curve"] if n in other])
+    for a, b in pairs:
+        other = {point[0]: point[1] for point in b.curve}
+        curves.append([[n, loss - other[n]] for n, loss in a.curve if n in other])
     return _curve(curves, confidence)
 
 
@@ -193,7 +265,7 @@ def _curve(curves: Sequence[Sequence[Sequence[float]]], confidence: float) -> li
 
 
 def _reached(curve: Sequence[CurvePoint], loss: float) -> float | None:
-    """Tokens at which a curve first comes down to a loss, between its points by a straight line."""
+    """Tokens at which a curve first reaches a loss, interpolated linearly between its points."""
     last: CurvePoint | None = None
     for point in curve:
         if point.value.mean <= loss:

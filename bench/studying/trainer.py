@@ -1,6 +1,7 @@
-"""One run of a study in a process of its own: `python -m mlx_mla.train --auto-resume`."""
+"""One run of a study, in a process of its own: `python -m mlx_mla.train --auto-resume`."""
 
 import fcntl
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.studying.plan import Run
-from bench.studying.results import Record, thinned
+from bench.studying.results import LARGEST_LOSS, Outcome, thinned
 from bench.studying.settings import settings
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml, write_text
@@ -24,17 +25,17 @@ THREADS = (
     "MKL_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-"""Variables that say how many threads the libraries may use."""
+"""Variables that set how many threads the libraries use."""
 
-# What mlx_mla.train says, in the one line of its error.
+# How mlx_mla.train reports it.
 _DIVERGED = "error: training diverged"
 
 
 class Trainer:
-    """Trains a run in a folder, or goes on with it there.
+    """Trains a run in a folder, or resumes it there.
 
-    A process that was killed leaves its trainer behind: that one holds a lock, which is waited for,
-    so that never two write one folder.
+    A killed study leaves its trainers running. Each holds the lock of its run's folder, which a new
+    trainer waits for, so no two write one folder.
 
     Args:
         run: What to train.
@@ -65,8 +66,8 @@ class Trainer:
         rows = read_metrics(self.folder / METRICS)
         return rows[-1]["step"] if rows else 0
 
-    def poll(self) -> Record | None:
-        """The record of the run once it has finished.
+    def poll(self) -> Outcome | None:
+        """The outcome of the run once it has finished.
 
         Raises:
             UserError: If it ended otherwise than by finishing or diverging.
@@ -83,29 +84,29 @@ class Trainer:
             return None
         os.close(self._lock)
         if code == 0:
-            return self._record(None)
+            return self._outcome(None)
         said = self._beside(".log").read_text(encoding="utf-8", errors="replace").strip()
         last = said.splitlines()[-1] if said else "it said nothing"
         if code == 2 and last.startswith(_DIVERGED):
-            return self._record(last.removeprefix("error: ").partition(" and was stopped")[0])
+            return self._outcome(last.removeprefix("error: ").partition(" and was stopped")[0])
         how = f"was killed by signal {-code}" if code < 0 else last.removeprefix("error: ")
         raise UserError(
             f"{self.run.name}: {how}; its output is in {self._beside('.log')}; run the study again "
-            "to go on"
+            "to resume"
         )
 
     def stop(self) -> None:
-        """Have the run save a checkpoint and end."""
+        """Tell the run to save a checkpoint and end."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def wait(self) -> None:
-        """Until the process has ended."""
+        """Wait until the process has ended."""
         if self._process is not None:
             self._process.wait()
 
     def tidy(self) -> None:
-        """Remove what stands beside the folder of a finished run."""
+        """Remove the files beside the folder of a finished run."""
         for suffix in (".toml", ".log", ".lock"):
             self._beside(suffix).unlink(missing_ok=True)
 
@@ -126,16 +127,19 @@ class Trainer:
                 start_new_session=True,  # Ctrl-C comes from us, once
             )
 
-    def _record(self, diverged: str | None) -> Record:
+    def _outcome(self, diverged: str | None) -> Outcome:
         rows = read_metrics(self.folder / METRICS)
         train = [row for row in rows if row["split"] == "train"]
         held_out = [row for row in rows if row["split"] == "val"]
         finished = bool(held_out) and held_out[-1]["step"] == self.run.config.steps
         if diverged is None and not finished:
             raise UserError(f"{self.folder}: has no final held-out loss; remove it and run again")
+        loss = held_out[-1]["loss"] if finished else math.inf
+        if diverged is None and loss > LARGEST_LOSS:
+            diverged = f"training diverged to a loss of {loss:g}"
         speeds = [row["tokens_per_sec"] for row in train[1:] or train]
         return {
-            "loss": None if diverged else held_out[-1]["loss"],
+            "loss": None if diverged else loss,
             **({"diverged": diverged} if diverged else {}),
             "curve": thinned([[row["tokens"], round(row["loss"], 5)] for row in held_out]),
             "seconds": rows[-1]["seconds"] if rows else 0.0,
@@ -148,10 +152,10 @@ class Trainer:
 
 
 def make_room(folder: Path, run: Run) -> None:
-    """See that a folder holds nothing, or the beginning of this very run.
+    """Make sure that a folder is empty or holds the beginning of this very run.
 
-    What another run began, of a study that was changed since, is moved aside; what a run left that
-    was killed before it wrote its settings is removed.
+    The beginning of another run, from before the study was changed, is moved aside. What a run left
+    that was killed before it wrote its settings is removed.
     """
     if not (folder / CONFIG).is_file():
         shutil.rmtree(folder, ignore_errors=True)
@@ -167,7 +171,7 @@ def make_room(folder: Path, run: Run) -> None:
 def run_toml(run: Run) -> str:
     """The settings file of a run, for --config of mlx_mla.train."""
     text, base = to_toml(run.config), preset(run.config.preset)
-    # What is unset has no line, and is then what the preset says.
+    # A setting that is unset has no line, and falls back to the preset's value.
     if overlay(base, parse_toml(text, "the run"), "the run") != run.config:
         raise UserError(
             f"preset {base.preset} sets something that arm {run.arm} must leave unset; use another "
