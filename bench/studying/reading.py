@@ -5,13 +5,20 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Annotated, Any, Optional, Union
 
 from bench.studying.plan import Cell, Keep, Machine, Place, RateName, Study
-from bench.studying.settings import Settings, key, settings, table
+from bench.studying.settings import Settings, key, settings
 from mlx_mla.errors import UserError, nearest
-from mlx_mla.fields import Bounds, at_least_1, fraction, not_negative, positive
-from mlx_mla.files import read_toml
+from mlx_mla.fields import (
+    PositiveFloat,
+    PositiveInt,
+    fraction,
+    not_negative,
+    positive,
+    read,
+    value_of,
+)
 from mlx_mla.model.config import MAX_SEED, TrainConfig
 from mlx_mla.model.presets import overlay, preset
 
@@ -23,30 +30,18 @@ PAIRED = (
 
 QUICK_STEPS, QUICK_VALUES, QUICK_SEEDS = 20, 3, 2
 
-# The tables of the file. `kw_only` fields without a default are required.
+_Rates = list[PositiveFloat]
+_Stds = list[Annotated[float, positive(100)]]
+_Seed = Annotated[int, not_negative(MAX_SEED)]
+_Share = fraction("be a share such as 0.005", above_0=True, below_1=True)
 
-
-@dataclasses.dataclass(kw_only=True)
-class _File:
-    title: str = ""
-    baseline: str
-    primary: Optional[list] = None
-    stair: list[str] = dataclasses.field(default_factory=list)
-    rivals: list[list[str]] = dataclasses.field(default_factory=list)
-    extensions: int = 3
-    keep: Keep = "best"
-    verdict: dict = dataclasses.field(default_factory=dict)
-    evaluate: dict = dataclasses.field(default_factory=dict)
-    machines: dict = dataclasses.field(default_factory=dict)
-    base: dict
-    sizes: dict
-    arms: dict
+# The tables of the file; fields without a default are required.
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Verdict:
-    margin: float = 0.005
-    confidence: float = 0.95
+    margin: Annotated[float, _Share] = 0.005
+    confidence: Annotated[float, _Share] = 0.95
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,38 +54,41 @@ class _Evaluate:
 
 @dataclasses.dataclass(kw_only=True)
 class _Machine:
-    tokens_per_second: dict
+    tokens_per_second: dict[str, PositiveFloat]
     source: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class _File:
+    title: str = ""
+    baseline: str
+    primary: Optional[tuple[Union[str, list[str]], str]] = None
+    stair: list[str] = dataclasses.field(default_factory=list)
+    rivals: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    extensions: Annotated[int, not_negative(10)] = 3
+    keep: Keep = "best"
+    verdict: _Verdict = dataclasses.field(default_factory=_Verdict)
+    evaluate: _Evaluate = dataclasses.field(default_factory=_Evaluate)
+    machines: dict[str, _Machine] = dataclasses.field(default_factory=dict)
+    base: dict[str, Any]
+    sizes: dict[str, dict[str, Any]]
+    arms: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Tuned:
     """What a size says of its runs, and an arm may say otherwise."""
 
-    tokens: Union[int, list[int]]
-    learning_rates: list[float]
-    initializer_ranges: Optional[list[float]] = None
-    seeds: list[int]
-
-
-_TUNED = [field.name for field in dataclasses.fields(_Tuned)]
-_BOUNDS = {
-    "extensions": not_negative(10),
-    "tokens": at_least_1(10**18),
-    "tune_tokens": at_least_1(10**18),
-    "learning_rates": positive(),
-    "initializer_ranges": positive(100),
-    "seeds": not_negative(MAX_SEED),
-    "tuning_seed": not_negative(MAX_SEED),
-    "margin": fraction("be a share of perplexity such as 0.005", above_0=True, below_1=True),
-    "confidence": Bounds("be a share such as 0.95", 0.5, 0.9999),
-}
+    tokens: Union[PositiveInt, list[PositiveInt]]
+    learning_rates: _Rates
+    initializer_ranges: Optional[_Stds] = None
+    seeds: list[_Seed]
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Size:
-    tune_tokens: Optional[int] = None
-    tuning_seed: Optional[int] = None
+    tune_tokens: Optional[PositiveInt] = None
+    tuning_seed: Optional[_Seed] = None
     arms: Optional[list[str]] = None
 
 
@@ -98,7 +96,10 @@ class _Size:
 class _Arm:
     about: str = ""
     rate: RateName = "learning_rate"
-    at: dict = dataclasses.field(default_factory=dict)
+    at: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+_TUNED = [field.name for field in dataclasses.fields(_Tuned)]
 
 
 def read_study(
@@ -125,7 +126,7 @@ class _Reader:
 
     def __init__(self, path: Path, places: dict[str, str], quick: bool):
         self.path, self.where, self.quick = path, str(path), quick
-        self.file = table(_File, read_toml(path), self.where, _BOUNDS)
+        self.file = read(_File, path, known_only=True)
         self.arms: dict[str, tuple[_Arm, dict[str, Any]]] = {}
         self.sizes: dict[str, tuple[_Size, dict[str, Any]]] = {}
         for kind, cls, tables, found in (
@@ -134,8 +135,6 @@ class _Reader:
         ):
             for name, values in tables.items():
                 where = f"{self.where} [{kind}.{name}]"
-                if not isinstance(values, dict):
-                    raise UserError(f"{where}: must be a table")
                 if not name or "/" in name or name.startswith("."):
                     raise UserError(f"{where}: names a folder; use letters, digits and -")
                 found[name] = _split(cls, values, where)
@@ -153,22 +152,18 @@ class _Reader:
         self.bases: dict[str, Settings] = {}
 
     def study(self) -> Study:
-        file, where = self.file, self.where
-        rule = table(_Verdict, file.verdict, f"{where} [verdict]", _BOUNDS)
+        file = self.file
         (baseline,) = self._names([file.baseline], "baseline")
         stair = self._names(file.stair, "stair")
         rivals = [self._names(pair, "rivals") for pair in file.rivals]
-        if any(len(pair) != 2 for pair in rivals):
-            raise UserError(f"{where}: each of rivals must be a pair of arms")
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
-        evaluate = vars(table(_Evaluate, file.evaluate, f"{where} [evaluate]"))
         return Study(
             name=self.path.stem,
             title=file.title or self.path.stem,
             baseline=baseline,
             primary=self._primary(list(dict.fromkeys(cell.place for cell in cells))),
-            margin=math.log1p(rule.margin),
-            confidence=rule.confidence,
+            margin=math.log1p(file.verdict.margin),
+            confidence=file.verdict.confidence,
             extensions=0 if self.quick else file.extensions,
             keep=file.keep,
             arms={name: arm.about for name, (arm, _) in self.arms.items()},
@@ -176,18 +171,17 @@ class _Reader:
             cells=tuple(cells),
             bases=self.bases,
             machines=tuple(self._machine(*named) for named in file.machines.items()),
-            evaluate={k: v for k, v in evaluate.items() if v is not None},
+            evaluate={k: v for k, v in vars(file.evaluate).items() if v is not None},
             quick=self.quick,
         )
 
     def _primary(self, places: Sequence[Place]) -> tuple[tuple[str, ...], str] | None:
         if self.file.primary is None:
             return None
-        where = f"{self.where}: primary"
-        if len(self.file.primary) != 2 or not isinstance(self.file.primary[1], str):
-            raise UserError(f'{where} must be ["arm", "rival"], or [["arm", "arm"], "rival"]')
         if len(places) > 1:
-            raise UserError(f"{where} is one comparison; it needs a study of one size and budget")
+            raise UserError(
+                f"{self.where}: primary is one comparison; it needs a study of one size and budget"
+            )
         first, rival = self.file.primary
         arms = self._names([first] if isinstance(first, str) else first, "primary")
         self._names([rival, *arms], "primary")
@@ -226,12 +220,9 @@ class _Reader:
     ) -> list[Cell]:
         arm, values = self.arms[name]
         where = f"{self.where} [arms.{name}]"
-        for known in arm.at:
-            if known not in self.sizes:
-                raise UserError(f"{where} at: unknown size {known!r}; {nearest(known, self.sizes)}")
+        for other in arm.at:
+            self._check_size(other, f"arms.{name}.at")
         here = arm.at.get(size, {})
-        if not isinstance(here, dict):
-            raise UserError(f"{where}: at.{size} must be a table")
         tuned = {**tuned, **{k: v for k, v in here.items() if k in _TUNED}}
         here = {k: v for k, v in here.items() if k not in _TUNED}
         for changes, place in ((values, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
@@ -250,7 +241,7 @@ class _Reader:
                     "held-out windows; set it under [base] or [sizes]"
                 )
         where = f"{self.where} [sizes.{size}]"
-        mine = table(_Tuned, tuned, where, _BOUNDS)
+        mine = value_of(_Tuned, tuned, where)
         budgets = mine.tokens if isinstance(mine.tokens, list) else [mine.tokens]
         steps = [_steps(config, n, f"{where}: tokens") for n in budgets]
         if not steps or len(set(steps)) < len(steps):
@@ -338,22 +329,20 @@ class _Reader:
             if name in values:
                 raise UserError(f"{self.where} [{where}]: {name} comes from {source}; remove it")
 
-    def _machine(self, name: str, values: Any) -> Machine:
-        where = f"{self.where} [machines.{name}]"
-        machine = table(_Machine, values, where)
-        for size, speed in machine.tokens_per_second.items():
-            if size not in self.sizes:
-                raise UserError(f"{where}: unknown size {size!r}; {nearest(size, self.sizes)}")
-            if isinstance(speed, bool) or not isinstance(speed, int | float) or not speed > 0:
-                raise UserError(f"{where}: tokens_per_second of {size} must be a positive number")
+    def _machine(self, name: str, machine: _Machine) -> Machine:
+        for size in machine.tokens_per_second:
+            self._check_size(size, f"machines.{name}")
         return Machine(name, machine.tokens_per_second, machine.source)
 
-    def _names(self, values: Any, what: str) -> tuple[str, ...]:
-        if not isinstance(values, list):
-            raise UserError(f"{self.where}: {what} must be a list of arms")
+    def _check_size(self, name: str, where: str) -> None:
+        if name not in self.sizes:
+            hint = nearest(name, self.sizes)
+            raise UserError(f"{self.where} [{where}]: unknown size {name!r}; {hint}")
+
+    def _names(self, values: Sequence[str], what: str) -> tuple[str, ...]:
         for name in values:
-            if not isinstance(name, str) or name not in self.arms:
-                hint = nearest(str(name), self.arms)
+            if name not in self.arms:
+                hint = nearest(name, self.arms)
                 raise UserError(f"{self.where}: {what}: {name!r} is not an arm; {hint}")
         if len(set(values)) < len(values):
             raise UserError(f"{self.where}: {what} names an arm twice; remove one")
@@ -364,7 +353,7 @@ def _split(cls: type, values: Mapping[str, Any], where: str) -> tuple[Any, dict[
     """The fields of a class of this file, and the other keys, which are settings of runs."""
     names = {field.name for field in dataclasses.fields(cls)}
     own = {k: v for k, v in values.items() if k in names}
-    return table(cls, own, where, _BOUNDS), {k: v for k, v in values.items() if k not in names}
+    return value_of(cls, own, where), {k: v for k, v in values.items() if k not in names}
 
 
 def _resolved(config: TrainConfig, where: str) -> TrainConfig:

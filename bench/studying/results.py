@@ -1,34 +1,34 @@
 """results.json of a study: every finished run, so that none is ever repeated, on any machine."""
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Literal, Optional
+
+from typing_extensions import TypedDict
 
 from bench.studying.plan import Cell, Run, Study
 from bench.studying.search import Search, around, search
-from bench.studying.settings import filled, key, settings, table
+from bench.studying.settings import Settings, filled, key, settings
 from mlx_mla.errors import UserError
-from mlx_mla.fields import Bounds, at_least_1, not_negative, positive
-from mlx_mla.files import parse_json_object, read_json, write_text
+from mlx_mla.fields import (
+    Count,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    not_negative,
+    read,
+    value_of,
+)
+from mlx_mla.files import parse_json_object, write_text
 from mlx_mla.model.config import MAX_SEED
 
 RESULTS = "results.json"
-FORMAT = 1
 LARGEST_LOSS = 100.0
 """In nats; a run that ends above has diverged."""
-
-_BOUNDS = {
-    "rate": positive(),
-    "seed": not_negative(MAX_SEED),
-    "tokens": at_least_1(10**18),
-    "loss": not_negative(LARGEST_LOSS),
-    "seconds": not_negative(1e12),
-    "tokens_per_second": not_negative(1e12),
-}
-_POINT = Bounds("not be negative", 0, 10**18)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,25 +37,31 @@ class Record:
 
     arm: str
     size: str
-    rate: float
-    seed: int
-    tokens: int
-    loss: Optional[float]
+    rate: PositiveFloat
+    seed: Annotated[int, not_negative(MAX_SEED)]
+    tokens: PositiveInt
+    loss: Optional[Annotated[float, not_negative(LARGEST_LOSS)]]
     """Final held-out loss in nats a token; None for a run that diverged."""
     diverged: str = ""
     """How it diverged."""
-    curve: list[list[float]]
-    """Points of [tokens, held-out loss], thinned."""
-    seconds: float = 0.0
+    curve: list[tuple[Count, NonNegativeFloat]]
+    """Tokens and held-out loss, thinned."""
+    seconds: NonNegativeFloat = 0.0
     """Of training."""
-    tokens_per_second: Optional[float] = None
+    tokens_per_second: Optional[NonNegativeFloat] = None
     """The median over the run."""
     threads: Optional[int] = None
     machine: str
     """Name of an entry of `Results.machines`."""
     data_sha256: str
-    settings: dict
-    """See `bench.studying.settings`."""
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        if (self.loss is None) != bool(self.diverged):
+            raise ValueError("loss and diverged: one of them must be there, and not both")
+        tokens = [point[0] for point in self.curve]
+        if any(a >= b for a, b in itertools.pairwise(tokens)):
+            raise ValueError("curve: tokens must rise from point to point")
 
     def plain(self) -> dict[str, Any]:
         """The record as JSON has it."""
@@ -140,17 +146,16 @@ class Results:
     def __init__(self, out: Path):
         self.path = out / RESULTS
         document = _read(self.path)
-        self.machines: dict[str, dict[str, str]] = document["machines"]
-        self.measured: dict[str, list[dict[str, Any]]] = document["measured"]
-        self.summary: dict[str, Any] = document["summary"]
-        common = document["settings"]
+        self.machines, self.summary = document.machines, document.summary
+        self.measured = document.measured
         self.records = [
-            _record(values, common, self.machines, f"{self.path}: run {number}")
-            for number, values in enumerate(document["runs"], 1)
+            _record(values, document, f"{self.path}: run {number}")
+            for number, values in enumerate(document.runs, 1)
         ]
         for row in self.measured.get("evaluate", []):
             where = f"{self.path}: measured"
-            row["key"] = key(filled(parse_json_object(row["key"], where)))
+            values = parse_json_object(value_of(_Evaluated, row, where)["key"], where)
+            row["key"] = key(filled(values))
         self.data: str | None = None
         """Fingerprint of the data that count; None: those of any."""
         self._index()
@@ -191,7 +196,7 @@ class Results:
             r.plain() | {"settings": {k: v for k, v in r.settings.items() if k not in common}}
             for r in self.records
         ]
-        head = {"format": FORMAT, "machines": self.machines, "settings": common}
+        head = {"format": 1, "machines": self.machines, "settings": common}
         head |= {"summary": self.summary, "measured": self.measured}
         lines = ",\n".join(json.dumps(row) for row in rows)
         text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "runs": [\n{lines}\n]}}\n'
@@ -288,46 +293,35 @@ def _without(values: dict[str, Any], names: Set[str]) -> str:
     return key({k: v for k, v in values.items() if k not in names})
 
 
-def _record(
-    values: Any, common: Mapping[str, Any], machines: Mapping[str, Any], where: str
-) -> Record:
-    record = table(Record, values, where, _BOUNDS)
-    if (record.loss is None) != bool(record.diverged):
-        raise UserError(f"{where}: loss and diverged: one of them must be there, and not both")
-    if record.machine not in machines:
-        raise UserError(f"{where}: machine {record.machine!r} is not in the file's machines")
-    last = -1.0
-    for point in record.curve:
-        problem = "must be a pair" if len(point) != 2 else _POINT.problem(point[0])
-        problem = problem or _POINT.problem(point[1])
-        if problem or point[0] <= last:
-            raise UserError(f"{where}: curve: {point} {problem or 'is out of order'}")
-        last = point[0]
-    return dataclasses.replace(record, settings=filled({**common, **record.settings}))
+class _Evaluated(TypedDict):
+    """What --evaluate found for a run."""
+
+    run: str
+    key: str
+    tasks: dict[str, dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Document:
     """What results.json holds."""
 
-    format: int = FORMAT
-    machines: dict = dataclasses.field(default_factory=dict)
-    settings: dict = dataclasses.field(default_factory=dict)
-    summary: dict = dataclasses.field(default_factory=dict)
-    measured: dict = dataclasses.field(default_factory=dict)
-    runs: list[dict] = dataclasses.field(default_factory=list)
+    format: Literal[1] = 1
+    machines: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=dict)
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    measured: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    runs: list[dict[str, Any]]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    values = read_json(path) if path.exists() else vars(_Document())
-    where = str(path)
-    if "runs" not in values or values.get("format") != FORMAT:
-        raise UserError(
-            f"{where}: is no results.json of a study in format {FORMAT}; restore it, or give "
-            "another --out"
-        )
-    document = table(_Document, values, where)
-    for row in document.measured.get("evaluate", []):
-        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-            raise UserError(f"{where}: measured: a row of evaluate has no key; remove it")
-    return vars(document)
+def _read(path: Path) -> _Document:
+    if not path.exists():
+        return _Document(runs=[])
+    return read(_Document, path, "restore the file, or give another --out")
+
+
+def _record(values: dict[str, Any], document: _Document, where: str) -> Record:
+    record: Record = value_of(Record, values, where, known_only=True)
+    if record.machine not in document.machines:
+        raise UserError(f"{where}: machine = {record.machine!r} is not in the file's machines")
+    common = {**document.settings, **record.settings}
+    return dataclasses.replace(record, settings=filled(common))

@@ -3,13 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from mlx_mla.errors import UserError, shown
-from mlx_mla.fields import Bounds, typed
-from mlx_mla.model.config import ModelConfig, TrainConfig, nearest
-
-T = TypeVar("T")
+from mlx_mla.errors import UserError
+from mlx_mla.model.config import ModelConfig, TrainConfig
 
 Settings = dict[str, Any]
 """Names (`model.n_embd` for the model's own) to values, of a resolved configuration."""
@@ -54,35 +51,3 @@ def key(values: Mapping[str, Any]) -> str:
 def differences(base: Settings, other: Settings) -> dict[str, tuple[Any, Any]]:
     """Every setting in which two configurations differ: (base's, other's)."""
     return {k: (base[k], other[k]) for k in base if base[k] != other[k]}
-
-
-def table(cls: type[T], values: Any, where: str, bounds: Mapping[str, Bounds] = {}) -> T:
-    """A dataclass from a table of TOML or JSON.
-
-    Args:
-        values: Must be a mapping with the names of the class's fields.
-        where: Name of its source, for messages.
-        bounds: Of fields that are numbers or lists of numbers.
-
-    Raises:
-        UserError: For an unknown or missing key, or a value of another type or out of bounds.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: must be a table, not {shown(values)}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            raise UserError(f"{where}: unknown key {shown(name)}; {nearest(name, fields)}")
-    found = typed(cls, values, where)
-    for name, limit in bounds.items():
-        value = found.get(name)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and (problem := limit.problem(number)):
-                raise UserError(f"{where}: {name} {problem}")
-    try:
-        return cls(**found)
-    except TypeError:
-        unset = (dataclasses.MISSING, dataclasses.MISSING)
-        required = [n for n, f in fields.items() if (f.default, f.default_factory) == unset]
-        missing = next(name for name in required if name not in found)
-        raise UserError(f"{where}: {missing} is missing") from None
