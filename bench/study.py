@@ -9,6 +9,7 @@ command; finished runs are in results.json and are never repeated.
 import dataclasses
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,11 @@ import tyro
 from rich.console import Console
 
 from bench.harness import machine
-from bench.studying import measured
 from bench.studying.agenda import agenda, flops
 from bench.studying.intervals import student
 from bench.studying.pictures import draw
 from bench.studying.plan import Cell, Run, Study
-from bench.studying.pool import Pool, cores, only_one, stopped_by
+from bench.studying.pool import Pool, cores, only_one
 from bench.studying.reading import read_study
 from bench.studying.report import markdown
 from bench.studying.results import Outcome, Results
@@ -62,8 +62,6 @@ class StudyCommand:
     """Folder with GPT-2's encoder.json and vocab.bpe, for --tokenizer gpt2 without a network."""
     quick: bool = False
     """A check that everything runs: 20 steps a run, three rates, two seeds."""
-    evaluate: bool = False
-    """Afterwards, run the evaluation tasks on the first seed's run of every arm."""
     report_only: bool = False
     """Write the report of the runs that have finished, without training."""
     dry_run: bool = False
@@ -100,14 +98,12 @@ def _main(argv: Sequence[str]) -> int:
             if stopped is not None:
                 _report(study, results, command.out, made_by)
                 console.print(
-                    f"stopped by {stopped_by(stopped)}; all runs are saved, resume with:\n"
+                    f"stopped by {signal.Signals(stopped).name}; all runs are saved, resume with:\n"
                     f"  {made_by}",
                     highlight=False,
                     soft_wrap=True,
                 )
                 return 128 + stopped
-        if command.evaluate:
-            measured.evaluate(study, results, command.out / "runs", console)
         summary = _report(study, results, command.out, made_by)
         for row in summary.rows:
             print(f"{row.cell.arm}, {row.cell.size}, {row.cell.tokens:,} tokens: {row.verdict}")
@@ -158,15 +154,6 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
 
 def _report(study: Study, results: Results, out: Path, made_by: str) -> Summary:
     summary = summarise(study, results)
-    results.summary = {
-        "study": study.name,
-        "title": study.title,
-        "quick": study.quick,
-        "baseline": study.baseline,
-        "margin_nats": study.margin,
-        "confidence": study.confidence,
-        "rows": [row.plain() for row in summary.rows],
-    }
     results.save()
     text = markdown(study, results, summary, draw(study, summary.rows, out), made_by)
     write_text(out / REPORT, text)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bench.studying.plan import Cell, Run, Study
+from bench.studying.plan import Run, Study
 from bench.studying.results import Results
 from mlx_mla.model.estimate import forward_flops_per_token
 
@@ -47,8 +47,3 @@ def agenda(study: Study, results: Results) -> Agenda:
 def flops(run: Run) -> float:
     """Training FLOPs of a run, from which the remaining time is estimated."""
     return 3.0 * forward_flops_per_token(run.config.model, run.config.context) * run.tokens
-
-
-def best_run(study: Study, results: Results, cell: Cell) -> Run | None:
-    """The first seed's final run, which represents its cell."""
-    return next(iter(results.tuning(cell, study.extensions).finals), None)

@@ -139,8 +139,6 @@ class Study:
     bases: Mapping[str, Settings]
     """The base at every size, before the arms."""
     machines: tuple[Machine, ...]
-    evaluate: Mapping[str, Any]
-    """Options of mlx_mla.evaluate."""
     quick: bool
 
     @property

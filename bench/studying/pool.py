@@ -1,20 +1,16 @@
 """Runs side by side, with progress for the whole study."""
 
 import contextlib
-import dataclasses
 import fcntl
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from bench.studying.agenda import Agenda, flops
-from bench.studying.plan import Run
 from bench.studying.results import Outcome
 from bench.studying.trainer import Trainer
 from mlx_mla.errors import UserError
@@ -46,23 +42,27 @@ def cores() -> int:
 
 
 class Pool:
-    """Trains what an agenda asks for, `jobs` runs at a time.
+    """Trains what an agenda asks for, `jobs` runs at a time, with a line for every run.
 
     Args:
         runs: The folder of all runs.
         jobs: How many at a time; each gets its share of the cores.
-        console: Where progress is shown: a bar on a terminal, else a line a run.
+        console: Where progress is shown.
     """
 
     def __init__(self, runs: Path, jobs: int, console: Console):
         self._runs, self._jobs, self._console = runs, jobs, console
         self._threads = max(1, cores() // jobs)
         self._active: list[Trainer] = []
+        self._began = time.monotonic()
+        self._done = 0.0
+        """FLOPs of the runs that this process has finished."""
+        self._finished = 0
 
     def work(
         self, ask: Callable[[], Agenda], finished: Callable[[Trainer, Outcome], None]
     ) -> int | None:
-        """Go on until nothing is left to do.
+        """Train until nothing is left to do.
 
         Args:
             ask: What the finished runs leave to do; asked again after each.
@@ -74,15 +74,14 @@ class Pool:
         Raises:
             UserError: If a run failed; the others have saved before.
         """
-        with catch_signals(second_acts=True) as caught, self._progress(ask()) as progress:
+        with catch_signals(second_acts=True) as caught:
             try:
                 while not caught:
                     plan = ask()
-                    self._fill(plan, progress)
+                    self._fill(plan)
                     if not self._active:
                         return None
-                    while not caught and not self._collect(finished, progress):
-                        progress.show([*plan.ready, *plan.later], self._active)
+                    while not caught and not self._collect(plan, finished):
                         time.sleep(POLL_SECONDS)
             finally:
                 for trainer in self._active:
@@ -91,106 +90,46 @@ class Pool:
                     trainer.wait()
         return caught[0]
 
-    def _fill(self, plan: Agenda, progress: "_Progress") -> None:
+    def _fill(self, plan: Agenda) -> None:
         active = {trainer.run.key for trainer in self._active}
         for run in plan.ready:
             if len(self._active) < self._jobs and run.key not in active:
-                self._active.append(Trainer(run, self._runs, self._threads))
-                waits = " (waits for a trainer that was left behind)"
-                progress.say(f"started  {run.name}{waits if self._active[-1].waits else ''}")
+                trainer = Trainer(run, self._runs, self._threads)
+                self._active.append(trainer)
+                waits = " (waits for a trainer that was left behind)" if trainer.waits else ""
+                self._say(f"started  {run.name}{waits}", plan)
 
-    def _collect(self, finished: Callable[[Trainer, Outcome], None], progress: "_Progress") -> bool:
+    def _collect(self, plan: Agenda, finished: Callable[[Trainer, Outcome], None]) -> bool:
         """Whether any run has finished since the last call."""
         any_finished = False
         for trainer in list(self._active):
             outcome = trainer.poll()
             if outcome is not None:
                 self._active.remove(trainer)
-                progress.finished(trainer)
+                self._finished += 1
+                self._done += _work(trainer, trainer.run.config.steps)
                 finished(trainer, outcome)
                 loss = outcome.get("diverged") or f"loss {outcome['loss']:.4f}"
-                progress.say(f"finished {trainer.run.name}  {loss}")
+                self._say(f"finished {trainer.run.name}  {loss}", plan)
                 any_finished = True
         return any_finished
 
-    def _progress(self, plan: Agenda) -> "_Progress":
-        return _Progress(self._console, [*plan.ready, *plan.later])
-
-
-@dataclasses.dataclass
-class _Work:
-    done: float
-    left: float
-
-
-class _Progress:
-    """How much is done, in FLOPs, and how long the rest takes at the speed so far."""
-
-    def __init__(self, console: Console, runs: list[Run]):
-        self._console, self._began = console, time.monotonic()
-        self._finished = 0.0
-        self._count = 0
-        self._left = len(runs)
-        self._eta = "not known yet"
-        self._bar = Progress(
-            TextColumn("study"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
+    def _say(self, text: str, plan: Agenda) -> None:
+        """A line, with how long the rest takes at the speed so far."""
+        here = sum(_work(trainer, trainer.step) for trainer in self._active)
+        left = sum(map(flops, [*plan.ready, *plan.later])) - here
+        done, eta = self._done + here, "not known yet"
+        if self._finished:
+            hours = max(0.0, left) * (time.monotonic() - self._began) / done / 3600
+            eta = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+        self._console.print(
+            f"{text}  [{self._finished} done, ETA {eta}]",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
-        self._task = self._bar.add_task("study", total=1.0, text="")
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, unfinished: list[Run], active: list[Trainer]) -> None:
-        """Report where the study stands."""
-        work = self._work(unfinished, active)
-        seconds = time.monotonic() - self._began
-        self._left = len(unfinished)
-        if work.done:
-            self._eta = _duration(work.left * seconds / work.done)
-        text = f"{self._count} done, {self._left} to go, ETA {self._eta}"
-        share = work.done / (work.done + work.left) if work.done else 0.0
-        self._bar.update(self._task, completed=share, text=text)
-
-    def finished(self, trainer: Trainer) -> None:
-        self._count += 1
-        self._finished += _share(trainer, trainer.run.config.steps)
-
-    def say(self, text: str) -> None:
-        """A line; where no bar stands, with what the bar would say."""
-        where = "" if self._console.is_terminal else f"  [{self._count} done, ETA {self._eta}]"
-        self._console.print(text + where, markup=False, highlight=False, soft_wrap=True)
-
-    def _work(self, unfinished: list[Run], active: list[Trainer]) -> _Work:
-        now = {t.run.key: (t, t.step) for t in active}
-        here = sum(_share(t, step) for t, step in now.values())
-        gone = sum(flops(t.run) * min(1.0, step / t.run.config.steps) for t, step in now.values())
-        return _Work(self._finished + here, sum(map(flops, unfinished)) - gone)
 
 
-def _share(trainer: Trainer, step: int) -> float:
-    """FLOPs that this process has seen of a run."""
-    run = trainer.run
-    return flops(run) * max(0, step - trainer.began_at) / run.config.steps
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
-
-
-def stopped_by(number: int) -> str:
-    """The name of a signal, for people."""
-    return signal.Signals(number).name
+def _work(trainer: Trainer, step: int) -> float:
+    """FLOPs of a run that this process has spent."""
+    return flops(trainer.run) * max(0, step - trainer.began_at) / trainer.run.config.steps

@@ -45,14 +45,6 @@ class _Verdict:
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Evaluate:
-    tasks: Optional[str] = None
-    limit: Optional[int] = None
-    data_dir: Optional[str] = None
-    window: Optional[int] = None
-
-
-@dataclasses.dataclass(kw_only=True)
 class _Machine:
     tokens_per_second: dict[str, PositiveFloat]
     source: str
@@ -68,7 +60,7 @@ class _File:
     extensions: Annotated[int, not_negative(10)] = 3
     keep: Keep = "best"
     verdict: _Verdict = dataclasses.field(default_factory=_Verdict)
-    evaluate: _Evaluate = dataclasses.field(default_factory=_Evaluate)
+    evaluate: Any = None  # of files written for an earlier version; not used
     machines: dict[str, _Machine] = dataclasses.field(default_factory=dict)
     base: dict[str, Any]
     sizes: dict[str, dict[str, Any]]
@@ -171,7 +163,6 @@ class _Reader:
             cells=tuple(cells),
             bases=self.bases,
             machines=tuple(self._machine(*named) for named in file.machines.items()),
-            evaluate={k: v for k, v in vars(file.evaluate).items() if v is not None},
             quick=self.quick,
         )
 

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.studying.agenda import best_run
 from bench.studying.intervals import Interval
 from bench.studying.plan import Cell, Study
 from bench.studying.results import Record, Results
@@ -33,7 +32,6 @@ def markdown(
         lines += [*_losses(study, here), "", *_costs(here), ""]
     if summary.pairs:
         lines += ["## Pairs of arms, the second against the first", "", *_pairs(summary.pairs), ""]
-    lines += _evaluations(study, results)
     if pictures:
         lines += ["## Pictures", ""]
         for caption, name in pictures.items():
@@ -194,23 +192,6 @@ def _costs(rows: Sequence[Row]) -> list[str]:
             ]
         )
     return markdown_table(head, cells)
-
-
-def _evaluations(study: Study, results: Results) -> list[str]:
-    best = (best_run(study, results, cell) for cell in study.cells)
-    asked = {run.key for run in best if run is not None}
-    cells = [
-        [row["run"], task, name, f"{value:.4g}", f"{values[f'{name}_stderr']:.2g}"]
-        for row in results.measured.get("evaluate", [])
-        if row["key"] in asked
-        for task, values in row["tasks"].items()
-        for name, value in values.items()
-        if f"{name}_stderr" in values
-    ]
-    if not cells:
-        return []
-    head = ["run", "task", "metric", "value", "standard error"]
-    return ["## Tasks", "", *markdown_table(head, cells), ""]
 
 
 def _changes(study: Study) -> list[str]:

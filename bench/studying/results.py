@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
-from typing_extensions import TypedDict
-
 from bench.studying.plan import Cell, Run, Study
 from bench.studying.search import Search, around, search
 from bench.studying.settings import Settings, filled, key, settings
@@ -23,7 +21,7 @@ from mlx_mla.fields import (
     read,
     value_of,
 )
-from mlx_mla.files import parse_json_object, write_text
+from mlx_mla.files import write_text
 from mlx_mla.model.config import MAX_SEED
 
 RESULTS = "results.json"
@@ -146,16 +144,11 @@ class Results:
     def __init__(self, out: Path):
         self.path = out / RESULTS
         document = _read(self.path)
-        self.machines, self.summary = document.machines, document.summary
-        self.measured = document.measured
+        self.machines, self._measured = document.machines, document.measured
         self.records = [
             _record(values, document, f"{self.path}: run {number}")
             for number, values in enumerate(document.runs, 1)
         ]
-        for row in self.measured.get("evaluate", []):
-            where = f"{self.path}: measured"
-            values = parse_json_object(value_of(_Evaluated, row, where)["key"], where)
-            row["key"] = key(filled(values))
         self.data: str | None = None
         """Fingerprint of the data that count; None: those of any."""
         self._index()
@@ -197,7 +190,7 @@ class Results:
             for r in self.records
         ]
         head = {"format": 1, "machines": self.machines, "settings": common}
-        head |= {"summary": self.summary, "measured": self.measured}
+        head |= {"measured": self._measured} if self._measured else {}
         lines = ",\n".join(json.dumps(row) for row in rows)
         text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "runs": [\n{lines}\n]}}\n'
         write_text(self.path, text)
@@ -293,14 +286,6 @@ def _without(values: dict[str, Any], names: Set[str]) -> str:
     return key({k: v for k, v in values.items() if k not in names})
 
 
-class _Evaluated(TypedDict):
-    """What --evaluate found for a run."""
-
-    run: str
-    key: str
-    tasks: dict[str, dict[str, float]]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Document:
     """What results.json holds."""
@@ -308,8 +293,8 @@ class _Document:
     format: Literal[1] = 1
     machines: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     settings: Settings = dataclasses.field(default_factory=dict)
-    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
-    measured: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Decoding speeds, which earlier versions measured."""
     runs: list[dict[str, Any]]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from bench.studying import intervals
 from bench.studying.intervals import Interval, interval, p_value, pooled
@@ -112,38 +111,6 @@ class Row:
     def cache_bytes(self) -> int:
         """Bytes cached for one token in 16 bits, all layers."""
         return cache_bytes_per_token(self.cell.config.model, CACHE_BYTES_PER_VALUE)
-
-    def plain(self) -> dict[str, Any]:
-        """The row as results.json has it."""
-        cell, tuning, c = self.cell, self.tuning, self.comparison
-        rate = tuning.rate_again or tuning.rate
-        values = {
-            "arm": cell.arm,
-            "size": cell.size,
-            "tokens": cell.tokens,
-            "parameters": self.parameters,
-            "non_embedding_parameters": self.non_embedding,
-            "forward_flops_per_token": self.flops_per_token,
-            "cache_bytes_per_token": self.cache_bytes,
-            "rate": tuning.best_rate,
-            "rate_found": rate.note,
-            "rates_tried": _plain_losses(rate.losses),
-        }
-        if tuning.std is not None and cell.tunes_std:
-            values["initializer_range"] = tuning.std.best
-            values["initializer_range_found"] = tuning.std.note
-            values["initializer_ranges_tried"] = _plain_losses(tuning.std.losses)
-        return values | {
-            "seeds": sorted(self.finals),
-            "diverged_seeds": self.diverged,
-            "loss": self.loss,
-            "difference": _plain(self.difference),
-            "difference_with_pooled_sd": _plain(c.with_pooled_sd) if c else None,
-            "p": c.p if c else None,
-            "holm_p": c.holm if c else None,
-            "verdict": self.verdict,
-            "tokens_to_baseline_loss": self.tokens_to_baseline,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,18 +242,3 @@ def _reached(curve: Sequence[CurvePoint], loss: float) -> float | None:
             return last.tokens + share * (point.tokens - last.tokens)
         last = point
     return None
-
-
-def _plain_losses(losses: Mapping[float, float]) -> dict[str, float | None]:
-    return {f"{value:g}": _finite(loss) for value, loss in losses.items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(value: Interval | None) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    ends = {"low": _finite(value.low), "high": _finite(value.high)}
-    return {"mean": value.mean, **ends, "n": value.count}
