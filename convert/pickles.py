@@ -1,12 +1,16 @@
-"""PyTorch's pickled files, opened without running what is in them."""
+"""Pickled files, read without running any code in them: PyTorch's, and ones of plain values."""
 
+import collections
+import contextlib
 import importlib.util
+import io
 import pickle
+import pickletools
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -23,16 +27,37 @@ class PickledConfig:
 
 
 ALLOWED = [(PickledConfig, "__main__.GPTConfig"), (PickledConfig, "train_gpt2.GPTConfig")]
-"""The classes beyond `weights_only` that a file may name: build-nanogpt's, run as a script or
-imported."""
+"""The classes that a file may name in addition to those of `weights_only`: build-nanogpt's, run as
+a script or imported."""
+
+PLAIN = {
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
+    "LONG_BINGET", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND",
+    "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE",
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT", "UNICODE", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+"""Pickle operations that make plain values. None of them names code, let alone calls any."""
+
+_GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+"""Operations that put values into the container below them on the stack."""
+
+_DEEPEST = 100
+"""Levels of containers that a file may nest. Hashing a tuple of 100,000 levels ends the process."""
+
+_LARGEST_PLAIN = 16 << 20
+"""Bytes of a pickle of plain values: more than all of Unicode's characters take."""
+
+_LEGACY_PICKLES = 5
+"""Pickles at the start of a file that torch.save wrote before it wrote archives."""
 
 
 def open_pickle(path: Path) -> Any:
-    """What `torch.save` wrote into a file; tensors stay on disk until they are read, where the
+    """The object that `torch.save` wrote; tensors stay on disk until they are read, where the
     format allows.
 
     Raises:
-        UserError: If the file is damaged, or names code beyond tensors, plain values and `ALLOWED`.
+        UserError: If the file is damaged, or holds more than tensors, plain values and `ALLOWED`.
     """
     require_torch(f"{path}: reading a pickled checkpoint")
     import torch
@@ -43,8 +68,11 @@ def open_pickle(path: Path) -> Any:
             raise UserError(
                 f"{path}: a compressed archive, which torch.save does not write; it is refused"
             )
+        with _pickles_in(path, is_zip) as streams:
+            for stream in streams:
+                collections.deque(_operations(stream, path), maxlen=0)
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
-            # It remarks on protocols other than torch.save's, and then says why it stops.
+            # It warns of protocols other than torch.save's before it raises.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
@@ -68,8 +96,87 @@ def open_pickle(path: Path) -> Any:
         ) from None
 
 
+def plain_values(path: Path) -> Any:
+    """The object in a pickle of plain values: texts, numbers, tuples, lists and dicts.
+
+    Raises:
+        UserError: If the file is damaged or too large, or holds anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_PLAIN + 1)
+        if len(data) > _LARGEST_PLAIN:
+            raise UserError(f"{path}: is larger than {_LARGEST_PLAIN:,} bytes")
+        for name, argument in _operations(io.BytesIO(data), path):
+            if name not in PLAIN:
+                raise UserError(f"{path}: refused, since it holds more than plain values ({name})")
+            if name.endswith("PUT") and int(argument or 0) > len(data):
+                raise UserError(f"{path}: not readable as a pickle; it is damaged")
+        return pickle.loads(data)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except UserError:
+        raise
+    except Exception as e:  # a damaged pickle fails in as many ways as it has bytes
+        kind = type(e).__name__
+        raise UserError(f"{path}: not readable as a pickle ({kind}); it is damaged") from None
+
+
+@contextlib.contextmanager
+def _pickles_in(path: Path, is_zip: bool) -> Iterator[Iterator[IO[bytes]]]:
+    """Streams that begin with each pickle of a PyTorch file."""
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            entries = [e for e in archive.infolist() if e.filename.endswith(".pkl")]
+            yield (io.BytesIO(archive.read(entry)) for entry in entries)
+    else:
+        with path.open("rb") as file:
+            yield (file for _ in range(_LEGACY_PICKLES))
+
+
+class _Level:
+    """How many levels of containers a value has: a container's grows with what is put into it."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def _operations(stream: IO[bytes], where: Path) -> Iterator[tuple[str, Any]]:
+    """Names and arguments of the operations of a pickle, up to its end.
+
+    Raises:
+        UserError: If its values nest too deeply, which is counted without making any.
+    """
+    stack: list[_Level | None] = []  # None is a mark
+    memo: dict[int, _Level] = {}
+    for operation, argument, _ in pickletools.genops(stream):
+        name, before, number = operation.name, operation.stack_before, cast(int, argument)
+        yield name, argument
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[number])
+            continue
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else number] = stack[-1] or _Level(0)
+            continue
+        taken: list[_Level | None] = []
+        count = len(before)
+        if pickletools.markobject in before:
+            count = before.index(pickletools.markobject)
+            while (value := stack.pop()) is not None:
+                taken.append(value)
+        taken += [stack.pop() for _ in range(count)]
+        numbers = [value.number if value else 0 for value in taken]
+        result = _Level(1 + max(numbers) if numbers else 0)
+        if name in _GROWING and (container := taken[-1]):
+            container.number = max(numbers[-1], 1 + max(numbers[:-1], default=0))
+            result = container
+        if result.number > _DEEPEST:
+            raise UserError(f"{where}: refused, since its values nest over {_DEEPEST} levels deep")
+        stack += [None if o is pickletools.markobject else result for o in operation.stack_after]
+
+
 def _is_compressed(path: Path) -> bool:
-    """Whether a zip archive unpacks to more than it is."""
+    """True if a zip archive has compressed entries."""
     with zipfile.ZipFile(path) as archive:
         return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 

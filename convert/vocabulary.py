@@ -1,7 +1,5 @@
 """The tokenizer that goes with a converted model."""
 
-import pickle
-import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,11 @@ from mlx_mla.errors import UserError
 from mlx_mla.files import read_json
 
 from .foreign import ForeignCheckpoint
+from .pickles import plain_values
 
 CHARACTERS = "meta.pkl"
 """nanoGPT's file of a vocabulary of characters (data/shakespeare_char/prepare.py): `stoi` and
 `itos`."""
-
-PLAIN = {
-    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
-    "LONG_BINGET", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND",
-    "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE",
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT", "UNICODE", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
-"""Operations of a pickle that make plain values. None of them names code, let alone calls any."""
 
 
 def find_tokenizer(
@@ -121,7 +111,7 @@ def characters(path: Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: If the file holds anything else; nothing in it is executed.
     """
-    values = _plain_values(path)
+    values = plain_values(path)
     itos = values.get("itos") if isinstance(values, dict) else None
     if not isinstance(itos, dict) or not itos or set(itos) != set(range(len(itos))):
         raise UserError(f"{path}: has no itos with a character for every id; it is no {CHARACTERS}")
@@ -136,27 +126,6 @@ def characters(path: Path) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, clean_up_tokenization_spaces=False
         )
-
-
-def _plain_values(path: Path) -> Any:
-    """What a pickle of plain values holds."""
-    try:
-        data = path.read_bytes()
-        for operation, argument, _ in pickletools.genops(data):
-            if operation.name not in PLAIN:
-                raise UserError(
-                    f"{path}: refused, since it holds more than plain values ({operation.name})"
-                )
-            if operation.name.endswith("PUT") and int(argument or 0) > len(data):
-                raise UserError(f"{path}: not readable as a pickle; it is damaged")
-        return pickle.loads(data)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except UserError:
-        raise
-    except Exception as e:  # a damaged pickle fails in as many ways as it has bytes
-        kind = type(e).__name__
-        raise UserError(f"{path}: not readable as a pickle ({kind}); it is damaged") from None
 
 
 def _fitting(

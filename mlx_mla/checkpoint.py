@@ -9,8 +9,9 @@ file but the README.
 """
 
 import contextlib
+import dataclasses
 import json
-import math
+import os
 import re
 import shlex
 import shutil
@@ -26,12 +27,13 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, told
 from mlx_mla.errors import UserError, shown
+from mlx_mla.fields import Count, value_of
 from mlx_mla.files import (
-    LARGEST_TEXT,
     SUMS,
     clear_leftovers,
     give_usual_mode,
     read_json,
+    read_sums,
     read_text,
     sha256,
 )
@@ -209,27 +211,52 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     return weights
 
 
-def read_train_state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Optimiser tensors and `train_state.json` of a training checkpoint."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What `train_state.json` holds of a training checkpoint."""
+
+    step: Count
+    val_loss: float | None
+    """None: not measured yet."""
+    data_sha256: str | None = None
+    data_samples_sha256: str | None = None
+    """None: written by a version that kept no samples of the data."""
+
+
+def read_train_state(folder: Path, config: ModelConfig) -> tuple[dict[str, np.ndarray], TrainState]:
+    """Optimiser tensors and `train_state.json` of a training checkpoint.
+
+    Raises:
+        UserError: If one of them is missing or damaged, does not fit the model, or is of another
+            step than the folder.
+    """
     if not (folder / STATE).is_file():
         raise UserError(
             f"{folder}: has no {STATE}, so training cannot resume from it; use --init "
             f"{shlex.quote(str(folder))}"
         )
-    info = read_json(folder / STATE_INFO)
-    if info.get("format") != STATE_FORMAT:
+    path, new_run = folder / STATE_INFO, "start a new run with --init"
+    values = read_json(path)
+    if values.get("format") != STATE_FORMAT:
         raise UserError(
-            f"{folder / STATE_INFO}: format {shown(info.get('format'))}, and this version reads "
-            f"{STATE_FORMAT}; resume with the version of mlx_mla that wrote it, or start a new run "
-            "with --init"
+            f"{path}: format {shown(values.get('format'))}, and this version reads {STATE_FORMAT}; "
+            f"resume with the version of mlx_mla that wrote it, or {new_run}"
         )
-    step, loss = info.get("step"), info.get("val_loss", "missing")
-    measured = loss is None or (type(loss) in (int, float) and math.isfinite(loss))
-    if type(step) is not int or step < 0 or not measured:
-        raise UserError(f"{folder / STATE_INFO}: damaged, it names no step and loss")
+    info: TrainState = value_of(TrainState, values, str(path), new_run)
+    if _is_checkpoint(folder) and info.step != step_of(folder):
+        raise UserError(f"{path}: step {info.step} is not that of {folder.name}; {new_run}")
     tensors = _load_tensors(folder / STATE)
     if spoilt := not_finite(tensors):
         raise UserError(f"{folder / STATE}: tensor {spoilt} has values that are not finite")
+    for name, shape in parameter_shapes(config).items():
+        muon = f"momentum_buffer.{name}"
+        for key in [muon] if muon in tensors else [f"exp_avg.{name}", f"exp_avg_sq.{name}"]:
+            if key not in tensors or tensors[key].shape != shape:
+                found = f"has shape {tensors[key].shape}" if key in tensors else "is missing"
+                raise UserError(
+                    f"{folder / STATE}: the optimiser state does not fit the model: tensor {key} "
+                    f"{found}, and the model needs {shape}; {new_run}"
+                )
     return tensors, info
 
 
@@ -242,14 +269,12 @@ def integrity_error(folder: Path, training: bool = True) -> str | None:
         training: Also check the training state, twice the size of the model, which only resuming
             reads.
     """
-    sums = folder / SUMS
-    if not sums.is_file():
+    if not os.path.lexists(folder / SUMS):
         return None
     try:
-        lines = read_text(sums, LARGEST_TEXT).splitlines()
-    except UserError:
-        return f"{SUMS} cannot be read"
-    listed = dict(line.partition("  ")[::2][::-1] for line in lines)
+        listed = read_sums(folder)
+    except UserError as e:
+        return str(e)
     for pattern in _OURS:
         for path in folder.glob(pattern):
             if path.name not in listed:
@@ -258,7 +283,7 @@ def integrity_error(folder: Path, training: bool = True) -> str | None:
         path = folder / name
         if name in (STATE, STATE_INFO) and not training:
             continue
-        if path.name != name or not path.is_file():
+        if not path.is_file():
             return f"{name} is missing"
         if sha256(path) != expected:
             return f"{name} is truncated or changed (its sha256 differs)"

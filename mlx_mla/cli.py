@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Optional, TextIO, TypedDict, TypeVar, cast
@@ -142,8 +143,9 @@ def run(
         with 1.
     """
     drop_hints()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see mlx_mla/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see mlx_mla/__init__.py
     argv = sys.argv[1:] if argv is None else argv
     with _streams(needs_reader):
         try:

@@ -42,6 +42,8 @@ from mlx_mla.files import LARGEST_TEXT, encodable, parse_json, read_json, read_t
 
 T = TypeVar("T")
 _NONE = type(None)
+REMEDY = "remove the line"
+"""What to do about a damaged line of a log."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,48 +184,41 @@ def read(kind: type[T], path: Path, remedy: str = "", *, known_only: bool = Fals
     return found
 
 
-def read_lines(kind: type[T], path: Path, remedy: str = "remove the line") -> list[T]:
-    """The records of a JSON-lines file, one a line; none where there is no file.
-
-    A last line without its line break, which a killed process left, is left out.
+def read_lines(kind: type[T], path: Path, remedy: str = REMEDY) -> list[T]:
+    """The records of a JSON-lines file, one a line; see `json_lines`.
 
     Raises:
         UserError: As `read`; the message names the line.
     """
-    return [
-        value_of(kind, line_value(line, where, remedy), where, remedy)
-        for line, where in lines_of(path)
-        if line.endswith(b"\n")
-    ]
+    return [value_of(kind, value, where, remedy) for where, value in json_lines(path, remedy)]
 
 
-def lines_of(path: Path) -> Iterator[tuple[bytes, str]]:
-    """The lines of a file with their line breaks, each with the place to name in messages.
+def json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON-lines file, each after the place to name in messages.
+
+    A last line without its line break, which a killed process left, is left out. No file is no
+    lines.
 
     Raises:
-        UserError: If the file cannot be read, or a line is longer than any that is written here.
+        UserError: If the file cannot be read, or a line is not JSON or longer than any that is
+            written here.
     """
     try:
         if not path.exists():
             return
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(LARGEST_TEXT + 1):
-                number += 1
-                where = f"{path}, line {number}"
-                if len(line) > LARGEST_TEXT:
-                    raise UserError(f"{where}: is longer than {LARGEST_TEXT:,} bytes")
-                yield line, where
+            for number in itertools.count(1):
+                line, where = file.readline(LARGEST_TEXT), f"{path}, line {number}"
+                if len(line) == LARGEST_TEXT:
+                    raise UserError(f"{where}: is longer than {LARGEST_TEXT:,} bytes; {remedy}")
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield where, parse_json(line, where)
+                except UserError as e:
+                    raise UserError(f"{e}; {remedy}") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-
-
-def line_value(line: bytes, where: str, remedy: str) -> Any:
-    """The JSON value of a line; UserError with the remedy if it is none."""
-    try:
-        return parse_json(line, where)
-    except UserError as e:
-        raise UserError(f"{e}; {remedy}") from None
 
 
 def value_of(

@@ -1,9 +1,10 @@
-"""Files read with what is wrong told, and written whole or not at all, with the checksums that
-tell."""
+"""Reading files with clear errors, and writing them whole or not at all, with checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -24,17 +25,20 @@ else:
 SUMS = "SHA256SUMS"
 
 LARGEST_TEXT = 64 << 20
-"""Bytes of a settings file, index or manifest: far more than any of them has."""
+"""Bytes of a settings file, index or manifest; real ones are far smaller."""
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What some network and FUSE mounts answer when a folder is synced, which they cannot do."""
 
 
 def read_text(path: Path, largest: int | None = None) -> str:
-    """A text file in UTF-8, without the byte-order mark that some editors put in front.
+    """The content of a UTF-8 text file, without a byte-order mark.
 
     Args:
-        largest: Refuse more bytes than these.
+        largest: Most bytes to accept.
 
     Raises:
-        UserError: If it is missing, cannot be read, is larger, or is not UTF-8.
+        UserError: If the file is missing, cannot be read, is larger, or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -49,24 +53,24 @@ def read_text(path: Path, largest: int | None = None) -> str:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value that JSON text spells.
+    """Parse JSON.
 
     Args:
         where: Name of its source, for messages.
 
     Raises:
-        UserError: If it is no JSON, is nested too deeply, or has an integer of thousands of digits.
+        UserError: If it is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     if isinstance(text, bytes):
         text = decoded(text, where)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid JSON ({_fault(e)})") from None
+        raise UserError(f"{where}: not valid JSON ({_reason(e)})") from None
 
 
 def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """As `parse_json`, for text that must spell an object."""
+    """Parse JSON that must be an object; errors as of `parse_json`."""
     values = parse_json(text, where)
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a JSON object, but {type(values).__name__}")
@@ -74,25 +78,25 @@ def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; UserError naming the file and the fault."""
+    """Parse a file that must hold a JSON object; UserError names the file and the problem."""
     return parse_json_object(read_text(path, LARGEST_TEXT), str(path))
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The values in TOML text; UserError with the place of the fault."""
+    """Parse TOML; UserError names the source and the place of a mistake."""
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid TOML: {_fault(e)}") from None
+        raise UserError(f"{where}: not valid TOML: {_reason(e)}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values in a TOML file; UserError naming the file and the fault."""
+    """Parse a TOML file; UserError names the file and the place of a mistake."""
     return parse_toml(read_text(path, LARGEST_TEXT), str(path))
 
 
-def _fault(error: Exception) -> str:
-    """What a parser found, in words that make sense in a message."""
+def _reason(error: Exception) -> str:
+    """A parser's complaint in words that make sense to a user."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if "set_int_max_str_digits" in str(error):
@@ -102,15 +106,15 @@ def _fault(error: Exception) -> str:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Make a folder that appears under its name only once it is whole and on disk.
+    """Write a folder that appears under its name only once it is complete and on disk.
 
-    The caller fills the temporary folder it is given. On leaving, its files are listed in
-    SHA256SUMS, synced, and the folder is renamed to `target`, replacing one that is there. On an
-    error the temporary folder is removed and `target` is left as it was. What a kill leaves behind
-    is cleared by `clear_leftovers`.
+    The caller fills the temporary folder that this yields. Then its files are listed in SHA256SUMS
+    and synced, and the folder is renamed to `target`, replacing an existing one. After an error the
+    temporary folder is removed and `target` is unchanged. `clear_leftovers` removes what a killed
+    process leaves behind.
 
     Raises:
-        UserError: If the disk is full or refuses to be written; the message names `target`.
+        UserError: If the folder cannot be written, for example to a full disk; it names `target`.
     """
     temporary = _temporary(target)
     try:
@@ -119,8 +123,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         files = sorted(p for p in temporary.iterdir() if p.is_file())
         sums = "".join(f"{sha256(p)}  {p.name}\n" for p in files if p.name != "README.md")
         (temporary / SUMS).write_text(sums, encoding="utf-8")
-        for path in [*files, temporary / SUMS, temporary]:
-            _fsync(path)
+        for path in [*files, temporary / SUMS]:
+            _sync(path)
+        _sync_folder(temporary)
         if target.exists():
             old = _temporary(target, "old")
             os.rename(target, old)
@@ -128,9 +133,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, target)
-        _fsync(target.parent)
+        _sync_folder(target.parent)
     except Exception as e:
-        # safetensors and tokenizers tell of a full disk in exceptions of their own.
+        # safetensors and tokenizers report a full disk in exceptions of their own.
         if isinstance(e, OSError) or "(os error " in str(e):
             reason = getattr(e, "strerror", None) or e
             raise UserError(
@@ -143,11 +148,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name, or replaces the one there, only once it is whole
-    and on disk; with the mode that the umask gives.
+    """Write a file that appears under its name, or replaces the old one, only once it is complete
+    and on disk. Its mode is the one that the umask gives.
 
     Raises:
-        UserError: If the disk is full or refuses to be written; the message names `path`.
+        UserError: If the file cannot be written, for example to a full disk; it names `path`.
     """
     temporary = _temporary(path)
     try:
@@ -156,7 +161,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync(path.parent)
+        _sync_folder(path.parent)
     except OSError as e:
         raise UserError(f"{path}: could not be written: {e.strerror or e}") from e
     finally:
@@ -165,17 +170,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
+    """Replace a small file atomically."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def clear_leftovers(folder: Path, *names: str) -> None:
-    """Remove what killed commands left half-written beside files or folders, and put back what they
-    were about to replace. Only for who holds the lock of `folder`.
+    """Remove the temporary files of killed commands, and restore what they were about to replace.
+    The caller must hold the lock of `folder`.
 
     Args:
-        names: Of the files and folders, or patterns of them.
+        names: Names or patterns of the files and folders that the commands were writing.
     """
     for name in names:
         for old in folder.glob(f".{name}.old-*"):
@@ -192,7 +197,7 @@ def clear_leftovers(folder: Path, *names: str) -> None:
 
 
 def give_usual_mode(path: Path) -> None:
-    """Give a file the mode that the umask gives new ones; some libraries make theirs private."""
+    """Give a file the mode that the umask gives new files; some libraries make theirs private."""
     probe = _temporary(path)
     with probe.open("xb") as file:
         mode = os.fstat(file.fileno()).st_mode
@@ -201,7 +206,7 @@ def give_usual_mode(path: Path) -> None:
 
 
 def _temporary(path: Path, kind: str = "tmp") -> Path:
-    """A name beside a path that nobody can guess, for what becomes that path or was it."""
+    """An unpredictable name beside a path, for a file that will become that path or that was it."""
     return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(8)}")
 
 
@@ -214,7 +219,32 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def read_sums(folder: Path) -> dict[str, str]:
+    """The digests that a folder's SHA256SUMS lists, by file name.
+
+    Raises:
+        UserError: If a line is not one that `sha256sum` writes, or two lines name one file.
+    """
+    path, sums = folder / SUMS, dict[str, str]()
+    for number, line in enumerate(read_text(path, LARGEST_TEXT).splitlines(), 1):
+        found = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\x00-\x1f]+)", line)
+        if found is None or found[2] in sums:
+            problem = "is not a checksum and a name" if found is None else f"repeats {found[2]}"
+            raise UserError(f"{path}, line {number}: {problem}")
+        sums[found[2]] = found[1]
+    return sums
+
+
+def _sync_folder(path: Path) -> None:
+    """Bring a folder's entries to disk where its file system can; files must always be synced."""
+    try:
+        _sync(path)
+    except OSError as e:
+        if e.errno not in _NO_SYNC:
+            raise
+
+
+def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -223,11 +253,11 @@ def _fsync(path: Path) -> None:
 
 
 def decoded(data: bytes, where: str, offset: int = 0) -> str:
-    """UTF-8 bytes as text, without the byte-order mark that some editors put in front.
+    """Decode UTF-8, without a byte-order mark.
 
     Args:
-        where: Name of their source, for messages.
-        offset: How many bytes of the source are before these.
+        where: Name of the source, for messages.
+        offset: Number of bytes of the source that precede these.
 
     Raises:
         UserError: Naming the first byte that is not UTF-8.
@@ -242,15 +272,23 @@ def decoded(data: bytes, where: str, offset: int = 0) -> str:
         ) from None
 
 
+def finite(value: Any) -> Any:
+    """A value with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def encodable(text: str) -> bool:
-    """Whether a text is one: JSON's escapes also spell halves of characters (surrogates), which no
-    encoding has."""
+    """True if the string holds no lone surrogates, which JSON can spell and no encoding has."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no local path is the hub's: owner/name, in its letters, and the owner
-    is no folder here, nor the one that runs go into."""
+    """True if a name that is no local path can be on the hub: owner/name in the hub's characters,
+    where the owner is neither a local folder nor `runs`, the folder of runs."""
     owner, slash, rest = name.partition("/")
     letters = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII)
     local = owner == "runs" or owner.startswith(".") or Path(owner).exists()

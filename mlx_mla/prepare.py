@@ -367,7 +367,7 @@ class _Job:
             "next": {"open": [], "file": 0},
         }
         clear_leftovers(out, MANIFEST, *(f"*{suffix}" for suffix in SUFFIXES.values()))
-        old = read_manifest(out, to_go_on=True) if (out / MANIFEST).is_file() else None
+        old = read_manifest(out, to_resume=True) if (out / MANIFEST).is_file() else None
         if old is not None and (old["shards"] or old.get("parts")):
             for name, value in settings.items():
                 before = old["settings"].get(name)

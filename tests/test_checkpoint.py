@@ -147,10 +147,10 @@ def test_weights_come_back_bit_for_bit(tiny_run):
     folder = checkpoint.latest(tiny_run)
     config = checkpoint.read_config(folder)
     weights = checkpoint.read_weights(folder, config)
-    state, info = checkpoint.read_train_state(folder)
+    state, info = checkpoint.read_train_state(folder, config)
     assert {k.split(".", 1)[0] for k in state} == {"exp_avg", "exp_avg_sq"}
     assert len(state) == 2 * len(weights)
-    assert info["step"] == 40
+    assert info.step == 40
 
     from mlx_mla.data.tokenizer import ByteTokenizer
 

@@ -192,7 +192,7 @@ def npy(array) -> bytes:
         (
             "train.bin",
             TOKENS.tobytes()[:-1],
-            "truncated: 1,999 bytes are no whole number of uint16 tokens",
+            "truncated: 1,999 bytes are not a whole number of uint16 tokens",
         ),
     ],
 )

@@ -516,7 +516,8 @@ def test_a_spoilt_checkpoint_of_an_earlier_version_is_passed_over(run_copy, caps
     folder = run_copy / "checkpoints" / "step-000040"
     config = checkpoint.read_config(folder)
     weights = checkpoint.read_weights(folder, config)
-    state, info = checkpoint.read_train_state(folder)
+    state, info = checkpoint.read_train_state(folder, config)
+    info = {"format": checkpoint.STATE_FORMAT, **dataclasses.asdict(info)}
     weights["transformer.wte.weight"][256, 0] = np.inf
     tokenizer = checkpoint.read_tokenizer(folder)
     with files.atomic_folder(folder) as new:

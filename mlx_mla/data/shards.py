@@ -1,15 +1,15 @@
 """Token shards on disk: build-nanogpt's `.npy`, llm.c's `.bin` and nanoGPT's headerless `.bin`, all
 of uint16.
 
-A folder of shards is read by their names, as build-nanogpt does: `val` or `train` in a name says
-which part it is. A folder that `mlx_mla.prepare` wrote also has a manifest, which is then the
-authority.
+As in build-nanogpt, `val` or `train` in a shard's name assigns it to a part. In a folder that
+`mlx_mla.prepare` wrote, the manifest does.
 """
 
 import dataclasses
 import hashlib
 import io
 import re
+import resource
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,12 +27,15 @@ Split = Literal["train", "val"]
 SUFFIXES = {"npy": ".npy", "llmc": ".bin"}
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
-"""Of llm.c's token files: 256 int32, of which the third is the number of tokens (llm.c,
+"""The header of llm.c's token files: 256 int32, the third of which is the number of tokens (llm.c,
 dev/data/data_common.py)."""
 
 _SAMPLES, _SAMPLE = 16, 2048
-"""Places in a shard, and tokens at each, that stand for the whole where reading all would take
-minutes."""
+"""Number of places in a shard, and tokens at each, that are checked where reading all tokens would
+take minutes."""
+
+_OTHER_FILES = 100
+"""Files that a process has open besides its shards, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Shard:
     size: int
 
     def check(self) -> None:
-        """UserError if the file is no longer what was mapped: reading on would kill the process
-        with SIGBUS."""
+        """UserError if the file has changed since it was mapped: reading it could then end the
+        process with SIGBUS."""
         try:
             now = self.path.stat().st_size
         except OSError as e:
@@ -69,30 +72,30 @@ class Shard:
         return dataclasses.replace(self, tokens=self.tokens[start:stop], first=self.first + start)
 
     def samples(self) -> list[tuple[int, np.ndarray]]:
-        """Some stretches of the shard, spread evenly and with both ends, as (index, token ids)."""
+        """Evenly spaced stretches of the shard, both ends included, as (index, token ids)."""
         last = max(0, len(self.tokens) - _SAMPLE)
         starts = sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
         return [(s, self.tokens[s : s + _SAMPLE]) for s in starts]
 
 
 def training_part(count: int, val_fraction: float) -> int:
-    """How many of `count` tokens come before the held-out end."""
+    """Number of tokens before the held-out end of `count` tokens."""
     return int(count * (1 - val_fraction))
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardFolder:
-    """The shards of a folder, checked as far as their sizes and headers go."""
+    """The shards of a folder, whose sizes and headers were checked."""
 
     path: Path
     train: list[Shard]
     val: list[Shard]
     fingerprint: str
-    """Tells whether a resumed run sees the same data."""
+    """Equal for a resumed run that sees the same data."""
     samples: str
-    """sha256 of samples of every shard, which tells whether one was overwritten in place."""
+    """sha256 of samples of every shard, which differs if one was overwritten in place."""
     tokenizer: Optional[str]
-    """Name of the tokenizer that made them, where a manifest says so."""
+    """Name of the tokenizer that made them, if a manifest has it."""
 
     def held_out(self, fraction: float) -> tuple[list[Shard], list[Shard]]:
         """Training and validation shards; without the latter, the last `fraction` of all tokens is
@@ -124,8 +127,8 @@ def open_shard(path: Path) -> Shard:
     """Map a shard of any of the three formats.
 
     Raises:
-        UserError: If it is truncated or longer than it says, has a foreign header, or does not hold
-            uint16.
+        UserError: If its length is not that of its header, or it is not of uint16 in one of the
+            formats.
     """
     try:
         size = path.stat().st_size
@@ -154,7 +157,7 @@ def open_shard(path: Path) -> Shard:
 
 
 def _is_wider(shard: Shard) -> bool:
-    """Whether a file without a header holds wider integers, whose upper halves are zero."""
+    """True if a file without a header holds wider integers, whose upper halves are zero."""
     odd = even = False
     for start, tokens in shard.samples():
         odd |= bool(tokens[1 - start % 2 :: 2].any())
@@ -163,7 +166,7 @@ def _is_wider(shard: Shard) -> bool:
 
 
 def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count: int) -> str:
-    """Write a shard that appears under its name only once it is whole and on disk.
+    """Write a shard that appears under its name only once it is complete and on disk.
 
     Args:
         path: The file.
@@ -175,7 +178,7 @@ def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count:
         The file's sha256.
 
     Raises:
-        UserError: If the disk is full or refuses to be written.
+        UserError: If it cannot be written, for example to a full disk.
     """
     digest, header = hashlib.sha256(), _header(layout, count)
     try:
@@ -196,7 +199,7 @@ def open_folder(folder: Path) -> ShardFolder:
     """The shards of a folder, by its manifest or else by their names.
 
     Raises:
-        UserError: If there are none, or one is not what it should be; the message names it.
+        UserError: If there are none, or naming one that cannot be used.
     """
     if (folder / MANIFEST).is_file():
         return _prepared(folder, read_manifest(folder))
@@ -214,12 +217,37 @@ def open_folder(folder: Path) -> ShardFolder:
             "mlx_mla.prepare"
         )
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
+    _allow_open_files(folder, len(paths))
     for path in paths:
         parts[_split(path)].append(open_shard(path))
     if not parts["train"]:
         raise UserError(f"{folder}: holds no training shards; a name must have 'train' in it")
     samples = _sampled(sorted(parts["train"] + parts["val"], key=lambda shard: shard.path))
     return ShardFolder(folder, parts["train"], parts["val"], samples, samples, None)
+
+
+def _allow_open_files(folder: Path, shards: int) -> None:
+    """Raise the limit of open files where the shards need more: each stays open while it is mapped.
+
+    Raises:
+        UserError: If the hard limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = shards + _OTHER_FILES
+    most = (
+        max(needed, 10_240) if hard == resource.RLIM_INFINITY else hard
+    )  # macOS takes no infinity
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        if most < needed:
+            raise ValueError
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder}: has {shards} shards, and this process may open {soft} files; raise the "
+            f"limit with ulimit -n {needed}, or prepare the data with larger --shard-tokens"
+        ) from None
 
 
 def _sampled(shards: Iterable[Shard]) -> str:
@@ -246,11 +274,11 @@ def open_listed(folder: Path, row: Mapping[str, Any]) -> Shard:
 def _prepared(folder: Path, manifest: dict[str, Any]) -> ShardFolder:
     if not manifest["complete"]:
         raise UserError(
-            f"{folder}: its preparation was not finished; run mlx_mla.prepare again to go on with "
-            "it"
+            f"{folder}: its preparation was not finished; run mlx_mla.prepare again to resume it"
         )
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
     digest = hashlib.sha256()
+    _allow_open_files(folder, len(manifest["shards"]))
     for row in manifest["shards"]:
         shard = open_listed(folder, row)
         parts[row["split"]].append(shard)
@@ -325,7 +353,7 @@ def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int]:
         )
     if size % 2:
         raise UserError(
-            f"{path}: truncated: {size:,} bytes are no whole number of uint16 tokens; write it "
+            f"{path}: truncated: {size:,} bytes are not a whole number of uint16 tokens; write it "
             "again"
         )
     return 0, size // 2

@@ -1,23 +1,34 @@
-"""Scores of single items on disk, so that an interrupted evaluation goes on where it stopped."""
+"""Scores of single items on disk, with which an interrupted evaluation resumes."""
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores
+from mlx_mla.fields import REMEDY, Bounds, Count, value_of
 from mlx_mla.files import parse_json
+
+_LogProb = Annotated[float, Bounds("", -math.inf, 0.01)]  # 0, and a little for rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    i: Count
+    logprob: list[_LogProb]
+    greedy: list[bool]
 
 
 class ItemStore:
     """A file of JSON lines `{"i", "logprob", "greedy"}` for one model and task.
 
     Args:
-        folder: Where the files are; made when the first item is added.
-        settings: What the scores depend on beside the requests; another setting has another file.
+        folder: Folder of the files; made when the first item is added.
+        settings: What the scores depend on besides the requests; each setting has its own file.
     """
 
     def __init__(self, folder: Path, settings: Sequence[str]):
@@ -25,26 +36,29 @@ class ItemStore:
         self.path: Path | None = None
 
     def read(self, requests: Sequence[Request]) -> dict[int, Scores]:
-        """The stored scores for exactly these requests; call it before `add`."""
+        """The stored scores of exactly these requests; to be called before `add`.
+
+        Raises:
+            UserError: Naming a line that holds something else. A line that a killed process left
+                unfinished is skipped.
+        """
         key = hashlib.sha256(json.dumps(self.settings).encode())
         for request in requests:
             key.update(repr((request.context, request.targets)).encode())
         self.path = self.folder / f"{self.settings[-2]}-{key.hexdigest()[:16]}.jsonl"
         found = {}
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines()
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = parse_json(line, f"{self.path}, line {number}")
-                except UserError:
-                    continue  # the line that was being written when the run ended
-                scores = _scores(row, requests)
-                if scores is None:
-                    raise UserError(
-                        f"{self.path}, line {number}: damaged, it holds no scores of an item; "
-                        "remove the line"
-                    )
-                found[row["i"]] = scores
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
+            where = f"{self.path}, line {number}"
+            try:
+                values = parse_json(line, where)
+            except UserError:
+                continue
+            item: _Item = value_of(_Item, values, where, REMEDY)
+            count = len(requests[item.i].targets) if item.i < len(requests) else None
+            if not len(item.logprob) == len(item.greedy) == count:
+                raise UserError(f"{where}: is of another request than item {item.i}; {REMEDY}")
+            found[item.i] = Scores(tuple(item.logprob), tuple(item.greedy))
         return found
 
     def add(self, index: int, scores: Scores) -> None:
@@ -53,23 +67,5 @@ class ItemStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         row = {"i": index, "logprob": scores.logprob, "greedy": scores.greedy}
         with self.path.open("a", encoding="utf-8") as file:
-            # The break in front closes a line that a kill has cut off.
+            # The break in front ends a line that a killed process left unfinished.
             file.write("\n" + json.dumps(row))
-
-
-def _scores(row: Any, requests: Sequence[Request]) -> Scores | None:
-    """The scores in a row, one for each target of its request; None if they are not that."""
-    if not isinstance(row, dict) or type(row.get("i")) is not int:
-        return None
-    index, logprob, greedy = row["i"], row.get("logprob"), row.get("greedy")
-    if not 0 <= index < len(requests) or not isinstance(logprob, list):
-        return None
-    count = len(requests[index].targets)
-    if (
-        not isinstance(greedy, list)
-        or not len(logprob) == len(greedy) == count
-        or not all(isinstance(p, float | int) and not math.isnan(p) for p in logprob)
-        or not all(isinstance(g, bool) for g in greedy)
-    ):
-        return None
-    return Scores(tuple(logprob), tuple(greedy))

@@ -7,12 +7,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.tasks import Measured
 from mlx_mla.evaluation.tasks.base import compare
-from mlx_mla.files import write_text
+from mlx_mla.fields import read
+from mlx_mla.files import finite, write_text
 from mlx_mla.pictures import draw, plain
+
+
+class _Model(TypedDict):
+    model: str
+    tasks: dict[str, dict[str, Any]]
+    """Metrics by task: NAME, NAME_stderr, NAME_count and so on, and the number of items, n."""
+
+
+class Results(TypedDict):
+    """What `mlx_mla.evaluate --out` writes."""
+
+    protocol: str
+    models: list[_Model]
+    comparisons: list[dict[str, Any]]
+
+
+def read_results(path: Path) -> Results:
+    """The results in a file of `write`; UserError if it holds something else."""
+    return read(Results, path, "give --out a new name")
 
 
 def compare_models(
@@ -78,8 +100,8 @@ def claim(out: Path, resume: bool) -> None:
         raise UserError(f"--out {out}: must be a file ending in .json; the report goes beside it")
     plot, text = _beside(out)
     began = resume and (items_folder(out).is_dir() or out.exists())
-    if began and out.exists() and not _is_results(out):
-        raise UserError(f"--out {out}: holds no results to resume; give --out a new name")
+    if began and out.exists():
+        read_results(out)
     if out.exists() and not resume:
         raise UserError(f"{out}: exists; add --resume to go on with it, or give --out a new name")
     for path in (plot, text, items_folder(out)):
@@ -98,7 +120,7 @@ def claim(out: Path, resume: bool) -> None:
 def write(document: dict[str, Any], out: Path) -> None:
     """Write the results file, and the report and the plot beside it; UserError if the system
     refuses."""
-    write_text(out, json.dumps(_finite(document), indent=1) + "\n")
+    write_text(out, json.dumps(finite(document), indent=1) + "\n")
     plot, text = _beside(out)
     _plot(document, plot)
     write_text(text, f"# Evaluation\n\n{tables(document)}\n\n![scores]({plot.name})\n")
@@ -106,14 +128,6 @@ def write(document: dict[str, Any], out: Path) -> None:
 
 def _beside(out: Path) -> tuple[Path, Path]:
     return out.with_suffix(".png"), out.with_suffix(".md")
-
-
-def _is_results(path: Path) -> bool:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and {"protocol", "models", "comparisons"} <= values.keys()
 
 
 def _names(models: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -160,15 +174,6 @@ def _difference(row: dict[str, Any]) -> str:
     digits = _digits((high - low) / 4)
     text = f"{value:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f})"
     return text if row["shown"] else f"{text}: no difference shown"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _reach(values: dict[str, Any], metric: str) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_mla.backends.peak import mfu
 from mlx_mla.errors import UserError
+from mlx_mla.files import finite
 from mlx_mla.model.config import TrainConfig
 from mlx_mla.training.metrics import METRICS, SAMPLES, read_metrics
 from mlx_mla.training.tracking import Tracking
@@ -39,10 +40,10 @@ class MetricsLog:
         """A row of samples.jsonl."""
         self._append(SAMPLES, {"step": step, "text": text})
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+    def _append(self, name: str, row: dict[str, Any]) -> None:
         try:
             with (self._out / name).open("a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(finite(row)) + "\n")
         except OSError as e:
             raise UserError(
                 f"{self._out / name}: could not be written: {e.strerror}; {self._advice()}"

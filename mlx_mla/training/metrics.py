@@ -4,56 +4,58 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.errors import UserError
-from mlx_mla.files import parse_json_object
+from typing_extensions import NotRequired, TypedDict
+
+from mlx_mla.fields import REMEDY, Count, NonNegativeFloat, json_lines, value_of
+from mlx_mla.files import finite
 from mlx_mla.pictures import draw, loss_axis, plain
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-_FIGURES = ("loss", "lr", "tokens", "tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
+
+
+class _Row(TypedDict):
+    """A line of metrics.jsonl; that of a task holds its metrics beside these."""
+
+    step: Count
+    split: NotRequired[str]
+    """train, val, or the name of a task."""
+    lr: NotRequired[float]
+    tokens: NotRequired[Count]
+    tokens_per_sec: NotRequired[float]
+    peak_memory_bytes: NotRequired[Count]
+    mfu: NotRequired[float]
+    seconds: NotRequired[NonNegativeFloat]
+
+
+class _LossRow(_Row):
+    loss: float
+
+
+class _Sample(TypedDict):
+    step: Count
+    text: NotRequired[str]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; an unfinished last line (a killed run) is left out.
+    """The lines of a metrics.jsonl: `step` and `split` of each, `loss` of training and validation.
+
+    An unfinished last line, which a killed run left, is left out. No file is no lines.
 
     Raises:
-        UserError: For a line that is no JSON object with a step, or has words for figures, naming
-            it.
+        UserError: Naming the line and the field of a value that no run writes.
     """
     rows = []
-    if path.is_file():
-        for number, line in enumerate(_lines(path), 1):
-            if line.endswith(b"\n"):
-                where = f"{path}, line {number}"
-                try:
-                    row = parse_json_object(line, where)
-                except UserError:
-                    row = {}
-                if not _is_row(row):
-                    raise UserError(
-                        f"{where}: damaged, it is no JSON object with a step and its figures; "
-                        "remove the line"
-                    )
-                rows.append(row)
+    for where, row in json_lines(path):
+        if isinstance(row, dict) and row.get("split") in ("train", "val"):
+            rows.append(value_of(_LossRow, row, where, REMEDY))
+        else:  # of a task on one item: the error is NaN, and a perplexity can be infinite
+            rows.append(value_of(_Row, finite(row), where, REMEDY))
     return rows
 
 
-def _lines(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().splitlines(keepends=True)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-
-
-def _is_row(row: dict[str, Any]) -> bool:
-    step, split = row.get("step"), row.get("split", "")
-    figures = [value for key, value in row.items() if key in _FIGURES]
-    return (
-        type(step) is int
-        and step >= 0
-        and isinstance(split, str)
-        and (split not in ("train", "val") or "loss" in row)
-        and all(type(value) in (int, float) for value in figures)
-    )
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of a samples.jsonl; as `read_metrics`."""
+    return [value_of(_Sample, row, where, REMEDY) for where, row in json_lines(path)]
 
 
 def perplexity_text(loss: float) -> str:

@@ -1,8 +1,9 @@
-"""Stopping in good order, and going on after a stop in bad order."""
+"""Stopping on signals, and finding the checkpoint that --auto-resume starts from."""
 
 import contextlib
 import dataclasses
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,26 @@ _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
-    """Where --auto-resume goes on."""
+    """Where --auto-resume starts."""
 
     from_step: int | None
-    """Step of the newest whole checkpoint; None: the run has saved none yet."""
+    """Step of the newest intact checkpoint; None: the run has saved none yet."""
     notes: tuple[str, ...]
-    """What was passed over, for the user to read."""
+    """Messages about the damaged checkpoints that were skipped."""
 
 
 def find_restart(run: Path) -> Restart:
-    """The newest whole checkpoint of a run folder, by its checksums.
+    """The newest intact checkpoint of a run folder, by its checksums.
 
     Raises:
-        UserError: If there are checkpoints, and all are damaged.
+        UserError: If there are checkpoints, and all of them are damaged.
     """
     notes: list[str] = []
     for folder in reversed(checkpoint.checkpoints(run)):
         problem = _problem(folder)
         if problem is None:
             return Restart(checkpoint.step_of(folder), tuple(notes))
-        notes.append(f"{folder}: damaged, {problem}; going on from an older one")
+        notes.append(f"{folder}: damaged, {problem}; resuming from an older one")
     if notes:
         raise UserError(
             f"{run}: none of its {len(notes)} checkpoints is whole (newest: "
@@ -45,11 +46,8 @@ def find_restart(run: Path) -> Restart:
 
 
 def _problem(folder: Path) -> str | None:
-    for name in (
-        SUMS,
-        checkpoint.STATE,
-        checkpoint.STATE_INFO,
-    ):  # always there: folders appear whole
+    # Every checkpoint has them, since folders appear complete or not at all.
+    for name in (SUMS, checkpoint.STATE, checkpoint.STATE_INFO):
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
@@ -60,14 +58,18 @@ def _problem(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def catch_signals(second_acts: bool) -> Iterator[list[int]]:
-    """Note Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) in a list, so that the step in hand
-    finishes. What the process was told to ignore (nohup) stays ignored.
+    """Collect Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) in a list, so that the current
+    step can finish. Signals that the process ignores (nohup) stay ignored. Outside the main thread,
+    where Python allows no handlers, the list stays empty.
 
     Args:
-        second_acts: A second Ctrl-C ends the program at once. Not under a launcher, which passes on
-            to its processes what the terminal has sent them already.
+        second_acts: Whether a second Ctrl-C ends the program at once. Not under a launcher, which
+            repeats the terminal's signal to its processes.
     """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)

@@ -15,7 +15,7 @@ from mlx_mla.files import clear_leftovers, read_toml, write_text
 from mlx_mla.locks import LOCK, locked
 from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.presets import overlay, to_toml
-from mlx_mla.training.metrics import METRICS, SAMPLES, plot_loss, read_metrics
+from mlx_mla.training.metrics import METRICS, SAMPLES, plot_loss, read_metrics, read_samples
 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
 CHECKPOINTS, TRACKING = "checkpoints", "tracking.json"
@@ -139,21 +139,20 @@ def resume_point(
             else "there is no older one"
         )
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
-    optimizer_state, info = checkpoint.read_train_state(folder)
-    # Checkpoints of earlier versions have no samples.
-    samples = info.get("data_samples_sha256", data.samples)
-    if info.get("data_sha256") != data.fingerprint or samples != data.samples:
+    optimizer_state, info = checkpoint.read_train_state(folder, config.model)
+    samples = info.data_samples_sha256 or data.samples
+    if info.data_sha256 != data.fingerprint or samples != data.samples:
         raise UserError(
             f"--resume: {config.data} is not the text that {out} was trained on (its sha256 "
             "differs); restore it, or start a new run with --init"
         )
-    if info["step"] >= config.steps:
+    if info.step >= config.steps:
         raise UserError(
-            f"{out}: has finished its {info['step']} steps; give a larger --steps to go on, or "
+            f"{out}: has finished its {info.step} steps; give a larger --steps to go on, or "
             f"generate from it with --model {shlex.quote(str(out))}"
         )
     weights = checkpoint.read_weights(folder, config.model)
-    return Start(weights, info["step"], optimizer_state, info["val_loss"])
+    return Start(weights, info.step, optimizer_state, info.val_loss)
 
 
 def prepare_resume(out: Path, config: TrainConfig, step: int) -> None:
@@ -163,8 +162,8 @@ def prepare_resume(out: Path, config: TrainConfig, step: int) -> None:
     """
     _make_checkpoints(out)
     write_text(out / CONFIG, to_toml(config))
-    for name in (METRICS, SAMPLES):
+    for name, read in ((METRICS, read_metrics), (SAMPLES, read_samples)):
         path = out / name
         if path.exists():
-            rows = [row for row in read_metrics(path) if row["step"] <= step]
+            rows = [row for row in read(path) if row["step"] <= step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

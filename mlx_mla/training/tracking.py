@@ -1,8 +1,8 @@
-"""Copies of a run's metrics in TensorBoard, Weights & Biases or Trackio, as --track asks.
+"""Copies of a run's metrics in TensorBoard, Weights & Biases or Trackio (--track).
 
-Each gets the rows of metrics.jsonl as scalars named SPLIT/KEY (`train/loss`, `val/loss`) at their
-step. That file stays the record: a tracker that fails while training is left out with a warning,
-and the run goes on.
+Each tracker gets the rows of metrics.jsonl as scalars named SPLIT/KEY (`train/loss`, `val/loss`) at
+their step. That file stays the record: a tracker that fails during training is dropped with a
+warning, and the run continues.
 """
 
 import contextlib
@@ -10,18 +10,18 @@ import dataclasses
 import importlib
 import json
 import os
-import re
 import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from rich.console import Console
 
 from mlx_mla.errors import UserError, nearest
-from mlx_mla.files import read_json, write_text
+from mlx_mla.fields import Form, read
+from mlx_mla.files import write_text
 from mlx_mla.model.config import TrainConfig
 from mlx_mla.training.run_folder import TRACKING
 
@@ -32,8 +32,7 @@ class Tracker(Protocol):
     """One run in one tool."""
 
     def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
-        """Take scalars by name; `seconds` is the training time at that step, where the row has
-        it."""
+        """Record scalars by name; `seconds` is the training time at that step, if known."""
         ...
 
     def close(self, failed: bool) -> None:
@@ -44,9 +43,9 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in OUT/tensorboard.
 
-    They are written anew by every process, from the rows kept so far: TensorBoard has no other way
-    to drop steps that a killed run logged after its last checkpoint. Wall times are such that
-    "relative" is the training time.
+    Every process rewrites them from the rows kept so far: TensorBoard has no other way to drop
+    steps that a killed run logged after its last checkpoint. Wall times make TensorBoard's
+    "relative" axis show the training time.
     """
 
     def __init__(self, out: Path, rows: Sequence[Mapping[str, Any]]):
@@ -69,8 +68,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, its files in OUT/wandb; WANDB_PROJECT, WANDB_MODE and the like are
-    obeyed."""
+    """A run of Weights & Biases, with its files in OUT/wandb; WANDB_PROJECT, WANDB_MODE and other
+    variables of wandb apply. wandb itself ignores steps that it has already."""
 
     def __init__(self, out: Path, identity: str, settings: dict[str, Any]):
         import wandb
@@ -93,7 +92,8 @@ class WandB:
 
 
 class Trackio:
-    """A run of Trackio, in its own folder (TRACKIO_DIR) or Space (TRACKIO_SPACE_ID)."""
+    """A run of Trackio, in its own folder (TRACKIO_DIR) or Space (TRACKIO_SPACE_ID). Steps that are
+    trained again, after a kill, are there twice."""
 
     def __init__(self, out: Path, identity: str, settings: dict[str, Any]):
         import trackio
@@ -113,7 +113,7 @@ NAMES = ("tensorboard", "wandb", "trackio")
 
 
 def tracker_names(text: str) -> list[str]:
-    """The trackers of a --track value, each importable.
+    """The trackers that a --track value names, after importing each.
 
     Raises:
         UserError: For an unknown name, or one whose package is not installed.
@@ -126,52 +126,70 @@ def tracker_names(text: str) -> list[str]:
             # A plain folder of that name, such as the ./wandb that wandb writes, imports too.
             if getattr(importlib.import_module(name), "__file__", "") is None:
                 raise ModuleNotFoundError(name=name)
-        except ModuleNotFoundError as e:
+        except ImportError as e:
             raise UserError(
-                f"--track {name}: {e.name} is not installed; pip install {name}"
+                f"--track {name}: {e.name or name} is not installed; pip install {name}"
             ) from None
     return names
+
+
+@dataclasses.dataclass
+class _Record:
+    """What OUT/tracking.json holds."""
+
+    id: Annotated[str, Form("be the id of a run", r"[\w-]{1,64}")]
+    trackers: list[str] = dataclasses.field(default_factory=list)
+    """Trackers that already have the rows of earlier processes."""
+    sent: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The same as keys, in files of earlier versions."""
 
 
 class Tracking:
     """Every tracker of a run, fed row by row.
 
-    OUT/tracking.json holds the run's id and, for trackers that cannot take a step back, the last
-    step of each split they were given: a resumed run goes on with the same id and gives no step
-    twice.
+    OUT/tracking.json holds the run's id, under which a resumed run continues in each tracker, and
+    the trackers that have it. A tracker that is added later first gets the rows so far.
     """
 
     def __init__(self, out: Path, console: Console):
         self._path, self._console = out / TRACKING, console
         self._trackers: dict[str, Tracker] = {}
-        self.identity, self._sent = _stored(self._path)
+        self._record = _Record(uuid.uuid4().hex[:8])
+        if self._path.is_file():
+            self._record = read(_Record, self._path, "remove the file")
 
     def start(self, name: str, config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Open a tracker and give it those of the rows so far that it has not got."""
-        out, settings = self._path.parent, _settings(config)
+        """Open a tracker, and give it the rows so far unless it has them.
+
+        Raises:
+            UserError: If the tracker cannot start, for example without a login.
+        """
+        out, settings, record = self._path.parent, _settings(config), self._record
         try:
             if name == "tensorboard":
                 tracker: Tracker = TensorBoard(out, rows)
             else:
-                tracker = (WandB if name == "wandb" else Trackio)(out, self.identity, settings)
-        except Exception as e:  # theirs: no login, no network, no room
+                tracker = (WandB if name == "wandb" else Trackio)(out, record.id, settings)
+        except Exception as e:
             raise UserError(
                 f"--track {name}: could not start: {e}; set it right, or leave it out with --track "
                 f"'', and add --resume --out {shlex.quote(str(out))}"
             ) from e
         self._trackers[name] = tracker
-        self._sent.setdefault(name, {})
-        for row in rows:
-            if "split" in row:
-                self._give(name, row)
-        self._remember()  # also the id, of which the tracker now has a run
+        known = {*record.trackers, *record.sent}
+        if name not in known:
+            for row in rows:
+                if "split" in row:
+                    self._give(name, row)
+        if name != "tensorboard":
+            record.trackers = sorted({*known, name})
+            values = {"id": record.id, "trackers": record.trackers}
+            write_text(self._path, json.dumps(values) + "\n")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Give a row of metrics.jsonl to every tracker."""
         for name in list(self._trackers):
             self._give(name, row)
-        if self._trackers:
-            self._remember()
 
     def close(self, failed: bool) -> None:
         """End the run in every tracker."""
@@ -182,51 +200,31 @@ class Tracking:
                 self._warn(name, e)
 
     def _give(self, name: str, row: Mapping[str, Any]) -> None:
-        step, split = row["step"], row["split"]
-        if name not in self._trackers or step <= self._sent[name].get(split, 0):
+        if name not in self._trackers:
             return
         try:
-            self._trackers[name].log(step, scalars(row), row.get("seconds"))
-        except Exception as e:  # whatever it is, it is no reason to lose a run
+            self._trackers[name].log(row["step"], scalars(row), row.get("seconds"))
+        except Exception as e:  # no error of a tracker is a reason to lose a run
             del self._trackers[name]
             self._warn(name, e)
-        else:
-            self._sent[name][split] = step
 
     def _warn(self, name: str, error: Exception) -> None:
         reason = " ".join(str(error).split())
         text = f"warning: --track {name} failed and is left out from here: {reason}"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _remember(self) -> None:
-        if sent := {name: steps for name, steps in self._sent.items() if name != "tensorboard"}:
-            write_text(self._path, json.dumps({"id": self.identity, "sent": sent}) + "\n")
-
-
-def _stored(path: Path) -> tuple[str, dict[str, dict[str, int]]]:
-    """The run's id, and the last step of each split by tracker; a new id where there is none."""
-    stored = read_json(path) if path.is_file() else {}
-    identity, sent = stored.get("id", uuid.uuid4().hex[:8]), stored.get("sent", {})
-    if (
-        not (isinstance(identity, str) and re.fullmatch(r"[\w-]{1,64}", identity))
-        or not (isinstance(sent, dict) and all(isinstance(steps, dict) for steps in sent.values()))
-        or not all(type(step) is int for steps in sent.values() for step in steps.values())
-    ):
-        raise UserError(f"{path}: damaged, it names no id and steps; remove it")
-    return identity, sent
-
 
 @contextlib.contextmanager
 def tracking(
     config: TrainConfig, out: Path, rows: Sequence[Mapping[str, Any]], console: Console
 ) -> Iterator[Tracking]:
-    """The trackers of --track for the length of a run.
+    """The trackers of --track, open for the length of a run.
 
     Args:
         config: Settings, which the trackers show.
         out: The run folder.
         rows: The rows that metrics.jsonl holds already.
-        console: Where warnings go.
+        console: Console for warnings.
     """
     all_of_them = Tracking(out, console)
     failed = True

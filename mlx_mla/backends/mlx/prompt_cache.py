@@ -1,5 +1,5 @@
-"""Prompt-cache files: a context that was read once, as mlx-lm keeps it on disk, and the model that
-it belongs to."""
+"""Prompt-cache files: a context that was read once, in mlx-lm's format, and the model that it
+belongs to."""
 
 import copy
 import hashlib
@@ -18,26 +18,28 @@ from safetensors import SafetensorError, safe_open
 from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.caches import adopt
 from mlx_mla.errors import UserError
+from mlx_mla.fields import Count, value_of
 from mlx_mla.files import parse_json
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 _UNSEALED = "0" * 64
-"""Stands in the header for the sha256 of the whole file with these zeros in it."""
+"""Placeholder in the header; it is replaced by the sha256 of the file with the placeholder."""
+_AGAIN = "read the prompt again with --save-prompt-cache"
 
 
 def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) -> None:
-    """Write a cache and the tokens it holds; mlx-lm's tools can go on from the file, too.
+    """Write a cache and the tokens it holds; mlx-lm's tools can use the file, too.
 
     Args:
         path: File to write, complete or not at all; ends in .safetensors.
-        cache: mlx-lm caches, a layer each, that hold `tokens` and nothing else.
+        cache: mlx-lm caches, one per layer, that hold `tokens` and nothing else.
         folder: The model's folder.
 
     Raises:
         UserError: If it cannot be written.
     """
     used = [copy.copy(c) for c in cache]
-    for c in used:  # caches grow in steps; what is not used yet is not for the disk
+    for c in used:  # caches grow in steps; the unused rest is not written
         c.keys, c.values = tree_map(lambda a, end=c.offset: a[..., :end, :], (c.keys, c.values))
     about = {
         "model": str(folder),
@@ -62,14 +64,14 @@ def load(path: Path, folder: Path, dtype: mx.Dtype) -> tuple[list[Any], list[int
     """Read what `save` wrote.
 
     Args:
-        folder: Folder of the model that will go on from it.
-        dtype: Type of that model's weights, to which the cache is brought.
+        folder: Folder of the model that will continue from it.
+        dtype: Type of that model's weights, to which the cache is cast.
 
     Returns:
-        mlx-lm caches, a layer each, and the tokens they hold.
+        mlx-lm caches, one per layer, and the tokens they hold.
 
     Raises:
-        UserError: If it is no such file, is truncated, or belongs to another model.
+        UserError: If it is not such a file, is damaged, or belongs to another model.
     """
     try:
         with safe_open(str(path), "np") as f:  # checks that the file is as long as it says
@@ -84,22 +86,17 @@ def load(path: Path, folder: Path, dtype: mx.Dtype) -> tuple[list[Any], list[int
         for key, value in about.items()
         if key[2:] in ("fingerprint", "model", "sha256", "shape", "tokens")
     }
-    if "fingerprint" not in about or "tokens" not in about:
-        raise UserError(
-            f"{path}: does not say what model it is of; --save-prompt-cache writes files that do"
-        )
+    if missing := {"fingerprint", "tokens", "sha256"} - about.keys():
+        raise UserError(f"{path}: has no {min(missing)}, with which it can be checked; {_AGAIN}")
     if about["fingerprint"] != fingerprint(folder):
         raise UserError(
             f"{path}: is of another model ({about.get('model')}: {about.get('shape')}) than "
-            f"{folder} ({_shape(folder)}); read the prompt again with --save-prompt-cache"
+            f"{folder} ({_shape(folder)}); {_AGAIN}"
         )
-    if "sha256" in about and about["sha256"] != _sealed(path, about["sha256"]):
-        raise UserError(
-            f"{path}: damaged (its sha256 differs); read the prompt again with --save-prompt-cache"
-        )
-    tokens = parse_json(about["tokens"], f"{path}, tokens")
-    if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
-        raise UserError(f"{path}: damaged, its tokens are no list of ids")
+    if about["sha256"] != _sealed(path, about["sha256"]):
+        raise UserError(f"{path}: damaged (its sha256 differs); {_AGAIN}")
+    where = f"{path}, tokens"
+    tokens = value_of(list[Count], parse_json(about["tokens"], where), where, _AGAIN)
     try:
         return [_cast(adopt(c), dtype) for c in load_prompt_cache(str(path))], tokens
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as e:
@@ -107,11 +104,14 @@ def load(path: Path, folder: Path, dtype: mx.Dtype) -> tuple[list[Any], list[int
 
 
 def check_fits(path: Path, cache: Sequence[Any], tokens: Sequence[int], one: Sequence[Any]) -> None:
-    """UserError unless a loaded cache has as many tokens as it says, in the form of the model's.
+    """Check that a loaded cache holds its tokens in the shapes of the model's own caches.
 
     Args:
-        path: Where it came from, for the message.
+        path: File of the cache, for the message.
         one: The model's own caches after one token.
+
+    Raises:
+        UserError: If it does not.
     """
     try:
         bits, group_size = (getattr(cache[0], name, None) for name in ("bits", "group_size"))
@@ -124,8 +124,7 @@ def check_fits(path: Path, cache: Sequence[Any], tokens: Sequence[int], one: Seq
         fits = False
     if not fits:
         raise UserError(
-            f"{path}: damaged, it holds no cache of {len(tokens)} tokens of this model; read the "
-            "prompt again with --save-prompt-cache"
+            f"{path}: damaged, it holds no cache of {len(tokens)} tokens of this model; {_AGAIN}"
         )
 
 
@@ -137,7 +136,7 @@ def _form(cache: Any) -> Any:
 
 
 def _cast(cache: Any, dtype: mx.Dtype) -> Any:
-    """An mlx-lm cache with its numbers in a type; codes of a quantised one stay as they are."""
+    """Cast an mlx-lm cache to a type; the codes of a quantised cache stay as they are."""
 
     def cast(a: mx.array) -> mx.array:
         return a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a
@@ -147,7 +146,7 @@ def _cast(cache: Any, dtype: mx.Dtype) -> Any:
 
 
 def _seal(path: Path) -> None:
-    """Put the checksum into a file that was written without."""
+    """Replace the placeholder in a file by its checksum."""
     with path.open("r+b") as f:
         header = f.read(8)
         header += f.read(int.from_bytes(header, "little"))
@@ -156,7 +155,7 @@ def _seal(path: Path) -> None:
 
 
 def _sealed(path: Path, seal: str) -> str:
-    """sha256 of a file whose header has zeros in place of `seal`."""
+    """sha256 of a file with the placeholder in place of `seal`."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         header = f.read(8)
@@ -168,11 +167,11 @@ def _sealed(path: Path, seal: str) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of a model: its settings, the headers of its weight files and 64 samples spread over
-    each.
+    """sha256 of a model's configuration and, of each weight file, the header and 64 samples spread
+    over it.
 
-    Reads a quarter of a megabyte of a file, however large it is. Other weights, another rank or
-    another quantisation give another fingerprint.
+    It reads a quarter of a megabyte per file. Other weights, another rank or another quantisation
+    give another fingerprint.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("model*.safetensors")):
@@ -187,14 +186,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def _shape(folder: Path) -> str:
-    """What a cache of a model holds, in words."""
+    """The layers and widths of a model's cache, in words."""
     config = checkpoint.read_config(folder)
     return f"{config.n_layer} layers, {config.kind.cache_text}"
 
 
 def check_target(path: Path) -> None:
-    """Refuse a name that mlx-lm would change, or a folder that is not there, before anything is
-    computed."""
+    """UserError for a name that mlx-lm would change or a missing folder, before any computation."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the name of a prompt cache must end in .safetensors")
     if not path.parent.is_dir():
