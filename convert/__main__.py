@@ -32,20 +32,22 @@ PROG = f"python -m {__package__}"
 
 @dataclasses.dataclass(kw_only=True)
 class ConvertCommand:
-    """Turn a GPT-2 checkpoint into a model folder of this project, with latent attention if asked,
-    or back into Hugging Face's GPT-2.
+    """Convert a checkpoint of GPT-2's or Llama's kind into a model folder of this project, with
+    latent attention if asked, or back into Hugging Face's format.
 
     The source is recognised by its content; nothing in it is executed.
     """
 
     src: Positional[str]
-    """Hugging Face hub id or folder of a GPT-2; .pt of MLA-Transformer, nanoGPT, build-nanogpt or
-    minGPT; model .bin of llm.c; or a run or model folder of this project."""
+    """Hugging Face hub id or folder of a GPT-2, Llama, Mistral or Qwen2; .pt of MLA-Transformer,
+    nanoGPT, build-nanogpt or minGPT; model .bin of llm.c; or a run or model folder of this
+    project."""
     out: Path
     """Folder to write; it must not exist yet, or be empty. It appears complete or not at all."""
     to: Optional[Literal["mla", "hf"]] = None
-    """"mla" replaces multi-head by latent attention; "hf" writes a plain GPT2LMHeadModel folder.
-    None: a model folder with the source's own attention."""
+    """"mla" replaces multi-head by latent attention; "hf" writes a plain folder of GPT2LMHeadModel,
+    LlamaForCausalLM or Qwen2ForCausalLM, whichever the model is. None: a model folder with the
+    source's own attention."""
     rank: Optional[int] = None
     """--to mla: width of the latent; n_embd is exact and halves the cache, half of it quarters the
     cache."""
@@ -62,8 +64,9 @@ class ConvertCommand:
     """Tokens of the text to calibrate on, from its beginning. 0: all."""
     held_out_tokens: int = 32768
     """Tokens of its last tenth to measure perplexity on. 0: all."""
-    dtype: InferenceDType = "float32"
-    """Type to store the weights in, in which tools that are not told otherwise compute."""
+    dtype: Optional[InferenceDType] = None
+    """Type to store the weights in, in which tools compute by default. None: the source's; float32
+    with --to mla."""
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     """Where PyTorch runs the model on the calibration text. "auto" takes a GPU where there is
     one."""
@@ -92,7 +95,7 @@ def _main(argv: Sequence[str]) -> int:
     # These import transformers, which --help and mistakes need not wait for.
     from mlx_mla.card import converted_card
 
-    from . import hf
+    from . import hf, llama
     from .recognise import open_source
     from .to_mla import check_rank, convert_to_mla
     from .vocabulary import find_tokenizer
@@ -112,10 +115,15 @@ def _main(argv: Sequence[str]) -> int:
     if tokenizer.eos_token_id is None:
         print(NO_END_OF_TEXT)
     rank = check_rank(config, command.rank, command.rank_budget) if command.to == "mla" else None
+    kept = "float32" if command.to == "mla" else source.dtype
+    dtype = command.dtype or kept
     with locked(command.out), files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
         if command.to == "hf":
-            hf.write_gpt2(folder, config, weights, tokenizer, command.dtype)
+            if config.family == "Llama":
+                llama.write_llama(folder, config, weights, tokenizer, dtype)
+            else:
+                hf.write_gpt2(folder, config, weights, tokenizer, dtype)
         else:
             if rank is not None:
                 calibration = _calibration(command, tokenizer, config.n_positions)
@@ -126,11 +134,11 @@ def _main(argv: Sequence[str]) -> int:
                 steps = report.sentences()
                 print("\n".join(steps))
                 report.write(folder)
-            if command.dtype != "float32":
-                steps.append(f"The weights are rounded to {command.dtype}.")
+            if dtype not in ("float32", kept):
+                steps.append(f"The weights are rounded to {dtype}.")
             has_end = tokenizer.eos_token_id is not None
             card = converted_card(config, source.name, source.kind, len(tokenizer), has_end, steps)
-            checkpoint.write_model(folder, config, weights, tokenizer, card, command.dtype)
+            checkpoint.write_model(folder, config, weights, tokenizer, card, dtype)
     print(f"wrote {command.out}")
     return 0
 

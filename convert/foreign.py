@@ -2,13 +2,13 @@
 asked for."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.weights import parameter_shapes
 
 
@@ -19,11 +19,17 @@ class LazyTensor:
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     """Gives the values; float32 after `ForeignCheckpoint.weights` has checked them."""
+    stored: InferenceDType = "float32"
+    """Narrowest of our types that holds the values as the file has them."""
 
     @property
     def T(self) -> "LazyTensor":
         """The transposed matrix."""
-        return LazyTensor(self.shape[::-1], lambda: self.read().T)
+        return LazyTensor(self.shape[::-1], lambda: self.read().T, self.stored)
+
+    def mapped(self, function: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
+        """The same values in other places of the same shape."""
+        return LazyTensor(self.shape, lambda: function(self.read()), self.stored)
 
     def scaled_rows(self, start: int, stop: int, factor: float) -> "LazyTensor":
         """The same tensor with rows `start` to `stop` multiplied by `factor`."""
@@ -34,6 +40,21 @@ class LazyTensor:
             return values
 
         return LazyTensor(self.shape, read)
+
+
+def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors one above the other."""
+    rows = sum(part.shape[0] for part in parts)
+    return LazyTensor(
+        (rows, *parts[0].shape[1:]),
+        lambda: np.concatenate([part.read() for part in parts]),
+        _common(parts),
+    )
+
+
+def _common(tensors: Iterable[LazyTensor]) -> InferenceDType:
+    types = {tensor.stored for tensor in tensors}
+    return types.pop() if len(types) == 1 else "float32"
 
 
 Tensors = dict[str, LazyTensor]
@@ -61,8 +82,13 @@ class ForeignCheckpoint:
     """Those that `parameter_shapes(config)` names."""
     folder: Path | None = None
     """Where it may have tokenizer files."""
-    eos_token_id: int | None = None
-    """Id of the end of text, where its configuration says one."""
+    ends: list[int] = dataclasses.field(default_factory=list)
+    """Ids that end a text, where its configuration names any."""
+
+    @property
+    def dtype(self) -> InferenceDType:
+        """The type of all its tensors; float32 if they differ."""
+        return _common(self.tensors.values())
 
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors, contiguous float32.
@@ -129,11 +155,13 @@ def _some(names: Iterable[str]) -> str:
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
-def is_tied(tensors: Mapping[str, LazyTensor]) -> bool:
+def is_tied(
+    tensors: Mapping[str, LazyTensor], head: str = HEAD, embedding: str = EMBEDDING
+) -> bool:
     """Whether the output head is the embedding; one that is absent is."""
-    if HEAD not in tensors or EMBEDDING not in tensors:
+    if head not in tensors or embedding not in tensors:
         return True
-    a, b = tensors[HEAD], tensors[EMBEDDING]
+    a, b = tensors[head], tensors[embedding]
     return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 

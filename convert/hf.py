@@ -49,6 +49,10 @@ ACTIVATIONS = {
 """Names of transformers for the two functions we have; the first three are one formula."""
 
 
+HALF: dict[str, InferenceDType] = {"BF16": "bfloat16", "F16": "float16"}
+"""Half precision as safetensors names it."""
+
+
 def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     """Read a folder with config.json and safetensors (sharded or not) or pytorch_model.bin.
 
@@ -59,9 +63,14 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     values = read_json(where)
     config = _config(values, where)
     tensors = _tensors(folder, values, config)
-    eos = values.get("eos_token_id")
-    eos = eos if isinstance(eos, int) and not isinstance(eos, bool) and eos >= 0 else None
-    return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, eos)
+    ends = ids(values.get("eos_token_id"))
+    return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, ends)
+
+
+def ids(value: Any) -> list[int]:
+    """The token ids in an entry of config.json that holds one, several or none."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if type(v) is int and v >= 0]
 
 
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:
@@ -169,7 +178,11 @@ def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
     with _readable(path), safe_open(str(path), "np") as file:
         tensors = {
-            n: LazyTensor(tuple(file.get_slice(n).get_shape()), _reader(path, n))
+            n: LazyTensor(
+                tuple(file.get_slice(n).get_shape()),
+                _reader(path, n),
+                HALF.get(file.get_slice(n).get_dtype(), "float32"),
+            )
             for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
         }
     return unwrapped(path, tensors)
@@ -223,9 +236,12 @@ def write_gpt2(
             "transformers loads it as it is"
         )
     state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
-    if not config.attention_bias:
-        for i in range(config.n_layer):
-            state[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * config.n_embd, np.float32)
+    biased = dataclasses.replace(
+        config, attention_bias=True, attention_out_bias=True, mlp_bias=True
+    )
+    for name, shape in parameter_shapes(biased).items():
+        if name not in state:  # a GPT-2 has every bias
+            state[name] = np.zeros(shape, np.float32)
     save_file(in_type(state, dtype), str(folder / "model.safetensors"), {"format": "pt"})
     give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
     fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()

@@ -12,14 +12,15 @@ from mlx_mla.errors import UserError
 from mlx_mla.files import is_hub_id, read_json
 from mlx_mla.hub import find_model
 
-from . import hf, karpathy, llmc
+from . import hf, karpathy, llama, llmc
 from .foreign import ForeignCheckpoint, check_tensors
 
 KNOWN = (
-    "a Hugging Face GPT-2 folder or hub id, a .pt of MLA-Transformer, nanoGPT, build-nanogpt or "
-    "minGPT, a model .bin of llm.c, or a model folder of this project"
+    "a Hugging Face folder or hub id of a GPT-2, Llama, Mistral or Qwen2, a .pt of "
+    "MLA-Transformer, nanoGPT, build-nanogpt or minGPT, a model .bin of llm.c, or a model folder "
+    "of this project"
 )
-SMALL_FILES = ["*.json", "*.txt"]
+SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
 
 
 def open_source(
@@ -58,7 +59,8 @@ def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
         raise UserError(f"{path}: has no config.json; known are {KNOWN}")
     if read_json(path / "config.json").get("model_type") == "mla_gpt2":
         return _own(find_model(str(path)), name)
-    return hf.read_gpt2(path, name)
+    kind = read_json(path / "config.json").get("model_type")
+    return llama.read_llama(path, name) if kind in llama.CONFIGS else hf.read_gpt2(path, name)
 
 
 def _own(folder: Path, name: str) -> ForeignCheckpoint:

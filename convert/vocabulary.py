@@ -7,10 +7,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from mlx_mla import checkpoint
-from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, get_tokenizer, told
+from mlx_mla.data.tokenizer import (
+    END_OF_TEXT,
+    check_tokenizer,
+    get_tokenizer,
+    set_end_ids,
+    told,
+)
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_json
 
+from . import llama
 from .foreign import ForeignCheckpoint
 from .pickles import plain_values
 
@@ -36,6 +43,10 @@ def find_tokenizer(
     """
     if choice is None and (own := _own(source)) is not None:
         return own
+    if choice is None and source.config.family == "Llama":
+        raise UserError(
+            f"{source.name}: has no tokenizer.json; give --tokenizer a folder that has the model's"
+        )
     if choice in (None, "gpt2", "bytes"):
         tokenizer = get_tokenizer(
             "bytes" if choice == "bytes" else "gpt2", bpe_dir
@@ -74,11 +85,17 @@ def _own(source: ForeignCheckpoint) -> PreTrainedTokenizerFast | None:
 def _read(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a folder, with all its special tokens; None if it has none."""
     is_whole = (folder / "tokenizer.json").is_file()
+    config = folder / "config.json"
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    if is_whole and model_type in llama.CONFIGS:
+        with told(f"{folder}: its tokenizer cannot be read"):
+            # transformers decides by model_type which special tokens are added to a text.
+            read = AutoTokenizer.from_pretrained(str(folder))
+        check_tokenizer(read, folder)
+        return _rewrapped(read)
     if not is_whole and not all((folder / n).is_file() for n in ("vocab.json", "merges.txt")):
         return None
-    config = folder / "config.json"
-    values = read_json(config) if config.is_file() else {}
-    is_gpt2 = values.get("model_type") == "gpt2"
+    is_gpt2 = model_type == "gpt2"
     if is_whole and not is_gpt2:
         return checkpoint.read_tokenizer(folder)
     with told(f"{folder}: its tokenizer cannot be read"):
@@ -95,12 +112,11 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
 
 def _rewrapped(read: Any) -> PreTrainedTokenizerFast:
     """The same tokenizer as the class that needs no defaults, so that every tool reads it alike."""
-    template = read.chat_template if isinstance(read.chat_template, str) else None
     return PreTrainedTokenizerFast(
         tokenizer_object=read.backend_tokenizer,
         clean_up_tokenization_spaces=False,
         extra_special_tokens=read.extra_special_tokens,
-        chat_template=template,
+        chat_template=read.chat_template,
         **read.special_tokens_map,
     )
 
@@ -138,8 +154,10 @@ def _fitting(
             f"{source.name}: {which} has {len(tokenizer)} ids, the model {rows} rows; give "
             "--tokenizer bytes, gpt2, or a folder with the model's own"
         )
-    if tokenizer.eos_token_id is None and source.eos_token_id is not None:
-        token = tokenizer.convert_ids_to_tokens(source.eos_token_id)
+    ends = [i for i in source.ends if i < len(tokenizer)]
+    if tokenizer.eos_token_id is None and ends:
+        token = tokenizer.convert_ids_to_tokens(ends[0])
         if token is not None:
             tokenizer.eos_token = token
+    set_end_ids(tokenizer, ends)
     return tokenizer

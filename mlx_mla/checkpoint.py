@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, told
+from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, end_ids, told
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import Count, value_of
 from mlx_mla.files import (
@@ -86,7 +86,9 @@ def write_model(
 def model_config_json(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """config.json: our fields, and the few by which other tools find their way."""
     assert config.vocab_size
-    eos = tokenizer.eos_token_id
+    ends = end_ids(tokenizer)
+    eos = ends[0] if ends else None
+    bos = tokenizer.bos_token_id
     values = {
         "model_type": "mla_gpt2",
         "architectures": ["MLAGPT2LMHeadModel"],
@@ -101,8 +103,8 @@ def model_config_json(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -
         "hidden_size": config.n_embd,
         "num_attention_heads": config.n_head,
         "max_position_embeddings": config.n_positions,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
+        "bos_token_id": eos if bos is None else bos,
+        "eos_token_id": ends if len(ends) > 1 else eos,
     }
     if len(tokenizer) < config.vocab_size:
         # The model files give the rows beyond no probability, so no tool samples them.

@@ -110,6 +110,15 @@ def shared_corpus() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of a real Llama, SmolLM2-135M-Instruct, as ../shared/tools/smollm2 writes it."""
+    folder = Path(os.environ.get("SMOLLM2", SHARED.parents[1] / "smollm2"))
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("needs SmolLM2: ../shared/tools/smollm2")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """About 20 KB of English."""
     from mlx_mla.data.corpus import read_documents

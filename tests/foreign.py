@@ -8,14 +8,22 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.torch.load import build_model
+from mlx_mla.data.tokenizer import ByteTokenizer
 
 torch.set_num_threads(1)  # threads only wait for each other in models as small as these
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LLMC_ORDER = (
     "ln_1.weight",
     "ln_1.bias",
@@ -48,6 +56,40 @@ def gpt2(seed: int = 0, spread: float = 0.2, **changes) -> GPT2LMHeadModel:
         for name, p in model.named_parameters():
             centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
             p.copy_(centre + spread * torch.randn(p.shape, generator=random))
+    return model
+
+
+def llama(kind: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
+    """A random Llama, Mistral or Qwen2 of transformers, every tensor random; grouped queries."""
+    values = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "max_position_embeddings": 48,
+        "vocab_size": 300,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+        **({"sliding_window": None} if kind == "mistral" else {}),
+        **changes,
+    }
+    config = AutoConfig.for_model(kind, **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(("norm" in name) + 0.2 * torch.randn(p.shape, generator=random))
+    return model
+
+
+def save_llama(folder: Path, *args, **changes) -> PreTrainedModel:
+    """Its folder, with the byte tokenizer and a chat template; returns the model."""
+    model = llama(*args, **changes)
+    model.save_pretrained(str(folder))
+    tokenizer = ByteTokenizer().fast_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(str(folder))
     return model
 
 

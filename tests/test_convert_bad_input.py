@@ -63,8 +63,8 @@ def edit_weights(folder, change):
     ("changes", "message"),
     [
         (
-            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-            "LlamaForCausalLM .* is not supported; supp",
+            {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
+            "Gemma3ForCausalLM .* is not supported; supp",
         ),
         (
             {"architectures": ["GPT2ForSequenceClassification"]},

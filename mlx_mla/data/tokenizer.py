@@ -20,7 +20,7 @@ import tiktoken
 import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import TOKENIZER_IDS, TokenizerName
@@ -42,6 +42,8 @@ _GPT2_PATTERN = (
 # that Python's do.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")
 
+
+_ENDS = "additional_eos_token_ids"
 
 # What a regular expression of a tokenizer may run into: long runs of one character.
 _RUNS = " ".join(chr(c) * 40 for c in range(0x21, 0x7F))
@@ -155,6 +157,25 @@ def told(what: str) -> Iterator[None]:
             raise
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(f"{what} ({reason[:150]})") from None
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a text, the tokenizer's own end of text first; empty if it has none.
+
+    A chat model may have several. Only a model's generation_config.json names them all, so the
+    converter keeps them among the tokenizer's settings, where they travel with it.
+    """
+    own = tokenizer.eos_token_id
+    others = tokenizer.init_kwargs.get(_ENDS)
+    ids = [own, *(others if isinstance(others, list) else [])]
+    return [i for i in dict.fromkeys(ids) if type(i) is int and 0 <= i < len(tokenizer)]
+
+
+def set_end_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    """Keep further ids that end a text; what `end_ids` returns from then on."""
+    others = [i for i in ids if i != tokenizer.eos_token_id]
+    if others:
+        tokenizer.init_kwargs[_ENDS] = others
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, where: object) -> None:

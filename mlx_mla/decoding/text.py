@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlx_mla.data.tokenizer import end_ids
+
 LONGEST_WINDOW, SHORTEST_WINDOW = 64, 8
 """Tokens that are decoded together: where this is too many, and how many of them then stay."""
 
@@ -21,6 +23,7 @@ class TextWriter:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
         self._tokenizer = tokenizer
+        self._ends = end_ids(tokenizer)
         self._stop = list(stop)
         self._tokens: list[int] = []  # the latest ones, enough to decode the next
         self._taken = 0  # characters of their text that were moved to _held
@@ -28,7 +31,7 @@ class TextWriter:
 
     def add(self, token: int) -> str | None:
         """Take one token; returns "stop" at the end of text or at a stop string."""
-        if token == self._tokenizer.eos_token_id:
+        if token in self._ends:
             self._decode(final=True)
             self._cut()
             self._stop = []  # none can follow, so nothing needs to be held back

@@ -197,10 +197,10 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     width = 2.15 if half else 4
     scores = 0 if fused else m.n_head * config.context
     gated = m.activation_function == "swiglu"
-    mlp = (5.25 if gated else 3.75) * m.n_inner
+    mlp = (4.5 if gated else 3.75) * m.n_inner
     kept = (8.5 * m.n_embd + m.kind.kept_values() + mlp + scores) * width * tokens
     # MLP, attention.
-    mlp = (7 if gated else 5) * m.n_inner
+    mlp = (12 if gated else 5) * m.n_inner
     working = max(mlp + scores, 22 * m.n_embd + 2 * scores) * width * tokens
     # Logits, their exponentials and their gradient in float32; in chunks also three sets of the
     # head's gradient.
