@@ -131,7 +131,7 @@ def _pickles_in(path: Path, is_zip: bool) -> Iterator[Iterator[IO[bytes]]]:
             yield (io.BytesIO(archive.read(entry)) for entry in entries)
     else:
         with path.open("rb") as file:
-            yield (file for _ in range(_LEGACY_PICKLES))
+            yield (file for _ in range(_LEGACY_PICKLES) if file.peek(1))
 
 
 class _Level:

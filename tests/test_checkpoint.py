@@ -100,9 +100,15 @@ def test_a_list_of_checksums_that_was_cut_is_no_proof(tiny_run, tmp_path):
         path.write_text("".join(lines[:end]))
         assert "SHA256SUMS is truncated" in checkpoint.integrity_error(folder), end
     path.write_bytes(b"\xff" * 100)
-    assert checkpoint.integrity_error(folder) == "SHA256SUMS cannot be read"
+    assert "SHA256SUMS: not UTF-8 text" in checkpoint.integrity_error(folder)
     path.write_text("".join(lines) + "0" * 64 + "  ../../../etc/hostname\n")
-    assert checkpoint.integrity_error(folder) == "../../../etc/hostname is missing"
+    assert "is not a checksum and a name" in checkpoint.integrity_error(folder)
+    path.write_text("".join([*lines, "0" * 64 + lines[0][64:]]))
+    assert f"line {len(lines) + 1}: repeats {lines[0][66:-1]}" in checkpoint.integrity_error(folder)
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert "SHA256SUMS: no such file" in checkpoint.integrity_error(folder)
+    path.unlink()
     path.write_text("".join(lines))
     (folder / "notes.txt").write_text("of the user's own")
     assert checkpoint.integrity_error(folder) is None
@@ -118,6 +124,48 @@ def test_values_that_are_not_finite_are_found_wherever_they_are(rng):
     both = weights["b"].copy()
     both[0, :2] = np.inf, -np.inf
     assert not_finite({"b": both}) == "b"
+
+
+STATE = {"format": 1, "step": 40, "val_loss": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (STATE | {"step": 0}, "step 0 is not that of step-000040"),
+        (STATE | {"step": 10**400}, "step must be a number of at most 64 bits, not 1000"),
+        (STATE | {"step": True}, "step = True is not a value of type int"),
+        (STATE | {"val_loss": 10**400}, "val_loss must be a number of at most 64 bits"),
+        (STATE | {"val_loss": float("inf")}, "val_loss must be a finite number, not inf"),
+        (STATE | {"data_sha256": ["x"]}, "data_sha256 = ['x'] is not a value of type str"),
+        ({"format": 1, "step": 40}, "val_loss is missing"),
+        ({"format": 10**400}, "format 1000"),
+    ],
+)
+def test_a_training_state_that_no_run_writes_is_refused(tiny_run, tmp_path, values, problem):
+    folder = tmp_path / "step-000040"
+    shutil.copytree(checkpoint.latest(tiny_run), folder)
+    (folder / checkpoint.STATE_INFO).write_text(json.dumps(values))
+    with pytest.raises(UserError) as raised:
+        checkpoint.read_train_state(folder, checkpoint.read_config(folder))
+    assert str(raised.value).startswith(f"{folder / checkpoint.STATE_INFO}: {problem}")
+
+
+def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(tiny_run, tmp_path):
+    folder = tmp_path / "step-000040"
+    shutil.copytree(checkpoint.latest(tiny_run), folder)
+    config = checkpoint.read_config(folder)
+    state, _ = checkpoint.read_train_state(folder, config)
+    key = "exp_avg_sq.transformer.ln_f.bias"
+    save_file(state | {key: np.zeros(7, np.float32)}, folder / checkpoint.STATE)
+    with pytest.raises(UserError) as raised:
+        checkpoint.read_train_state(folder, config)
+    said = str(raised.value)
+    assert said.startswith(f"{folder / checkpoint.STATE}: the optimiser state does not fit")
+    assert f"tensor {key} has shape (7,), and the model needs (32,)" in said
+    save_file({k: v for k, v in state.items() if k != key}, folder / checkpoint.STATE)
+    with pytest.raises(UserError, match=r"ln_f\.bias is missing, and the model needs \(32,\)"):
+        checkpoint.read_train_state(folder, config)
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

@@ -1,13 +1,16 @@
-"""The one reader of JSON: whatever a file holds, an object or one line that names the file."""
+"""Files are parsed or refused in one line that names them, and written on any file system."""
 
+import errno
 import json
+import os
+import stat
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_mla.errors import UserError
-from mlx_mla.files import LARGEST_TEXT, read_json, read_toml
+from mlx_mla.files import LARGEST_TEXT, atomic_folder, read_json, read_toml, write_text
 
 
 @pytest.mark.parametrize(
@@ -27,13 +30,13 @@ from mlx_mla.files import LARGEST_TEXT, read_json, read_toml
         (b'{"a": ' * 100_000, "nested too deeply"),
     ],
 )
-def test_what_is_no_json_object_is_told_in_one_line(content, message, tmp_path):
+def test_anything_but_a_json_object_is_refused_in_one_line(content, message, tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as raised:
         read_json(path)
-    assert str(told.value).startswith(f"{path}: ")
-    assert len(str(told.value)) < len(str(path)) + 120
+    assert str(raised.value).startswith(f"{path}: ")
+    assert len(str(raised.value)) < len(str(path)) + 120
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -61,3 +64,39 @@ def test_what_json_writes_is_read(expected, ascii_only, tmp_path):
     text = json.dumps(expected, ensure_ascii=ascii_only)
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     assert read_json(tmp_path / "x.json") == expected
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_folders_that_cannot_be_synced_are_written_all_the_same(tmp_path, monkeypatch, code):
+    """As on some network and FUSE mounts."""
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("a")
+    write_text(tmp_path / "b", "b")
+    assert (tmp_path / "folder" / "a").read_text() + (tmp_path / "b").read_text() == "ab"
+
+
+def test_a_file_or_folder_that_does_not_reach_the_disk_is_not_written(tmp_path, monkeypatch):
+    def fsync_of(is_refused):
+        def fsync(fd):
+            if is_refused(os.fstat(fd).st_mode):
+                raise OSError(*problem)
+
+        return fsync
+
+    for is_refused, problem in (
+        (stat.S_ISREG, (errno.EINVAL, "Invalid argument")),
+        (stat.S_ISDIR, (errno.EIO, "Input/output error")),
+    ):
+        monkeypatch.setattr(os, "fsync", fsync_of(is_refused))
+        message = f"could not be written: {problem[1]}"
+        with pytest.raises(UserError, match=message), atomic_folder(tmp_path / "f") as folder:
+            (folder / "a").write_text("a")
+        assert not list(tmp_path.iterdir())

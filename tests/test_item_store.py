@@ -29,22 +29,29 @@ def test_scores_are_found_again_beside_a_line_that_a_kill_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "problem"),
     [
-        {"i": 2, "logprob": [-1.0], "greedy": [True]},
-        {"i": "1", "logprob": [-1.0], "greedy": [True]},
-        {"i": 1, "logprob": [-1.0, -2.0], "greedy": [True, True]},
-        {"i": 1, "logprob": -1.0, "greedy": [True]},
-        {"i": 1, "logprob": [None], "greedy": [True]},
-        {"i": 1, "logprob": [float("nan")], "greedy": [True]},
-        {"i": 1, "logprob": [-1.0], "greedy": ["yes"]},
-        {"i": 1},
-        [1],
+        ({"i": 2, "logprob": [-1.0], "greedy": [True]}, "is of another request than item 2"),
+        ({"i": 10**400, "logprob": [-1.0], "greedy": [True]}, "i must be a number of at most 64"),
+        ({"i": "1", "logprob": [-1.0], "greedy": [True]}, "i = '1' is not a value of type int"),
+        ({"i": 1, "logprob": [-1.0, -2.0], "greedy": [True, True]}, "is of another request than"),
+        ({"i": 1, "logprob": -1.0, "greedy": [True]}, "logprob = -1.0 is not a value of type"),
+        ({"i": 1, "logprob": [None], "greedy": [True]}, "logprob[0] = None is not a value"),
+        ({"i": 1, "logprob": [float("nan")], "greedy": [True]}, "logprob[0] must be a finite"),
+        ({"i": 1, "logprob": [float("-inf")], "greedy": [True]}, "logprob[0] must be a finite"),
+        ({"i": 1, "logprob": [5.0], "greedy": [True]}, "logprob[0] must be at most 0.01, not 5.0"),
+        ({"i": 1, "logprob": [True], "greedy": [True]}, "logprob[0] = True is not a value"),
+        ({"i": 1, "logprob": [-(10**400)], "greedy": [True]}, "logprob[0] must be a number of"),
+        ({"i": 1, "logprob": [-1.0], "greedy": ["yes"]}, "greedy[0] = 'yes' is not a value"),
+        ({"i": 1}, "logprob is missing"),
+        ([1], "[1] is not a table"),
     ],
 )
-def test_lines_that_hold_no_scores_are_named(tmp_path, row):
+def test_lines_that_hold_no_scores_are_named(tmp_path, row, problem):
     store = written(tmp_path)
     with store.path.open("a") as file:
         file.write("\n" + json.dumps(row))
-    with pytest.raises(UserError, match="line 3: damaged, it holds no scores of an item"):
+    with pytest.raises(UserError) as raised:
         store.read(REQUESTS)
+    assert f"line 3: {problem}" in str(raised.value)
+    assert str(raised.value).endswith("; remove the line")

@@ -1,14 +1,15 @@
-"""Token shards: what is accepted, what is refused before training, and that all formats train
-alike."""
+"""Token shards: what is accepted, what is refused before training, and that training is the same in
+all formats."""
 
 import io
 import json
 import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, refused
+from helpers import MEASURED, TINY, python, refused
 
 from mlx_mla import prepare, train
 from mlx_mla.data import shards
@@ -285,21 +286,25 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "name"),
+    ("place", "value", "problem"),
     [
-        (("shards", 0, "file"), "../elsewhere/a_train_1.npy", "shards"),
-        (("shards", 0, "file"), "/etc/passwd", "shards"),
-        (("shards", 0, "split"), "test", "shards"),
-        (("shards", 0, "tokens"), -1, "shards"),
-        (("shards", 0, "tokens"), "9", "shards"),
-        (("shards",), {}, "shards"),
-        (("tokenizer",), "bytes", "tokenizer"),
-        (("complete",), 1, "complete"),
-        (("sources",), [1], "sources"),
+        (("shards", 0, "file"), "../elsewhere/a_train_1.npy", "shards[0].file must be the name of"),
+        (("shards", 0, "file"), "/etc/passwd", "shards[0].file must be the name of a file in the"),
+        (("shards", 0, "file"), "\0", "shards[0].file must be the name of a file in the same"),
+        (("shards", 0, "split"), "test", "shards[0].split = 'test' is not one of"),
+        (("shards", 0, "tokens"), -1, "shards[0].tokens must not be negative, not -1"),
+        (("shards", 0, "tokens"), "9", "shards[0].tokens = '9' is not a value of type int"),
+        (("shards", 0, "tokens"), 10**400, "shards[0].tokens must be a number of at most 64 bits"),
+        (("shards", 1, "sha256"), "x", "shards[1].sha256 must be a sha256, not 'x'"),
+        (("shards",), {}, "shards = {} is not a value of type list"),
+        (("tokenizer",), "bytes", "tokenizer = 'bytes' is not a table of names and values"),
+        (("tokenizer", "name"), ["x"], "tokenizer.name = ['x'] is not a value of type str"),
+        (("complete",), 1, "complete = 1 is not a value of type bool"),
+        (("sources",), [1], "sources[0] = 1 is not a value of type tuple"),
     ],
 )
 def test_a_manifest_that_prepare_did_not_write_is_refused(
-    folders, tmp_path, capsys, place, value, name
+    folders, tmp_path, capsys, place, value, problem
 ):
     data = tmp_path / "data"
     shutil.copytree(folders / "npy", data)
@@ -311,7 +316,38 @@ def test_a_manifest_that_prepare_did_not_write_is_refused(
     node[last] = value
     (data / "manifest.json").write_text(json.dumps(manifest))
     said = refused(capsys, *TINY, "--data", data, "--out", tmp_path / "run")
-    assert f"manifest.json: not a manifest of mlx_mla.prepare (its '{name}' is" in said
+    assert f"manifest.json: {problem}" in said
+    assert said.endswith("; remove it and prepare the data again\n")
+
+
+SHARDS = 300
+OPEN_ALL = """
+import resource, sys
+from pathlib import Path
+import mlx_mla.backends.mlx
+from mlx_mla.data.shards import open_folder
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[2])))
+try:
+    print(len(open_folder(Path(sys.argv[1])).train))
+except ValueError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hard", "answer"),
+    [
+        (4096, f"{SHARDS}"),
+        (300, "300 shards, and this process may open 256 files; raise"),
+    ],
+)
+def test_more_shards_than_the_limit_of_open_files(tmp_path, hard, answer):
+    for i in range(SHARDS):
+        np.save(tmp_path / f"a_train_{i:03d}.npy", TOKENS[:100])
+    done = subprocess.run(
+        python("-c", OPEN_ALL, str(tmp_path), str(hard)), capture_output=True, text=True, check=True
+    )
+    assert answer in done.stdout
 
 
 def test_small_uint16_files_are_read_as_they_are(tmp_path):

@@ -1,5 +1,6 @@
 """--track: what TensorBoard, wandb and Trackio are given, over resumes too."""
 
+import importlib.util
 import json
 import sys
 import types
@@ -13,7 +14,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from mlx_mla import train
 from mlx_mla.errors import UserError
 from mlx_mla.training.metrics import read_metrics
-from mlx_mla.training.tracking import Tracking, scalars
+from mlx_mla.training.tracking import Tracking, scalars, tracker_names
 
 STEPS = (
     "--steps",
@@ -73,14 +74,15 @@ def test_tensorboard_reads_what_metrics_jsonl_holds_also_after_a_step_back(tmp_p
 
 
 class FakeWandbRun:
-    """wandb's Run.log by its documentation: a step below the highest is dropped; steps are merged
-    by number."""
+    """wandb's Run.log by its documentation: steps below the highest, and those of the run that was
+    resumed, are dropped; others are merged by number."""
 
     def __init__(self, history: dict[int, dict]):
         self.history, self.ended, self.dropped = history, None, []
+        self.first = 1 + max(history, default=-1)
 
     def log(self, data, step=None, commit=None):
-        if step < max(self.history, default=0):
+        if step < max(self.history, default=0) or step < self.first:
             self.dropped.append(step)
             return
         assert not set(data) & set(self.history.get(step, {})), "a value given twice"
@@ -135,34 +137,29 @@ def trackio(monkeypatch):
     return module
 
 
-def test_wandb_and_trackio_go_on_with_the_same_run_and_get_no_step_twice(
-    tmp_path, text_file, wandb, trackio
-):
+def test_a_resumed_run_continues_in_wandb_and_trackio(tmp_path, text_file, wandb, trackio):
     run = tmp_path / "my-run"
     flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb,trackio"]
     assert train.main(flags) == 0
     first = expected(run)
-    # As after a kill past the checkpoint of step 8: these steps were given already.
+    # As after a kill past the checkpoint of step 8: the steps up to 12 are trained again.
     assert train.main(["--resume", "--out", str(run), "--from-step", "8", "--steps", "16"]) == 0
     assert len(wandb.calls) == 2
     assert {(c["project"], c["id"], c["name"], c["dir"]) for c in wandb.calls} == {
         ("mlx_mla", wandb.calls[0]["id"], "my-run", str(run))
     }
     assert [c["steps"] for c in wandb.calls] == [12, 16]
-    assert [(r.ended, r.dropped) for r in wandb.runs] == [(0, []), (0, [])]
+    assert [(r.ended, set(r.dropped)) for r in wandb.runs] == [(0, set()), (0, {9, 10, 12})]
 
     (((_, name, resume), rows),) = trackio.rows.items()
     assert (name, resume) == (f"my-run-{wandb.calls[0]['id']}", "allow")
     now = expected(run)
+    kept = wandb.histories[wandb.calls[0]["id"]]
     for key, points in now.items():
-        steps = [step for step, _ in points]
         given = [(step, values[key]) for step, values in rows if key in values]
-        assert sorted({step for step, _ in given}) == [step for step, _ in given], key
-        assert set(steps) <= {step for step, _ in given}
-        kept = wandb.histories[wandb.calls[0]["id"]]
-        assert [(step, kept[step][key]) for step in sorted(kept) if key in kept[step]] == given
-        if key.endswith(("/loss", "/lr", "/tokens")):
-            assert [g for g in given if g[0] <= 12][: len(first[key])] == first[key]
+        assert given == first[key] + [point for point in points if point[0] > 8], key
+        in_wandb = [(step, kept[step][key]) for step in sorted(kept) if key in kept[step]]
+        assert in_wandb == first[key] + [point for point in points if point[0] > 12], key
 
 
 def test_a_tracker_added_later_gets_the_rows_before(tmp_path, text_file, trackio):
@@ -241,7 +238,30 @@ def test_the_real_trackio(tmp_path, text_file, monkeypatch):
     name = f"run-{json.loads((run / 'tracking.json').read_text())['id']}"
     logs = SQLiteStorage.get_logs("mlx_mla", name)
     steps = [entry["step"] for entry in logs if "train/loss" in entry]
-    assert steps == [1, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert sorted(steps) == [1, 2, 4, 6, 8, 10, 10, 12, 12, 14, 16]
+
+
+def test_the_record_of_an_earlier_version_is_read(tmp_path, text_file, wandb):
+    run = tmp_path / "run"
+    flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb"]
+    assert train.main(flags) == 0
+    sent = {"id": "0123abcd", "sent": {"wandb": {"train": 12, "val": 12}}}
+    (run / "tracking.json").write_text(json.dumps(sent))
+    assert train.main(["--resume", "--out", str(run), "--steps", "14"]) == 0
+    assert wandb.calls[1]["id"] == "0123abcd"
+    assert min(wandb.histories["0123abcd"]) == 14  # the steps before were sent
+    assert json.loads((run / "tracking.json").read_text())["trackers"] == ["wandb"]
+
+
+def test_a_folder_of_a_trackers_name_is_not_its_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    if importlib.util.find_spec("wandb").origin is not None:
+        pytest.skip("wandb itself is installed, and found before the folder")
+    with pytest.raises(UserError, match="--track wandb: wandb is not installed"):
+        tracker_names("wandb")
+    sys.modules.pop("wandb", None)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +269,13 @@ def test_the_real_trackio(tmp_path, text_file, monkeypatch):
     [
         ("{", "not valid JSON"),
         ("[]", "not a JSON object"),
-        ('{"id": 3}', "names no id and steps"),
-        ('{"id": "../../x"}', "names no id and steps"),
-        ('{"id": "a", "sent": []}', "names no id and steps"),
-        ('{"id": "a", "sent": {"wandb": {"train": "1"}}}', "names no id and steps"),
+        ('{"id": 3}', "id = 3 is not a value of type str; remove the file"),
+        ('{"id": "../../x"}', "id must be the id of a run, not"),
+        ('{"id": "a", "sent": []}', "sent = .. is not a table"),
+        ('{"id": "a", "trackers": "wandb"}', "trackers = 'wandb' is not a value of type list"),
     ],
 )
-def test_a_damaged_record_of_what_was_sent_is_named(tmp_path, text, message):
+def test_a_damaged_tracking_json_is_named(tmp_path, text, message):
     (tmp_path / "tracking.json").write_text(text)
     with pytest.raises(UserError, match=message) as told:
         Tracking(tmp_path, Console(quiet=True))
