@@ -60,11 +60,7 @@ def test_the_package_imports_neither_the_converter_nor_the_benchmarks():
             ("mlx", "mlx_lm"),
             ("mlx_mla/backends/mlx/", "mlx_mla/model/model_mlx.py", KERNELS, *SERVER),
         ),
-        # blas.py imports PyTorch before a system's OpenBLAS, whose symbols it would bind to.
-        (
-            ("torch",),
-            ("mlx_mla/backends/torch/", "mlx_mla/model/model_torch.py", "mlx_mla/backends/blas.py"),
-        ),
+        (("torch",), ("mlx_mla/backends/torch/", "mlx_mla/model/model_torch.py")),
     ],
 )
 def test_a_framework_is_imported_in_its_own_room(framework, rooms):

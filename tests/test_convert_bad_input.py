@@ -170,6 +170,42 @@ def test_malicious_pickles_are_refused_and_never_run(place, refused, tmp_path):
     assert not marker.exists()
 
 
+NESTED = {
+    "as a key": b"\x80\x02})" + b"\x85" * 300_000 + b"K\x00s.",
+    "in lists": b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
+    "through the memo": b"\x80\x02})q\x00" + b"\x85q\x00h\x00\x86" * 150_000 + b"K\x00s.",
+}
+
+
+@pytest.mark.parametrize("values", NESTED)
+@pytest.mark.parametrize("place", ["meta.pkl", "data.pkl", "legacy"])
+def test_pickles_that_nest_too_deeply_are_refused_before_anything_is_made(
+    values, place, refused, tmp_path
+):
+    """Hashing such a key overflows the stack, which ends the process."""
+    path = tmp_path / ("meta.pkl" if place == "meta.pkl" else "ckpt.pt")
+    path.write_bytes(NESTED[values])
+    if place == "data.pkl":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", NESTED[values])
+            archive.writestr("archive/version", "3\n")
+    if place == "meta.pkl":
+        foreign.gpt2().save_pretrained(str(tmp_path / "hf"))
+        line = refused(tmp_path / "hf", tokenizer=str(path))
+    else:
+        line = refused(path)
+    assert f"{path}: refused, since its values nest over 100 levels deep" in line
+
+
+def test_a_configuration_whose_bias_is_a_tensor_is_refused(refused, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    foreign.save_nanogpt(path, foreign.gpt2(activation_function="gelu"))
+    values = torch.load(path)
+    values["model_args"]["bias"] = torch.tensor([])
+    torch.save(values, path)
+    assert "its bias is a value of type Tensor, not True or False" in refused(path)
+
+
 def test_a_class_that_is_only_called_like_an_allowed_one_is_refused(refused, tmp_path):
     foreign.save_build_nanogpt(tmp_path / "model.pt", foreign.gpt2(), module="evil")
     assert "evil.GPTConfig" in refused(tmp_path / "model.pt")

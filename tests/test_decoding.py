@@ -154,6 +154,13 @@ def test_a_prompt_cache_whose_tokens_or_values_were_changed_is_refused(folder, t
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"damaged \(its sha256 differs"):
             prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
+    length = int.from_bytes(swapped[:8], "little")
+    header = json.loads(swapped[8 : 8 + length])
+    del header["__metadata__"]["0.sha256"]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + swapped[8 + length :])
+    with pytest.raises(UserError, match="has no sha256, with which it can be checked"):
+        prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
     file.write_bytes(whole)
     _, tokens = prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
     assert bytes(tokens[:6]) == b"The st"

@@ -9,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from helpers import MEASURED, TINY, python, refused, train_command
+from safetensors.numpy import load_file, save_file
 
 from mlx_mla import checkpoint, files, generate, train
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -700,3 +702,24 @@ def test_the_last_validation_is_bounded(tmp_path, text_file):
     assert last() == last("--final-eval-batches", "1000")
     assert last("--final-eval-batches", "1") != last()
     assert TrainConfig().final_eval_batches == 0
+
+
+def test_training_runs_outside_the_main_thread(tmp_path, text_file):
+    """There, Python allows no handlers of signals."""
+    argv = [*TINY, "--data", str(text_file), "--out", str(tmp_path / "run"), "--steps", "2"]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.main, argv).result() == 0
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_state_that_does_not_fit_leaves_the_run_as_it_was(run_copy, capsys):
+    last = run_copy / "checkpoints" / "step-000040"
+    (last / "SHA256SUMS").unlink()
+    state = load_file(last / "train_state.safetensors")
+    key = "exp_avg.transformer.wte.weight"
+    save_file(state | {key: state[key][:-1]}, last / "train_state.safetensors")
+    before = {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()}
+    said = refused(capsys, "--resume", "--out", run_copy, "--steps", "42")
+    assert f"{last / 'train_state.safetensors'}: the optimiser state does not fit" in said
+    assert f"tensor {key} has shape (256, 32), and the model needs (257, 32)" in said
+    assert {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()} == before
