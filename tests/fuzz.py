@@ -1,7 +1,7 @@
 """A seeded mutation fuzzer: commands are given spoiled files, and must end as they promise.
 
-A case is made from a `random.Random` seeded with the run's seed and the case's number, so that a
-failure is had again from the two numbers its message names:
+A case is made from a `random.Random` that is seeded with the run's seed and the case's number, both
+of which a failure names:
 
     def spoil(random, folder):  # writes what the command reads, and returns its arguments
         (folder / "x.json").write_bytes(mutate_json(random, {"a": 1}))
@@ -289,7 +289,7 @@ _UNWRITABLE = {
 ODD_VALUES = (
     None, True, False, "", "x", "\ud800", "\x00", "a" * 5000, "../../etc/passwd", [], {}, [1], [[]],
     {"a": 1}, [None], 0.5, -0.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), float("-inf"),
-    _HUGE, _DEEP, _CYCLE, *NUMBERS,
+    _HUGE, _DEEP, _CYCLE, 10**400, -(10**400), *NUMBERS,
 )  # fmt: skip
 
 
@@ -334,6 +334,55 @@ def _mutate_value(random: Random, value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool) and random.random() < 0.3:
         return random.choice((-value, value + 1, value - 1, value * 2, value * 1000, str(value)))
     return random.choice(ODD_VALUES)
+
+
+def mutate_json_lines(random: Random, data: bytes) -> bytes:
+    """JSON lines of which some are mutated, others lost, repeated or cut."""
+    lines = [line for line in data.split(b"\n") if line]
+    for at in {random.randrange(len(lines)) for _ in range(random.choice((1, 1, 2)))}:
+        lines[at] = mutate_json(random, json.loads(lines[at]))
+    what = random.randrange(8)
+    if what == 0:
+        lines += [random.choice(lines)] * random.choice((1, 3))
+    elif what == 1:
+        del lines[random.randrange(len(lines))]
+    whole = b"\n".join(lines) + b"\n"
+    return whole[: random.randrange(len(whole))] if what == 2 else whole
+
+
+def mutate_toml(random: Random, text: str) -> bytes:
+    """TOML in which a value or two is of another type or range, or the text itself is spoiled."""
+    if random.random() < 0.3:
+        return mutate_text(random, text)
+    lines = text.splitlines()
+    for _ in range(random.choice((1, 1, 2))):
+        at = random.choice([i for i, line in enumerate(lines) if "=" in line])
+        name, _, value = lines[at].partition("=")
+        if random.random() < 0.2:
+            name = random.choice((name.rstrip() + "x ", "'' ", "preset ", "data ", "steps "))
+        elif "[" in value and random.random() < 0.4:
+            value = value.replace("[", f"[{random.choice(ODD_TOML)}, ", 1)
+        else:
+            value = random.choice(ODD_TOML)
+        lines[at] = f"{name}= {value}"
+    return "\n".join(lines).encode()
+
+
+ODD_TOML = (
+    "nan", "inf", "-inf", "-1", "0", "0.5", "1e400", "1e308", "1e-320", "''", "'x'", '"\\u0000"',
+    "'../x'", "['a']", "[]", "[[1]]", "[1, 1]", "{}", "{ a = 1 }", "true", "1979-05-27", "07:32:00",
+    "9" * 400, "9" * 5000, "[" * 5000, *map(str, NUMBERS),
+)  # fmt: skip
+
+
+def mutate_opcodes(random: Random, data: bytes) -> bytes:
+    """A pickle with other bytes, or with runs of operations that nest or end containers."""
+    if random.random() < 0.5:
+        return mutate_bytes(random, data)
+    run = random.choice((b"]", b"}", b")", b"(", b"a", b"t", b"l", b"d", b"u", b"s"))
+    run = random.choice((run, b"\x85", b"\x85", b"\x86", b"\x87", b"2", b"0", b"}N"))
+    at = random.randrange(len(data) + 1)
+    return data[:at] + run * random.choice((1, 3, 99, 101, 5000, 300_000)) + data[at:]
 
 
 def mutate_safetensors(random: Random, data: bytes) -> bytes:

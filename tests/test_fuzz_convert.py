@@ -66,7 +66,8 @@ def mutate_pickle(random: fuzz.Random, data: bytes) -> bytes:
     names = list(entries)
     pickles = [n for n in names if n.endswith(".pkl")]
     name = random.choice(pickles if random.random() < 0.8 else names)
-    entries[name] = fuzz.mutate_bytes(random, entries[name])
+    mutate = fuzz.mutate_opcodes if name in pickles else fuzz.mutate_bytes
+    entries[name] = mutate(random, entries[name])
     if random.random() < 0.1:
         entries.pop(random.choice(names))
     buffer = io.BytesIO()
@@ -117,7 +118,7 @@ SURFACES = {
     "tokenizer config": ("hf", "tokenizer_config.json", mutate_json_bytes),
     "bin": ("bin", "pytorch_model.bin", mutate_pickle),
     "nanogpt": ("nanogpt", "ckpt.pt", mutate_pickle),
-    "meta": ("nanogpt", "meta.pkl", fuzz.mutate_bytes),
+    "meta": ("nanogpt", "meta.pkl", fuzz.mutate_opcodes),
     "build": ("build", "model.pt", mutate_pickle),
     "mingpt": ("mingpt", "model.pt", mutate_pickle),
     "original": ("original", "step.pt", mutate_pickle),

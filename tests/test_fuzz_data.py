@@ -20,7 +20,7 @@ from helpers import TINY
 
 from mlx_mla import plot, prepare, train
 from mlx_mla.data.manifest import MANIFEST
-from mlx_mla.files import SUMS, parse_toml
+from mlx_mla.files import SUMS
 
 SEED = 16
 TRAIN = (*TINY, "--steps", "1", "--eval-batches", "1", "--final-eval-batches", "1",
@@ -131,12 +131,6 @@ def sources(random, folder):
             "--val-fraction", "0.3"]  # fmt: skip
 
 
-ODD_TOML = (
-    "nan", "inf", "-1", "0", "1e400", "''", "[]", "[[1]]", "{}", "true", "1979-05-27", "9" * 5000,
-    "[" * 5000, *map(str, fuzz.NUMBERS),
-)  # fmt: skip
-
-
 def settings(random, folder):
     flags = ["--steps", "1", "--sample-tokens", "0", "--no-compile"]
     flags += ["--data", str(folder / "text.txt")]
@@ -146,21 +140,8 @@ def settings(random, folder):
         "[model]\nn_layer = 1\nn_head = 2\nn_embd = 16\nn_positions = 16\nqk_rope_head_dim = 4\n"
         "kv_lora_ranks = [8]\nrope_theta = 10000.0\nlayer_norm_epsilon = 1e-5\n"
     )
-    if random.random() < 0.5:
-        values = parse_toml(text, "c.toml")
-        table = random.choice((values, values["model"]))
-        key = random.choice([k for k in table if k != "model"])
-        odd = random.choice(ODD_TOML)
-        lines = [odd_line(line, key, odd) for line in text.splitlines()]
-        data = "\n".join(lines).encode()
-    else:
-        data = fuzz.mutate_text(random, text)
-    (folder / "c.toml").write_bytes(data)
+    (folder / "c.toml").write_bytes(fuzz.mutate_toml(random, text))
     return ["--config", str(folder / "c.toml"), "--out", str(folder / "out"), *flags]
-
-
-def odd_line(line: str, key: str, value: str) -> str:
-    return f"{key} = {value}" if line.startswith(f"{key} =") else line
 
 
 NUMBERS = (
@@ -228,7 +209,7 @@ def manifests_in_training(prepared):
 def runs(short_run):
     """A run folder with one file spoiled, to be resumed."""
     files = (
-        "config.toml", "metrics.jsonl", "latest", "tracking.json", "config.json",
+        "config.toml", "metrics.jsonl", "samples.jsonl", "latest", "tracking.json", "config.json",
         "model.safetensors", "train_state.safetensors", "train_state.json", SUMS, "tokenizer.json",
         "tokenizer_config.json",
     )  # fmt: skip
@@ -242,7 +223,11 @@ def runs(short_run):
         if name != SUMS and random.random() < 0.8:  # else the checksums tell
             (run / "checkpoints" / "step-000003" / SUMS).unlink()
         if name == "tracking.json":
-            data = fuzz.mutate_json(random, {"id": "ab12", "sent": {"wandb": {"train": 3}}})
+            data = fuzz.mutate_json(random, {"id": "ab12", "trackers": ["wandb"], "sent": {}})
+        elif name.endswith(".jsonl") and random.random() < 0.8:
+            data = fuzz.mutate_json_lines(random, path.read_bytes())
+        elif name == "config.toml":
+            data = fuzz.mutate_toml(random, path.read_text())
         elif name.endswith(".safetensors"):
             data = fuzz.mutate_safetensors(random, path.read_bytes())
         elif name.endswith(".json") and random.random() < 0.7:
@@ -262,9 +247,8 @@ def plots(short_run):
         shutil.copytree(short_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
         name = random.choice(("metrics.jsonl", "config.toml"))
         path = folder / "run" / name
-        if name == "metrics.jsonl" and random.random() < 0.5:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            path.write_bytes(b"".join(fuzz.mutate_json(random, row) + b"\n" for row in rows))
+        if name == "metrics.jsonl" and random.random() < 0.8:
+            path.write_bytes(fuzz.mutate_json_lines(random, path.read_bytes()))
         else:
             path.write_bytes(fuzz.mutate_text(random, path.read_text()))
         return [str(folder / "run"), "--out", str(folder / "p.png")]

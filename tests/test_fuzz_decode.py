@@ -4,10 +4,12 @@ Prompts, flags, prompt caches, model folders, evaluation data and HTTP bodies: a
 by default, thousands among the slow tests.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from test_serve import BAD, ask, good, serving
 
 from mlx_mla import cli, evaluate, generate
+from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.errors import UserError
 from mlx_mla.files import SUMS, parse_json_object, read_text
@@ -82,6 +85,18 @@ def cache_file(folder, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory):
+    """A results file with the scores of its items beside it, and the flags that made it."""
+    root = tmp_path_factory.mktemp("evaluated")
+    (root / "lambada").mkdir()
+    rows = [json.dumps({"text": f"some words and the last number {i}"}) for i in range(5)]
+    (root / "lambada" / "lambada_test.jsonl").write_text("\n".join(rows) + "\n")
+    argv = ["--model", str(folder), "--data-dir", str(root), "--tasks", "lambada"]
+    assert evaluate.main([*argv, "--out", str(root / "r.json")]) == 0
+    return root / "r.json", argv
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Relative names that a case makes up are not of the working tree."""
@@ -113,13 +128,11 @@ def flags(random, folder, model):
 
 def caches(random, folder, model, cache_file):
     path, data = folder / "c.safetensors", cache_file.read_bytes()
-    if random.random() < 0.7:  # as older versions wrote it, without the checksum that tells
-        length = struct.unpack("<Q", data[:8])[0]
-        header = json.loads(data[8 : 8 + length])
-        del header["__metadata__"]["0.sha256"]
-        text = json.dumps(header).encode()
-        data = struct.pack("<Q", len(text)) + text + data[8 + length :]
-    path.write_bytes(fuzz.mutate_safetensors(random, data))
+    sealed = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]["0.sha256"]
+    whole = fuzz.mutate_safetensors(random, data.replace(sealed.encode(), b"0" * 64))
+    path.write_bytes(whole)
+    with contextlib.suppress(ValueError, OverflowError, MemoryError):
+        prompt_cache._seal(path)  # else the checksum alone would refuse it
     return ["--model", str(model), "--prompt", "x", *SHORT, "--prompt-cache", str(path)]
 
 
@@ -153,6 +166,20 @@ def evaluation_data(random, folder, model):
         (folder / task / name).write_bytes(text)
     return ["--model", str(model), "--data-dir", str(folder), "--tasks", task, "--window", "16",
             "--backend", random.choice(("mlx", "torch"))]  # fmt: skip
+
+
+def items(random, folder, model, evaluated):
+    """An evaluation to resume, with its results or the scores of items spoiled."""
+    results, data = evaluated
+    shutil.copy(results, folder)
+    shutil.copytree(f"{results}.items", folder / f"{results.name}.items")
+    if random.random() < 0.2:
+        path = folder / results.name
+        path.write_bytes(fuzz.mutate_json(random, json.loads(path.read_bytes())))
+    else:
+        path = random.choice(list((folder / f"{results.name}.items").iterdir()))
+        path.write_bytes(fuzz.mutate_json_lines(random, path.read_bytes()))
+    return [*data, "--out", str(folder / results.name), "--resume"]
 
 
 def evaluate_flags(random, folder, model):
@@ -189,7 +216,7 @@ def check_body(argv):
     return cli.run(body, argv)
 
 
-def everything(folder, cache_file):
+def everything(folder, cache_file, evaluated):
     """Command, spoiler and default number of cases of every surface."""
     return {
         "prompts": (generate.main, lambda r, f: prompts(r, f, folder), 12),
@@ -198,25 +225,27 @@ def everything(folder, cache_file):
         "folders": (generate.main, lambda r, f: folders(r, f, folder), 20),
         "data": (evaluate.main, lambda r, f: evaluation_data(r, f, folder), 15),
         "evaluate": (evaluate.main, lambda r, f: evaluate_flags(r, f, folder), 15),
+        "items": (evaluate.main, lambda r, f: items(r, f, folder, evaluated), 15),
         "bodies": (check_body, bodies, 60),
     }
 
 
 MANY = {"prompts": 300, "flags": 500, "caches": 400, "folders": 300, "data": 150, "evaluate": 300,
+        "items": 300,
         "bodies": 3000}  # fmt: skip
 
 
 @pytest.mark.parametrize("surface", MANY)
-def test_a_few_spoiled_inputs(surface, folder, cache_file, tmp_path):
-    main, spoil, cases = everything(folder, cache_file)[surface]
+def test_a_few_spoiled_inputs(surface, folder, cache_file, evaluated, tmp_path):
+    main, spoil, cases = everything(folder, cache_file, evaluated)[surface]
     codes = fuzz.fuzz(main, spoil, cases, SEED, tmp_path)
     assert codes[2] > 0  # some were refused
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("surface", MANY)
-def test_many_spoiled_inputs(surface, folder, cache_file, fuzz_many):
-    main, spoil, _ = everything(folder, cache_file)[surface]
+def test_many_spoiled_inputs(surface, folder, cache_file, evaluated, fuzz_many):
+    main, spoil, _ = everything(folder, cache_file, evaluated)[surface]
     command = {generate.main: "generate", evaluate.main: "evaluate", check_body: "serve"}[main]
     assert fuzz_many(f"{command}: {surface}", main, spoil, MANY[surface])[2] > 0
 
