@@ -1,9 +1,10 @@
-"""Locks that keep two commands from writing into one place.
+"""Locks that keep two commands from writing to one place.
 
-They are the kernel's file locks, and end with the process that holds them, however it ends.
+They are the kernel's file locks, which end with the process that holds them, however it ends.
 """
 
 import contextlib
+import dataclasses
 import errno
 import glob
 import json
@@ -17,26 +18,27 @@ from pathlib import Path
 import filelock
 
 from mlx_mla.errors import UserError
-from mlx_mla.files import clear_leftovers, parse_json_object
+from mlx_mla.fields import Count, read
+from mlx_mla.files import clear_leftovers
 
 LOCK = ".lock"
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What file systems say that have none, as some in a network; there the user is the only guard."""
+"""Errors of file systems without locks, such as some network ones; there nothing guards."""
 
 
 @contextlib.contextmanager
 def locked(target: Path, *also: Path, inside: bool = False) -> Iterator[None]:
-    """Hold the lock of what a command writes; the lock's file is removed again.
+    """Hold the lock of what a command writes, and remove the lock's file afterwards.
 
     Args:
-        target: A file or a folder; a folder that is missing around it is made.
-        also: What else is written beside it.
-        inside: Whether the lock is in the target, a folder, and not beside it. Beside it, what
-            killed commands left of the target is cleared.
+        target: A file or a folder; its parent folder is made if missing.
+        also: What else the command writes in the same folder.
+        inside: Whether the lock is inside the target, a folder, instead of beside it. If beside,
+            the leftovers of killed commands are cleared.
 
     Raises:
-        UserError: If another process holds it, naming that process, or it cannot be made.
+        UserError: If another process holds the lock, naming it, or the lock cannot be made.
     """
     whole = Path(os.path.abspath(target))
     path = whole / LOCK if inside else whole.with_name(f".{whole.name}{LOCK}")
@@ -46,8 +48,8 @@ def locked(target: Path, *also: Path, inside: bool = False) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(
-            f"{target}: {_holder(path)} is writing to it; wait until it has ended, or give --out a "
-            "new name"
+            f"{target}: {_holder(path)} is writing to it; wait until it ends, or give --out a new "
+            "name"
         ) from None
     except OSError as e:
         if e.errno in _NO_LOCKS:
@@ -57,25 +59,31 @@ def locked(target: Path, *also: Path, inside: bool = False) -> Iterator[None]:
     if not inside:
         clear_leftovers(path.parent, *(glob.escape(p.name) for p in (whole, *also)))
     try:
-        with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
-            path.write_text(json.dumps(_myself()) + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # on a full disk; the lock holds nevertheless
+            path.write_text(json.dumps(dataclasses.asdict(_myself())) + "\n", encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before the release: whoever waits for this file then opens a new one
+            path.unlink()  # before the release, so that whoever waits for this file opens a new one
         lock.release()
 
 
-def _myself() -> dict[str, str | int]:
+@dataclasses.dataclass(frozen=True)
+class _Process:
+    pid: Count
+    host: str
+    command: str
+
+
+def _myself() -> _Process:
     command = shlex.join([sys.executable, *sys.argv])
-    return {"pid": os.getpid(), "host": platform.node(), "command": command[:500]}
+    return _Process(os.getpid(), platform.node(), command[:500])
 
 
 def _holder(path: Path) -> str:
     """Who holds a lock, as far as its file says."""
     try:
-        with path.open("rb") as file:
-            who = parse_json_object(file.read(4096), str(path))
-        return f"process {int(who['pid'])} on {who['host']!s:.64} ({who['command']!s:.120})"
-    except (OSError, ValueError, KeyError, TypeError):
+        who = read(_Process, path)
+    except UserError:
         return "another process"
+    return f"process {who.pid} on {who.host:.64} ({who.command:.120})"

@@ -6,10 +6,13 @@ default, thousands among the slow tests.
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import lzma
+import math
 import shutil
+from pathlib import Path
 
 import fuzz
 import numpy as np
@@ -17,10 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import TINY
+from rich.console import Console
 
-from mlx_mla import plot, prepare, train
-from mlx_mla.data.manifest import MANIFEST
-from mlx_mla.files import SUMS
+from mlx_mla import cli, plot, prepare, train
+from mlx_mla.checkpoint import TrainState, read_config
+from mlx_mla.data.manifest import MANIFEST, read_manifest
+from mlx_mla.evaluation.item_store import ItemStore
+from mlx_mla.evaluation.report import read_results
+from mlx_mla.evaluation.scoring import Request
+from mlx_mla.fields import value_of
+from mlx_mla.files import SUMS, read_json, read_sums
+from mlx_mla.training.metrics import read_metrics, read_samples
+from mlx_mla.training.run_folder import run_config
+from mlx_mla.training.tracking import Tracking
 
 SEED = 16
 TRAIN = (*TINY, "--steps", "1", "--eval-batches", "1", "--final-eval-batches", "1",
@@ -256,7 +268,85 @@ def plots(short_run):
     return spoil
 
 
+READERS = {
+    "metrics.jsonl": read_metrics,
+    "samples.jsonl": read_samples,
+    "manifest.json": lambda path: read_manifest(path.parent, to_resume=True),
+    "train_state.json": lambda path: value_of(TrainState, read_json(path), str(path)),
+    "results.json": read_results,
+    "tracking.json": lambda path: Tracking(path.parent, Console(quiet=True)),
+    SUMS: lambda path: read_sums(path.parent),
+    "config.json": lambda path: read_config(path.parent),
+    "config.toml": lambda path: run_config(path.parent),
+    "t-0.jsonl": lambda path: StoredItems(path).read([Request((1,), ((2,),))] * 3),
+}
+
+
+class StoredItems(ItemStore):
+    """The scores in a file by its path."""
+
+    def __init__(self, path):
+        super().__init__(path.parent, ["t", "x"])
+        key = hashlib.sha256(json.dumps(self.settings).encode())
+        for _ in range(3):
+            key.update(repr(((1,), ((2,),))).encode())
+        path.rename(path.with_name(f"t-{key.hexdigest()[:16]}.jsonl"))
+
+
+def records(prepared, short_run):
+    """One of our own files, read by itself."""
+    last = short_run / "checkpoints" / "step-000003"
+    result = {"model": "m", "tasks": {"lambada": {"acc": 0.5, "n": 2}}}
+    item = {"i": 0, "logprob": [-1.5], "greedy": [True]}
+    whole = {
+        "manifest.json": (prepared[0] / "part" / MANIFEST).read_bytes(),
+        "train_state.json": (last / "train_state.json").read_bytes(),
+        "config.json": (last / "config.json").read_bytes(),
+        SUMS: (last / SUMS).read_bytes(),
+        "metrics.jsonl": (short_run / "metrics.jsonl").read_bytes(),
+        "config.toml": (short_run / "config.toml").read_bytes(),
+        "samples.jsonl": b'{"step": 1, "text": "x"}\n' * 3,
+        "tracking.json": b'{"id": "ab12", "trackers": ["wandb"]}',
+        "results.json": json.dumps(
+            {"protocol": "standard", "models": [result], "comparisons": [{"first": "m"}]}
+        ).encode(),
+        "t-0.jsonl": b"".join(json.dumps(item | {"i": i}).encode() + b"\n" for i in range(3)),
+    }
+
+    def spoil(random, folder):
+        name = random.choice(list(READERS))
+        if name.endswith(".json"):
+            data = fuzz.mutate_json(random, json.loads(whole[name]))
+        elif name.endswith(".jsonl"):
+            data = fuzz.mutate_json_lines(random, whole[name])
+        else:
+            mutate = fuzz.mutate_toml if name.endswith(".toml") else fuzz.mutate_text
+            data = mutate(random, whole[name].decode())
+        (folder / name).write_bytes(data)
+        return [str(folder / name)]
+
+    return spoil
+
+
+def read_record(argv) -> int:
+    """The readers of our own files as a command. What they accept is of the types they promise."""
+
+    def body(argv):
+        found = READERS[Path(argv[0]).name](Path(argv[0]))
+        for row in found if isinstance(found, list) else []:
+            assert type(row["step"]) is int and 0 <= row["step"] < 2**63
+            assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+        if isinstance(found, TrainState):
+            assert 0 <= found.step < 2**63 and math.isfinite(found.val_loss or 0)
+        for scores in found.values() if Path(argv[0]).name == "t-0.jsonl" else []:
+            assert all(isinstance(p, float) and -math.inf < p <= 0.01 for p in scores.logprob)
+        return 0
+
+    return cli.run(body, argv)
+
+
 SURFACES = {
+    "records": read_record,
     "shards": train.main,
     "texts": train.main,
     "settings": train.main,
@@ -268,21 +358,26 @@ SURFACES = {
     "prepare_flags": prepare.main,
     "plots": plot.main,
 }
-MADE_OF = {"runs": "short_run", "plots": "short_run",
-           "manifests": "prepared", "manifests_in_training": "prepared"}  # fmt: skip
+MADE_OF = {
+    "runs": ["short_run"],
+    "plots": ["short_run"],
+    "manifests": ["prepared"],
+    "manifests_in_training": ["prepared"],
+    "records": ["prepared", "short_run"],
+}
 
 
 def spoiler(surface, request):
     spoil = globals()[surface]
     if surface in MADE_OF:
-        spoil = spoil(request.getfixturevalue(MADE_OF[surface]))
+        spoil = spoil(*map(request.getfixturevalue, MADE_OF[surface]))
     return spoil
 
 
 @pytest.mark.parametrize("surface", SURFACES)
 def test_spoiled_input_is_refused_in_one_line_or_used(surface, request, tmp_path):
     main = SURFACES[surface]
-    cases = 4 if main is train.main else 12
+    cases = {train.main: 4, read_record: 100}.get(main, 12)
     assert fuzz.fuzz(main, spoiler(surface, request), cases, SEED, tmp_path)[2] > 0
 
 
@@ -290,6 +385,6 @@ def test_spoiled_input_is_refused_in_one_line_or_used(surface, request, tmp_path
 @pytest.mark.parametrize("surface", SURFACES)
 def test_much_spoiled_input_is_refused_in_one_line_or_used(surface, request, fuzz_many):
     main = SURFACES[surface]
-    cases = {train.main: 60, prepare.main: 400, plot.main: 80}[main]
+    cases = {train.main: 60, prepare.main: 400, plot.main: 80, read_record: 10_000}[main]
     name = f"{main.__module__.rpartition('.')[2]}: {surface.replace('_', ' ')}"
     assert fuzz_many(name, main, spoiler(surface, request), cases)[2] > 0

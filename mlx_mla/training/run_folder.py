@@ -1,4 +1,4 @@
-"""A run's folder: making it, the settings in it, and the checkpoint that a run goes on from."""
+"""A run's folder: creating it, its settings, and the checkpoint that a run resumes from."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,8 @@ from mlx_mla.training.metrics import METRICS, SAMPLES, plot_loss, read_metrics, 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
 CHECKPOINTS, TRACKING = "checkpoints", "tracking.json"
 
-# Beside the shape of the model, these decide which batch a step sees, where the run began or what
-# it minimises.
+# Besides the model's shape, these decide which batch a step sees, where the run began and what it
+# minimises.
 FIXED_ON_RESUME = (
     "tokenizer",
     "val_fraction",
@@ -41,8 +41,8 @@ FIXED_ON_RESUME = (
 
 @contextlib.contextmanager
 def locked_run(out: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is or becomes a run's, cleared of what killed processes left
-    half-written; UserError if another process holds it."""
+    """Hold the lock of a run folder, new or old, and clear the leftovers of killed processes;
+    UserError if another process holds it."""
     with locked(out, inside=True):
         clear_leftovers(out, CONFIG, LATEST, PLOT, METRICS, SAMPLES, TRACKING)
         clear_leftovers(out / CHECKPOINTS, "step-*")
@@ -50,14 +50,14 @@ def locked_run(out: Path) -> Iterator[None]:
 
 
 def create_run(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> None:
-    """Make the run folder, unless something is there that must not be overwritten.
+    """Create the run folder, unless something is there that must not be overwritten.
 
     Args:
-        lock: Takes the lock of a folder that was not there before.
+        lock: Takes the lock of a folder that did not exist before.
     """
     if (out / CONFIG).exists():
         raise UserError(
-            f"{out}: holds another run; add --resume to go on with it, or give --out a new name"
+            f"{out}: holds another run; add --resume to continue it, or give --out a new name"
         )
     if out.is_dir():
         if any(path.name != LOCK for path in out.iterdir()):
@@ -87,7 +87,7 @@ def _make_checkpoints(out: Path) -> None:
 
 
 def run_config(out: Path) -> TrainConfig:
-    """The settings that a run folder was made with."""
+    """The settings that a run folder was created with."""
     if not (out / CONFIG).is_file():
         raise UserError(
             f"{out}: holds no run to resume (no {CONFIG}); leave out --resume to start one"
@@ -98,10 +98,10 @@ def run_config(out: Path) -> TrainConfig:
 def resume_point(
     config: TrainConfig, out: Path, from_step: int | None, data: TrainingData
 ) -> Start | None:
-    """The checkpoint that a run goes on from; None: it was stopped before its first.
+    """The checkpoint that a run resumes from; None: it was stopped before its first.
 
     Raises:
-        UserError: If the settings or the data are others, or the checkpoint is damaged.
+        UserError: If the settings or the data differ, or the checkpoint is damaged.
     """
     before = run_config(out)
     for where, old, new, names in (
@@ -134,7 +134,7 @@ def resume_point(
             if (s := checkpoint.step_of(p)) < checkpoint.step_of(folder)
         ]
         advice = (
-            f"go on from the one before with --from-step {older[-1]}"
+            f"resume from the one before with --from-step {older[-1]}"
             if older
             else "there is no older one"
         )
@@ -156,14 +156,17 @@ def resume_point(
 
 
 def prepare_resume(out: Path, config: TrainConfig, step: int) -> None:
-    """Make a run folder ready to go on after a step.
+    """Prepare a run folder to be resumed after a step.
 
-    Lines that a killed run wrote after its last checkpoint are dropped; they will be written again.
+    Lines that a killed run wrote after its last checkpoint are dropped; the resumed run writes them
+    again. All files are read before any is written.
     """
+    kept = {
+        path: [row for row in read(path) if row["step"] <= step]
+        for path, read in ((out / METRICS, read_metrics), (out / SAMPLES, read_samples))
+        if path.exists()
+    }
     _make_checkpoints(out)
     write_text(out / CONFIG, to_toml(config))
-    for name, read in ((METRICS, read_metrics), (SAMPLES, read_samples)):
-        path = out / name
-        if path.exists():
-            rows = [row for row in read(path) if row["step"] <= step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    for path, rows in kept.items():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
