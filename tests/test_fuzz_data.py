@@ -218,6 +218,9 @@ def manifests_in_training(prepared):
     return training
 
 
+SAMPLES = b'{"step": 1, "text": "x"}\n' * 3
+
+
 def runs(short_run):
     """A run folder with one file spoiled, to be resumed."""
     files = (
@@ -230,6 +233,8 @@ def runs(short_run):
         run, name = folder / "run", random.choice(files)
         shutil.copytree(short_run, run)
         path = run / name
+        if name == "samples.jsonl":
+            path.write_bytes(SAMPLES)
         if not path.exists() and name != "tracking.json":
             path = run / "checkpoints" / "step-000003" / name
         if name != SUMS and random.random() < 0.8:  # else the checksums tell
@@ -305,7 +310,7 @@ def records(prepared, short_run):
         SUMS: (last / SUMS).read_bytes(),
         "metrics.jsonl": (short_run / "metrics.jsonl").read_bytes(),
         "config.toml": (short_run / "config.toml").read_bytes(),
-        "samples.jsonl": b'{"step": 1, "text": "x"}\n' * 3,
+        "samples.jsonl": SAMPLES,
         "tracking.json": b'{"id": "ab12", "trackers": ["wandb"]}',
         "results.json": json.dumps(
             {"protocol": "standard", "models": [result], "comparisons": [{"first": "m"}]}
