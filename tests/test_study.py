@@ -128,13 +128,6 @@ def report_of(study, results) -> str:
 # --- intervals and verdicts ---
 
 
-@given(st.lists(st.floats(-5, 5), min_size=2, max_size=9, unique=True))
-def test_the_interval_is_scipys(values):
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    found = interval(values, 0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
-
-
 def test_the_pooled_deviation_is_that_of_one_way_analysis_of_variance():
     samples = [[1.0, 2.0, 4.0], [3.0, 3.5], [7.0]]
     sd, degrees = pooled(samples)
@@ -284,13 +277,10 @@ def test_a_study_without_a_tuning_seed_says_which_results_were_tuned_on(tmp_path
         ('["mla", "mha"]', '[["mla", 3], "mha"]', "primary[0] = ['mla', 3] is not a value of type"),
         ("tokens = 1280", "tokens = [1280, 2560]", "it needs a study of one size and budget"),
         ("primary = ", 'rivals = [["mha"]]\nprimary = ', "rivals[0] = ['mha'] must have 2 items"),
-        ("primary = ", 'rivals = "mha"\nprimary = ', "rivals = 'mha' is not a value of type"),
         ("primary = ", 'stair = ["ml"]\nprimary = ', "stair: 'ml' is not an arm; did you mean"),
         ("tuning_seed = 0", "tuning_seed = 2", "tuning_seed 2 is one of mha's seeds"),
-        ("tuning_seed = 0", "tuning_seed = -1", "tuning_seed must not be negative"),
         ("batch_size = 4", "batchsize = 4", "did you mean 'batch_size'"),
         ("batch_size = 4", "steps = 4", "steps comes from tokens of a size"),
-        ("n_head = 2", 'n_head = "2"', "is not a value of type int"),
         ('baseline = "mha"', 'baseline = "mh"', "did you mean 'mha'"),
         ('baseline = "mha"', "", "baseline is missing"),
         ("[arms.mla]", "[arms.mha]", "not valid TOML"),
@@ -303,15 +293,10 @@ def test_a_study_without_a_tuning_seed_says_which_results_were_tuned_on(tmp_path
         ("[arms.mla]", "[arms.mla]\nat.tiny.tokens = 640", "mla trains on 640 tokens, which the"),
         ("2e-3, 4e-3, 8e-3]", "2e-3]", "at least 4 values"),
         ("[1e-3, ", "[1e-4, ", "a factor of 1.4 to 2 apart"),
-        ("[1e-3, ", "[nan, ", "learning_rates[0] must be a finite number"),
         ("seeds = [", "initializer_ranges = [0.02, 0.04]\nseeds = [", "at least 3 values a factor"),
         ("seeds = [", "initializer_ranges = [0.02]\nseeds = [", "initializer_range sets one"),
-        ("seeds = [", "initializer_ranges = [0, 1, 2]\nseeds = [", "must be positive"),
-        ("seeds = [", "initializer_ranges = [60, 90, 135]\nseeds = [", "at most 100, not 135"),
         ("[1, 2, 3]", "[1, 1]", "different whole numbers"),
-        ("[1, 2, 3]", "[1, true]", "seeds[1] = True is not a value of type int"),
         ("tokens = 1280", "tokens = 12", "at least a step's 128"),
-        ("tokens = 1280", "", "tokens is missing"),
         ("[base]", "[verdict]\nmargin = 5\n[base]", "a share such as 0.005, not 5"),
         ("warmup_steps = 2", "eval_batches = 2\nfinal_eval_batches = 3", "must be equal"),
         ("n_embd = 16", "n_embd = 15", "not divisible"),
@@ -428,18 +413,6 @@ def test_every_difference_from_the_base_is_listed_also_what_defaults_bring(tmp_p
 
 
 # --- what is run, and what it shows ---
-
-
-def test_rates_come_first_then_seeds_alike_for_all_arms(tmp_path):
-    study, results = opened(tmp_path)
-    done = pretend(study, results, LEVEL)
-    tuning, finals = done[:8], done[8:]
-    assert {r.seed for r in tuning} == {0}
-    assert [(r.arm, r.seed) for r in finals] == [
-        (arm, seed) for seed in (1, 2, 3) for arm in ("mha", "mla")
-    ]
-    for arm, rate in (("mha", 3e-3), ("mla", 2.1e-3)):
-        assert [r.rate for r in finals if r.arm == arm] == pytest.approx([rate] * 3, rel=0.03)
 
 
 def test_an_arm_may_have_fewer_budgets_than_the_baseline(tmp_path):
@@ -643,19 +616,10 @@ def test_a_results_file_that_is_none_is_one_error(tmp_path, text):
         ("loss", True, "loss = True is not"),
         ("loss", math.nan, "runs[4].loss must be a finite number"),
         ("loss", 1e308, "loss must be at most 100"),
-        ("loss", -1, "loss must not be negative"),
         ("loss", None, "loss and diverged"),
-        ("loss", "x", "loss = 'x' is not"),
         ("diverged", "at step 3", "loss and diverged"),
-        ("rate", 0, "rate must be positive"),
-        ("seed", 1.5, "seed = 1.5 is not"),
-        ("tokens", "many", "tokens = 'many' is not"),
         ("curve", [[1, 2], [1, 2]], "curve: tokens must rise"),
-        ("curve", [[1]], "curve[0] = [1] must have 2 items"),
-        ("curve", 3, "curve = 3 is not"),
         ("machine", "another", "machine = 'another' is not in"),
-        ("settings", [], "settings = [] is not"),
-        ("data_sha256", None, "data_sha256 = None is not"),
         ("colour", 1, "colour is an unknown key"),
     ],
 )

@@ -41,7 +41,7 @@ def markdown(
     if others := results.others(study):
         lines += ["## Finished runs that the study does not ask for", ""]
         lines += ["They are kept in results.json and count for nothing above.", ""]
-        lines += [f"- {_run_name(r)}: {_outcome(r)}" for r in others]
+        lines += [f"- {r.name}: {_outcome(r)}" for r in others]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -241,10 +241,6 @@ def _search(cell: Cell, search: Search) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
-
-
-def _run_name(r: Record) -> str:
-    return f"{r.arm}/{r.size}/{r.tokens}/{r.rate:g}-{r.seed}"
 
 
 def _outcome(r: Record) -> str:

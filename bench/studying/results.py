@@ -61,6 +61,10 @@ class Record:
         if any(a >= b for a, b in itertools.pairwise(tokens)):
             raise ValueError("curve: tokens must rise from point to point")
 
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/{self.size}/{self.tokens}/{self.rate:g}-{self.seed}"
+
     def plain(self) -> dict[str, Any]:
         """The record as JSON has it."""
         return {k: v for k, v in vars(self).items() if k != "diverged" or v}
@@ -205,7 +209,7 @@ class Results:
         """UserError if the study's runs were trained on different data, and no data were named."""
         found = {record.data_sha256: record for record in self._asked(study)}
         if self.data is None and len(found) > 1:
-            names = "; ".join(f"{sha[:12]} ({_name(r)})" for sha, r in found.items())
+            names = "; ".join(f"{sha[:12]} ({r.name})" for sha, r in found.items())
             raise UserError(
                 f"{self.path}: data_sha256 names {len(found)} sets of data: {names}; choose one "
                 "with --data"
@@ -260,7 +264,7 @@ class Results:
             before = self.records[first - 1]
             if before.loss != r.loss:
                 raise UserError(
-                    f"{self.path}: runs {first} and {number} ({_name(r)}) are one, with loss "
+                    f"{self.path}: runs {first} and {number} ({r.name}) are one, with loss "
                     f"{before.loss} and {r.loss}; remove the wrong one"
                 )
             if self._counts(r):
@@ -275,10 +279,6 @@ def thinned(points: Sequence[Any], count: int = 64) -> list[Any]:
     if len(points) <= count:
         return list(points)
     return [points[-1 - i * (len(points) - 1) // (count - 1)] for i in range(count)][::-1]
-
-
-def _name(r: Record) -> str:
-    return f"{r.arm}/{r.size}/{r.tokens}/{r.rate:g}-{r.seed}"
 
 
 def _without(values: dict[str, Any], names: Set[str]) -> str:
