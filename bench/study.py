@@ -184,10 +184,10 @@ def _costs(study: Study) -> str:
     if any(cell.tuning_seed is None for cell in study.cells):
         lines.append("no tuning_seed: tuning uses the first seed, which is also one of the results")
     lines += [f"  {size}: {count:,.0f} tokens in all" for size, count in tokens.items()]
-    for m in study.machines:
+    for name, m in study.machines.items():
         hours = {s: tokens[s] / rate / 3600 for s, rate in m.tokens_per_second.items()}
         said = ", ".join(f"{size} {h:,.1f} h" for size, h in hours.items())
-        lines.append(f"{m.name}: {said} ({m.source})")
+        lines.append(f"{name}: {said} ({m.source})")
     return "\n".join([*lines, "dry run: nothing was trained"])
 
 

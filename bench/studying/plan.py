@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from bench.studying.settings import Settings, differences, key, settings
+from mlx_mla.fields import PositiveFloat
 from mlx_mla.model.config import TrainConfig
 
 RateName = Literal["learning_rate", "muon_learning_rate"]
@@ -103,12 +104,11 @@ class Cell:
         return Run(self.arm, self.size, config, rate, named, seed)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
     """The speed of a machine, for the dry run."""
 
-    name: str
-    tokens_per_second: Mapping[str, float]
+    tokens_per_second: dict[str, PositiveFloat]
     """By size."""
     source: str
 
@@ -138,7 +138,7 @@ class Study:
     cells: tuple[Cell, ...]
     bases: Mapping[str, Settings]
     """The base at every size, before the arms."""
-    machines: tuple[Machine, ...]
+    machines: Mapping[str, Machine]
     quick: bool
 
     @property

@@ -45,12 +45,6 @@ class _Verdict:
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Machine:
-    tokens_per_second: dict[str, PositiveFloat]
-    source: str
-
-
-@dataclasses.dataclass(kw_only=True)
 class _File:
     title: str = ""
     baseline: str
@@ -61,7 +55,7 @@ class _File:
     keep: Keep = "best"
     verdict: _Verdict = dataclasses.field(default_factory=_Verdict)
     evaluate: Any = None  # of files written for an earlier version; not used
-    machines: dict[str, _Machine] = dataclasses.field(default_factory=dict)
+    machines: dict[str, Machine] = dataclasses.field(default_factory=dict)
     base: dict[str, Any]
     sizes: dict[str, dict[str, Any]]
     arms: dict[str, dict[str, Any]]
@@ -146,6 +140,9 @@ class _Reader:
     def study(self) -> Study:
         file = self.file
         (baseline,) = self._names([file.baseline], "baseline")
+        for name, machine in file.machines.items():
+            for size in machine.tokens_per_second:
+                self._check_size(size, f"machines.{name}")
         stair = self._names(file.stair, "stair")
         rivals = [self._names(pair, "rivals") for pair in file.rivals]
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
@@ -162,7 +159,7 @@ class _Reader:
             pairs=tuple((a, b) for a, b in (*itertools.pairwise(stair), *rivals)),
             cells=tuple(cells),
             bases=self.bases,
-            machines=tuple(self._machine(*named) for named in file.machines.items()),
+            machines=file.machines,
             quick=self.quick,
         )
 
@@ -319,11 +316,6 @@ class _Reader:
         ):
             if name in values:
                 raise UserError(f"{self.where} [{where}]: {name} comes from {source}; remove it")
-
-    def _machine(self, name: str, machine: _Machine) -> Machine:
-        for size in machine.tokens_per_second:
-            self._check_size(size, f"machines.{name}")
-        return Machine(name, machine.tokens_per_second, machine.source)
 
     def _check_size(self, name: str, where: str) -> None:
         if name not in self.sizes:
