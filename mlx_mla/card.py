@@ -24,7 +24,7 @@ tags: [mlx, mla_gpt2]
 # {config.preset}, step {step:,}
 
 A {m.family}-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_head} heads,
-{m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size} ({config.tokenizer}),
+{m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size} ({Path(config.tokenizer).name}),
 {num_parameters(m):,} parameters. Decoding caches
 {cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.
 

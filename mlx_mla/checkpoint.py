@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.data.tokenizer import END_OF_TEXT, check_tokenizer, end_ids, told
+from mlx_mla.data.tokenizer import end_ids
+from mlx_mla.data.tokenizer import read_tokenizer as read_tokenizer
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import Count, value_of
 from mlx_mla.files import (
@@ -142,23 +143,6 @@ def read_config(folder: Path) -> ModelConfig:
             "needs 'mla_gpt2'"
         )
     return ModelConfig.read(values, str(path))
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder.
-
-    Where its files name no end of text, that is GPT-2's `<|endoftext|>` if the vocabulary has it,
-    as transformers reads the files that OpenAI published.
-
-    Raises:
-        UserError: If there is none, or none that can be used.
-    """
-    with told(f"{folder}: its tokenizer cannot be read"):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    check_tokenizer(tokenizer, folder)
-    if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
-        tokenizer.eos_token = END_OF_TEXT
-    return tokenizer
 
 
 def is_quantized(folder: Path) -> bool:

@@ -23,13 +23,13 @@ from mlx_mla import cli
 from mlx_mla.data.documents import Reading, Source, TextBlock, find_sources
 from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.data.shards import SUFFIXES, Format, open_listed, write_shard
-from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
+from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer, id_type
 from mlx_mla.display import PrepareDisplay, plain_console
 from mlx_mla.errors import UserError, flag, shown
 from mlx_mla.fields import at_least_1, check_bounds, not_negative
 from mlx_mla.files import clear_leftovers, write_text
 from mlx_mla.locks import LOCK, locked
-from mlx_mla.model.config import MAX_SEED, TokenizerName
+from mlx_mla.model.config import MAX_SEED, TOKENIZER_IDS
 
 PROG = "python -m mlx_mla.prepare"
 
@@ -52,8 +52,9 @@ class PrepareCommand:
     HuggingFaceFW/fineweb-edu:sample-10BT."""
     out: Path
     """Folder for the shards."""
-    tokenizer: TokenizerName = "gpt2"
-    """"gpt2" (GPT-2's byte-pair encoding, 50257 ids) or "bytes" (256 bytes and <|endoftext|>)."""
+    tokenizer: str = "gpt2"
+    """"gpt2" (GPT-2's byte-pair encoding, 50257 ids), "bytes" (256 bytes and <|endoftext|>), or a
+    folder with tokenizer.json, such as any model's."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
     once."""
@@ -64,8 +65,8 @@ class PrepareCommand:
     prefix: str = "tokens"
     """First part of the shards' names: PREFIX_train_000001.npy."""
     shard_tokens: int = 100_000_000
-    """Most tokens in a shard, which is shuffled in memory (2 bytes each); a document is never cut
-    in two."""
+    """Most tokens in a shard, which is shuffled in memory (2 bytes each, or 4 where a tokenizer has
+    more than 65,536); a document is never cut in two."""
     workers: Optional[int] = None
     """Threads that read and tokenise. None: one for each core. The result does not depend on it."""
     seed: int = 1337
@@ -150,7 +151,7 @@ class _Encoded:
 def _encode(block: TextBlock, tokenizer: Tokenizer, val_fraction: float) -> _Encoded:
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     lengths: tuple[list[int], list[int]] = ([], [])
-    start = np.array([tokenizer.end_of_text], np.uint16)
+    start = np.array([tokenizer.end_of_text], id_type(tokenizer.size))
     empty = size = 0
     for text in block.documents():
         if text is None or not text.strip():
@@ -166,7 +167,7 @@ def _encode(block: TextBlock, tokenizer: Tokenizer, val_fraction: float) -> _Enc
         ids = tokenizer.encode(text)
         parts[held_out].extend((start, ids))
         lengths[held_out].append(len(ids) + 1)
-    train, val = (np.concatenate(p) if p else np.empty(0, np.uint16) for p in parts)
+    train, val = (np.concatenate(p) if p else start[:0] for p in parts)
     return _Encoded((train, val), lengths, empty, size)
 
 
@@ -250,7 +251,7 @@ class _Job:
             f"left out    {m['empty_documents']:,} empty documents\n"
             f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
             f"train with:\n  python -m mlx_mla.train --data {shlex.quote(str(self.out))} "
-            f"--tokenizer {self.command.tokenizer}"
+            f"--tokenizer {shlex.quote(self.command.tokenizer)}"
         )
 
     def _encoded(
@@ -303,7 +304,9 @@ class _Job:
     def _write_shard(
         self, name: str, layout: Format, split: str, gathered: _Gathered, seed: Sequence[int]
     ) -> dict[str, Any]:
-        digest = write_shard(self.out / name, layout, gathered.shuffled(seed), gathered.count)
+        kind = id_type(self.tokenizer.size)
+        pieces = gathered.shuffled(seed)
+        digest = write_shard(self.out / name, layout, pieces, gathered.count, kind)
         return _row(name, split, gathered.count, len(gathered), digest)
 
     def _finish(self) -> None:
@@ -343,7 +346,8 @@ class _Job:
         name = f"{self.command.prefix}_val_{number:06d}{SUFFIXES[self.command.format]}"
         count = sum(part["tokens"] for part in parts)
         pieces = (open_listed(self.out, part).tokens for part in parts)
-        digest = write_shard(self.out / name, self.command.format, pieces, count)
+        kind = id_type(self.tokenizer.size)
+        digest = write_shard(self.out / name, self.command.format, pieces, count, kind)
         documents = sum(part["documents"] for part in parts)
         return _row(name, "val", count, documents, digest)
 
@@ -351,6 +355,7 @@ class _Job:
         """The manifest in --out, or a new one; UserError if something else is there."""
         command, out = self.command, self.out
         settings = {name: getattr(command, name) for name in _SETTINGS}
+        identity = self.tokenizer.identity
         new: dict[str, Any] = {
             "format": 1,
             "complete": False,
@@ -359,6 +364,7 @@ class _Job:
                 "name": self.tokenizer.name,
                 "ids": self.tokenizer.size,
                 "end_of_text": self.tokenizer.end_of_text,
+                **({} if self.tokenizer.name in TOKENIZER_IDS else {"identity": identity}),
             },
             "sources": [[source.name, source.size] for source in self.sources],
             "empty_documents": 0,
@@ -376,6 +382,11 @@ class _Job:
                         f"{out}: holds another preparation, with {flag(name)} {before}, not "
                         f"{value}; give --out a new name"
                     )
+            if old["tokenizer"].get("identity") != new["tokenizer"].get("identity"):
+                raise UserError(
+                    f"{out}: was prepared when --tokenizer {command.tokenizer} was another; give "
+                    "--out a new name"
+                )
             if old["sources"] != new["sources"]:
                 both = (old["sources"], new["sources"])
                 changed = next((s for a, b in (both, both[::-1]) for s in b if s not in a), None)

@@ -19,7 +19,7 @@ from mlx_mla.fields import documentation
 from mlx_mla.files import read_toml
 from mlx_mla.model import estimate
 from mlx_mla.model.attention import meaningless_fields
-from mlx_mla.model.config import RENAMED, ModelConfig, TrainConfig
+from mlx_mla.model.config import RENAMED, TOKENIZER_IDS, ModelConfig, TrainConfig
 from mlx_mla.model.presets import overlay, preset
 from mlx_mla.training.metrics import perplexity_text
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
@@ -254,6 +254,9 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
                     f"{flag(name)}: with --init the model's shape comes from its folder; "
                     "leave it out"
                 )
+    if not command.resume:
+        rows_given = "vocab_size" in {**file.get("model", {}), **of_model}
+        _take_tokenizer(config, "tokenizer" in {**file, **given}, rows_given)
     config.make_paths_absolute()
     return dataclasses.replace(
         command, **{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
@@ -275,6 +278,18 @@ def _overlaid(base: TrainConfig, values: Mapping[str, Any], where: str) -> Train
         if one in values and other not in values:
             setattr(config, other, None)
     return config
+
+
+def _take_tokenizer(config: TrainConfig, given: bool, rows_given: bool) -> None:
+    """Default to the tokenizer of --init or --teacher, and to its size in place of the preset's."""
+    if not given and (config.init is not None or config.teacher is not None):
+        from mlx_mla.training.starting_models import own_tokenizer
+
+        config.tokenizer = own_tokenizer(config)
+    if config.tokenizer not in TOKENIZER_IDS and config.init is None and not rows_given:
+        from mlx_mla.data.tokenizer import get_tokenizer
+
+        config.model.vocab_size = get_tokenizer(config.tokenizer).size
 
 
 def _free_folder(name: str) -> Path:

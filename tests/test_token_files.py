@@ -165,7 +165,7 @@ def npy(array) -> bytes:
         (
             "a_train_1.npy",
             npy(TOKENS.astype(np.int32)),
-            "holds int32, token shards hold uint16; convert it",
+            "holds int32, token shards hold uint16 or uint32; convert it",
         ),
         ("a_train_1.npy", npy(TOKENS.astype(">u2")), "holds >u2, token shards hold uint16"),
         ("a_train_1.npy", npy(TOKENS.reshape(10, 100)), "has 2 dimensions, token shards have one"),

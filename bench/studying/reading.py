@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional, Union
 
 from bench.studying.plan import Cell, Keep, Machine, Place, RateName, Study
 from bench.studying.settings import Settings, key, settings
+from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError, nearest
 from mlx_mla.fields import (
     PositiveFloat,
@@ -19,8 +20,9 @@ from mlx_mla.fields import (
     read,
     value_of,
 )
-from mlx_mla.model.config import MAX_SEED, TrainConfig
+from mlx_mla.model.config import MAX_SEED, TOKENIZER_IDS, TrainConfig
 from mlx_mla.model.presets import overlay, preset
+from mlx_mla.training.starting_models import with_rows
 
 PAIRED = (
     *("tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len"),
@@ -341,6 +343,8 @@ def _split(cls: type, values: Mapping[str, Any], where: str) -> tuple[Any, dict[
 
 def _resolved(config: TrainConfig, where: str) -> TrainConfig:
     try:
+        if config.model.vocab_size is None and config.tokenizer not in TOKENIZER_IDS:
+            config = with_rows(config, get_tokenizer(config.tokenizer))
         return config.resolved()
     except UserError as e:
         raise UserError(f"{where}: {e}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mla.data.shards import LLMC_MAGIC, SUFFIXES
-from mlx_mla.data.tokenizer import Tokenizer
+from mlx_mla.data.tokenizer import Tokenizer, id_type
 from mlx_mla.errors import UserError
 from mlx_mla.files import decoded
 
@@ -80,13 +80,13 @@ def _no_text(path: Path, data: bytes) -> str | None:
 
 
 def tokenize(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids of all documents, each after an `<|endoftext|>`: uint16 of shape (tokens,)."""
-    parts = []
-    for document in documents:
-        parts += [np.array([tokenizer.end_of_text], np.uint16), tokenizer.encode(document)]
-    return np.concatenate(parts)
+    """Token ids of all documents, each after an end-of-text token: `id_type(tokenizer.size)` of
+    shape (tokens,)."""
+    start = np.array([tokenizer.end_of_text], id_type(tokenizer.size))
+    return np.concatenate([part for text in documents for part in (start, tokenizer.encode(text))])
 
 
 def fingerprint(tokens: np.ndarray) -> str:
     """sha256 of the token ids, which tells whether a resumed run sees the same data."""
-    return hashlib.sha256(tokens.astype("<u2", copy=False).tobytes()).hexdigest()
+    little = "<u2" if not len(tokens) or int(tokens.max()) < 2**16 else "<u4"
+    return hashlib.sha256(tokens.astype(little, copy=False).tobytes()).hexdigest()

@@ -8,6 +8,7 @@ from mlx_mla.data import corpus
 from mlx_mla.data.shards import Shard, open_folder, training_part
 from mlx_mla.data.tokenizer import Tokenizer
 from mlx_mla.data.windows import TokenWindows
+from mlx_mla.errors import UserError
 from mlx_mla.model.config import TrainConfig
 
 
@@ -15,14 +16,20 @@ class TrainingData:
     """Training and held-out windows of --data: a text, or a folder of token shards."""
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer):
-        assert config.model.vocab_size
+        rows = config.model.vocab_size
+        assert rows
+        if rows < tokenizer.size:
+            raise UserError(
+                f"--vocab-size {rows} is smaller than the tokenizer's {tokenizer.size} ids; use at "
+                f"least {tokenizer.size}, or leave it out"
+            )
         self.tokenizer = tokenizer
         self.fast_tokenizer = tokenizer.fast_tokenizer()
         train: np.ndarray | list[Shard]
         val: np.ndarray | list[Shard]
         if Path(config.data).is_dir():
             folder = open_folder(Path(config.data))
-            folder.check_tokenizer(tokenizer.name)
+            folder.check_tokenizer(tokenizer)
             self.fingerprint, self.samples = folder.fingerprint, folder.samples
             train, val = folder.held_out(config.val_fraction)
         else:
@@ -30,6 +37,6 @@ class TrainingData:
             self.fingerprint = self.samples = corpus.fingerprint(tokens)
             cut = training_part(len(tokens), config.val_fraction)
             train, val = tokens[:cut], tokens[cut:]
-        T, vocab = config.context, config.model.vocab_size
-        self.train = TokenWindows(train, T, config.seed, vocab, "the training part of --data")
-        self.val = TokenWindows(val, T, config.seed, vocab, "the held-out part of --data")
+        T = config.context
+        self.train = TokenWindows(train, T, config.seed, rows, "the training part of --data")
+        self.val = TokenWindows(val, T, config.seed, rows, "the held-out part of --data")

@@ -1,5 +1,6 @@
-"""Token shards on disk: build-nanogpt's `.npy`, llm.c's `.bin` and nanoGPT's headerless `.bin`, all
-of uint16.
+"""Token shards on disk: build-nanogpt's `.npy`, llm.c's `.bin` and nanoGPT's headerless `.bin`.
+
+Ids are uint16, or uint32 where a tokenizer has more than 65,536 tokens (not in nanoGPT's files).
 
 As in build-nanogpt, `val` or `train` in a shard's name assigns it to a part. In a folder that
 `mlx_mla.prepare` wrote, the manifest does.
@@ -18,6 +19,7 @@ from typing import Any, Literal, Optional
 import numpy as np
 
 from mlx_mla.data.manifest import MANIFEST, read_manifest
+from mlx_mla.data.tokenizer import Tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.files import atomic_file
 
@@ -26,9 +28,13 @@ Split = Literal["train", "val"]
 
 SUFFIXES = {"npy": ".npy", "llmc": ".bin"}
 
-LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
-"""The header of llm.c's token files: 256 int32, the third of which is the number of tokens (llm.c,
-dev/data/data_common.py)."""
+LLMC_MAGIC, LLMC_HEADER = 20240520, 1024
+LLMC_VERSIONS: dict[tuple[int, int], np.dtype[Any]] = {
+    (LLMC_MAGIC, 1): np.dtype("<u2"),
+    (20240801, 7): np.dtype("<u4"),
+}
+"""The header of llm.c's token files: 256 int32, the first two of which give the type, the third the
+number of tokens (llm.c, dev/data/data_common.py)."""
 
 _SAMPLES, _SAMPLE = 16, 2048
 """Number of places in a shard, and tokens at each, that are checked where reading all tokens would
@@ -44,7 +50,7 @@ class Shard:
 
     Attributes:
         path: The file.
-        tokens: Token ids, uint16 of shape (n,).
+        tokens: Token ids, uint16 or uint32 of shape (n,).
         first: Index of `tokens[0]` among the file's tokens.
         size: Bytes the file had when it was opened.
     """
@@ -94,8 +100,8 @@ class ShardFolder:
     """Equal for a resumed run that sees the same data."""
     samples: str
     """sha256 of samples of every shard, which differs if one was overwritten in place."""
-    tokenizer: Optional[str]
-    """Name of the tokenizer that made them, if a manifest has it."""
+    tokenizer: Optional[Mapping[str, Any]]
+    """The tokenizer that made them, if a manifest has it."""
 
     def held_out(self, fraction: float) -> tuple[list[Shard], list[Shard]]:
         """Training and validation shards; without the latter, the last `fraction` of all tokens is
@@ -114,12 +120,15 @@ class ShardFolder:
                 train.append(last.cut(0, cut))
         return train, val
 
-    def check_tokenizer(self, name: str) -> None:
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """UserError if a manifest says that another tokenizer made the shards."""
-        if self.tokenizer not in (None, name):
+        if self.tokenizer is None:
+            return
+        name = self.tokenizer["name"]
+        if self.tokenizer.get("identity", name) != tokenizer.identity:
             raise UserError(
-                f"{self.path}: was prepared with --tokenizer {self.tokenizer}, and training has "
-                f"--tokenizer {name}; give --tokenizer {self.tokenizer}, or prepare the data again"
+                f"{self.path}: was prepared with --tokenizer {name}, and training has "
+                f"--tokenizer {tokenizer.name}; give --tokenizer {name}, or prepare the data again"
             )
 
 
@@ -127,27 +136,28 @@ def open_shard(path: Path) -> Shard:
     """Map a shard of any of the three formats.
 
     Raises:
-        UserError: If its length is not that of its header, or it is not of uint16 in one of the
-            formats.
+        UserError: If its length is not that of its header, or it is not of uint16 or uint32 in one
+            of the formats.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             if path.suffix == ".npy":
-                offset, count = _npy_header(path, file)
+                offset, count, dtype = _npy_header(path, file)
             else:
-                offset, count = _bin_header(path, file, size)
+                offset, count, dtype = _bin_header(path, file, size)
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-    if size != offset + 2 * count:
-        state = "truncated" if size < offset + 2 * count else "longer than its header says"
+    needed = offset + dtype.itemsize * count
+    if size != needed:
+        state = "truncated" if size < needed else "longer than its header says"
         raise UserError(
-            f"{path}: {state}: {count:,} tokens need {offset + 2 * count:,} bytes, it has "
-            f"{size:,}; write it again"
+            f"{path}: {state}: {count:,} tokens need {needed:,} bytes, it has {size:,}; write it "
+            "again"
         )
     if not count:
         raise UserError(f"{path}: holds no tokens; remove it")
-    shard = Shard(path, np.memmap(path, "<u2", "r", offset, (count,)).view(np.ndarray), 0, size)
+    shard = Shard(path, np.memmap(path, dtype, "r", offset, (count,)).view(np.ndarray), 0, size)
     if not offset and _is_wider(shard):
         raise UserError(
             f"{path}: every second of its 16-bit words is zero, so its token ids have 32 or 64 "
@@ -165,14 +175,21 @@ def _is_wider(shard: Shard) -> bool:
     return len(shard.tokens) >= 16 and odd != even
 
 
-def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count: int) -> str:
+def write_shard(
+    path: Path,
+    layout: Format,
+    pieces: Iterable[np.ndarray],
+    count: int,
+    dtype: type[np.unsignedinteger[Any]] = np.uint16,
+) -> str:
     """Write a shard that appears under its name only once it is complete and on disk.
 
     Args:
         path: The file.
         layout: "npy" or "llmc".
-        pieces: Token ids, uint16, of `count` tokens in all.
+        pieces: Token ids, of `count` tokens in all.
         count: Number of tokens, which the header holds.
+        dtype: Type to store them in, uint16 or uint32.
 
     Returns:
         The file's sha256.
@@ -180,16 +197,17 @@ def write_shard(path: Path, layout: Format, pieces: Iterable[np.ndarray], count:
     Raises:
         UserError: If it cannot be written, for example to a full disk.
     """
-    digest, header = hashlib.sha256(), _header(layout, count)
+    little = np.dtype(dtype).newbyteorder("<")
+    digest, header = hashlib.sha256(), _header(layout, count, little)
     try:
         with atomic_file(path) as file:
             for block in (header, *pieces):
                 data = (
-                    block if isinstance(block, bytes) else np.ascontiguousarray(block, "<u2").data
+                    block if isinstance(block, bytes) else np.ascontiguousarray(block, little).data
                 )
                 digest.update(data)
                 file.write(data)
-            assert file.tell() == len(header) + 2 * count
+            assert file.tell() == len(header) + little.itemsize * count
     except UserError as e:
         raise UserError(f"{e}; make room and run it again") from e
     return digest.hexdigest()
@@ -289,7 +307,7 @@ def _prepared(folder: Path, manifest: dict[str, Any]) -> ShardFolder:
         parts["val"],
         digest.hexdigest(),
         _sampled(parts["train"] + parts["val"]),
-        manifest["tokenizer"]["name"],
+        manifest["tokenizer"],
     )
 
 
@@ -304,17 +322,18 @@ def _split(path: Path) -> Split:
     )
 
 
-def _header(layout: Format, count: int) -> bytes:
+def _header(layout: Format, count: int, dtype: np.dtype) -> bytes:
     if layout == "llmc":
-        return struct.pack("<256i", LLMC_MAGIC, LLMC_VERSION, count, *[0] * 253)
+        (of_type,) = (key for key, stored in LLMC_VERSIONS.items() if stored == dtype)
+        return struct.pack("<256i", *of_type, count, *[0] * 253)
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)}
+        buffer, {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
     )
     return buffer.getvalue()
 
 
-def _npy_header(path: Path, file: Any) -> tuple[int, int]:
+def _npy_header(path: Path, file: Any) -> tuple[int, int, np.dtype]:
     try:
         version = np.lib.format.read_magic(file)
         read = {
@@ -326,26 +345,27 @@ def _npy_header(path: Path, file: Any) -> tuple[int, int]:
         raise UserError(
             f"{path}: not a NumPy array file (its header is damaged); write it again"
         ) from None
-    if dtype != np.dtype("<u2"):
+    known = next((t for t in LLMC_VERSIONS.values() if t == dtype), None)
+    if known is None:
         raise UserError(
-            f"{path}: holds {dtype}, token shards hold uint16; convert it with "
+            f"{path}: holds {dtype}, token shards hold uint16 or uint32; convert it with "
             ".astype(numpy.uint16)"
         )
     if len(shape) != 1:
         raise UserError(f"{path}: has {len(shape)} dimensions, token shards have one; flatten it")
-    return file.tell(), shape[0]
+    return file.tell(), shape[0], known
 
 
-def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int]:
+def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int, np.dtype]:
     head = file.read(LLMC_HEADER)
     magic, version, count = struct.unpack("<3i", head[:12]) if len(head) >= 12 else (0, 0, 0)
-    if magic == LLMC_MAGIC:
-        if version != LLMC_VERSION or count < 0:
+    if magic in (known for known, _ in LLMC_VERSIONS):
+        if (magic, version) not in LLMC_VERSIONS or count < 0:
             raise UserError(
-                f"{path}: llm.c's version {version} with {count} tokens, and this reads version 1 "
-                "(uint16)"
+                f"{path}: llm.c's version {version} with {count} tokens, and this reads versions 1 "
+                "(uint16) and 7 (uint32)"
             )
-        return LLMC_HEADER, count
+        return LLMC_HEADER, count, LLMC_VERSIONS[magic, version]
     if re.split(r"[^a-z]+", path.stem.lower())[-1] not in ("train", "val"):
         raise UserError(
             f"{path}: does not begin with llm.c's {LLMC_MAGIC}, and only nanoGPT's train.bin and "
@@ -356,4 +376,4 @@ def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int]:
             f"{path}: truncated: {size:,} bytes are not a whole number of uint16 tokens; write it "
             "again"
         )
-    return 0, size // 2
+    return 0, size // 2, np.dtype("<u2")

@@ -1,12 +1,13 @@
-"""Byte-level and GPT-2 BPE tokenizers, and one `tokenizer.json` that every tool reads.
+"""Tokenizers of training data: bytes, GPT-2's byte-pair encoding, or any folder's tokenizer.json.
 
-Both are byte-level: any text encodes, and decoding gives it back exactly. `<|endoftext|>` stands
-before every document; it is never produced from text that merely spells it.
+The end-of-text token stands before every document; it is never produced from text that merely
+spells it. The first two are byte-level: any text encodes, and decoding gives it back exactly.
 """
 
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import TOKENIZER_IDS, TokenizerName
+from mlx_mla.model.config import TOKENIZER_IDS
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES_EOT, GPT2_EOT = (TOKENIZER_IDS[name] - 1 for name in ("bytes", "gpt2"))
@@ -53,11 +54,14 @@ class Tokenizer(Protocol):
     """Text to token ids, fast, for training data."""
 
     name: str
+    """As --tokenizer names it."""
+    identity: str
+    """Equal for tokenizers that give the same ids."""
     size: int
     end_of_text: int
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, uint16 of shape (tokens,), without special tokens."""
+        """Token ids of `text`, `id_type(size)` of shape (tokens,), without special tokens."""
         ...
 
     def fast_tokenizer(self) -> PreTrainedTokenizerFast:
@@ -68,7 +72,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """The 256 bytes of UTF-8 as ids 0-255, and `<|endoftext|>` as 256."""
 
-    name = "bytes"
+    name = identity = "bytes"
     size = TOKENIZER_IDS["bytes"]
     end_of_text = BYTES_EOT
 
@@ -90,7 +94,7 @@ class GPT2Tokenizer:
         UserError: If the files are missing, changed, or cannot be downloaded.
     """
 
-    name = "gpt2"
+    name = identity = "gpt2"
     size = TOKENIZER_IDS["gpt2"]
     end_of_text = GPT2_EOT
 
@@ -123,9 +127,87 @@ class GPT2Tokenizer:
         return _fast_tokenizer(tokens, merges, use_regex=True)
 
 
-def get_tokenizer(name: TokenizerName, bpe_dir: str | Path | None = None) -> Tokenizer:
-    """The tokenizer by its command-line name."""
-    return ByteTokenizer() if name == "bytes" else GPT2Tokenizer(bpe_dir)
+class FolderTokenizer:
+    """The tokenizer of a folder with tokenizer.json, such as any model's.
+
+    Its own end of text (`eos_token`) stands before every document.
+
+    Args:
+        folder: The folder, as --tokenizer names it.
+
+    Raises:
+        UserError: If there is no tokenizer, or it is damaged or has no end of text.
+    """
+
+    def __init__(self, folder: str):
+        path = Path(folder)
+        if not (path / "tokenizer.json").is_file():
+            raise UserError(
+                f"--tokenizer {folder}: no folder with tokenizer.json; give one, or bytes, or gpt2"
+            )
+        self._fast = read_tokenizer(path)
+        if self._fast.eos_token_id is None:
+            raise UserError(
+                f"--tokenizer {folder}: has no end-of-text token to stand between documents; set "
+                "eos_token in its tokenizer_config.json"
+            )
+        self.name, self.size = folder, len(self._fast)
+        self.end_of_text = int(self._fast.eos_token_id)
+        own = self._fast.backend_tokenizer
+        self._encoder = type(own).from_str(own.to_str())
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        self._encoder.encode_special_tokens = True  # as the text that spells them
+        self.identity = self._identity()
+
+    def encode(self, text: str) -> np.ndarray:
+        with told(f"--tokenizer {self.name}: the text cannot be encoded"):
+            ids = self._encoder.encode(text, add_special_tokens=False).ids
+        return np.asarray(ids, id_type(self.size))
+
+    def fast_tokenizer(self) -> PreTrainedTokenizerFast:
+        return self._fast
+
+    def _identity(self) -> str:
+        vocab = self._fast.get_vocab()
+        last = self.size - 1
+        for known in (ByteTokenizer, GPT2Tokenizer):
+            spelt = known is ByteTokenizer or vocab.get("Ġthe") == 262
+            if self.size == known.size and self.end_of_text == last and spelt:
+                return known.identity
+        parts = json.loads(self._encoder.to_str())
+        deciding = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        text = json.dumps([self.end_of_text, *(parts.get(name) for name in deciding)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def get_tokenizer(name: str, bpe_dir: str | Path | None = None) -> Tokenizer:
+    """The tokenizer that --tokenizer names: "bytes", "gpt2", or a folder."""
+    if name == "bytes":
+        return ByteTokenizer()
+    return GPT2Tokenizer(bpe_dir) if name == "gpt2" else FolderTokenizer(name)
+
+
+def id_type(size: int) -> type[np.unsignedinteger[Any]]:
+    """The narrower of uint16 and uint32 that holds the ids of so many tokens."""
+    return np.uint16 if size <= 2**16 else np.uint32
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder.
+
+    Where its files name no end of text, that is GPT-2's `<|endoftext|>` if the vocabulary has it,
+    as transformers reads the files that OpenAI published.
+
+    Raises:
+        UserError: If there is none, or none that can be used.
+    """
+    with told(f"{folder}: its tokenizer cannot be read"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    check_tokenizer(tokenizer, folder)
+    if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TEXT
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

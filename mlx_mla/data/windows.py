@@ -115,12 +115,11 @@ class TokenWindows:
         if self._shards is not None:
             for shard in sorted({shard for shard, _ in places}):
                 self._shards[shard].check()
-        rows = np.stack(
-            [self._tokens[shard][s : s + self.seq_len + 1] for shard, s in places]
-        ).astype(np.int32)
+        rows = np.stack([self._tokens[shard][s : s + self.seq_len + 1] for shard, s in places])
         if int(rows.max()) >= self.vocab_size:
             for (shard, start), row in zip(places, rows):
                 self._check_ids(shard, start, row)
+        rows = rows.astype(np.int32)
         return rows[:, :-1], rows[:, 1:]
 
     def _look_at_ids(self) -> None:

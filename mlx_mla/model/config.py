@@ -16,9 +16,8 @@ BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
 DType = Literal["float32", "bfloat16"]
 InferenceDType = Literal["float32", "bfloat16", "float16"]
-TokenizerName = Literal["bytes", "gpt2"]
 
-TOKENIZER_IDS: dict[TokenizerName, int] = {"bytes": 257, "gpt2": 50257}
+TOKENIZER_IDS: dict[str, int] = {"bytes": 257, "gpt2": 50257}
 """Token ids of each tokenizer: the 256 bytes, or GPT-2's byte pairs, and <|endoftext|>."""
 
 MAX_SEED = 2**63 - 1
@@ -243,8 +242,10 @@ class DataSettings:
     val_fraction: float = 0.1
     """Share of the text, at its end, that is held out for validation. Not used if the folder has
     validation shards."""
-    tokenizer: TokenizerName = "bytes"
-    """"bytes" (256 bytes and <|endoftext|>) or "gpt2" (GPT-2's byte-pair encoding, 50257 ids)."""
+    tokenizer: str = "bytes"
+    """"bytes" (256 bytes and <|endoftext|>), "gpt2" (GPT-2's byte-pair encoding, 50257 ids), or a
+    folder with tokenizer.json, such as any model's. Default with --init or --teacher: that
+    model's."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
     once."""
@@ -256,7 +257,7 @@ class DataSettings:
     """Passes whose gradients are averaged into one optimiser step, in the memory of one pass.
     None: as many as --tokens-per-step needs, or 1."""
     seq_len: Optional[int] = None
-    """Tokens in one sequence. None: n_positions."""
+    """Tokens in one sequence. None: n_positions; with --init at most 1024."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -423,9 +424,9 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
 
     def make_paths_absolute(self) -> None:
         """Make the paths that exist absolute, so a run can be resumed from any directory."""
-        for name in ("data", "init", "teacher", "bpe_dir", "eval_data_dir"):
+        for name in ("data", "init", "teacher", "tokenizer", "bpe_dir", "eval_data_dir"):
             value = getattr(self, name)
-            if value is not None and Path(value).exists():
+            if value not in (None, *TOKENIZER_IDS) and Path(value).exists():
                 setattr(self, name, str(Path(value).resolve()))
 
     def resolved(self) -> "TrainConfig":
@@ -438,7 +439,7 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
         weight, temperature = self._distillation()
         muon_rate = self._only_with("muon_learning_rate", 0.02, "optimizer", "muon")
         decay = self._only_with("decay_fraction", 0.2, "lr_schedule", "wsd")
-        model = self.model.resolved(TOKENIZER_IDS[self.tokenizer])
+        model = self.model.resolved(TOKENIZER_IDS.get(self.tokenizer))
         if self.seq_len is not None and not 1 <= self.seq_len <= model.n_positions:
             raise UserError(
                 f"--seq-len must be from 1 to --n-positions ({model.n_positions}), not "

@@ -40,7 +40,7 @@ from mlx_mla.training.log import MetricsLog, Pace
 from mlx_mla.training.metrics import METRICS, plot_loss, read_metrics
 from mlx_mla.training.recovery import catch_signals
 from mlx_mla.training.run_folder import LATEST, PLOT
-from mlx_mla.training.starting_models import first_weights, teacher, with_model_of
+from mlx_mla.training.starting_models import first_weights, teacher, with_model_of, with_rows
 from mlx_mla.training.tracking import tracker_names, tracking
 from mlx_mla.world import SOLO, Share, World, same_everywhere, share_of
 
@@ -301,16 +301,15 @@ class _Loop:
         """A text from the weights as they are, a function of the seed and the step; also written to
         samples.jsonl."""
         config = self.config
-        prompt = self.data.tokenizer.encode(config.sample_prompt).tolist() or [
-            self.data.tokenizer.end_of_text
-        ]
+        known = self.data.tokenizer
+        prompt = known.encode(config.sample_prompt).tolist() or [known.end_of_text]
         prompt = prompt[: config.model.n_positions - 1]
         length = min(config.sample_tokens, config.model.n_positions - len(prompt))
         if length < 1:
             return None
         tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
         text = self.data.fast_tokenizer.decode(
-            prompt + [t for t in tokens if t < self.data.tokenizer.end_of_text]
+            prompt + [t for t in tokens if t < known.size and t != known.end_of_text]
         )
         if self.log is not None:
             self.log.sample(self.done, text)
@@ -376,7 +375,7 @@ def _resolved(config: TrainConfig, resume: bool) -> tuple[Tokenizer, TrainConfig
     tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
     if config.init is not None and not resume:
         config = with_model_of(config, checkpoint.model_folder(Path(config.init)), tokenizer)
-    return tokenizer, config.resolved()
+    return tokenizer, with_rows(config, tokenizer).resolved()
 
 
 def _start(

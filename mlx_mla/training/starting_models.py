@@ -8,10 +8,14 @@ import numpy as np
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Teacher
-from mlx_mla.data.tokenizer import Tokenizer
+from mlx_mla.data.tokenizer import FolderTokenizer, Tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
+
+LONGEST = 1024
+"""Tokens of a sequence where neither --seq-len nor a preset says; real models have far more
+positions than a machine has memory for."""
 
 
 def first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
@@ -55,24 +59,44 @@ def with_model_of(config: TrainConfig, folder: Path, tokenizer: Tokenizer) -> Tr
     shape = checkpoint.read_config(folder)
     _check_tokenizer("--init", folder, tokenizer)
     return dataclasses.replace(
-        config, model=dataclasses.replace(shape, dropout=config.model.dropout)
+        config,
+        model=dataclasses.replace(shape, dropout=config.model.dropout),
+        seq_len=config.seq_len or min(shape.n_positions, LONGEST),
     )
+
+
+def with_rows(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """Give the embedding as many rows as the tokenizer has ids, unless the settings say how
+    many."""
+    if config.model.vocab_size is not None:
+        return config
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.size)
+    return dataclasses.replace(config, model=model)
+
+
+def own_tokenizer(config: TrainConfig) -> str:
+    """What --tokenizer is by default with --init or --teacher: the tokenizer of that model."""
+    folder = checkpoint.model_folder(Path(config.init or config.teacher or ""))
+    identity = FolderTokenizer(str(folder)).identity
+    # Both are the faster way to the same ids, but without --bpe-dir GPT-2's may be a download.
+    here = identity == "bytes" or (identity == "gpt2" and config.bpe_dir is not None)
+    return identity if here else str(folder.resolve())
 
 
 def _check_tokenizer(option: str, folder: Path, tokenizer: Tokenizer) -> None:
     own = checkpoint.read_tokenizer(folder)
-    ids = len(own)
+    ids, named = len(own), tokenizer.name in TOKENIZER_IDS
     if ids == tokenizer.size:
-        return
-    if fitting := next((name for name, n in TOKENIZER_IDS.items() if n == ids), None):
-        advice = f"use --tokenizer {fitting}"
+        if named or own.get_vocab() == tokenizer.fast_tokenizer().get_vocab():
+            return
+        advice = "leave --tokenizer out"
     elif tokenizer.fast_tokenizer().get_vocab().items() <= own.get_vocab().items():
         advice = (
             "make the rows of its added tokens padding with: python -m convert "
             f"{shlex.quote(str(folder))} --tokenizer {tokenizer.name} --out NEW"
         )
     else:
-        advice = "no --tokenizer of this project fits it"
+        advice = "leave --tokenizer out"
     raise UserError(
         f"{option} {folder}: its tokenizer has {ids} ids, --tokenizer {tokenizer.name} has "
         f"{tokenizer.size}; {advice}"
