@@ -91,7 +91,7 @@ def read_prompts(command: GenerateCommand) -> list[str]:
 
 def encode(decoder: Decoder, prompt: str) -> list[int]:
     """Token ids of a prompt; an empty one becomes the end-of-text token, which starts documents."""
-    ids = tokenizer.encode(decoder.tokenizer, prompt)
+    ids = tokenizer.encode(decoder.tokenizer, prompt, special=True)
     if not ids and decoder.tokenizer.eos_token_id is None:
         raise UserError("this model has no end-of-text token to start from; give a --prompt")
     return ids or [decoder.tokenizer.eos_token_id]

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import __main__ as convert
-from mlx_mla import checkpoint, train
+from mlx_mla import checkpoint, generate, train
+from mlx_mla.backends import get_backend
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.data.tokenizer import end_ids
 from mlx_mla.decoding.text import TextWriter
@@ -127,6 +128,8 @@ def test_the_tokenizer_its_chat_template_and_every_end_of_text_come_along(source
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [256, 10]
     tokenizer = checkpoint.read_tokenizer(out)
     assert end_ids(tokenizer) == [256, 10]
+    decoder = get_backend("mlx").decoder(out)
+    assert generate.encode(decoder, "as it is") == [256, *b"as it is"]
     assert TextWriter(tokenizer, []).add(10) == "stop"
     _, wrapped = mlx_lm_load(str(out), {"trust_remote_code": True}, trust_remote_code=True)[:2]
     assert wrapped.eos_token_ids == {10, 256}

@@ -210,14 +210,18 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text by a transformers tokenizer, without special tokens added.
+def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """Token ids of a text by a transformers tokenizer.
+
+    Args:
+        special: Add the special tokens that the tokenizer adds by default, such as Llama's
+            beginning of text.
 
     Raises:
         UserError: If the tokenizer has no token for a character of it, or gives up on it.
     """
     with told("the text cannot be encoded by this model's tokenizer"):
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special, verbose=False)
     return ids
 
 
@@ -241,7 +245,7 @@ def told(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason[:150]})") from None
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(tokenizer: Any) -> list[int]:
     """Ids that end a text, the tokenizer's own end of text first; empty if it has none.
 
     A chat model may have several. Only a model's generation_config.json names them all, so the
@@ -250,7 +254,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = tokenizer.eos_token_id
     others = tokenizer.init_kwargs.get(_ENDS)
     ids = [own, *(others if isinstance(others, list) else [])]
-    return [i for i in dict.fromkeys(ids) if type(i) is int and 0 <= i < len(tokenizer)]
+    return [i for i in dict.fromkeys(ids) if type(i) is int]
 
 
 def set_end_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
