@@ -26,6 +26,9 @@ from mlx_mla.decoding.text import Meter, TextWriter
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import InferenceDType
 
+SHAPE_STEP = 256
+"""Tokens to which a cache of fixed size is rounded up, so that few shapes are compiled."""
+
 
 class TorchDecoder:
     """See `mlx_mla.backends.contract.Decoder`.
@@ -124,15 +127,15 @@ class TorchDecoder:
             padding = torch.tensor([width - len(c) for c in contexts], device=self.device)
             ids = torch.tensor([[0] * (width - len(c)) + c for c in contexts], device=self.device)
             columns, end = torch.arange(width, device=self.device), width
-            cache = self._new_cache()
-            for _ in range(min(max_tokens - done, room)):
+            steps = min(max_tokens - done, room)
+            size = -(-(width + steps) // SHAPE_STEP) * SHAPE_STEP
+            cache = self._new_cache(size)
+            for _ in range(steps):
                 with torch.inference_mode():
                     # Rows that are finished may run past the position table; their tokens are not
                     # used.
                     positions = (columns[None] - padding[:, None]).clamp(0, self.n_positions - 1)
-                    keys = torch.arange(
-                        self.n_positions if self.fixed_shapes else end, device=self.device
-                    )
+                    keys = torch.arange(size if self.fixed_shapes else end, device=self.device)
                     logits = self.model(
                         ids,
                         attention_mask=(keys[None] >= padding[:, None]).long()
@@ -155,11 +158,11 @@ class TorchDecoder:
                 else:
                     ids, columns = chosen[:, None], columns[-1:] + 1
 
-    def _new_cache(self) -> Any:
+    def _new_cache(self, size: int) -> Any:
         if self.cache == "none":
             return None
         if self.fixed_shapes:
-            return FixedCache(self.config.n_layer, self.n_positions)
+            return FixedCache(self.config.n_layer, size)
         return GrowingCache()
 
     def _choose(
