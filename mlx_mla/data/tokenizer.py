@@ -252,7 +252,7 @@ def end_ids(tokenizer: Any) -> list[int]:
     converter keeps them among the tokenizer's settings, where they travel with it.
     """
     own = tokenizer.eos_token_id
-    others = tokenizer.init_kwargs.get(_ENDS)
+    others = getattr(tokenizer, "init_kwargs", {}).get(_ENDS)
     ids = [own, *(others if isinstance(others, list) else [])]
     return [i for i in dict.fromkeys(ids) if type(i) is int]
 
