@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import Count, FileName, Name, Sha256, value_of
@@ -23,6 +23,7 @@ class _Shard(TypedDict):
 
 class _Tokenizer(TypedDict):
     name: Name
+    identity: NotRequired[Name]
 
 
 class _Manifest(TypedDict):
