@@ -1,6 +1,6 @@
 """lm-evaluation-harness on local files, with its own definitions of the tasks."""
 
-import os
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,15 @@ def local_tasks(files: Mapping[str, Path], folder: Path) -> TaskManager:
         files: JSON-lines file of each task by our name, with the fields that the hub's has.
         folder: Where to write the definitions.
     """
-    own = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
+    own = Path(lm_eval.__file__).parent / "tasks"
     for name, data in files.items():
-        lines = [
-            f"include: {os.path.join(own, YAMLS[name])}",
-            f"task: local_{name}",
-            "dataset_path: json",
-            "dataset_name: null",
-            "training_split: null",
-            "validation_split: null",
-            "test_split: test",
-            f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}",
-        ]
-        (folder / f"local_{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        definition = {
+            "include": str(own / YAMLS[name]), "task": f"local_{name}", "dataset_path": "json",
+            "dataset_name": None, "training_split": None, "validation_split": None,
+            "test_split": "test", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        }  # fmt: skip
+        text = json.dumps(definition)  # which is YAML, too
+        (folder / f"local_{name}.yaml").write_text(text, encoding="utf-8")
     return TaskManager(include_path=str(folder))
 
 
@@ -49,16 +45,8 @@ def evaluate(
         limit: First items only (for warming up).
     """
     outcome = lm_eval.simple_evaluate(
-        model=model,
-        tasks=[f"local_{name}"],
-        task_manager=tasks,
-        batch_size=batch_size,
-        limit=limit,
-        bootstrap_iters=0,
-    )
+        model=model, tasks=[f"local_{name}"], task_manager=tasks, batch_size=batch_size,
+        limit=limit, bootstrap_iters=0,
+    )  # fmt: skip
     results: dict[str, Any] = outcome["results"][f"local_{name}"]
-    return {
-        key.removesuffix(",none"): value
-        for key, value in results.items()
-        if isinstance(value, float)
-    }
+    return {k.removesuffix(",none"): v for k, v in results.items() if isinstance(v, float)}

@@ -119,22 +119,18 @@ class _Run:
             last = timed.seconds
 
     def repeat(self, subject: Any) -> None:
-        timed = self._once(subject)
-        if timed is not None:
+        if timed := self._once(subject):
             self._timed.append(timed)
-            if (peak := subject.memory.peak()) is not None:
-                self._peaks.append(peak)
+            self._peaks += [peak] if (peak := subject.memory.peak()) is not None else []
 
     def row(self) -> Row:
         row, tokens = dataclasses.replace(self.case.row, status=self.status), self.case.tokens
         if self.status != "ok":
             return row
         seconds = [t.seconds for t in self._timed]
-        waited = [t.waited for t in self._timed if t.waited is not None]
-        described = [t.described for t in self._timed if t.described is not None]
-        row.ms = 1e3 * statistics.median(seconds)
-        row.waited_ms = 1e3 * statistics.median(waited) if waited else None
-        row.python_ms = 1e3 * statistics.median(described) if described else None
+        row.ms = _median_ms(seconds)
+        row.waited_ms = _median_ms([t.waited for t in self._timed])
+        row.python_ms = _median_ms([t.described for t in self._timed])
         row.peak_bytes = max(self._peaks, default=None)
         row.cache_bytes = self._timed[-1].cache_bytes
         if tokens:
@@ -161,3 +157,8 @@ class _Run:
             return None
         took = time.perf_counter() - began
         return outcome if isinstance(outcome, Timed) else Timed(took)
+
+
+def _median_ms(seconds: Sequence[float | None]) -> float | None:
+    known = [s for s in seconds if s is not None]
+    return 1e3 * statistics.median(known) if known else None

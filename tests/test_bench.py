@@ -316,13 +316,13 @@ def test_a_roofline_is_taken_of_the_rates_beside_its_row():
 def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, monkeypatch, capfd):
     from bench.subjects import torch as subject_torch
 
-    real = subject_torch.ours
+    real = subject_torch.load
 
     def wrong(model, config, weights, *rest):
         weights = {k: w * (1.1 if "ln_f" in k else 1) for k, w in weights.items()}
         return real(model, config, weights, *rest)
 
-    monkeypatch.setattr(subject_torch, "ours", wrong)
+    monkeypatch.setattr(subject_torch, "load", wrong)
     out = tmp_path / "out"
     argv = [*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]
     assert compare.main(argv) == 0

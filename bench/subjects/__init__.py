@@ -27,10 +27,11 @@ OUTSIDE = {"mlx": "mlx-lm gpt2", "torch": "transformers GPT-2"}
 
 
 def load(
-    backend: str, model: str, config: ModelConfig, weights: Weights, dtype: str, device: str
-) -> Subject:
-    """One of this project's models in a backend."""
-    subject: Subject = _module(backend).ours(model, config, weights, dtype, device)
+    backend: str, model: str, config: ModelConfig, weights: Weights, dtype: str, device: str,
+    own: bool = True,
+) -> Subject:  # fmt: skip
+    """One of this project's models in a backend; without `own`, the ecosystem's GPT-2."""
+    subject: Subject = _module(backend).load(model, config, weights, dtype, device, own)
     return subject
 
 
@@ -124,9 +125,7 @@ class Models:
             config, model = self.configs[name], name if own else OUTSIDE[b]
 
             def loaded() -> Subject:
-                weights = self._read[name]()
-                subject: Subject = _module(b).ours(model, config, weights, dtype, device, own)
-                return subject
+                return load(b, model, config, self._read[name](), dtype, device, own)
 
             return Candidate(b, model, name, config, loaded)
 

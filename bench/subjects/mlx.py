@@ -216,8 +216,8 @@ def _timed(tokens: Generator[Any, None, None], count: int) -> float:
     return seconds(lambda: [next(tokens) for _ in range(count)])
 
 
-def ours(
-    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool = True
+def load(
+    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool
 ) -> MLXSubject:
     """One of this project's models; without `own`, mlx-lm's `gpt2` with the weights of our MHA
     model."""

@@ -205,8 +205,8 @@ def trainer(config: TrainConfig, device: str, plain: bool = False) -> Trainer:
     return Trainer(config, session, memory)
 
 
-def ours(
-    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool = True
+def load(
+    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool
 ) -> TorchSubject:
     """One of this project's models; without `own`, transformers' GPT2LMHeadModel with the weights
     of our MHA model."""
