@@ -184,7 +184,9 @@ def parse_only(module: str, argv: list[str], monkeypatch, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "module", "argv"), COMMANDS, ids=[f"{p}-{m}" for p, m, _ in COMMANDS]
 )
-def test_commands_on_the_pages_parse(page, module, argv, monkeypatch, tmp_path, capsys):
+def test_commands_on_the_pages_parse(page, module, argv, monkeypatch, tmp_path, capsys, tiny_run):
+    if "--init" in argv:  # its tokenizer is the default
+        argv = [str(tiny_run) if argv[i - 1] == "--init" else word for i, word in enumerate(argv)]
     if module.startswith("bench"):
         pytest.importorskip("torch")
     if "evaluation" in argv[:1]:
