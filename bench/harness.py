@@ -28,7 +28,7 @@ from mlx_mla.errors import UserError, flag
 from mlx_mla.fields import Bounds
 from mlx_mla.machine import memory, processor
 from mlx_mla.model.config import BackendName, DeviceName
-from mlx_mla.pictures import draw, save
+from mlx_mla.pictures import draw
 
 Row = dict[str, Any]
 """A row of most benchmarks, as JSON has it."""
@@ -282,14 +282,6 @@ def write_report(benchmark: Benchmark, document: Document, path: Path) -> None:
         draw(path.with_name(pictures[name]), picture.paint, figsize=picture.size)
     text = path.with_name(REPORT_FILE) if alone else path.with_suffix(".md")
     files.write_text(text, markdown(benchmark, document, pictures))
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Replace a picture in one step; UserError if it cannot be written."""
-    try:
-        save(figure, path)
-    except OSError as e:
-        raise UserError(f"{path}: could not be written: {e.strerror or e}") from e
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -93,23 +93,3 @@ def loss_axis(ax: Any) -> None:
     lows = [min(ys) for line in ax.lines if (ys := [y for y in line.get_ydata() if y > 0])]
     if lows and math.isfinite(low := min(lows)):
         ax.set_ylim(bottom=0.97 * low)
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, for benchmarks that do not use `drawing` yet."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save(fig: Any, out: Path) -> None:
-    """Save a figure of `pyplot` in one step."""
-    try:
-        with atomic_file(out) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fig.savefig(file, dpi=120, format=out.suffix[1:].lower())
-    finally:
-        pyplot().close(fig)
