@@ -45,7 +45,7 @@ def test_files_of_the_user_are_not_replaced(argv, tmp_path, capsys, name):
     said = refused(
         capsys, *argv, "--out", tmp_path / "mine.json", "--resume", command=evaluate.main
     )
-    assert "holds no results to resume" in said
+    assert "protocol is missing; give --out a new name" in said
     assert (tmp_path / name).read_text() == "mine"
     assert (tmp_path / "mine.json").read_text() == '{"models": "mine"}'
 
