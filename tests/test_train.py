@@ -554,8 +554,8 @@ def test_a_training_state_of_a_newer_version_is_refused(run_copy, capsys):
     assert info["format"] == 1
     for changes, message in (
         ({"format": 2}, "train_state.json: format 2, and this version reads 1"),
-        ({"step": "40"}, "train_state.json: damaged"),
-        ({"val_loss": []}, "train_state.json: damaged"),
+        ({"step": "40"}, "train_state.json: step = '40' is not a value of type int"),
+        ({"val_loss": []}, "train_state.json: val_loss = [] is not a value of type float"),
     ):
         path.write_text(json.dumps({**info, **changes}))
         assert message in refused(capsys, "--resume", "--out", run_copy, "--steps", "41")
