@@ -159,5 +159,6 @@ def _fitting(
         token = tokenizer.convert_ids_to_tokens(ends[0])
         if token is not None:
             tokenizer.eos_token = token
-    set_end_ids(tokenizer, ends)
+    if tokenizer.eos_token_id in ends:  # else they are another tokenizer's
+        set_end_ids(tokenizer, ends)
     return tokenizer
