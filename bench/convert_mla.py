@@ -120,13 +120,13 @@ class Bench:
     def __init__(self, options: ConvertBench):
         self.options = options
         self.run = run_config(options.model)
-        folder = checkpoint.model_folder(options.model)
-        self.config = checkpoint.read_config(folder)
+        folder = checkpoint.ModelFolder(checkpoint.model_folder(options.model))
+        self.config = folder.config
         if beyond := self.config.beyond_gpt2:
             raise UserError(
                 f"--model {options.model}: has {beyond[0]}; give a run of --attention mha"
             )
-        self.weights = checkpoint.read_weights(folder, self.config)
+        self.weights = folder.weights()
         tokenizer = get_tokenizer(self.run.tokenizer, self.run.bpe_dir)
         tokens = corpus.tokenize(corpus.read_documents(self.run.data), tokenizer)
         cut = training_part(len(tokens), self.run.val_fraction)

@@ -129,8 +129,9 @@ def measure(bench: EvaluationBench, results: Results) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         folder = model_folder(bench, work)
+        ours = checkpoint.ModelFolder(folder)
         scorers: dict[str, Scorer] = {
-            f"mlx_mla {name}": get_backend(name, device).scorer(folder, "float32")
+            f"mlx_mla {name}": get_backend(name, device).scorer(ours, "float32")
             for name, device in bench.devices.items()
         }
         theirs = HFLM(

@@ -28,6 +28,7 @@ from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.decode import MLXDecoder
 from mlx_mla.backends.mlx.load import load
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data import corpus
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.display import markdown_table
@@ -81,8 +82,8 @@ def measure(s: TrainedBench, results: Results) -> None:
     text = corpus.read_documents(str(s.text))[0]
     unseen = text[int(len(text) * (1 - s.held_out)) :]
     for path in s.models:
-        folder = checkpoint.model_folder(path)
-        tokens = np.array(checkpoint.read_tokenizer(folder).encode(unseen))
+        folder = ModelFolder(checkpoint.model_folder(path))
+        tokens = np.array(folder.tokenizer.encode(unseen))
         for row in quantised(s, path.name, folder, tokens):
             print(row, flush=True)
             results.add(row, to="quality")
@@ -91,9 +92,9 @@ def measure(s: TrainedBench, results: Results) -> None:
             results.add(row, to="speed")
 
 
-def quantised(s: TrainedBench, name: str, folder: Path, tokens: np.ndarray) -> Iterator[Row]:
+def quantised(s: TrainedBench, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
     """Perplexity by bits of the cache and of the weights."""
-    length, base = checkpoint.read_config(folder).n_positions, None
+    length, base = folder.config.n_positions, None
     starts = np.linspace(0, len(tokens) - length - 1, s.windows).astype(int)
     x = mx.array(np.stack([tokens[a : a + length + 1] for a in starts]))
     for weight_bits in BITS:
@@ -162,7 +163,7 @@ def cache_bytes(model: Any, bits: int | None) -> float:
     return float(sum(c.nbytes for c in cache) / len(cache) / cache[0].step)
 
 
-def drafted(s: TrainedBench, name: str, folder: Path, tokens: np.ndarray) -> Iterator[Row]:
+def drafted(s: TrainedBench, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
     """Tokens per second and accepted guesses, greedy, by number of guessed tokens."""
     decoder = MLXDecoder(mx.default_device(), folder)
     room = decoder.n_positions - s.tokens

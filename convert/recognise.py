@@ -11,6 +11,7 @@ from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.files import is_hub_id, read_json
 from mlx_mla.hub import find_model
+from mlx_mla.model.weights import parameter_shapes
 
 from . import hf, karpathy, llama, llmc
 from .foreign import ForeignCheckpoint, check_tensors
@@ -63,13 +64,12 @@ def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
     return llama.read_llama(path, name) if kind in llama.CONFIGS else hf.read_gpt2(path, name)
 
 
-def _own(folder: Path, name: str) -> ForeignCheckpoint:
-    config = checkpoint.read_config(folder)
-    if checkpoint.is_quantized(folder):
+def _own(folder: checkpoint.ModelFolder, name: str) -> ForeignCheckpoint:
+    if folder.is_quantized:
         raise UserError(f"{folder}: quantised by mlx-lm; convert the model it was made from")
-    where, tensors = hf.open_weights(folder)
-    check_tensors(where, tensors, checkpoint.parameter_shapes(config))
-    return ForeignCheckpoint("mlx_mla", name, config, tensors, folder)
+    where, tensors = hf.open_weights(folder.path)
+    check_tensors(where, tensors, parameter_shapes(folder.config))
+    return ForeignCheckpoint("mlx_mla", name, folder.config, tensors, folder.path)
 
 
 def _open_file(path: Path, n_head: int | None) -> ForeignCheckpoint:

@@ -6,11 +6,11 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from mlx_mla import checkpoint
 from mlx_mla.data.tokenizer import (
     END_OF_TEXT,
     check_tokenizer,
     get_tokenizer,
+    read_tokenizer,
     set_end_ids,
     told,
 )
@@ -97,13 +97,13 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
         return None
     is_gpt2 = model_type == "gpt2"
     if is_whole and not is_gpt2:
-        return checkpoint.read_tokenizer(folder)
+        return read_tokenizer(folder)
     with told(f"{folder}: its tokenizer cannot be read"):
         # transformers completes what a GPT-2's files leave out, and OpenAI's leave out nearly all.
         read = (AutoTokenizer if is_gpt2 else GPT2TokenizerFast).from_pretrained(str(folder))
     check_tokenizer(read, folder)
     if is_whole:
-        as_it_is = checkpoint.read_tokenizer(folder)
+        as_it_is = read_tokenizer(folder)
         if END_OF_TEXT not in as_it_is.get_vocab():  # it was made up, and no model has its row
             return as_it_is
     with told(f"{folder}: its tokenizer cannot be read"):

@@ -10,6 +10,7 @@ file but the README.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -25,8 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.data.tokenizer import end_ids
-from mlx_mla.data.tokenizer import read_tokenizer as read_tokenizer
+from mlx_mla.data.tokenizer import end_ids, read_tokenizer
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import Count, value_of
 from mlx_mla.files import (
@@ -133,32 +133,78 @@ def write_train_state(
     _write_json(folder / STATE_INFO, info)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The resolved model configuration of a folder; UserError if it is not one of ours."""
-    path = folder / "config.json"
-    values = read_json(path)
-    if values.get("model_type") != "mla_gpt2":
-        raise UserError(
-            f"{folder}: config.json says model_type {shown(values.get('model_type'))}, and this "
-            "needs 'mla_gpt2'"
-        )
-    return ModelConfig.read(values, str(path))
+class ModelFolder:
+    """A model folder of ours on disk. Its config.json is read at once, the rest when it is needed.
 
+    The model files in it are never executed: the package's own are the same model.
 
-def is_quantized(folder: Path) -> bool:
-    """Whether mlx-lm has quantised the weights of a folder."""
-    return "quantization" in read_json(folder / "config.json")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: model.safetensors, or the shards in its index.
+    Args:
+        path: The folder itself; `model_folder` finds the one that a run folder means.
 
     Raises:
-        UserError: If there are none, or one is missing.
+        UserError: If config.json is missing, damaged, or of another kind of model.
     """
-    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        return shards(folder / INDEX)
-    return [folder / WEIGHTS]
+
+    def __init__(self, path: Path):
+        self.path = path
+        where = path / "config.json"
+        values = read_json(where)
+        if values.get("model_type") != "mla_gpt2":
+            raise UserError(
+                f"{path}: config.json says model_type {shown(values.get('model_type'))}, and this "
+                "needs 'mla_gpt2'"
+            )
+        self.config = ModelConfig.read(values, str(where))
+        """The resolved configuration."""
+        self.is_quantized = "quantization" in values
+        """True if mlx-lm has quantised the weights, which then only MLX reads."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its tokenizer; UserError if there is none, or none that can be used."""
+        return read_tokenizer(self.path)
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights: model.safetensors, or the shards in its index; UserError
+        if one is missing."""
+        index = self.path / INDEX
+        if index.is_file() and not (self.path / WEIGHTS).is_file():
+            return shards(index)
+        return [self.path / WEIGHTS]
+
+    def weights(self, expected: ModelConfig | None = None) -> dict[str, np.ndarray]:
+        """All tensors by name, float32.
+
+        Args:
+            expected: The configuration that names and shapes must fit. None: the folder's own.
+
+        Raises:
+            UserError: If they do not fit, are quantised, or are not finite.
+        """
+        if self.is_quantized:
+            raise UserError(f"{self}: quantised by mlx-lm, which only MLX reads; use --backend mlx")
+        tensors: dict[str, np.ndarray] = {}
+        for path in self.weight_files():
+            tensors |= _load_tensors(path)
+        shapes, where = parameter_shapes(expected or self.config), self.path / WEIGHTS
+        for name in shapes.keys() | tensors.keys():
+            if name not in tensors or name not in shapes:
+                state = "missing from" if name not in tensors else "unexpected in"
+                raise UserError(f"{where}: tensor {name} is {state} the file")
+            if tensors[name].shape != shapes[name]:
+                raise UserError(
+                    f"{where}: tensor {name} has shape {tensors[name].shape}, config.json asks for "
+                    f"{shapes[name]}"
+                )
+        weights = {name: tensors[name].astype(np.float32, copy=False) for name in shapes}
+        if bad := not_finite(weights):
+            raise UserError(
+                f"{where}: tensor {bad} has values that are not finite; the model is unusable"
+            )
+        return weights
 
 
 def shards(index: Path) -> list[Path]:
@@ -171,30 +217,6 @@ def shards(index: Path) -> list[Path]:
         if path.parent != index.parent or not path.is_file():
             raise UserError(f"{path}: no such file, and {index.name} names it; download it again")
     return files
-
-
-def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
-    """All tensors of a folder as float32, after checking names and shapes against `config`."""
-    tensors: dict[str, np.ndarray] = {}
-    for path in weight_files(folder):
-        tensors |= _load_tensors(path)
-    expected = parameter_shapes(config)
-    for name in expected.keys() | tensors.keys():
-        if name not in tensors or name not in expected:
-            state = "missing from" if name not in tensors else "unexpected in"
-            raise UserError(f"{folder / WEIGHTS}: tensor {name} is {state} the file")
-        if tensors[name].shape != expected[name]:
-            raise UserError(
-                f"{folder / WEIGHTS}: tensor {name} has shape {tensors[name].shape}, config.json "
-                f"asks for {expected[name]}"
-            )
-    weights = {name: tensors[name].astype(np.float32, copy=False) for name in expected}
-    if spoilt := not_finite(weights):
-        raise UserError(
-            f"{folder / WEIGHTS}: tensor {spoilt} has values that are not finite; the model is "
-            "spoilt, and no use can be made of it"
-        )
-    return weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,8 +254,8 @@ def read_train_state(folder: Path, config: ModelConfig) -> tuple[dict[str, np.nd
     if _is_checkpoint(folder) and info.step != step_of(folder):
         raise UserError(f"{path}: step {info.step} is not that of {folder.name}; {new_run}")
     tensors = _load_tensors(folder / STATE)
-    if spoilt := not_finite(tensors):
-        raise UserError(f"{folder / STATE}: tensor {spoilt} has values that are not finite")
+    if bad := not_finite(tensors):
+        raise UserError(f"{folder / STATE}: tensor {bad} has values that are not finite")
     for name, shape in parameter_shapes(config).items():
         muon = f"momentum_buffer.{name}"
         for key in [muon] if muon in tensors else [f"exp_avg.{name}", f"exp_avg_sq.{name}"]:

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import GenerationOptions, outside
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
@@ -110,7 +111,7 @@ def _main(argv: Sequence[str]) -> int:
 def _evaluate(
     command: EvaluateCommand,
     names: Sequence[str],
-    folders: Sequence[Path],
+    folders: Sequence[ModelFolder],
     backend: Backend,
     documents: Mapping[str, Sequence[Any]],
 ) -> None:
@@ -218,7 +219,7 @@ class Evaluation:
 
 
 def speed(
-    backend: Backend, folder: Path, scorer: Scorer, dtype: InferenceDType
+    backend: Backend, folder: ModelFolder, scorer: Scorer, dtype: InferenceDType
 ) -> dict[str, dict[str, float]]:
     """Tokens per second: median, minimum and maximum of 5 runs after a warm-up, in this process.
 

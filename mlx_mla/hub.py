@@ -14,8 +14,8 @@ FILES = ["*.json", "*.safetensors", "*.py", "SHA256SUMS"]
 """What a model folder needs to be whole by its SHA256SUMS."""
 
 
-def find_model(name: str, revision: str | None = None) -> Path:
-    """The local model folder that a name means; downloads it if it is a hub id.
+def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder:
+    """The local model folder that a name means, checked; downloads it if it is a hub id.
 
     Args:
         name: A run folder (its newest checkpoint is taken), a model folder, or `owner/name` on the
@@ -43,7 +43,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         others = [p for p in older if p != folder]
         advice = f"the one before is {others[-1]}" if others else "restore it from a copy"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
-    return folder
+    return checkpoint.ModelFolder(folder)
 
 
 def _near(path: Path) -> str:

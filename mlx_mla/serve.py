@@ -17,21 +17,21 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional, get_args
 
-from mlx_mla import checkpoint, cli
+from mlx_mla import cli
 from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx.caches import KVCache
 from mlx_mla.backends.mlx.device import device_type, find_device
 from mlx_mla.backends.mlx.load import load
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.http_answer import Generator
 from mlx_mla.decoding.http_request import RequestChecks, check_template_arguments
 from mlx_mla.decoding.request import GREEDY_BELOW, LARGEST_INT, outside
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_json_object
 from mlx_mla.hub import find_model
-from mlx_mla.model.config import InferenceDType, ModelConfig, flag
+from mlx_mla.model.config import InferenceDType, flag
 
 import mlx.core as mx  # isort: skip  (after the backend, which loads its BLAS)
 from mlx_lm import server  # isort: skip
@@ -91,21 +91,21 @@ class Server(http.server.ThreadingHTTPServer):
 class Provider(server.ModelProvider):
     """mlx-lm's, with the package's own model: no code of the folder is run."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, dtype: InferenceDType):
+    def __init__(self, args: argparse.Namespace, folder: ModelFolder, dtype: InferenceDType):
         super().__init__(args)
         self.folder, self.dtype, self.loaded = folder, dtype, threading.Event()
         self.problem: Exception | None = None
 
     def new_tokenizer(self) -> Any:
         """mlx-lm's tokenizer, which is for one thread at a time."""
-        end = checkpoint.read_tokenizer(self.folder).eos_token
+        end = self.folder.tokenizer.eos_token
         template = self.cli_args.chat_template
         settings = {
             "trust_remote_code": False,
             **({"eos_token": end} if end else {}),
             **({"chat_template": template} if template else {}),
         }
-        return load_tokenizer(self.folder, settings)
+        return load_tokenizer(self.folder.path, settings)
 
     def _load(self, *_: Any) -> None:
         """Load the model, in the generation thread, which an exception would end."""
@@ -190,15 +190,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    args, device, dtype, folder, config = read_flags(argv)
+    args, device, dtype, folder = read_flags(argv)
     # mlx-lm's generation thread asks for MLX's default, which is one for all threads.
     with mx.stream(device), _bound(args.host, args.port) as httpd:
-        return _serve(args, folder, config, dtype, httpd)
+        return _serve(args, folder, dtype, httpd)
 
 
 def read_flags(
     argv: Sequence[str],
-) -> tuple[argparse.Namespace, mx.Device, InferenceDType, Path, ModelConfig]:
+) -> tuple[argparse.Namespace, mx.Device, InferenceDType, ModelFolder]:
     """All flags, checked: mlx-lm's, where and in what to compute, and the model.
 
     Raises:
@@ -206,16 +206,16 @@ def read_flags(
     """
     own, others = _own_flags(argv)
     args = _flags(others)
-    folder, config = check_flags(args)
+    folder = check_flags(args)
     device = find_device(own.device)
-    return args, device, decoding_dtype(own.dtype, device_type(device)), folder, config
+    return args, device, decoding_dtype(own.dtype, device_type(device)), folder
 
 
-def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
+def check_flags(args: argparse.Namespace) -> ModelFolder:
     """Refuse flags that mlx-lm would fail on, now or at some request.
 
     Returns:
-        The model folder that they name, and its configuration.
+        The model folder that they name.
 
     Raises:
         UserError: Naming the flag.
@@ -239,7 +239,7 @@ def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
         raise UserError("--chat-template-args must be a JSON object")
     check_template_arguments("--chat-template-args", args.chat_template_args)
     folder = find_model(args.model)
-    config = checkpoint.read_config(folder)
+    config = folder.config
     assert config.vocab_size
     if not 0 <= args.top_k < config.vocab_size:
         raise UserError(f"--top-k must be from 0 (off) to {config.vocab_size - 1}")
@@ -252,7 +252,7 @@ def check_flags(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
                 f"--kv-group-size {args.kv_group_size} does not divide the cache's width of "
                 f"{' or '.join(map(str, sorted(widths)))}; choose another group size"
             )
-    return folder, config
+    return folder
 
 
 def _bound(host: str, port: int) -> Server:
@@ -274,12 +274,12 @@ def _bound(host: str, port: int) -> Server:
 
 def _serve(
     args: argparse.Namespace,
-    folder: Path,
-    config: ModelConfig,
+    folder: ModelFolder,
     dtype: InferenceDType,
     httpd: Server,
 ) -> int:
-    names = list(dict.fromkeys([args.model, str(folder.resolve()), "default_model"]))
+    config = folder.config
+    names = list(dict.fromkeys([args.model, str(folder.path.resolve()), "default_model"]))
     assert config.vocab_size
     Handler.checks = RequestChecks(config.n_positions, config.vocab_size, names, args.max_tokens)
     provider = Provider(args, folder, dtype)

@@ -286,7 +286,7 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def logits_of_folder(folder: Path, x: torch.Tensor) -> torch.Tensor:
     """Logits of one of this project's folders, in PyTorch."""
-    config = checkpoint.read_config(folder)
+    config = checkpoint.ModelFolder(folder).config
     return logits_of(
-        build_model(config, checkpoint.read_weights(folder, config), torch.device("cpu")), x
+        build_model(config, checkpoint.ModelFolder(folder).weights(config), torch.device("cpu")), x
     )

@@ -148,7 +148,10 @@ def test_greedy_text_is_mlxs_with_each_cache(tiny_run, capfd, cache):
 def test_a_cache_of_fixed_shape_gives_the_same_text(tiny_run, cache):
     """What MPS uses, on the CPU."""
     decoders = [
-        get_backend("torch", "cpu").decoder(checkpoint.latest(tiny_run), cache) for _ in range(2)
+        get_backend("torch", "cpu").decoder(
+            checkpoint.ModelFolder(checkpoint.latest(tiny_run)), cache
+        )
+        for _ in range(2)
     ]
     decoders[1].fixed_shapes = True
     prompts = [list(b"The st"), list(b"x"), list(b"A longer prompt")]

@@ -147,14 +147,14 @@ def test_a_training_state_that_no_run_writes_is_refused(tiny_run, tmp_path, valu
     shutil.copytree(checkpoint.latest(tiny_run), folder)
     (folder / checkpoint.STATE_INFO).write_text(json.dumps(values))
     with pytest.raises(UserError) as raised:
-        checkpoint.read_train_state(folder, checkpoint.read_config(folder))
+        checkpoint.read_train_state(folder, checkpoint.ModelFolder(folder).config)
     assert str(raised.value).startswith(f"{folder / checkpoint.STATE_INFO}: {problem}")
 
 
 def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(tiny_run, tmp_path):
     folder = tmp_path / "step-000040"
     shutil.copytree(checkpoint.latest(tiny_run), folder)
-    config = checkpoint.read_config(folder)
+    config = checkpoint.ModelFolder(folder).config
     state, _ = checkpoint.read_train_state(folder, config)
     key = "exp_avg_sq.transformer.ln_f.bias"
     save_file(state | {key: np.zeros(7, np.float32)}, folder / checkpoint.STATE)
@@ -174,12 +174,12 @@ def test_models_with_weights_that_are_not_finite_are_refused(tiny_run, tmp_path,
 
     folder = tmp_path / "model"
     shutil.copytree(checkpoint.latest(tiny_run), folder)
-    weights = checkpoint.read_weights(folder, checkpoint.read_config(folder))
+    weights = checkpoint.ModelFolder(folder).weights()
     weights["transformer.ln_f.bias"][3] = np.nan
     save_file(weights, folder / "model.safetensors", {"format": "mlx"})
     for load in (get_backend(backend, "cpu").decoder, get_backend(backend, "cpu").scorer):
         with pytest.raises(UserError, match=r"transformer\.ln_f\.bias has values that are not"):
-            load(folder)
+            load(checkpoint.ModelFolder(folder))
 
 
 @pytest.mark.parametrize("text", ["../../elsewhere", "..", "", "step-000020-backup", "x" * 10_000])
@@ -193,8 +193,8 @@ def test_latest_never_leads_out_of_the_run(tiny_run, tmp_path, text):
 
 def test_weights_come_back_bit_for_bit(tiny_run):
     folder = checkpoint.latest(tiny_run)
-    config = checkpoint.read_config(folder)
-    weights = checkpoint.read_weights(folder, config)
+    config = checkpoint.ModelFolder(folder).config
+    weights = checkpoint.ModelFolder(folder).weights(config)
     state, info = checkpoint.read_train_state(folder, config)
     assert {k.split(".", 1)[0] for k in state} == {"exp_avg", "exp_avg_sq"}
     assert len(state) == 2 * len(weights)
@@ -204,7 +204,7 @@ def test_weights_come_back_bit_for_bit(tiny_run):
 
     with files.atomic_folder(folder.parent / "copy") as copy:
         checkpoint.write_model(copy, config, weights, ByteTokenizer().fast_tokenizer(), "card")
-    again = checkpoint.read_weights(folder.parent / "copy", config)
+    again = checkpoint.ModelFolder(folder.parent / "copy").weights(config)
     shutil.rmtree(folder.parent / "copy")
     for name, w in weights.items():
         np.testing.assert_array_equal(w.view(np.uint32), again[name].view(np.uint32))
@@ -213,16 +213,16 @@ def test_weights_come_back_bit_for_bit(tiny_run):
 def test_tensors_that_do_not_fit_are_named(tiny_run, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint.latest(tiny_run), folder)
-    config = checkpoint.read_config(folder)
+    config = checkpoint.ModelFolder(folder).config
     wider = ModelConfig.from_dict({**config.to_dict(), "n_inner": 64}).resolved()
     with pytest.raises(UserError, match=r"mlp\.c_.* has shape .* config.json asks for"):
-        checkpoint.read_weights(folder, wider)
+        checkpoint.ModelFolder(folder).weights(wider)
     deeper = ModelConfig.from_dict({**config.to_dict(), "n_layer": 3}).resolved()
     with pytest.raises(UserError, match=r"tensor transformer\.h\.2\..* is missing from the file"):
-        checkpoint.read_weights(folder, deeper)
+        checkpoint.ModelFolder(folder).weights(deeper)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="may be truncated"):
-        checkpoint.read_weights(folder, config)
+        checkpoint.ModelFolder(folder).weights(config)
 
 
 def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):

@@ -271,6 +271,6 @@ def test_weights_that_are_finite_and_overflow(backend, folder, tmp_path, capfd):
         ("--prompts-file", tmp_path / "prompts"),
     ):
         assert "scores are not finite" in refused(capfd, *common, *flags, command=generate.main)
-    scorer = get_backend(backend, "cpu").scorer(out)
+    scorer = get_backend(backend, "cpu").scorer(checkpoint.ModelFolder(out))
     with pytest.raises(UserError, match="scores are not finite"):
         score(scorer, [Request((1, 2), ((3, 4), (5,)))])

@@ -39,12 +39,12 @@ def edit(path, **changes):
 
 def same_logits(model, folder, ids, atol=1e-4):
     """Of the source in transformers, and of the folder in both backends."""
-    tokens = len(checkpoint.read_tokenizer(folder))  # the rows beyond are masked
+    tokens = len(checkpoint.ModelFolder(folder).tokenizer)  # the rows beyond are masked
     with torch.inference_mode():
         expected = model(ids).logits[..., :tokens]
     got = foreign.logits_of_folder(folder, ids)[..., :tokens]
     torch.testing.assert_close(got, expected, atol=atol, rtol=0)
-    got = np.array(load(folder)(mx.array(ids.numpy())))[..., :tokens]
+    got = np.array(load(checkpoint.ModelFolder(folder))(mx.array(ids.numpy())))[..., :tokens]
     np.testing.assert_allclose(got, expected.numpy(), atol=atol, rtol=0)
 
 
@@ -84,7 +84,9 @@ def test_any_shape_gives_transformers_logits_and_comes_back_bit_for_bit(data, tm
     stored.save_pretrained(str(place / "hf"), max_shard_size="20KB")
     out = run(place / "hf", place / "out")
     ids = foreign.ids(257)
-    assert num_parameters(checkpoint.read_config(out)) == sum(p.numel() for p in model.parameters())
+    assert num_parameters(checkpoint.ModelFolder(out).config) == sum(
+        p.numel() for p in model.parameters()
+    )
     if half is None:
         same_logits(model, out, ids)
     back = run(out, place / "back", "--to", "hf")
@@ -126,7 +128,7 @@ def test_the_tokenizer_its_chat_template_and_every_end_of_text_come_along(source
     config = json.loads((out / "config.json").read_text())
     assert sorted(config["eos_token_id"]) == [10, 256]
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [256, 10]
-    tokenizer = checkpoint.read_tokenizer(out)
+    tokenizer = checkpoint.ModelFolder(out).tokenizer
     assert end_ids(tokenizer) == [256, 10]
     decoder = get_backend("mlx").decoder(out)
     assert generate.encode(decoder, "as it is") == [256, *b"as it is"]
@@ -154,7 +156,7 @@ def test_nothing_allocates_by_the_longest_context(source, tmp_path):
     ids = torch.arange(12)[None]
     mx.synchronize()
     mx.reset_peak_memory()
-    model = load(out)
+    model = load(checkpoint.ModelFolder(out))
     mx.eval(model(mx.array(ids.numpy())))
     assert mx.get_peak_memory() < 8 * 2**20
     same_logits(AutoModelForCausalLM.from_pretrained(str(tmp_path / "src")), out, ids)
@@ -234,11 +236,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(source, tmp_path, capsys):
 def test_smollm2(smollm2, tmp_path):
     out = run(smollm2, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(str(smollm2))
-    assert num_parameters(checkpoint.read_config(out)) == 134_515_008
+    assert num_parameters(checkpoint.ModelFolder(out).config) == 134_515_008
     tokenizer = AutoTokenizer.from_pretrained(str(smollm2))
     ids = tokenizer("The capital of France is Paris, and that of", return_tensors="pt").input_ids
     same_logits(model, out, ids)
-    ours = checkpoint.read_tokenizer(out)
+    ours = checkpoint.ModelFolder(out).tokenizer
     chat = [{"role": "user", "content": "What is 2 + 2?"}]
     for ask in ({}, {"add_generation_prompt": True}):
         theirs = tokenizer.apply_chat_template(chat, **ask)

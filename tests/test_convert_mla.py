@@ -263,7 +263,7 @@ def test_a_converted_model_decodes_as_in_full(trained, text_file, tmp_path, capf
 def test_a_rank_budget_gives_layers_widths_of_their_own(trained, text_file, tmp_path, capfd):
     flags = ["--calibration", text_file, "--calibration-tokens", 8000, "--method", "balanced"]
     out = converted(trained, tmp_path / "out", "--rank-budget", 7, *flags)
-    config = checkpoint.read_config(out)
+    config = checkpoint.ModelFolder(out).config
     ranks = json.loads((out / "conversion.json").read_text())["kv_lora_ranks"]
     assert sum(ranks) == 14 and ranks[0] != ranks[1]
     assert (config.kv_lora_ranks, config.kv_lora_rank) == (ranks, max(ranks))
@@ -317,8 +317,8 @@ def test_moments_are_those_of_all_tokens_at_once(hf_folder, tmp_path):
     assert (
         convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
     )
-    config = checkpoint.read_config(tmp_path / "mha")
-    model = build_model(config, checkpoint.read_weights(tmp_path / "mha", config), CPU)
+    config = checkpoint.ModelFolder(tmp_path / "mha").config
+    model = build_model(config, checkpoint.ModelFolder(tmp_path / "mha").weights(config), CPU)
     file = tmp_path / "text.txt"
     file.write_bytes(bytes(range(32, 127)) * 100)
     text = text_of(file)
@@ -360,8 +360,8 @@ def test_perplexity_is_of_the_tokens_alone(hf_folder, tmp_path):
     assert (
         convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
     )
-    config = checkpoint.read_config(tmp_path / "mha")
-    model = build_model(config, checkpoint.read_weights(tmp_path / "mha", config), CPU)
+    config = checkpoint.ModelFolder(tmp_path / "mha").config
+    model = build_model(config, checkpoint.ModelFolder(tmp_path / "mha").weights(config), CPU)
     file = tmp_path / "text.txt"
     file.write_text("abcdefgh" * 100)
     value, tokens = perplexity(model, text_of(file), 0)

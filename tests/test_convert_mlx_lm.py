@@ -17,6 +17,7 @@ import foreign
 from helpers import by_mlx_lm, python
 
 from convert import __main__ as convert
+from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.decoding.request import GenerationOptions
 
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
 def expected(folder):
     """Our own greedy text."""
     options = GenerationOptions(temp=0, max_tokens=TOKENS)
-    decoder = get_backend("torch", "cpu").decoder(folder)
+    decoder = get_backend("torch", "cpu").decoder(checkpoint.ModelFolder(folder))
     return "".join(p.text for p in decoder.stream(list(PROMPT.encode()), options))
 
 

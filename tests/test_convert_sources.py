@@ -205,7 +205,7 @@ def test_nanogpt(bias, prefix, tmp_path):
     foreign.save_nanogpt(tmp_path / "ckpt.pt", model, bias, prefix)
     out = converted(tmp_path / "ckpt.pt", tmp_path / "out")
     same_logits(model, out)
-    assert checkpoint.read_config(out).activation_function == "gelu"
+    assert checkpoint.ModelFolder(out).config.activation_function == "gelu"
     if not bias:  # GPT2LMHeadModel has every bias
         back = converted(out, tmp_path / "back", "--to", "hf")
         same_logits(GPT2LMHeadModel.from_pretrained(str(back)), out)
@@ -228,14 +228,14 @@ def same_in_every_tool(model, out):
     torch.testing.assert_close(
         foreign.logits_of(theirs, x)[..., :257], expected, atol=1e-5, rtol=1e-4
     )
-    found = np.array(load(out)(mx.array(x.numpy())))[..., :257]
+    found = np.array(load(checkpoint.ModelFolder(out))(mx.array(x.numpy())))[..., :257]
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_head_of_its_own(untied, tmp_path):
     untied.save_pretrained(str(tmp_path / "hf"))
     out = converted(tmp_path / "hf", tmp_path / "out")
-    assert checkpoint.read_config(out).tie_word_embeddings is False
+    assert checkpoint.ModelFolder(out).config.tie_word_embeddings is False
     same_in_every_tool(untied, out)
     back = converted(out, tmp_path / "back", "--to", "hf")
     again = GPT2LMHeadModel.from_pretrained(str(back))
@@ -280,7 +280,7 @@ def test_llmc(version, model, tmp_path):
         for p in model.parameters():
             p.data = p.data.bfloat16().float()
     same_logits(model, out)
-    assert checkpoint.read_config(out).vocab_size == 300
+    assert checkpoint.ModelFolder(out).config.vocab_size == 300
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
@@ -291,7 +291,7 @@ def test_the_originals_checkpoint(prefix, bare, tmp_path):
     flags = ["--n-head", "2"] if bare else []
     out = converted(tmp_path / "step019535.pt", tmp_path / "out", *flags, *BYTES)
     same_logits(model, out)
-    config = checkpoint.read_config(out)
+    config = checkpoint.ModelFolder(out).config
     assert (config.attention, config.kv_lora_rank, config.attention_bias) == ("mla", 12, False)
 
 
@@ -300,7 +300,7 @@ def test_a_bare_state_dict_has_heads_of_64(tmp_path):
     foreign.save_original(tmp_path / "model.pt", model, bare=True)
     out = converted(tmp_path / "model.pt", tmp_path / "out")
     same_logits(model, out)
-    assert checkpoint.read_config(out).n_head == 2
+    assert checkpoint.ModelFolder(out).config.n_head == 2
 
 
 def test_our_own_run_folder_is_a_source_too(tiny_run, tmp_path):
@@ -314,9 +314,9 @@ def test_gpt2s_vocabulary_and_padding(shared_data, tmp_path, capfd):
     model.save_pretrained(str(tmp_path / "hf"))
     out = converted(tmp_path / "hf", tmp_path / "out", "--bpe-dir", shared_data / "gpt2_bpe")
     assert "50257 tokens; 47 rows of padding are kept" in capfd.readouterr().out
-    tokenizer = checkpoint.read_tokenizer(out)
+    tokenizer = checkpoint.ModelFolder(out).tokenizer
     assert (len(tokenizer), tokenizer.eos_token_id) == (50257, 50256)
-    weights = checkpoint.read_weights(out, checkpoint.read_config(out))
+    weights = checkpoint.ModelFolder(out).weights()
     np.testing.assert_array_equal(
         weights["transformer.wte.weight"], model.transformer.wte.weight.detach().numpy()
     )
@@ -341,6 +341,6 @@ def test_the_sources_own_tokenizer_is_taken(shared_data, tmp_path):
             (src / "merges.txt").write_bytes((shared_data / "gpt2_bpe" / "vocab.bpe").read_bytes())
         out = tmp_path / f"out-{form}"
         assert convert.main([str(src), "--out", str(out)]) == 0
-        tokenizer = checkpoint.read_tokenizer(out)
+        tokenizer = checkpoint.ModelFolder(out).tokenizer
         assert tokenizer.encode(text) == expected
         assert tokenizer.eos_token_id == 50256

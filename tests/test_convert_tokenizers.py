@@ -73,7 +73,7 @@ def converted(src, out, *flags):
 def same_tokenizer(out, src):
     """What the referee reads from the source, our readers and others read from the folder."""
     theirs = AutoTokenizer.from_pretrained(str(src))
-    for ours in (checkpoint.read_tokenizer(out), AutoTokenizer.from_pretrained(
+    for ours in (checkpoint.ModelFolder(out).tokenizer, AutoTokenizer.from_pretrained(
         str(out), trust_remote_code=True
     )):  # fmt: skip
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
@@ -156,7 +156,7 @@ def test_folders_that_lost_their_end_of_text_find_it_again(source, tmp_path):
         '{"tokenizer_class": "TokenizersBackend", "model_max_length": 48}'
     )
     (old / "SHA256SUMS").unlink()
-    assert checkpoint.read_tokenizer(old).eos_token_id == EOT
+    assert checkpoint.ModelFolder(old).tokenizer.eos_token_id == EOT
     new = converted(old, tmp_path / "new")
     assert json.loads((new / "config.json").read_text())["eos_token_id"] == EOT
 
@@ -168,7 +168,7 @@ def test_bpe_dir_does_not_replace_a_tokenizer_that_is_there(source, shared_data,
     assert f"{SIZE + 2} tokens" in capfd.readouterr().out
     asked = converted(src, tmp_path / "asked", "--tokenizer", "gpt2", "--bpe-dir", bpe)
     assert "50257 tokens; 2 rows of padding" in capfd.readouterr().out
-    assert len(checkpoint.read_tokenizer(asked)) == 50257
+    assert len(checkpoint.ModelFolder(asked).tokenizer) == 50257
 
 
 def own_vocabulary(folder, **config):
@@ -187,7 +187,7 @@ def test_a_folder_without_an_end_of_text_says_so(tmp_path, capsys):
     assert "has no end-of-text token" in capsys.readouterr().out
     assert "The tokenizer has no end-of-text token" in (out / "README.md").read_text()
     assert json.loads((out / "config.json").read_text())["eos_token_id"] is None
-    assert len(checkpoint.read_tokenizer(out)) == 256
+    assert len(checkpoint.ModelFolder(out).tokenizer) == 256
     argv = ["--model", str(out), "--max-tokens", "5", "--temp", "0"]
     assert generate.main([*argv, "--prompt", "ab"]) == 0
     line = refusal(capsys, *argv, "--prompt", "", command=generate.main)
@@ -196,7 +196,7 @@ def test_a_folder_without_an_end_of_text_says_so(tmp_path, capsys):
 
 def test_the_end_of_text_that_only_the_configuration_names(tmp_path):
     out = converted(own_vocabulary(tmp_path / "src", eos_token_id=10), tmp_path / "out")
-    assert checkpoint.read_tokenizer(out).eos_token_id == 10
+    assert checkpoint.ModelFolder(out).tokenizer.eos_token_id == 10
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 10
 
 
@@ -222,7 +222,7 @@ def test_nanogpts_characters(tmp_path, capsys):
     out = converted(src, tmp_path / "out")
     assert "has no end-of-text token" in capsys.readouterr().out
     for tokenizer in (
-        checkpoint.read_tokenizer(out),
+        checkpoint.ModelFolder(out).tokenizer,
         AutoTokenizer.from_pretrained(str(out), trust_remote_code=True),
     ):
         text = "Hello,\n\n  wörld! 東京\t'"
@@ -241,7 +241,7 @@ def test_characters_can_be_named(tmp_path):
     src = nanogpt(tmp_path / "src", "abc")
     meta = (tmp_path / "src" / "meta.pkl").rename(tmp_path / "meta.pkl")
     out = converted(src, tmp_path / "out", "--tokenizer", meta)
-    assert checkpoint.read_tokenizer(out).encode("cab") == [2, 0, 1]
+    assert checkpoint.ModelFolder(out).tokenizer.encode("cab") == [2, 0, 1]
 
 
 class Malice:
@@ -332,7 +332,7 @@ def test_training_goes_on_from_a_vocabulary_with_added_tokens_once_they_are_padd
     less = converted(ours, tmp_path / "new", *command[1:3])
     run = ["--init", less, "--out", tmp_path / "run"]
     assert train.main([str(a) for a in (*argv, *run)]) == 0
-    saved = checkpoint.read_config(checkpoint.latest(tmp_path / "run"))
+    saved = checkpoint.ModelFolder(checkpoint.latest(tmp_path / "run")).config
     assert saved.vocab_size == 259
     other = converted(own_vocabulary(tmp_path / "other"), tmp_path / "other-ours")
     line = refusal(capfd, *argv, "--init", other, "--out", tmp_path / "run2", command=train.main)

@@ -134,7 +134,7 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
     (after,) = objects(
         capfd, *argv, "--prompt", " and", "--prompt-cache", file, "--save-prompt-cache", more
     )
-    decoder = get_backend("mlx").decoder(quantisable)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(quantisable))
     options = GenerationOptions(temp=0, max_tokens=5, kv_bits=bits)
     expected = [t for p in decoder.stream(context + list(b" and"), options) for t in p.token_ids]
     if bits is None:
@@ -145,6 +145,7 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
 def test_a_prompt_cache_whose_tokens_or_values_were_changed_is_refused(folder, tmp_path, capfd):
     file = tmp_path / "context.safetensors"
     objects(capfd, "--model", folder, "--prompt", "The st", "--save-prompt-cache", file)
+    of_model = checkpoint.ModelFolder(checkpoint.model_folder(folder))
     whole = file.read_bytes()
     at = whole.index(b"[84, 104, 101")
     swapped = whole.replace(b"[84, 104, 101", b"[84, 101, 104")
@@ -153,16 +154,16 @@ def test_a_prompt_cache_whose_tokens_or_values_were_changed_is_refused(folder, t
     for damaged in (swapped, later):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"damaged \(its sha256 differs"):
-            prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
+            prompt_cache.load(file, of_model, mx.float32)
     length = int.from_bytes(swapped[:8], "little")
     header = json.loads(swapped[8 : 8 + length])
     del header["__metadata__"]["0.sha256"]
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + swapped[8 + length :])
     with pytest.raises(UserError, match="has no sha256, with which it can be checked"):
-        prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
+        prompt_cache.load(file, of_model, mx.float32)
     file.write_bytes(whole)
-    _, tokens = prompt_cache.load(file, checkpoint.model_folder(folder), mx.float32)
+    _, tokens = prompt_cache.load(file, of_model, mx.float32)
     assert bytes(tokens[:6]) == b"The st"
 
 
@@ -203,7 +204,7 @@ def decoder_of(folder, config):
     checkpoint.write_model(
         folder, config, initial_weights(config, 0, 0.2), ByteTokenizer().fast_tokenizer(), ""
     )
-    return get_backend("mlx").decoder(folder)
+    return get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
 
 
 def test_a_loaded_cache_can_be_trimmed(folder, tmp_path, capfd):
@@ -212,7 +213,7 @@ def test_a_loaded_cache_can_be_trimmed(folder, tmp_path, capfd):
     (first,) = objects(capfd, *argv, "--prompt", "The st", "--save-prompt-cache", file)
     cache = load_prompt_cache(str(file))
     trim_prompt_cache(cache, 12)
-    decoder = get_backend("mlx").decoder(folder)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
     steps = generate_step(
         mx.array(first["token_ids"][:1]), decoder.model, max_tokens=5, prompt_cache=cache
     )
@@ -237,7 +238,7 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "SHA256SUMS").unlink()
-    weights = checkpoint.read_weights(folder, checkpoint.read_config(folder))
+    weights = checkpoint.ModelFolder(folder).weights()
     weights = {name: w * np.float32(1.01) for name, w in weights.items()}
     checkpoint._save_tensors(other / "model.safetensors", weights)
     assert "is of another model" in no("--prompt-cache", file, model=other)
@@ -287,7 +288,9 @@ def test_bits_of_a_quantised_file_are_its_own(quantisable, tmp_path, capsys):
 
 
 def test_fingerprints_tell_models_apart(folder, quantisable):
-    prints = [prompt_cache.fingerprint(f) for f in (folder, quantisable, folder)]
+    prints = [
+        prompt_cache.fingerprint(checkpoint.ModelFolder(f)) for f in (folder, quantisable, folder)
+    ]
     assert prints[0] == prints[2] != prints[1]
 
 

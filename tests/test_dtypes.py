@@ -203,7 +203,7 @@ def test_a_cache_file_is_brought_to_the_type_of_the_model(folder, tmp_path, capf
     save = ("--prompt", "The st", "--save-prompt-cache", file)
     objects(capfd, *argv, *save, "--dtype", "bfloat16")
     for dtype, kind in (("float32", mx.float32), ("bfloat16", mx.bfloat16)):
-        cache, tokens = prompt_cache.load(file, folder, kind)
+        cache, tokens = prompt_cache.load(file, checkpoint.ModelFolder(folder), kind)
         assert {c.keys.dtype for c in cache} == {kind}
         assert len(tokens) == 10
         (answer,) = objects(capfd, *argv, "--prompt-cache", file, "--prompt", "x", "--dtype", dtype)
@@ -237,18 +237,25 @@ def test_convert_stores_the_type_that_other_tools_then_compute_in(folder, tmp_pa
 
     out = tmp_path / "half"
     assert convert.main([str(folder), "--out", str(out), "--dtype", dtype]) == 0
-    source, config = load_file(str(folder / "model.safetensors")), checkpoint.read_config(folder)
+    source, config = (
+        load_file(str(folder / "model.safetensors")),
+        checkpoint.ModelFolder(folder).config,
+    )
     stored = load_file(str(out / "model.safetensors"))
     for name, w in source.items():
         assert stored[name].dtype == np.dtype(dtype)
         np.testing.assert_array_equal(stored[name], w.astype(dtype))
-        np.testing.assert_array_equal(checkpoint.read_weights(out, config)[name], stored[name])
+        np.testing.assert_array_equal(
+            checkpoint.ModelFolder(out).weights(config)[name], stored[name]
+        )
     assert json.loads((out / "config.json").read_text())["dtype"] == dtype
     assert f"rounded to {dtype}" in (out / "README.md").read_text()
     theirs = AutoModelForCausalLM.from_pretrained(str(out), trust_remote_code=True)
     assert str(theirs.dtype) == f"torch.{dtype}"
     ids = np.arange(40)[None]
-    expected, found = (load(f, "float32")(mx.array(ids)) for f in (folder, out))
+    expected, found = (
+        load(checkpoint.ModelFolder(f), "float32")(mx.array(ids)) for f in (folder, out)
+    )
     scale = float(mx.abs(expected).max())
     assert 0 < difference(found, expected) < 0.03 * scale
 
@@ -269,8 +276,8 @@ def test_convert_writes_hugging_faces_gpt2_in_the_type(tmp_path):
 
 
 def test_weights_too_large_for_float16_are_refused(folder, tmp_path, capsys):
-    config = checkpoint.read_config(folder)
-    weights = checkpoint.read_weights(folder, config)
+    config = checkpoint.ModelFolder(folder).config
+    weights = checkpoint.ModelFolder(folder).weights(config)
     weights["transformer.ln_f.weight"] = weights["transformer.ln_f.weight"] + np.float32(1e5)
     source = tmp_path / "large"
     source.mkdir()
@@ -296,7 +303,7 @@ def test_an_unknown_type_is_refused(folder, tmp_path, capsys):
 
 def test_the_server_holds_the_model_in_the_type(folder):
     own, others = serve._own_flags(["--model", str(folder), "--dtype", "bfloat16"])
-    provider = serve.Provider(serve._flags(others), folder, own.dtype)
+    provider = serve.Provider(serve._flags(others), checkpoint.ModelFolder(folder), own.dtype)
     provider._load()
     assert provider.problem is None
     assert {w.dtype for _, w in tree_flatten(provider.model.parameters())} == {mx.bfloat16}

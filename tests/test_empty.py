@@ -46,7 +46,7 @@ def text_of(decoder, prompt=b"The st", **options) -> list[int]:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_decoding_quantises_no_values_of_width_0(folder, tmp_path, bits):
-    decoder = MLXBackend("cpu").decoder(folder)
+    decoder = MLXBackend("cpu").decoder(checkpoint.ModelFolder(folder))
     file = tmp_path / "context.safetensors"
     with mock.patch.object(mx, "quantize", of_some):
         for options in (
@@ -65,7 +65,9 @@ def test_decoding_quantises_no_values_of_width_0(folder, tmp_path, bits):
 
 
 def test_serving_quantises_no_values_of_width_0(folder):
-    provider = serve.Provider(mock.Mock(model=str(folder)), folder, "float32")
+    provider = serve.Provider(
+        mock.Mock(model=str(folder)), checkpoint.ModelFolder(folder), "float32"
+    )
     provider._load()
     assert provider.problem is None
     cache = stock.make_prompt_cache(provider.model)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 torch = pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
 
-from mlx_mla import evaluate
+from mlx_mla import checkpoint, evaluate
 from mlx_mla.backends import get_backend
 from mlx_mla.evaluation.tasks import TASKS
 
@@ -124,7 +124,7 @@ def test_windows_are_those_of_transformers_documentation(ours, folder, sample, b
     documents = TASKS["wikitext2"].documents_from_file(
         sample / "wikitext2/wiki.test.raw", "standard"
     )
-    scorer = get_backend(backend).scorer(folder)
+    scorer = get_backend(backend).scorer(checkpoint.ModelFolder(folder))
     ids = torch.tensor([scorer.tokenizer.encode(documents[0][1], add_special_tokens=False)])
     total, count, before = 0.0, 0, 0
     for start in range(0, ids.shape[1], stride):

@@ -70,7 +70,7 @@ def test_shards_are_as_wide_as_the_tokenizer_asks(tmp_path, text, size, dtype, l
     assert shard.tokens[0] == 0
     assert shard.tokens.max() == FolderTokenizer(str(words)).encode(last)[0] == size - 1
     assert train.main(flags(out, "--tokenizer", words, "--out", tmp_path / "run")) == 0
-    assert checkpoint.read_config(checkpoint.latest(tmp_path / "run")).vocab_size == size
+    assert checkpoint.ModelFolder(checkpoint.latest(tmp_path / "run")).config.vocab_size == size
 
 
 def test_a_model_of_its_own_tokenizer_is_trained_resumed_and_started_from(tmp_path, text):
@@ -78,7 +78,7 @@ def test_a_model_of_its_own_tokenizer_is_trained_resumed_and_started_from(tmp_pa
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     assert train.main(flags(text, "--tokenizer", words, "--out", first)) == 0
     folder = checkpoint.latest(first)
-    assert checkpoint.read_config(folder).vocab_size == 20
+    assert checkpoint.ModelFolder(folder).config.vocab_size == 20
     assert FolderTokenizer(str(folder)).identity == FolderTokenizer(str(words)).identity
     assert train.main(["--resume", "--steps", "4", "--out", str(first)]) == 0
     sample = json.loads((first / "samples.jsonl").read_text().splitlines()[-1])

@@ -23,7 +23,7 @@ from helpers import TINY
 from rich.console import Console
 
 from mlx_mla import cli, plot, prepare, train
-from mlx_mla.checkpoint import TrainState, read_config
+from mlx_mla.checkpoint import ModelFolder, TrainState
 from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.evaluation.item_store import ItemStore
 from mlx_mla.evaluation.report import read_results
@@ -281,7 +281,7 @@ READERS = {
     "results.json": read_results,
     "tracking.json": lambda path: Tracking(path.parent, Console(quiet=True)),
     SUMS: lambda path: read_sums(path.parent),
-    "config.json": lambda path: read_config(path.parent),
+    "config.json": lambda path: ModelFolder(path.parent).config,
     "config.toml": lambda path: run_config(path.parent),
     "t-0.jsonl": lambda path: StoredItems(path).read([Request((1,), ((2,),))] * 3),
 }

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from helpers import TINY, objects, python, refused
 
-from mlx_mla import generate, train
+from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
 from mlx_mla.decoding.request import GenerationOptions
 
@@ -83,7 +83,7 @@ def test_text_streams_to_stdout_and_figures_to_stderr(folder, capfd):
 
 
 def test_streamed_text_is_the_decoded_tokens(folder):
-    decoder = get_backend("mlx").decoder(folder)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
     for seed in range(5):
         # Hot: bytes that are not UTF-8.
         options = GenerationOptions(temp=3.0, seed=seed, max_tokens=40)

@@ -125,7 +125,7 @@ def test_a_half_made_environment_is_made_anew(make, checkout, state):
     else:
         venv.mkdir()
     done = make(**NO_WHEELS)
-    assert ".venv is not whole; making it anew" in done.stdout
+    assert ".venv is not whole; making it again" in done.stdout
     assert "the package index has no setuptools" in refusal(done)
     assert not (venv / "half-a-package").exists()
 
@@ -147,7 +147,7 @@ def test_a_checkout_that_cannot_be_written(make, monkeypatch, checkout):
     """Root may write anywhere, so the question is answered for it."""
     script = checkout / "tools" / "install.py"
     script.write_text(script.read_text().replace("os.access(folder, os.W_OK)", "False"))
-    assert "cannot be written; clone the project to where you may write" in refusal(make())
+    assert "cannot be written; clone to where you may write" in refusal(make())
     assert not (checkout / ".venv").exists()
 
 

@@ -89,7 +89,7 @@ def text_of(decoder, prompt=PROMPT, **options) -> list[int]:
 @pytest.fixture(scope="module")
 def expected(folder) -> list[int]:
     """The greedy text without a cache."""
-    return text_of(get_backend("mlx").decoder(folder, "none"))
+    return text_of(get_backend("mlx").decoder(checkpoint.ModelFolder(folder), "none"))
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
@@ -98,7 +98,7 @@ def test_every_cache_gives_the_same_text(backend, kind, folder, expected):
         pytest.importorskip("torch")
     prompts = [PROMPT, b"A longer beginning", b"x"]
     for cache in ("latent", "materialized", "none"):
-        decoder = get_backend(backend).decoder(folder, cache)
+        decoder = get_backend(backend).decoder(checkpoint.ModelFolder(folder), cache)
         assert text_of(decoder) == expected, cache
         texts: list[list[int]] = [[], [], []]
         options = GenerationOptions(temp=0, max_tokens=LENGTH)
@@ -111,13 +111,13 @@ def test_every_cache_gives_the_same_text(backend, kind, folder, expected):
 
 
 def test_files_drafts_and_quantised_caches(kind, folder, expected, tmp_path):
-    decoder = get_backend("mlx").decoder(folder)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
     file = tmp_path / "context.safetensors"
     begun = text_of(decoder, save_prompt_cache=file)
     assert begun == expected
     held = load_prompt_cache(str(file))
     assert len(held) == kind.n_layer - kind.num_kv_shared_layers
-    decoder = get_backend("mlx").decoder(folder)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
     rest = text_of(decoder, prompt=(), prompt_cache=file)
     assert rest == text_of(decoder, [*PROMPT, *begun])
     assert text_of(decoder, draft_model=str(folder)) == expected
@@ -190,7 +190,10 @@ def test_a_folder_that_mlx_lm_has_quantised(folder, tmp_path):
 
     out = tmp_path / "quantised"
     convert(str(folder), str(out), quantize=True, q_bits=8, q_group_size=32, trust_remote_code=True)
-    latent, without = (get_backend("mlx").decoder(out, cache) for cache in ("latent", "none"))
+    latent, without = (
+        get_backend("mlx").decoder(checkpoint.ModelFolder(out), cache)
+        for cache in ("latent", "none")
+    )
     assert text_of(latent) == text_of(without)
 
 
@@ -219,7 +222,7 @@ def test_training_and_resuming(backend, kind, tmp_path, text_file):
     resumed = ["--resume", "--from-step", "2", "--out", str(cut)]
     assert train.main(resumed) == 0
     last = checkpoint.latest(whole)
-    assert checkpoint.read_config(last) == kind
+    assert checkpoint.ModelFolder(last).config == kind
     ours = (last / "model.safetensors").read_bytes()
     assert (checkpoint.latest(cut) / "model.safetensors").read_bytes() == ours
 
@@ -273,9 +276,12 @@ def test_folders_and_runs_from_before_these_settings(tiny_run, tmp_path):
     before = {k: v for k, v in values.items() if k not in new}
     assert before != values
     (folder / "config.json").write_text(json.dumps(before))
-    assert checkpoint.read_config(folder) == checkpoint.read_config(checkpoint.latest(tiny_run))
-    assert text_of(get_backend("mlx").decoder(folder)) == text_of(
-        get_backend("mlx").decoder(checkpoint.latest(tiny_run))
+    assert (
+        checkpoint.ModelFolder(folder).config
+        == checkpoint.ModelFolder(checkpoint.latest(tiny_run)).config
+    )
+    assert text_of(get_backend("mlx").decoder(checkpoint.ModelFolder(folder))) == text_of(
+        get_backend("mlx").decoder(checkpoint.ModelFolder(checkpoint.latest(tiny_run)))
     )
     assert train.main(["--resume", "--out", str(run), "--steps", "41"]) == 0
 

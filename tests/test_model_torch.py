@@ -173,15 +173,15 @@ def test_the_cache_holds_latents_alone(loaded):
 
 def test_parameters_are_those_of_the_table(loaded, folder):
     shapes = {k: tuple(v.shape) for k, v in loaded.state_dict().items() if k != "lm_head.weight"}
-    assert shapes == parameter_shapes(checkpoint.read_config(folder))
+    assert shapes == parameter_shapes(checkpoint.ModelFolder(folder).config)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
 def test_a_folder_loads_by_its_own_code(loaded, folder):
     assert type(loaded).__module__.startswith("transformers_modules.")
-    config = checkpoint.read_config(folder)
+    config = checkpoint.ModelFolder(folder).config
     x = token_ids(config, 2, 48)
-    expected = build_model(config, checkpoint.read_weights(folder, config))(x)
+    expected = build_model(config, checkpoint.ModelFolder(folder).weights(config))(x)
     np.testing.assert_allclose(logits(loaded, x), np.array(expected), atol=TOLERANCE)
 
 
@@ -189,7 +189,7 @@ def test_greedy_text_is_mlxs(loaded, folder):
     from mlx_mla.backends import get_backend
     from mlx_mla.decoding.request import GenerationOptions
 
-    decoder = get_backend("mlx").decoder(folder)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
     prompt = list(b"The st")
     pieces = decoder.stream(prompt, GenerationOptions(temp=0, max_tokens=30))
     expected = [t for p in pieces for t in p.token_ids]
@@ -267,8 +267,10 @@ def test_a_folder_saved_by_transformers_is_whole(loaded, folder, shards, tmp_pat
     for backend in ("mlx", "torch"):
         assert text_of(capsys, saved, "--backend", backend) == expected
     assert convert.main([str(saved), "--out", str(tmp_path / "one")]) == 0
-    weights = checkpoint.read_weights(folder, checkpoint.read_config(folder))
-    converted = checkpoint.read_weights(tmp_path / "one", checkpoint.read_config(folder))
+    weights = checkpoint.ModelFolder(folder).weights()
+    converted = checkpoint.ModelFolder(tmp_path / "one").weights(
+        checkpoint.ModelFolder(folder).config
+    )
     for name, values in weights.items():
         np.testing.assert_array_equal(converted[name], values)
 
@@ -300,7 +302,7 @@ def test_saving_over_a_folder_leaves_no_checksums_of_the_old_one(folder, loaded,
 
 
 def test_a_model_made_from_a_configuration_is_saved_whole(folder, tmp_path):
-    config = model_torch.MLAGPT2Config(**checkpoint.read_config(folder).to_dict())
+    config = model_torch.MLAGPT2Config(**checkpoint.ModelFolder(folder).config.to_dict())
     made = model_torch.MLAGPT2LMHeadModel(config).eval()
     made.save_pretrained(str(tmp_path))
     AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(tmp_path))

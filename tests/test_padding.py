@@ -83,7 +83,7 @@ def test_probabilities_of_the_tokens_are_those_without_the_padding(source, folde
     """The softmax is over the tokens, in both frameworks, and the weights are untouched."""
     x = foreign.ids(TOKENS)
     ours = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=True)
-    config = checkpoint.read_config(folder)
+    config = checkpoint.ModelFolder(folder).config
     whole = foreign.logits_of_folder(folder, x)  # our own commands' model, which masks later
     expected = torch.log_softmax(whole[..., :TOKENS], -1)
     found = torch.log_softmax(foreign.logits_of(ours, x), -1)
@@ -95,7 +95,7 @@ def test_probabilities_of_the_tokens_are_those_without_the_padding(source, folde
     np.testing.assert_allclose(logprobs[..., :TOKENS], expected.numpy(), atol=1e-4)
     assert config.vocab_size == ROWS
     theirs = load_file(str(source / "model.safetensors"))["transformer.wte.weight"]
-    ours_wte = checkpoint.read_weights(folder, config)["transformer.wte.weight"]
+    ours_wte = checkpoint.ModelFolder(folder).weights(config)["transformer.wte.weight"]
     np.testing.assert_array_equal(ours_wte, theirs)
 
 

@@ -9,7 +9,7 @@ from helpers import TINY, objects, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_mla import generate, train
+from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import GenerationOptions, check_request
@@ -44,7 +44,7 @@ def test_numbers_out_of_bounds_are_refused_by_name(name, bad):
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_a_temperature_near_zero_is_greedy(folder, backend):
-    decoder = get_backend(backend).decoder(folder)
+    decoder = get_backend(backend).decoder(checkpoint.ModelFolder(folder))
 
     def tokens(temp):
         options = GenerationOptions(temp=temp, max_tokens=30, seed=3)
@@ -78,7 +78,7 @@ def test_sampled_tokens_have_the_models_probabilities(folder, backend):
     """The first token of 4,000 seeds against the softmax of the model's logits (chi-squared)."""
     stats = pytest.importorskip("scipy.stats", reason="needs scipy, in the extra named referees")
 
-    decoder = get_backend(backend).decoder(folder)
+    decoder = get_backend(backend).decoder(checkpoint.ModelFolder(folder))
     prompt, n, temp = list(b"The st"), 4000, 1.3
     counts = np.zeros(257)
     for seed in range(0, n, 500):

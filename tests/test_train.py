@@ -271,7 +271,7 @@ def test_tiny_shakespeare_trains_with_either_tokenizer(shared_data, tmp_path, to
     assert train.main(argv) == 0
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    assert checkpoint.read_config(checkpoint.latest(out)).vocab_size == (
+    assert checkpoint.ModelFolder(checkpoint.latest(out)).config.vocab_size == (
         257 if tokenizer == "bytes" else 50257
     )
     assert generate.main(["--model", str(out), "--prompt", "ROMEO:", "--max-tokens", "5"]) == 0
@@ -472,7 +472,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run_copy, capsys):
     newest = checkpoint.latest(run_copy)
     assert checkpoint.integrity_error(newest) is None
     # What was saved holds finite weights only.
-    weights = checkpoint.read_weights(newest, checkpoint.read_config(newest))
+    weights = checkpoint.ModelFolder(newest).weights()
     assert all(abs(w).max() < float("inf") for w in weights.values())
     assert before
 
@@ -516,12 +516,12 @@ def test_a_validation_loss_that_is_no_number_is_never_reported(
 
 def test_a_spoilt_checkpoint_of_an_earlier_version_is_passed_over(run_copy, capsys):
     folder = run_copy / "checkpoints" / "step-000040"
-    config = checkpoint.read_config(folder)
-    weights = checkpoint.read_weights(folder, config)
+    config = checkpoint.ModelFolder(folder).config
+    weights = checkpoint.ModelFolder(folder).weights(config)
     state, info = checkpoint.read_train_state(folder, config)
     info = {"format": checkpoint.STATE_FORMAT, **dataclasses.asdict(info)}
     weights["transformer.wte.weight"][256, 0] = np.inf
-    tokenizer = checkpoint.read_tokenizer(folder)
+    tokenizer = checkpoint.ModelFolder(folder).tokenizer
     with files.atomic_folder(folder) as new:
         checkpoint.write_model(new, config, weights, tokenizer, "")
         checkpoint.write_train_state(new, state, info)

@@ -134,7 +134,7 @@ def test_the_doctor_has_nothing_to_fix_about_it(run):
 def greedy(model: Path, prompt: str, tokens: int) -> str:
     from mlx_mla.decoding.request import GenerationOptions
 
-    decoder = get_backend("mlx").decoder(model)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(model))
     options = GenerationOptions(temp=0, max_tokens=tokens)
     return "".join(p.text for p in decoder.stream(list(prompt.encode()), options))
 
@@ -242,16 +242,16 @@ def test_convert_reads_our_folders_and_bfloat16(run, model, tmp_path):
     value."""
     import mlx.core as mx
 
-    config, half = checkpoint.read_config(model), tmp_path / "half"
+    config, half = checkpoint.ModelFolder(model).config, tmp_path / "half"
     run(
         *("-m", "mlx_lm", "convert", "--hf-path", model, "--mlx-path", half, "--dtype", "bfloat16"),
         "--trust-remote-code",
     )
-    expected = checkpoint.read_weights(model, config)
+    expected = checkpoint.ModelFolder(model).weights(config)
     for source, kept in ((model, mx.float32), (half, mx.bfloat16)):
         out = tmp_path / f"from-{source.name}"
         run("-m", "convert", source, "--out", out)
-        for name, values in checkpoint.read_weights(out, config).items():
+        for name, values in checkpoint.ModelFolder(out).weights(config).items():
             np.testing.assert_array_equal(
                 values, np.array(mx.array(expected[name]).astype(kept).astype(mx.float32))
             )

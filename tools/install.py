@@ -1,48 +1,44 @@
 """Make the environment of the Makefile's commands: `python tools/install.py VENV [EXTRAS]`.
 
-Says at once what it does, and how much that is; goes on where an earlier attempt ended; takes uv
-where that is on the PATH, else pip. What goes wrong ends in one line with what to do, and exit code
-2. Needs nothing but Python 3.10.
+Prints the size of the download, shows progress, and continues where an earlier attempt ended. Uses
+uv if that is on the PATH, else pip. A failure ends in one line with what to do, and exit code 2.
+Needs only Python 3.10.
 """
 
 import importlib.util
 import os
-import queue
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"": "160 MB to download, 750 MB on disk", "dev": "240 MB to download, 1.0 GB on disk"}
-"""By extras, measured on Linux x86-64, Python 3.11."""
-WITH_TORCH = "470 MB to download and 2.2 GB on disk with PyTorch for the CPU"
-QUIET_SECONDS = 5
-
+SIZE = "160 MB to download, 750 MB on disk; with PyTorch for the CPU 470 MB and 2.2 GB"
+SHOWN = (
+    r"Downloading .*\((\d{2,}|[\d.]+ ?G)|Installing collected|(Resolved|Prepared|Installed) \d+ "
+)
+"""Lines of an installer that are worth showing: large downloads and the last part."""
 NETWORK = (
-    "NewConnectionError|NameResolutionError|Temporary failure in name resolution|Name or service "
-    "not known|Network is unreachable|Connection refused|ConnectTimeout|ReadTimeout|timed "
-    "out|ProxyError|SSLError|dns error|error sending request|Connection reset"
+    "NewConnectionError|[Nn]ame resolution|NameResolution|Name or service|unreachable|refused|"
+    "Timeout|timed out|ProxyError|SSLError|dns error|error sending request|Connection reset"
+)
+NO_PIP = (
+    "cannot make virtual environments with pip (no venv or ensurepip module); install it (Debian "
+    "and Ubuntu: sudo apt-get install python3-venv), or uv, or name another Python: make "
+    "PYTHON=/path/to/python3"
 )
 
 
-class Failure(Exception):
-    """What went wrong, and what to do about it, in one line."""
-
-
 def main(argv: list[str]) -> int:
-    venv, extras = Path(argv[0]), argv[1] if len(argv) > 1 else ""
     try:
-        install(venv, extras)
-    except Failure as e:
+        install(Path(argv[0]), argv[1] if len(argv) > 1 else "")
+    except RuntimeError as e:  # what went wrong, and what to do about it
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the next make begins this set-up anew", file=sys.stderr)
+        print("interrupted; the next make starts this set-up again", file=sys.stderr)
         return 130
     return 0
 
@@ -51,182 +47,82 @@ def install(venv: Path, extras: str) -> None:
     """Make the environment if it is not whole, and install this project with its extras into it."""
     for folder in (ROOT, venv.parent):
         if not os.access(folder, os.W_OK):
-            raise Failure(
-                f"{folder.resolve()} cannot be written; clone the project to where you may write"
+            raise RuntimeError(
+                f"{folder.resolve()} cannot be written; clone to where you may write"
             )
-    begun = time.monotonic()
-    uv = shutil.which("uv")
-    size = SIZES.get(extras, WITH_TORCH)
-    print(f"installing into {venv}: {size}; with {'uv' if uv else 'pip'}", flush=True)
-    unfinished = venv / ".installing"
-    if venv.exists() and (unfinished.exists() or not _runs(venv, "pass")):
+    begun, uv, unfinished = time.monotonic(), shutil.which("uv"), venv / ".installing"
+    print(f"installing into {venv}: {SIZE}; with {'uv' if uv else 'pip'}", flush=True)
+    if venv.exists() and (unfinished.exists() or not _runs(venv, "-c", "pass")):
         _remove(venv)
     if not venv.exists():
         _make(venv, unfinished, with_pip=uv is None)
     unfinished.touch()
-    log = venv / "install.log"
-    target = f".[{extras}]" if extras else "."
-    common = ["install", "-c", "constraints.txt", "-e", target]
-    failed: str | None = None
-    if uv:
-        python = str(venv / "bin" / "python")
-        if failed := _run([uv, "pip", *common, "--python", python], log):
-            print(f"  uv: {failed}; trying pip", flush=True)
-    if not uv or failed:
-        _require_pip(venv)
-        pip = [
-            str(venv / "bin" / "python"),
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--retries",
-            "2",
-        ]
+    python, log = str(venv / "bin" / "python"), venv / "install.log"
+    common = ["install", "-c", "constraints.txt", "-e", f".[{extras}]" if extras else "."]
+    failed = _run([uv, "pip", *common, "--python", python], log) if uv else "no uv"
+    if uv and failed:
+        print(f"  uv: {failed}; trying pip", flush=True)
+    if failed:
+        if not _runs(venv, "-c", "import pip") and not _runs(venv, "-m", "ensurepip"):
+            raise RuntimeError(f"{python} {NO_PIP}")
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "2"]
         if failed := _run([*pip, *common, "--progress-bar", "off"], log):
             if "Installing collected packages" not in log.read_text(encoding="utf-8"):
-                unfinished.unlink()  # nothing has changed, and the next attempt goes on from here
-            raise Failure(f"{failed} (all that pip said: {log})")
+                unfinished.unlink()  # nothing has changed, so the next attempt continues from here
+            raise RuntimeError(f"{failed} (the output of pip: {log})")
     unfinished.unlink()
-    megabytes = sum(f.lstat().st_size for f in venv.rglob("*") if not f.is_symlink()) / 1e6
-    print(
-        f"installed in {time.monotonic() - begun:.0f} s; {venv} has {megabytes:,.0f} MB", flush=True
-    )
+    print(f"installed into {venv} in {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def _runs(venv: Path, code: str) -> bool:
+def _runs(venv: Path, *argv: str) -> bool:
     python = venv / "bin" / "python"
-    return (
-        python.exists()
-        and subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
-    )
+    return python.exists() and not subprocess.run([python, *argv], capture_output=True).returncode
 
 
 def _remove(venv: Path) -> None:
-    """Remove what an attempt that did not finish has left, and nothing else."""
-    if not venv.is_dir() or (
-        any(venv.iterdir())
-        and not (venv / "pyvenv.cfg").is_file()
-        and not (venv / ".installing").exists()
-    ):
-        raise Failure(
+    """Remove what an unfinished attempt left, and nothing else."""
+    own = (venv / "pyvenv.cfg").is_file() or (venv / ".installing").exists()
+    if not venv.is_dir() or (any(venv.iterdir()) and not own):
+        raise RuntimeError(
             f"{venv} is no virtual environment; remove it, or name another folder: make VENV=FOLDER"
         )
-    print(f"  {venv} is not whole; making it anew", flush=True)
+    print(f"  {venv} is not whole; making it again", flush=True)
     shutil.rmtree(venv)
 
 
 def _make(venv: Path, unfinished: Path, with_pip: bool) -> None:
     """Make a virtual environment; one that fails leaves nothing."""
-    if not _has("venv") or (with_pip and not _has("ensurepip")):
-        raise Failure(_no_pip(sys.executable))
+    needed = ["venv", "ensurepip"] if with_pip else ["venv"]
+    if not all(importlib.util.find_spec(module) for module in needed):
+        raise RuntimeError(f"{sys.executable} {NO_PIP}")
     venv.mkdir()
     unfinished.touch()
-    flags = [] if with_pip else ["--without-pip"]
-    done = subprocess.run(
-        [sys.executable, "-m", "venv", *flags, venv], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
+    command = [sys.executable, "-m", "venv", *([] if with_pip else ["--without-pip"]), str(venv)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
         shutil.rmtree(venv, ignore_errors=True)
         said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-        raise Failure(
-            f"{sys.executable} -m venv {venv} failed: {said[-1]}; another Python: make "
-            "PYTHON=/path/to/python3"
+        raise RuntimeError(
+            f"{' '.join(command)} failed: {said[-1]}; another Python: make PYTHON=/path/to/python3"
         )
 
 
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _no_pip(python: str) -> str:
-    return (
-        f"{python} cannot make virtual environments with pip (no venv or ensurepip module); "
-        "install it (Debian and Ubuntu: sudo apt-get install python3-venv), or uv, or name "
-        "another Python: make PYTHON=/path/to/python3"
-    )
-
-
-def _require_pip(venv: Path) -> None:
-    """Add pip to an environment that uv was to fill."""
-    if _runs(venv, "import pip"):
-        return
-    python = venv / "bin" / "python"
-    done = subprocess.run([python, "-m", "ensurepip"], capture_output=True, check=False)
-    if done.returncode != 0:
-        raise Failure(_no_pip(str(python)))
-
-
 def _run(command: list[str], log: Path) -> str | None:
-    """Run an installer, showing how it gets on; returns why it failed, None if it did not."""
-    lines: list[str] = []
-    with log.open("w", encoding="utf-8") as file:
-        for line in _output(command):
-            lines.append(line)
-            file.write(line + "\n")
-            if shown := _progress(line):
-                print(f"  {shown}", flush=True)
-    return None if lines.pop() == "0" else _reason("\n".join(lines))
-
-
-def _output(command: list[str]) -> Iterator[str]:
-    """The lines that a command prints, with signs of life where it prints none; the last is its
-    exit code."""
+    """Run an installer and show its progress; returns why it failed, None if it did not."""
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    stdout = process.stdout
-    assert stdout is not None
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        for line in stdout:
-            lines.put(line.rstrip())
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    begun = shown = time.monotonic()
-    try:
-        while True:
-            try:
-                line = lines.get(timeout=1)
-                if line is None:
-                    break
-                shown = time.monotonic() if _progress(line) else shown
-                yield line
-            except queue.Empty:
-                pass
-            if time.monotonic() - shown >= QUIET_SECONDS:
-                shown = time.monotonic()
-                print(f"  ... {shown - begun:.0f} s", flush=True)
-        yield str(process.wait())
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _progress(line: str) -> str | None:
-    """What of an installer's line is worth showing: large downloads, and the last part."""
-    if found := re.search(r"Downloading (\S+?)(?:-\d\S*)? \((\d[\d.]*) ?([MG])i?B", line):
-        name, size, unit = found.groups()
-        return f"{name}, {size} {unit}B" if unit == "G" or float(size) >= 5 else None
-    if line.startswith("Installing collected packages"):
-        return f"unpacking {line.count(',') + 1} packages"
-    return (
-        line.strip()
-        if re.match(r"(Resolved|Prepared|Installed) \d+ packages? in", line.strip())
-        else None
-    )
+    assert process.stdout is not None
+    with log.open("w", encoding="utf-8") as file, process:
+        for line in process.stdout:
+            file.write(line)
+            if re.match(SHOWN, line.strip()):
+                print(f"  {line.strip()[:90]}", flush=True)
+    return _reason(log.read_text(encoding="utf-8")) if process.returncode else None
 
 
 def _reason(text: str) -> str:
-    """Why an installer failed, and what to do, from what it printed."""
-    python = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {sys.platform}"
+    """Why an installer failed, and what to do, from its output."""
     if "No space left on device" in text:
         return "the disk is full; make room and run make again"
     if re.search(NETWORK, text):
@@ -234,18 +130,17 @@ def _reason(text: str) -> str:
             "the package index cannot be reached; check the network (or pip's index and proxy) "
             "and run make again"
         )
-    lacking = re.search(
-        r"No matching distribution found for (\S+)|Because (?:there is|only) (?:no )?(\S+)", text
-    )
-    if lacking:
-        wanted = next(g for g in lacking.groups() if g).rstrip(";,")
+    lacking = r"No matching distribution found for (\S+)|Because (?:there is|only) (?:no )?(\S+)"
+    if found := re.search(lacking, text):
+        wanted = (found[1] or found[2]).rstrip(";,")
         return (
-            f"the package index has no {wanted} for {python}; use an index that has it (pip config "
-            "set global.index-url URL), or another Python: make PYTHON=/path/to/python3.12"
+            f"the package index has no {wanted} for Python {sys.version.split()[0]} on "
+            f"{sys.platform}; use an index that has it (pip config set global.index-url URL), or "
+            "another Python: make PYTHON=/path/to/python3.12"
         )
     errors = [x.strip() for x in text.splitlines() if re.match(r"\s*(ERROR|error)\b", x)]
     last = (errors or text.strip().splitlines() or ["it gave no reason"])[-1]
-    return f"{last}; mend that and run make again"
+    return f"{last}; fix that and run make again"
 
 
 if __name__ == "__main__":

@@ -139,13 +139,13 @@ class Models:
 
 def _folder(name: str) -> tuple[ModelConfig, Callable[[], Weights]]:
     folder = checkpoint.model_folder(Path(name))
-    config = checkpoint.read_config(folder)
-    if checkpoint.is_quantized(folder):
+    model = checkpoint.ModelFolder(folder)
+    if model.is_quantized:
         raise UserError(
             f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder "
             "it was made from"
         )
-    return config, lambda: checkpoint.read_weights(folder, config)
+    return model.config, model.weights
 
 
 def _preset(name: str, quick: bool, n_positions: int | None) -> ModelConfig:

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Optional, Protocol
 
 import numpy as np
 
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data.windows import Batch
 from mlx_mla.decoding.request import CacheChoice, CacheName, GenerationOptions
 from mlx_mla.errors import UserError
@@ -179,7 +179,10 @@ class Backend(Protocol):
         ...
 
     def decoder(
-        self, folder: Path, cache: CacheChoice = "latent", dtype: InferenceDType | None = None
+        self,
+        folder: ModelFolder,
+        cache: CacheChoice = "latent",
+        dtype: InferenceDType | None = None,
     ) -> Decoder:
         """Load a model folder for generation.
 
@@ -188,7 +191,7 @@ class Backend(Protocol):
         """
         ...
 
-    def scorer(self, folder: Path, dtype: InferenceDType = "float32") -> Scorer:
+    def scorer(self, folder: ModelFolder, dtype: InferenceDType = "float32") -> Scorer:
         """Load a model folder to score text with."""
         ...
 

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Decoder
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.checks.row import Outcome, at_most, together
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import CacheName, GenerationOptions
@@ -50,7 +51,7 @@ def decoding(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
     for name, folder in preset_models(place):
         reference = _reference(folder)
         prompts = [list(map(int, _random_ids(1, n)[0])) for n in (PROMPT, 7, 19)]
-        for kind in CACHES if checkpoint.read_config(folder).kind.latent_widths else CACHES[1:]:
+        for kind in CACHES if folder.config.kind.latent_widths else CACHES[1:]:
             decoder = _decoder(there, folder, kind)
             tokens: list[list[int]] = [[] for _ in prompts]
             for i, piece in decoder.batch(prompts, _greedy()):
@@ -68,7 +69,7 @@ def absorbed(place: Path) -> Outcome:
     draft = None
     for name, folder in preset_models(place):
         draft = draft or folder  # the first preset's model, whose guesses are mostly wrong
-        if not checkpoint.read_config(folder).kind.latent_widths:
+        if not folder.config.kind.latent_widths:
             continue
         reference, decoder = _reference(folder), _decoder(there, folder)
         prompt, more = (list(map(int, ids)) for ids in (_random_ids(1, PROMPT)[0], [5, 80, 9]))
@@ -137,13 +138,13 @@ QUANTISED = {8: 0.2, 4: 2.0}
 BFLOAT16 = 0.25
 
 
-def preset_models(place: Path) -> Iterator[tuple[str, Path]]:
+def preset_models(place: Path) -> Iterator[tuple[str, ModelFolder]]:
     """(preset, model folder) of each, with its widths."""
     for name in PRESETS:
         yield name, _write(place / name, _shallow(name))
 
 
-def small_model(folder: Path, name: str = "nano") -> Path:
+def small_model(folder: Path, name: str = "nano") -> ModelFolder:
     """Write such a model of one preset."""
     return _write(folder, _shallow(name))
 
@@ -179,11 +180,11 @@ def regret(scorer: Scorer, prompt: Sequence[int], tokens: Sequence[int]) -> floa
     return max(lost, default=0.0)
 
 
-def _reference(folder: Path) -> Scorer:
+def _reference(folder: ModelFolder) -> Scorer:
     return get_backend("mlx", "cpu").scorer(folder)
 
 
-def _decoder(backend: Backend, folder: Path, cache: CacheName = "latent") -> Decoder:
+def _decoder(backend: Backend, folder: ModelFolder, cache: CacheName = "latent") -> Decoder:
     """In float32, in which texts are claimed to be equal."""
     return backend.decoder(folder, cache, "float32")
 
@@ -226,7 +227,7 @@ def _shallow(name: str, **changes: int) -> ModelConfig:
     return dataclasses.replace(model, **{**sizes, **changes}).resolved()  # type: ignore[arg-type]
 
 
-def _write(folder: Path, config: ModelConfig) -> Path:
+def _write(folder: Path, config: ModelConfig) -> ModelFolder:
     """A model folder of random weights that make attention and the next token neither even nor
     certain."""
     rng = np.random.default_rng(0)
@@ -236,4 +237,4 @@ def _write(folder: Path, config: ModelConfig) -> Path:
             weights[name] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
     with atomic_folder(folder) as target:
         checkpoint.write_model(target, config, weights, ByteTokenizer().fast_tokenizer(), "")
-    return folder
+    return ModelFolder(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mla.backends import get_backend
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.checks import commands, models
 from mlx_mla.checks.row import Outcome, at_most, together
 from mlx_mla.checks.training import SMALL
@@ -66,7 +67,7 @@ def both_devices(place: Path) -> Outcome:
 def server(place: Path) -> Outcome:
     """Clients at once get the text that each gets alone, and a wrong request is refused."""
     model = models.small_model(place / "model")
-    with commands.serving(model) as address:
+    with commands.serving(model.path) as address:
         alone = {prompt: commands.ask(address, _request(prompt)) for prompt in PROMPTS}
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             turns = [PROMPTS[i % len(PROMPTS)] for i in range(CLIENTS * TURNS)]
@@ -89,7 +90,7 @@ def calibration(place: Path) -> Outcome:
             "--calibration", "builtin", "--calibration-tokens", 8192,
             "--held-out-tokens", 4096, "--device", device,
         )  # fmt: skip
-        scorer = get_backend("mlx", "cpu").scorer(place / device)
+        scorer = get_backend("mlx", "cpu").scorer(ModelFolder(place / device))
         found.append(models.log_probabilities(scorer, ids, np.arange(20, 60, 8)))
     largest = float(np.abs(found[0] - found[1]).max())
     return at_most(largest, 0.01, "largest difference of a log-probability")

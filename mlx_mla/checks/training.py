@@ -166,9 +166,9 @@ def _tensors(run: Path) -> dict[str, np.ndarray]:
     """Weights and moments of a run's last checkpoint."""
     folder = checkpoint.latest(run)
     assert folder is not None
-    config = checkpoint.read_config(folder)
+    config = checkpoint.ModelFolder(folder).config
     state, _ = checkpoint.read_train_state(folder, config)
-    return {**checkpoint.read_weights(folder, config), **state}
+    return {**checkpoint.ModelFolder(folder).weights(config), **state}
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def load(
     return task.sample(documents, limit, np.random.default_rng(seed))
 
 
-def check_tokenizer(scorer: Scorer, folder: Path) -> None:
+def check_tokenizer(scorer: Scorer, folder: object) -> None:
     """UserError if the tokenizer has ids that the model lacks."""
     if len(scorer.tokenizer) > scorer.vocab_size:
         raise UserError(

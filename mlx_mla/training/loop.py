@@ -40,7 +40,12 @@ from mlx_mla.training.log import MetricsLog, Pace
 from mlx_mla.training.metrics import METRICS, plot_loss, read_metrics
 from mlx_mla.training.recovery import catch_signals
 from mlx_mla.training.run_folder import LATEST, PLOT
-from mlx_mla.training.starting_models import first_weights, teacher, with_model_of, with_rows
+from mlx_mla.training.starting_models import (
+    first_weights,
+    teacher,
+    with_rows,
+    with_shape_of_init,
+)
 from mlx_mla.training.tracking import tracker_names, tracking
 from mlx_mla.world import SOLO, Share, World, same_everywhere, share_of
 
@@ -374,7 +379,7 @@ def _resolved(config: TrainConfig, resume: bool) -> tuple[Tokenizer, TrainConfig
     """The tokenizer, and the settings with all defaults filled in."""
     tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
     if config.init is not None and not resume:
-        config = with_model_of(config, checkpoint.model_folder(Path(config.init)), tokenizer)
+        config = with_shape_of_init(config, tokenizer)
     return tokenizer, with_rows(config, tokenizer).resolved()
 
 

@@ -151,7 +151,7 @@ def resume_point(
             f"{out}: has finished its {info.step} steps; give a larger --steps to go on, or "
             f"generate from it with --model {shlex.quote(str(out))}"
         )
-    weights = checkpoint.read_weights(folder, config.model)
+    weights = checkpoint.ModelFolder(folder).weights(config.model)
     return Start(weights, info.step, optimizer_state, info.val_loss)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Teacher
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data.tokenizer import FolderTokenizer, Tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig
@@ -24,15 +25,15 @@ def first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
         return initial_weights(
             config.model, config.seed, config.initializer_range, config.initializer
         )
-    return _whole_weights("--init", checkpoint.model_folder(Path(config.init)), config.model)
+    return _weights("--init", _open(config.init), config.model)
 
 
 def teacher(config: TrainConfig, tokenizer: Tokenizer) -> Teacher | None:
     """The model of --teacher; UserError if it cannot teach this one."""
     if config.teacher is None:
         return None
-    folder = checkpoint.model_folder(Path(config.teacher))
-    shape = checkpoint.read_config(folder)
+    folder = _open(config.teacher)
+    shape = folder.config
     _check_tokenizer("--teacher", folder, tokenizer)
     if shape.n_positions < config.context:
         raise UserError(
@@ -45,23 +46,18 @@ def teacher(config: TrainConfig, tokenizer: Tokenizer) -> Teacher | None:
             f"--teacher {folder}: has {shape.vocab_size} rows of vocabulary for {tokenizer.size} "
             "ids; the folder is damaged"
         )
-    return Teacher(shape, _whole_weights("--teacher", folder, shape), tokenizer.size)
+    return Teacher(shape, _weights("--teacher", folder, shape), tokenizer.size)
 
 
-def _whole_weights(option: str, folder: Path, shape: ModelConfig) -> dict[str, np.ndarray]:
-    if problem := checkpoint.integrity_error(folder, training=False):
-        raise UserError(f"{option} {folder}: {problem}; the folder is damaged")
-    return checkpoint.read_weights(folder, shape)
-
-
-def with_model_of(config: TrainConfig, folder: Path, tokenizer: Tokenizer) -> TrainConfig:
-    """Take the model's shape from a folder; dropout is not part of it and stays."""
-    shape = checkpoint.read_config(folder)
+def with_shape_of_init(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The configuration with the model's shape from --init; its dropout stays."""
+    assert config.init is not None
+    folder = _open(config.init)
     _check_tokenizer("--init", folder, tokenizer)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(shape, dropout=config.model.dropout),
-        seq_len=config.seq_len or min(shape.n_positions, LONGEST),
+        model=dataclasses.replace(folder.config, dropout=config.model.dropout),
+        seq_len=config.seq_len or min(folder.config.n_positions, LONGEST),
     )
 
 
@@ -83,8 +79,18 @@ def own_tokenizer(config: TrainConfig) -> str:
     return identity if here else str(folder.resolve())
 
 
-def _check_tokenizer(option: str, folder: Path, tokenizer: Tokenizer) -> None:
-    own = checkpoint.read_tokenizer(folder)
+def _open(name: str) -> ModelFolder:
+    return ModelFolder(checkpoint.model_folder(Path(name)))
+
+
+def _weights(option: str, folder: ModelFolder, shape: ModelConfig) -> dict[str, np.ndarray]:
+    if problem := checkpoint.integrity_error(folder.path, training=False):
+        raise UserError(f"{option} {folder}: {problem}; the folder is damaged")
+    return folder.weights(shape)
+
+
+def _check_tokenizer(option: str, folder: ModelFolder, tokenizer: Tokenizer) -> None:
+    own = folder.tokenizer
     ids, named = len(own), tokenizer.name in TOKENIZER_IDS
     if ids == tokenizer.size:
         if named or own.get_vocab() == tokenizer.fast_tokenizer().get_vocab():

@@ -2,11 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mla import checkpoint
 from mlx_mla.backends.blas import in_use
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.mlx.decode import MLXDecoder
@@ -15,6 +13,7 @@ from mlx_mla.backends.mlx.load import load
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.backends.peak import measure_peak
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import CacheChoice
 from mlx_mla.machine import physical_memory
 from mlx_mla.model.config import DType, InferenceDType, TrainConfig
@@ -98,12 +97,15 @@ class MLXBackend:
         return MLXTrainSession(self.device, config, start, teacher, world)
 
     def decoder(
-        self, folder: Path, cache: CacheChoice = "latent", dtype: InferenceDType | None = None
+        self,
+        folder: ModelFolder,
+        cache: CacheChoice = "latent",
+        dtype: InferenceDType | None = None,
     ) -> MLXDecoder:
         return MLXDecoder(self.device, folder, cache, dtype)
 
     @on_device
-    def scorer(self, folder: Path, dtype: InferenceDType = "float32") -> MLXScorer:
+    def scorer(self, folder: ModelFolder, dtype: InferenceDType = "float32") -> MLXScorer:
         model = load(folder, dtype)
         model.eval()
-        return MLXScorer(self.device, model, checkpoint.read_tokenizer(folder))
+        return MLXScorer(self.device, model, folder.tokenizer)

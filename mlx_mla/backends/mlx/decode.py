@@ -23,12 +23,12 @@ from mlx_lm.sample_utils import (
 )
 from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
-from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import UnusedCache, make_cache
 from mlx_mla.backends.mlx.device import DTYPES, device_type, on_device, stream_of
 from mlx_mla.backends.mlx.load import load
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import (
     OVERFLOWS,
     CacheChoice,
@@ -116,19 +116,18 @@ class MLXDecoder:
 
     Args:
         device: Where to run.
-        folder: A model folder of this project, also one quantised by `mlx_lm.convert -q`. The model
-            file in it is not executed: the package's own is the same model.
+        folder: The model, which mlx-lm may have quantised.
         cache: What to keep between tokens.
         dtype: Type of weights, computation and cache. None: by device.
 
     Raises:
-        UserError: If it is another kind of model, or mlx-lm cannot load the weights.
+        UserError: If mlx-lm cannot load the weights.
     """
 
     def __init__(
         self,
         device: mx.Device,
-        folder: Path,
+        folder: ModelFolder,
         cache: CacheChoice = "latent",
         dtype: InferenceDType | None = None,
     ):
@@ -137,11 +136,11 @@ class MLXDecoder:
         with mx.stream(device):
             model = load(folder, self.dtype)
         self.folder, self.requested_cache = folder, cache
-        self.config = checkpoint.read_config(folder)
+        self.config = folder.config
         self.cache = cache_of(self.config, cache)
         model.materialize_cache(self.cache == "materialized")
         self.model: Any = WithoutCache(model) if cache == "none" else model
-        self.tokenizer = checkpoint.read_tokenizer(folder)
+        self.tokenizer = folder.tokenizer
         self.vocab_size = model.args.vocab_size
         self.n_positions = model.args.n_positions
         self._draft: tuple[str, Model] | None = None
@@ -330,7 +329,7 @@ class MLXDecoder:
             return None
         if self._draft is None or self._draft[0] != options.draft_model:
             folder = find_model(options.draft_model)
-            check_draft(options.draft_model, self.tokenizer, checkpoint.read_tokenizer(folder))
+            check_draft(options.draft_model, self.tokenizer, folder.tokenizer)
             self._draft = options.draft_model, load(folder, self.dtype)
         draft = self._draft[1]
         if draft.args.n_positions < context:

@@ -12,8 +12,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.device import DTYPES
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.model_mlx import Model, ModelArgs
@@ -27,7 +27,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model
     return model
 
 
-def load(folder: Path, dtype: InferenceDType | None = None) -> Model:
+def load(folder: ModelFolder, dtype: InferenceDType | None = None) -> Model:
     """The package's own model with a folder's weights, also those quantised by `mlx_lm.convert -q`.
 
     Args:
@@ -37,10 +37,9 @@ def load(folder: Path, dtype: InferenceDType | None = None) -> Model:
         UserError: If it is another kind of model, mlx-lm cannot load the weights, or one of them is
             not finite.
     """
-    checkpoint.read_config(folder)  # refuses other kinds of model
-    checkpoint.weight_files(folder)  # and incomplete sets of shards
+    folder.weight_files()  # refuses incomplete sets of shards
     try:
-        with _without_wildcards(folder) as path:
+        with _without_wildcards(folder.path) as path:
             model, _ = load_model(
                 path,
                 model_config={"model_file": None},
@@ -51,8 +50,7 @@ def load(folder: Path, dtype: InferenceDType | None = None) -> Model:
     assert isinstance(model, Model)
     if name := not_finite(model.parameters()):
         raise UserError(
-            f"{folder}: tensor {name} has values that are not finite; the model is spoilt, and no "
-            "use can be made of it"
+            f"{folder}: tensor {name} has values that are not finite; the model is unusable"
         )
     if dtype is not None:
         model.set_dtype(DTYPES[dtype])

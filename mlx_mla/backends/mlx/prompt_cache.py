@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from safetensors import SafetensorError, safe_open
 
-from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.caches import adopt
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.errors import UserError
 from mlx_mla.fields import Count, value_of
 from mlx_mla.files import parse_json
@@ -27,7 +27,7 @@ _UNSEALED = "0" * 64
 _AGAIN = "read the prompt again with --save-prompt-cache"
 
 
-def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) -> None:
+def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: ModelFolder) -> None:
     """Write a cache and the tokens it holds; mlx-lm's tools can use the file, too.
 
     Args:
@@ -60,7 +60,7 @@ def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: Path) 
         unfinished.unlink(missing_ok=True)
 
 
-def load(path: Path, folder: Path, dtype: mx.Dtype) -> tuple[list[Any], list[int]]:
+def load(path: Path, folder: ModelFolder, dtype: mx.Dtype) -> tuple[list[Any], list[int]]:
     """Read what `save` wrote.
 
     Args:
@@ -166,15 +166,15 @@ def _sealed(path: Path, seal: str) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: ModelFolder) -> str:
     """sha256 of a model's configuration and, of each weight file, the header and 64 samples spread
     over it.
 
     It reads a quarter of a megabyte per file. Other weights, another rank or another quantisation
     give another fingerprint.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("model*.safetensors")):
+    digest = hashlib.sha256((folder.path / "config.json").read_bytes())
+    for path in sorted(folder.path.glob("model*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as f:
             header = f.read(8)
@@ -185,9 +185,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _shape(folder: Path) -> str:
+def _shape(folder: ModelFolder) -> str:
     """The layers and widths of a model's cache, in words."""
-    config = checkpoint.read_config(folder)
+    config = folder.config
     return f"{config.n_layer} layers, {config.kind.cache_text}"
 
 

@@ -2,12 +2,10 @@
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.peak import measure_peak
 from mlx_mla.backends.torch.decode import TorchDecoder
@@ -15,6 +13,7 @@ from mlx_mla.backends.torch.device import find_device
 from mlx_mla.backends.torch.load import load
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.backends.torch.session import TorchTrainSession
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import CacheChoice
 from mlx_mla.machine import physical_memory
 from mlx_mla.model.config import DType, InferenceDType, TrainConfig
@@ -78,9 +77,12 @@ class TorchBackend:
         return TorchTrainSession(self.device, config, start, teacher, world)
 
     def decoder(
-        self, folder: Path, cache: CacheChoice = "latent", dtype: InferenceDType | None = None
+        self,
+        folder: ModelFolder,
+        cache: CacheChoice = "latent",
+        dtype: InferenceDType | None = None,
     ) -> TorchDecoder:
         return TorchDecoder(folder, cache, self.device, dtype)
 
-    def scorer(self, folder: Path, dtype: InferenceDType = "float32") -> TorchScorer:
-        return TorchScorer(load(folder, self.device, dtype), checkpoint.read_tokenizer(folder))
+    def scorer(self, folder: ModelFolder, dtype: InferenceDType = "float32") -> TorchScorer:
+        return TorchScorer(load(folder, self.device, dtype), folder.tokenizer)

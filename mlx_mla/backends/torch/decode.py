@@ -1,18 +1,17 @@
 """Generation in PyTorch, on transformers' caches and logits processors."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
-from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Piece, decoding_dtype
 from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import (
     OVERFLOWS,
     CacheChoice,
@@ -34,24 +33,23 @@ class TorchDecoder:
     """See `mlx_mla.backends.contract.Decoder`.
 
     Args:
-        folder: A model folder of this project. The model file in it is not executed: the package's
-            own is the same model.
+        folder: The model.
         cache: What to keep between tokens.
         device: Where to run.
         dtype: Type of weights, computation and cache. None: by device.
 
     Raises:
-        UserError: If the folder is not one that PyTorch can read.
+        UserError: If PyTorch cannot read the weights.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: ModelFolder,
         cache: CacheChoice,
         device: torch.device,
         dtype: InferenceDType | None = None,
     ):
-        config = checkpoint.read_config(folder)
+        config = folder.config
         self.dtype = decoding_dtype(dtype, device.type)
         self.model = load(folder, device, self.dtype)
         self.device, self.config, self.cache = device, config, cache_of(config, cache)
@@ -59,7 +57,7 @@ class TorchDecoder:
         # MPS keeps memory for every shape it has seen (pytorch#132596), so there the cache never
         # grows.
         self.fixed_shapes = device.type == "mps"
-        self.tokenizer = checkpoint.read_tokenizer(folder)
+        self.tokenizer = folder.tokenizer
         assert config.vocab_size
         self.vocab_size, self.n_positions = config.vocab_size, config.n_positions
 

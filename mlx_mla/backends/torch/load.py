@@ -1,13 +1,11 @@
 """Models in PyTorch, from weights or from a folder."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from mlx_mla import checkpoint
-from mlx_mla.errors import UserError
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.model_torch import MLAGPT2Config, MLAGPT2LMHeadModel
 
@@ -27,12 +25,9 @@ def build_model(
 
 
 def load(
-    folder: Path, device: torch.device, dtype: InferenceDType = "float32"
+    folder: ModelFolder, device: torch.device, dtype: InferenceDType = "float32"
 ) -> MLAGPT2LMHeadModel:
     """The package's own model with a folder's weights in a type; UserError if PyTorch cannot read
     it."""
-    config = checkpoint.read_config(folder)
-    if checkpoint.is_quantized(folder):
-        raise UserError(f"{folder}: quantised by mlx-lm, which only MLX reads; use --backend mlx")
-    model = build_model(config, checkpoint.read_weights(folder, config), device)
+    model = build_model(folder.config, folder.weights(), device)
     return model.to(getattr(torch, dtype))
