@@ -209,7 +209,7 @@ class Texts:
     """The greedy text after a prompt, without server, batch or an earlier cache."""
 
     def __init__(self, folder):
-        self.decoder = get_backend("mlx").decoder(folder)
+        self.decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
         self.lock, self.known = threading.Lock(), {}
 
     def __call__(self, prompt: str, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
