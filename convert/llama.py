@@ -322,9 +322,9 @@ def why_not_llama(config: ModelConfig) -> str | None:
         beyond.append(f"--activation-function {c.activation_function}")
     # Biases on queries, keys and values alone are Qwen2's.
     if c.attention_out_bias and not c.attention_bias:
-        beyond.append("--attention-out-bias without --attention-bias")
+        beyond.append("--attention-out-bias True with --attention-bias False")
     if c.mlp_bias and c.attention_bias and not c.attention_out_bias:
-        beyond.append("--mlp-bias with --no-attention-out-bias")
+        beyond.append("--mlp-bias True with --attention-out-bias False")
     return " ".join(beyond) or None
 
 

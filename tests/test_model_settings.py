@@ -58,6 +58,20 @@ KINDS = {
     "mla-k-eq-v": {"attention_k_eq_v": True, "qk_rope_head_dim": 32, "num_kv_shared_layers": 1},
     "mha-untied": {"attention": "mha", "tie_word_embeddings": False},
     "mla-untied": {"kv_lora_rank": 32, "tie_word_embeddings": False},
+    "gqa-llama": {
+        "attention": "mha",
+        "num_key_value_heads": 2,
+        "position_embedding_type": "rope",
+        "norm": "rms_norm",
+        "activation_function": "swiglu",
+    },
+    "mla-llama": {
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 32,
+        "norm": "rms_norm",
+        "activation_function": "swiglu",
+        "attention_bias": True,
+    },
 }
 PROMPT, LENGTH = b"The st", 16
 
@@ -208,8 +222,9 @@ def test_training_and_resuming(backend, kind, tmp_path, text_file):
     for name, value in kind.to_dict().items():
         if value != fields[name] and not isinstance(value, bool):
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    switches = {"latent_norm": "--latent-norm", "attention_k_eq_v": "--attention-k-eq-v"}
-    flags += [flag for name, flag in switches.items() if getattr(kind, name)]
+    switches = ("latent_norm", "attention_k_eq_v")
+    flags += [f"--{name.replace('_', '-')}" for name in switches if getattr(kind, name)]
+    flags += ["--attention-bias", str(kind.attention_bias)]
     flags += [] if kind.tie_word_embeddings else ["--no-tie-word-embeddings"]
     common = [
         *flags, "--data", str(text_file), "--backend", backend, "--seq-len", "32", "--batch-size",
@@ -243,6 +258,8 @@ def test_what_gpt2_cannot_say_is_refused_by_name_and_the_rest_comes_back(
         f"--head-dim {config.head_dim}": config.attention == "mha"
         and config.head_dim is not None
         and config.head_dim * config.n_head != config.n_embd,
+        "--norm rms_norm": config.norm == "rms_norm",
+        "--activation-function swiglu": config.activation_function == "swiglu",
     }
     if any(said.values()):
         with pytest.raises(UserError) as refused:
@@ -263,7 +280,7 @@ def test_what_gpt2_cannot_say_is_refused_by_name_and_the_rest_comes_back(
 def test_folders_and_runs_from_before_these_settings(tiny_run, tmp_path):
     """Without the new keys they are the same model, and the run goes on."""
     new = ("position_embedding_type", "head_dim", "num_key_value_heads", "num_kv_shared_layers")
-    new += ("attention_k_eq_v",)
+    new += ("attention_k_eq_v", "attention_out_bias", "mlp_bias", "norm")
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     toml = run / "config.toml"
