@@ -178,7 +178,7 @@ class Bench:
             moments = None if method == "svd" else self._moments
             layers = list(factorise(self.config, self.weights, method, moments))
             ranks = (
-                share_ranks(layers, cell["rank"], method)
+                share_ranks([x.singular_values for x in layers], cell["rank"], method)
                 if cell["budget"]
                 else [cell["rank"]] * self.config.n_layer
             )

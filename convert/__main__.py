@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from mlx_mla import checkpoint, cli, files
 from mlx_mla.errors import UserError
 from mlx_mla.locks import locked
-from mlx_mla.model.config import InferenceDType
+from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.weights import num_parameters
 
 from .pickles import require_torch
@@ -33,7 +33,7 @@ PROG = f"python -m {__package__}"
 @dataclasses.dataclass(kw_only=True)
 class ConvertCommand:
     """Convert a checkpoint of GPT-2's or Llama's kind into a model folder of this project, with
-    latent attention if asked, or back into Hugging Face's format.
+    its attention converted to MLA if asked, or back into Hugging Face's format.
 
     The source is recognised by its content; nothing in it is executed.
     """
@@ -49,19 +49,21 @@ class ConvertCommand:
     LlamaForCausalLM or Qwen2ForCausalLM, whichever the model is. None: a model folder with the
     source's own attention."""
     rank: Optional[int] = None
-    """--to mla: width of the latent; n_embd is exact and halves the cache, half of it quarters the
-    cache."""
+    """--to mla: width of the latent. For GPT-2's attention n_embd is exact and halves the cache,
+    half of it quarters the cache. With RoPE a shared key, head_dim wide, is cached beside it."""
     rank_budget: Optional[int] = None
     """--to mla: average width instead, shared out among the layers by what each loses."""
     method: Optional[Literal["balanced", "whitened", "svd"]] = None
     """--to mla: what the factorisation minimises: the error of keys and values on the calibration
     text ("whitened"), that error weighed by the loss's gradient ("balanced"), or the error of the
-    weights ("svd"). None: "balanced" with --calibration, else "svd"."""
+    weights ("svd", for GPT-2's attention). None: "balanced" for GPT-2's attention with
+    --calibration, "svd" without, "whitened" for other attention."""
     calibration: Optional[str] = None
     """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures
-    perplexity."""
-    calibration_tokens: int = 131072
-    """Tokens of the text to calibrate on, from its beginning. 0: all."""
+    perplexity. Needed for a model with RoPE or grouped queries."""
+    calibration_tokens: Optional[int] = None
+    """Tokens of the text to calibrate on, from its beginning. 0: all. None: 131072 for GPT-2's
+    attention, 16384 for other attention, whose layers are converted one after the other."""
     held_out_tokens: int = 32768
     """Tokens of its last tenth to measure perplexity on. 0: all."""
     dtype: Optional[InferenceDType] = None
@@ -97,7 +99,7 @@ def _main(argv: Sequence[str]) -> int:
 
     from . import hf, llama
     from .recognise import open_source
-    from .to_mla import check_rank, convert_to_mla
+    from .to_mla import check_calibration, check_rank, convert_to_mla, default_method
     from .vocabulary import find_tokenizer
 
     source = open_source(command.src, command.revision, command.n_head)
@@ -114,7 +116,10 @@ def _main(argv: Sequence[str]) -> int:
         )
     if tokenizer.eos_token_id is None:
         print(NO_END_OF_TEXT)
-    rank = check_rank(config, command.rank, command.rank_budget) if command.to == "mla" else None
+    rank = None
+    if command.to == "mla":
+        rank = check_rank(config, command.rank, command.rank_budget)
+        check_calibration(config, command.method, command.calibration)
     kept = "float32" if command.to == "mla" else source.dtype
     dtype = command.dtype or kept
     with locked(command.out), files.atomic_folder(command.out) as folder:
@@ -126,8 +131,8 @@ def _main(argv: Sequence[str]) -> int:
                 hf.write_gpt2(folder, config, weights, tokenizer, dtype)
         else:
             if rank is not None:
-                calibration = _calibration(command, tokenizer, config.n_positions)
-                method = command.method or ("balanced" if calibration else "svd")
+                calibration = _calibration(command, tokenizer, config)
+                method = command.method or default_method(config, calibration)
                 config, weights, report = convert_to_mla(
                     source.name, config, weights, rank, method, calibration, Console()
                 )
@@ -144,7 +149,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _calibration(
-    command: ConvertCommand, tokenizer: "PreTrainedTokenizerFast", n_positions: int
+    command: ConvertCommand, tokenizer: "PreTrainedTokenizerFast", config: ModelConfig
 ) -> "Calibration | None":
     if command.calibration is None:
         return None
@@ -152,11 +157,14 @@ def _calibration(
     from mlx_mla.backends.torch.backend import TorchBackend
 
     from .calibration import Text
-    from .to_mla import Calibration
+    from .to_mla import Calibration, calibration_defaults
 
-    text = Text(command.calibration, tokenizer, n_positions)
+    window, tokens = calibration_defaults(config)
+    text = Text(command.calibration, tokenizer, window)
+    if command.calibration_tokens is not None:
+        tokens = command.calibration_tokens
     device = TorchBackend(command.device).device
-    return Calibration(text, command.calibration_tokens, command.held_out_tokens, device)
+    return Calibration(text, tokens, command.held_out_tokens, device)
 
 
 def _check_flags(command: ConvertCommand) -> None:
@@ -169,7 +177,7 @@ def _check_flags(command: ConvertCommand) -> None:
             f"--method {command.method} needs --calibration TEXT; without one there is --method svd"
         )
     for name in ("calibration_tokens", "held_out_tokens"):
-        if getattr(command, name) < 0:
+        if (getattr(command, name) or 0) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative; 0 takes all")
 
 

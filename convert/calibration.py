@@ -58,6 +58,10 @@ class Text:
         is only a target."""
         return self._batches(0, training_part(self._size, HELD_OUT), max_tokens)
 
+    def windows(self, max_tokens: int) -> np.ndarray:
+        """The windows of `calibration`, (N, T), without their last targets."""
+        return np.concatenate([batch[:, :-1] for batch in self.calibration(max_tokens)])
+
     def held_out(self, max_tokens: int) -> Iterator[np.ndarray]:
         """The same of the last part."""
         return self._batches(training_part(self._size, HELD_OUT), self._size, max_tokens)
@@ -77,10 +81,14 @@ class Text:
                 del buffer[: rows * T]
         if len(buffer) > T:
             yield _windows(buffer, (len(buffer) - 1) // T, T)
-        elif not given and len(buffer) > 2:
+        elif not given and start and len(buffer) > 2:  # the held-out part may be shorter
             yield np.array([buffer])
         elif not given:
-            raise UserError(f"--calibration {self.source}: has too little text; give a longer one")
+            use, window = ("hold out", 2) if start else ("calibrate on", T)
+            raise UserError(
+                f"--calibration {self.source}: has {len(buffer)} tokens to {use}, fewer than a "
+                f"window of {window + 1}; give a longer text"
+            )
 
     def _blocks(self, start: int, stop: int) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -126,7 +134,10 @@ def collect_moments(
         gradients: Also take the second moment of the loss's gradient at keys and values, three
             times the cost.
     """
-    layers = [_Collector(block.attn.c_attn, gradients) for block in model.transformer.h]
+    layers = [
+        _Collector(block.attn.c_attn, block.attn.widths[0], gradients)
+        for block in model.transformer.h
+    ]
     tokens = 0
     model.requires_grad_(False)
     vocabulary = len(text.tokenizer)
@@ -155,8 +166,8 @@ def collect_moments(
 class _Collector:
     """Sums over the tokens that one layer sees; in float64, of products in float32."""
 
-    def __init__(self, c_attn: torch.nn.Module, gradients: bool):
-        self.gradients = gradients
+    def __init__(self, c_attn: torch.nn.Module, q_width: int, gradients: bool):
+        self.q_width, self.gradients = q_width, gradients
         self.shift: torch.Tensor | None = None
         self.sum: np.ndarray | float = 0.0
         self.products: np.ndarray | float = 0.0
@@ -182,7 +193,7 @@ class _Collector:
     def take_gradient(self) -> None:
         assert self.probe is not None and self.probe.grad is not None
         g = self.probe.grad.flatten(0, 1)
-        g = g[:, g.shape[1] // 3 :]  # the part of keys and values
+        g = g[:, self.q_width :]  # the part of keys and values
         self.gradient_products += _double(g.T @ g)
         self.probe = None
 

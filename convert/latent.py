@@ -70,11 +70,23 @@ def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomp
         energy, V = np.linalg.eigh(A.T @ A)
         return Decomposition(A @ V[:, ::-1], V[:, ::-1].T, np.sqrt(np.maximum(energy[::-1], 0)))
     assert moments is not None
-    S, _ = _root(moments.covariance, RIDGE)
-    L = L_inverse = None
-    if method == "balanced":
-        assert moments.gradient is not None
-        L, L_inverse = _root(moments.gradient, GRADIENT_RIDGE)
+    S, _ = root(moments.covariance, RIDGE)
+    if method == "whitened":
+        return weighted(A, S, None)
+    assert moments.gradient is not None
+    return weighted(A, S, root(moments.gradient, GRADIENT_RIDGE))
+
+
+def weighted(
+    A: np.ndarray, S: np.ndarray, roots: tuple[np.ndarray, np.ndarray] | None
+) -> Decomposition:
+    """The factors U V of A that minimise |L (A - U V) S|.
+
+    Args:
+        S: Root of the covariance of what A reads.
+        roots: L and its inverse. None: the identity.
+    """
+    L, L_inverse = roots or (None, None)
     B = A if L is None else L @ A
     # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse
     # is not needed.
@@ -88,17 +100,17 @@ def kept_energy(singular_values: np.ndarray, rank: int) -> float:
     return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
 
 
-def share_ranks(layers: list[Decomposition], average: int, method: Method) -> list[int]:
+def share_ranks(spectra: list[np.ndarray], average: int, method: Method) -> list[int]:
     """A width for every layer, `average` in the mean, that loses the least error in all.
 
     Widths come in blocks of gcd(average, 32), as quantised caches and weights need multiples of 32.
     "balanced" errors are changes of one loss and count as they are; those of the other methods
     count as shares of their layer's.
     """
-    block, n = math.gcd(average, 32), len(layers)
+    block, n = math.gcd(average, 32), len(spectra)
     gains = []
-    for i, layer in enumerate(layers):
-        energy = layer.singular_values**2
+    for i, values in enumerate(spectra):
+        energy = values**2
         if method != "balanced":
             energy = energy / (energy.sum() or 1.0)
         # Every layer gets one block, whatever it is worth: a latent needs some width.
@@ -114,7 +126,7 @@ def share_ranks(layers: list[Decomposition], average: int, method: Method) -> li
     return ranks
 
 
-def _root(matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+def root(matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     """The symmetric square root of a positive matrix and its inverse, after adding a ridge."""
     matrix = matrix.astype(np.float64)
     scale = float(np.trace(matrix)) / len(matrix) or 1.0

@@ -1,4 +1,4 @@
-"""The report beside a model whose attention was made latent: conversion.json and conversion.png."""
+"""The report beside a model that was converted to MLA: conversion.json and conversion.png."""
 
 import dataclasses
 import json
@@ -25,6 +25,11 @@ class Report:
     """Per layer, in the units of the method's error, to five digits."""
     calibration: dict[str, Any] | None = None
     """"text" and "tokens" of the moments."""
+    rope_energy: list[float] | None = None
+    """Per layer, the share of the keys' energy, as the queries weigh it, in the shared RoPE key."""
+    residual_error: dict[str, list[float]] | None = None
+    """Per layer, "before_refit" and "after_refit" of the output projection: the squared error of
+    the residual stream after the attention on the calibration text, relative to the stream."""
     perplexity: dict[str, Any] | None = None
     """On the held-out end of the calibration text: "before", "after", "tokens", and "masked_rows"
     of the vocabulary."""
@@ -33,7 +38,7 @@ class Report:
         """The report in a few sentences, for the model card and the terminal."""
         before, after = self.cache_bytes_per_token["before"], self.cache_bytes_per_token["after"]
         text = [
-            f"Attention made latent: kv_lora_rank {self._rank()} of {self.n_embd}, method "
+            f"Attention converted to MLA: kv_lora_rank {self._rank()} of {self.n_embd}, method "
             f"{self.method}, keeping {min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of "
             "a layer's energy.",
             f"Cache per token: {before:,} bytes before, {after:,} after ({before / after:.3g} "
@@ -43,6 +48,18 @@ class Report:
             text.append(
                 f"Calibrated on {self.calibration['tokens']:,} tokens of "
                 f"{self.calibration['text']}."
+            )
+        if self.rope_energy:
+            text.append(
+                f"The shared RoPE key holds {min(self.rope_energy):.2%} to "
+                f"{max(self.rope_energy):.2%} of the energy of a layer's keys; the rest is without "
+                "RoPE."
+            )
+        if r := self.residual_error:
+            text.append(
+                "Squared error of the last residual stream after attention: "
+                f"{r['before_refit'][-1]:.2%} before and {r['after_refit'][-1]:.2%} after the "
+                "output projections were refitted."
             )
         if p := self.perplexity:
             masked = f", {p['masked_rows']} rows of padding masked" if p["masked_rows"] else ""

@@ -53,22 +53,56 @@ class Rank:
 def check_rank(config: ModelConfig, rank: int | None, budget: int | None = None) -> Rank:
     """The latent width of --rank or --rank-budget, if it is possible for a model; UserError
     otherwise."""
-    if beyond := config.beyond_gpt2:
-        raise UserError(
-            f"--to mla needs GPT-2's own attention, and this model has {' '.join(beyond)}"
-        )
+    if config.attention == "mla":
+        raise UserError("--to mla: the model's attention is MLA already; leave out --to mla")
     if rank is not None and budget is not None:
         raise UserError("--rank and --rank-budget exclude each other; leave one out")
     name, width = ("--rank-budget", budget) if rank is None else ("--rank", rank)
+    widest, what = widest_latent(config), "all that there is"
+    bound = f"{widest} ({what})"
+    if not config.beyond_gpt2:
+        bound = f"the model's n_embd, {widest} (exact)"
     if width is None:
-        raise UserError(
-            f"--to mla needs --rank R or --rank-budget R, from 1 to {config.n_embd} (exact)"
-        )
-    if not 1 <= width <= config.n_embd:
-        raise UserError(
-            f"{name} must be from 1 to the model's n_embd, {config.n_embd} (exact), not {width}"
-        )
+        raise UserError(f"--to mla needs --rank R or --rank-budget R, from 1 to {bound}")
+    if not 1 <= width <= widest:
+        raise UserError(f"{name} must be from 1 to {bound}, not {width}")
     return Rank(width, rank is None)
+
+
+def check_calibration(config: ModelConfig, method: Method | None, calibration: str | None) -> None:
+    """UserError where a model needs a calibration text, or another method."""
+    if not (beyond := config.beyond_gpt2):
+        return
+    what = f"with {' '.join(beyond)}"
+    if method == "svd":
+        raise UserError(f"--method svd is for GPT-2's own attention, not for a model {what}")
+    if calibration is None:
+        raise UserError(f"--to mla needs --calibration TEXT for a model {what}")
+
+
+def default_method(config: ModelConfig, calibration: Calibration | None) -> Method:
+    """The method where none is asked for."""
+    if config.beyond_gpt2:
+        return "whitened"
+    return "balanced" if calibration else "svd"
+
+
+def calibration_defaults(config: ModelConfig) -> tuple[int, int]:
+    """Tokens of a calibration window, and of all that are calibrated on."""
+    return (
+        (min(512, config.n_positions), 2**14) if config.beyond_gpt2 else (config.n_positions, 2**17)
+    )
+
+
+def widest_latent(config: ModelConfig) -> int:
+    """The width from which a latent holds all that is left to hold, beside the RoPE key if there
+    is one."""
+    if not config.beyond_gpt2:
+        return config.n_embd
+    width = config.kind.head_dim
+    groups = config.num_key_value_heads or config.n_head
+    keys = groups - (config.position_embedding_type == "rope")
+    return min(config.n_embd + bool(config.attention_bias), (keys + groups) * width)
 
 
 def convert_to_mla(
@@ -89,8 +123,11 @@ def convert_to_mla(
         calibration: Needed by every method but "svd"; where there is one, perplexity is measured
             too, in PyTorch.
     """
+    if config.beyond_gpt2:
+        assert calibration is not None
+        return _layer_by_layer(name, config, weights, rank, method, calibration, console)
     moments: list[Moments] | None = None
-    calibrated = before = None
+    calibrated, before = None, 0.0
     if calibration is not None:
         from mlx_mla.backends.torch.load import build_model
 
@@ -109,7 +146,7 @@ def convert_to_mla(
     ranks = [rank.width] * config.n_layer
     if rank.shared:
         layers = list(layers)
-        ranks = share_ranks(layers, rank.width, method)
+        ranks = share_ranks([x.singular_values for x in layers], rank.width, method)
     spectra: list[np.ndarray] = []
 
     def noted() -> Iterator[Decomposition]:
@@ -118,7 +155,78 @@ def convert_to_mla(
             yield layer
 
     new_config, new_weights = assemble(config, weights, ranks, noted(), moments)
-    report = Report(
+    report = _report(name, method, config, new_config, ranks, spectra)
+    report.calibration = calibrated
+    if calibration is not None:
+        model = build_model(new_config, new_weights, calibration.device)
+        after, _ = perplexity(model, calibration.text, calibration.held_out_tokens)
+        report.perplexity = _perplexity(config, calibration.text, before, after, scored)
+    return new_config, new_weights, report
+
+
+def _layer_by_layer(
+    name: str,
+    config: ModelConfig,
+    weights: Weights,
+    rank: Rank,
+    method: Method,
+    calibration: Calibration,
+    console: Console,
+) -> tuple[ModelConfig, Weights, Report]:
+    """`convert_to_mla` for attention that is not GPT-2's."""
+    from mlx_mla.backends.torch.load import build_model
+
+    from .calibration import collect_moments, perplexity
+    from .layerwise import convert_layers, source_weights
+    from .rope import spectrum
+
+    text, tokens = calibration.text, calibration.max_tokens
+    model = build_model(config, weights, calibration.device)
+    before, scored = perplexity(model, text, calibration.held_out_tokens)
+    windows = text.windows(tokens)
+    gradients: list[np.ndarray | None] = [None] * config.n_layer
+    ranks = [rank.width] * config.n_layer
+    if method == "balanced" or rank.shared:
+        moments, _ = collect_moments(model, text, tokens, method == "balanced", console)
+        if method == "balanced":
+            gradients = [m.gradient for m in moments]
+        if rank.shared:
+            spectra = [
+                spectrum(source_weights(model, i), m.mean, m.covariance, m.gradient)
+                for i, m in enumerate(moments)
+            ]
+            ranks = share_ranks(spectra, rank.width, method)
+    new_config = latent_config(config, ranks)
+    new = {n: w for n, w in weights.items() if ".attn." not in n}
+    layers = []
+    for i, layer in enumerate(convert_layers(model, new_config, windows, gradients, console)):
+        new |= {f"transformer.h.{i}.attn.{n}": w for n, w in layer.weights.items()}
+        layer.weights.clear()
+        layers.append(layer)
+    del model
+    report = _report(name, method, config, new_config, ranks, [x.singular_values for x in layers])
+    report.calibration = {"text": text.name, "tokens": windows.size}
+    if config.position_embedding_type == "rope":
+        report.rope_energy = [layer.rope_energy for layer in layers]
+    report.residual_error = {
+        "before_refit": [layer.error_before_refit for layer in layers],
+        "after_refit": [layer.error_after_refit for layer in layers],
+    }
+    model = build_model(new_config, new, calibration.device)
+    after, _ = perplexity(model, text, calibration.held_out_tokens)
+    report.perplexity = _perplexity(config, text, before, after, scored)
+    return new_config, new, report
+
+
+def _report(
+    name: str,
+    method: Method,
+    config: ModelConfig,
+    new_config: ModelConfig,
+    ranks: list[int],
+    spectra: list[np.ndarray],
+) -> Report:
+    return Report(
         source=name,
         method=method,
         kv_lora_ranks=ranks,
@@ -131,20 +239,30 @@ def convert_to_mla(
             kept_energy(values, rank) for values, rank in zip(spectra, ranks, strict=True)
         ],
         singular_values=[[float(f"{v:.5g}") for v in values] for values in spectra],
-        calibration=calibrated,
     )
-    if calibration is not None:
-        model = build_model(new_config, new_weights, calibration.device)
-        after, _ = perplexity(model, calibration.text, calibration.held_out_tokens)
-        assert config.vocab_size
-        masked = config.vocab_size - len(calibration.text.tokenizer)
-        report.perplexity = {
-            "before": before,
-            "after": after,
-            "tokens": scored,
-            "masked_rows": masked,
-        }
-    return new_config, new_weights, report
+
+
+def _perplexity(
+    config: ModelConfig, text: "Text", before: float, after: float, tokens: int
+) -> dict[str, float]:
+    assert config.vocab_size
+    masked = config.vocab_size - len(text.tokenizer)
+    return {"before": before, "after": after, "tokens": tokens, "masked_rows": masked}
+
+
+def latent_config(config: ModelConfig, ranks: list[int]) -> ModelConfig:
+    """The configuration of a multi-head model once its layers have latents of these widths."""
+    values = {
+        **config.to_dict(),
+        "attention": "mla",
+        "kv_lora_rank": max(ranks),
+        "num_key_value_heads": None,
+    }
+    if len(set(ranks)) > 1:
+        values["kv_lora_ranks"] = ranks
+    if config.position_embedding_type == "rope":
+        values["qk_rope_head_dim"] = config.head_dim or config.n_embd // config.n_head
+    return ModelConfig.from_dict(values).resolved()
 
 
 def factorise(
@@ -175,10 +293,7 @@ def assemble(
         moments: Of the calibration text, whose mean goes into the output biases; None without a
             text.
     """
-    values = {**config.to_dict(), "attention": "mla", "kv_lora_rank": max(ranks)}
-    if len(set(ranks)) > 1:
-        values["kv_lora_ranks"] = ranks
-    new_config = ModelConfig.from_dict(values).resolved()
+    new_config = latent_config(config, ranks)
     new = {n: w for n, w in weights.items() if ".attn." not in n}
     for i, factors in enumerate(layers):
         attn = f"transformer.h.{i}.attn"
