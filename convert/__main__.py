@@ -44,10 +44,11 @@ class ConvertCommand:
     project."""
     out: Path
     """Folder to write; it must not exist yet, or be empty. It appears complete or not at all."""
-    to: Optional[Literal["mla", "hf"]] = None
+    to: Optional[Literal["mla", "hf", "deepseek"]] = None
     """"mla" replaces multi-head by latent attention; "hf" writes a plain folder of GPT2LMHeadModel,
-    LlamaForCausalLM or Qwen2ForCausalLM, whichever the model is. None: a model folder with the
-    source's own attention."""
+    LlamaForCausalLM or Qwen2ForCausalLM, whichever the model is; "deepseek" writes a model with
+    latent attention, RoPE, RMSNorm and SwiGLU as a plain folder of DeepseekV3ForCausalLM. None: a
+    model folder with the source's own attention."""
     rank: Optional[int] = None
     """--to mla: width of the latent. For GPT-2's attention n_embd is exact and halves the cache,
     half of it quarters the cache. With RoPE a shared key, head_dim wide, is cached beside it."""
@@ -97,7 +98,7 @@ def _main(argv: Sequence[str]) -> int:
     # These import transformers, which --help and mistakes need not wait for.
     from mlx_mla.card import converted_card
 
-    from . import hf, llama
+    from . import deepseek, hf, llama
     from .recognise import open_source
     from .to_mla import check_calibration, check_rank, convert_to_mla, default_method
     from .vocabulary import find_tokenizer
@@ -122,9 +123,13 @@ def _main(argv: Sequence[str]) -> int:
         check_calibration(config, command.method, command.calibration)
     kept = "float32" if command.to == "mla" else source.dtype
     dtype = command.dtype or kept
+    if command.to == "deepseek":
+        deepseek.check_deepseek(config, dtype)
     with locked(command.out), files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
-        if command.to == "hf":
+        if command.to == "deepseek":
+            deepseek.write_deepseek(folder, config, weights, tokenizer, dtype)
+        elif command.to == "hf":
             if config.family == "Llama":
                 llama.write_llama(folder, config, weights, tokenizer, dtype)
             else:

@@ -308,6 +308,16 @@ def _halves(w: np.ndarray, width: int) -> np.ndarray:
     return w.reshape(-1, width // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Ids of special tokens, as config.json and generation_config.json hold them."""
+    ends = end_ids(tokenizer)
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def why_not_llama(config: ModelConfig) -> str | None:
     """Why none of the three computes what a model does, as its flags; None if one does."""
     c = config
@@ -374,12 +384,7 @@ def write_llama(
     give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
 
     kind = "qwen2" if c.attention_bias and not c.attention_out_bias else "llama"
-    ends_of_text = end_ids(tokenizer)
-    tokens = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends_of_text[0] if len(ends_of_text) == 1 else ends_of_text or None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    tokens = special_ids(tokenizer)
     biases = {} if kind == "qwen2" else {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
     CONFIGS[kind](
         hidden_size=c.n_embd,
