@@ -111,10 +111,8 @@ def _main(argv: Sequence[str]) -> int:
     )
     assert config.vocab_size
     if padding := config.vocab_size - len(tokenizer):
-        print(
-            f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are kept, and never "
-            "sampled"
-        )
+        fate = "left out" if command.to == "deepseek" else "kept, and never sampled"
+        print(f"vocabulary: {len(tokenizer)} tokens; {padding} rows of padding are {fate}")
     if tokenizer.eos_token_id is None:
         print(NO_END_OF_TEXT)
     rank = None

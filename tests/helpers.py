@@ -1,9 +1,16 @@
 """What several test files use: tiny models and runs, and how a command is called and refused."""
 
+import contextlib
 import inspect
 import json
 import mmap
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -218,6 +225,54 @@ def in_chunks(model, x: mx.array, sizes, cache) -> mx.array:
             mx.eval(out[-1])
             at += size
     return mx.concatenate(out, axis=1)
+
+
+def run_mlx_lm(tool: str, *args: object) -> subprocess.CompletedProcess:
+    """Run a command of stock mlx-lm, which must succeed."""
+    done = subprocess.run(
+        python("-m", "mlx_lm", tool, *map(str, args)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@contextlib.contextmanager
+def mlx_lm_server(folder: Path, *flags: str) -> Iterator[Callable[[str], str]]:
+    """Stock mlx-lm's server; yields a function that returns its greedy answer to a prompt."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        python("-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port), *flags),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def ask(prompt: str) -> str:
+        body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0.0}).encode()
+        request = urllib.request.Request(
+            f"{url}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.loads(answer.read())["choices"][0]["text"]
+
+    try:
+        for _ in range(240):
+            assert process.poll() is None, "the server ended"
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.25)
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def by_mlx_lm(folder: Path, **options):

@@ -2,11 +2,6 @@
 
 import concurrent.futures
 import json
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import foreign
-from helpers import by_mlx_lm, python
+from helpers import by_mlx_lm, mlx_lm_server, run_mlx_lm
 
 from convert import __main__ as convert
 from mlx_mla import checkpoint
@@ -58,21 +53,9 @@ def expected(folder):
     return "".join(p.text for p in decoder.stream(list(PROMPT.encode()), options))
 
 
-def mlx_lm(tool: str, *args: object) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        python("-m", "mlx_lm", tool, *map(str, args)),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
 def generated(folder, *flags: object) -> str:
     flags = ("--model", folder, "--trust-remote-code", "--temp", 0, "--max-tokens", TOKENS, *flags)
-    text = mlx_lm("generate", *flags, "--prompt", PROMPT).stdout
+    text = run_mlx_lm("generate", *flags, "--prompt", PROMPT).stdout
     return text.split("==========\n")[1].removesuffix("\n")
 
 
@@ -83,7 +66,7 @@ def test_generate(folder, expected):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
     out = tmp_path / f"q{bits}"
-    mlx_lm(
+    run_mlx_lm(
         "convert",
         "--hf-path",
         folder,
@@ -157,7 +140,7 @@ def test_lora_trains_some_steps_and_its_adapter_loads(folder, tmp_path):
     for split in ("train", "valid"):
         lines = [json.dumps({"text": f"The story of number {i} is short."}) for i in range(8)]
         (data / f"{split}.jsonl").write_text("\n".join(lines))
-    mlx_lm(
+    run_mlx_lm(
         "lora",
         "--model",
         folder,
@@ -185,46 +168,11 @@ def test_lora_trains_some_steps_and_its_adapter_loads(folder, tmp_path):
     assert generated(folder, "--adapter-path", adapter)
 
 
-def ask(port: int, prompt: str) -> str:
-    body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0.0}).encode()
-    url = f"http://127.0.0.1:{port}/v1/completions"
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.loads(answer.read())["choices"][0]["text"]
-
-
 def test_server_answers_three_at_once_as_it_answers_each(folder):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    process = subprocess.Popen(
-        python(
-            "-m",
-            "mlx_lm",
-            "server",
-            "--model",
-            str(folder),
-            "--port",
-            str(port),
-            "--trust-remote-code",
-        ),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(240):
-            assert process.poll() is None, "the server ended"
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.25)
-        prompts = ["The st", "A rather longer beginning of", "x"]
-        alone = [ask(port, p) for p in prompts]
+    prompts = ["The st", "A rather longer beginning of", "x"]
+    with mlx_lm_server(folder, "--trust-remote-code") as ask:
+        alone = [ask(prompt) for prompt in prompts]
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            together = list(pool.map(lambda p: ask(port, p), prompts))
-    finally:
-        process.terminate()
-        process.wait(30)
+            together = list(pool.map(ask, prompts))
     assert all(alone)
     assert together == alone
