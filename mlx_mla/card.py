@@ -1,4 +1,4 @@
-"""The model card, README.md of every model folder."""
+"""The model card: the README.md of every model folder."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from mlx_mla.model.weights import num_parameters
 
 
 def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
-    """Text of the card: what the model is, what it was trained on, how to load it.
+    """Return the card of a trained model: its architecture, its training data, how to load it.
 
-    It depends on the run alone (no dates, no paths), so that equal checkpoints have equal cards.
+    The text contains no dates or paths, so identical checkpoints have identical cards.
     """
     m = config.model
     data = "Python's built-in documentation" if config.data == BUILTIN else Path(config.data).name
@@ -50,14 +50,15 @@ A {m.family}-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_h
 def converted_card(
     config: ModelConfig, name: str, kind: str, tokens: int, has_end: bool, steps: list[str]
 ) -> str:
-    """Text of README.md; like every card it has no dates and no paths.
+    """Return the card of a converted model. Like every card, it contains no dates or paths.
 
     Args:
-        name: What the source is called.
-        kind: What the source was recognised as.
-        tokens: Ids of the tokenizer; the embedding may have more rows.
-        has_end: Whether the tokenizer has an end-of-text token.
-        steps: What was done to the weights beyond renaming, a sentence each.
+        config: The configuration of the converted model.
+        name: Name of the source.
+        kind: Format that the source was recognized as.
+        tokens: Number of ids of the tokenizer; the embedding may have more rows.
+        has_end: True if the tokenizer has an end-of-text token.
+        steps: One sentence for each change to the weights beyond renaming.
     """
     c = config
     assert c.vocab_size
@@ -67,11 +68,13 @@ def converted_card(
         else ""
     )
     endless = (
-        "" if has_end else "\nThe tokenizer has no end-of-text token: texts end at their length.\n"
+        ""
+        if has_end
+        else "\nThe tokenizer has no end-of-text token: text ends only at its maximum length.\n"
     )
     done = (
         "".join(f"- {step}\n" for step in steps)
-        or "- Nothing: the weights are the source's, bit for bit.\n"
+        or "- Nothing: the weights equal the source's, bit for bit.\n"
     )
     return f"""---
 library_name: mlx
@@ -85,7 +88,7 @@ A {c.family}-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_h
 {num_parameters(c):,} parameters. Decoding caches
 {cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.
 {endless}
-Converted from {kind} (`{name}`). What was done to the weights:
+Converted from {kind} (`{name}`). Changes to the weights:
 
 {done}
 ## Use

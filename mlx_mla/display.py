@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -18,16 +18,18 @@ from rich.progress import (
 
 
 def plain_console(stderr: bool = False) -> Console:
-    """A console that shows text as it is: no markup, whatever names have in them, and no breaks."""
+    """A console that prints text verbatim, without markup or line breaks."""
     return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
 
 
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, padded: bool = False
 ) -> list[str]:
-    """The lines of a Markdown table; empty without rows.
+    """The lines of a Markdown table; an empty list if there are no rows.
 
     Args:
+        header: The column titles.
+        rows: The cells of each row, converted with `str`.
         padded: Align the columns with spaces, for tables that are also read on a terminal.
     """
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
@@ -45,9 +47,10 @@ class TrainDisplay:
     """Progress of a training run.
 
     Args:
-        console: Where to write; a bar if it is a terminal, else a line every twentieth of the run.
-        done: Steps behind the run already.
-        total: Steps in all.
+        console: Where to write. A terminal gets a progress bar; anything else gets a line for every
+            twentieth of the run.
+        done: Steps that are already finished.
+        total: Steps of the whole run.
     """
 
     def __init__(self, console: Console, done: int, total: int):
@@ -85,7 +88,7 @@ class TrainDisplay:
     def step(
         self, step: int, loss: float, tokens_per_sec: float, mfu: float, eta_seconds: float | None
     ) -> None:
-        """Report a finished step; the time left is None while it is not known."""
+        """Report a finished step; `eta_seconds` is None while it is unknown."""
         self._bar.update(self._task, completed=step, loss=loss, tps=tokens_per_sec, mfu=mfu)
         if not self.console.is_terminal and (step % self._every == 0 or step == 1):
             eta = (
@@ -112,7 +115,7 @@ class TrainDisplay:
         values = []
         for key in (key for key in metrics if f"{key}_stderr" in metrics):
             spread = f"± {metrics[f'{key}_stderr']:.2g}"
-            if f"{key}_low" in metrics:  # a share, whose interval is never empty
+            if f"{key}_low" in metrics:  # a proportion, whose interval is never empty
                 spread = f"({metrics[f'{key}_low']:.3g} - {metrics[f'{key}_high']:.3g})"
             values.append(f"{key} {metrics[key]:.4g} {spread}")
         self.say(f"step {step}/{self._total}  {name}  {'  '.join(values)}")
@@ -126,8 +129,9 @@ class PrepareDisplay:
     """Progress of a preparation.
 
     Args:
-        console: Where to write; a bar if it is a terminal, else a line every ten seconds.
-        total: Size of all sources, in the unit of `read`. 0: not known, and then there is no ETA.
+        console: Where to write. A terminal gets a progress bar; anything else gets a line every ten
+            seconds.
+        total: Size of all sources, in the unit of `read`. 0: unknown, so no ETA is shown.
     """
 
     def __init__(self, console: Console, total: float):
@@ -136,7 +140,7 @@ class PrepareDisplay:
         self._began = self._said = time.monotonic()
         self._bytes = self._tokens = 0
         self._read: dict[str, float] = {}
-        # What earlier runs have done counts as progress, but not as speed.
+        # The work of earlier runs counts as progress, but not towards the speed.
         self._before = 0.0
         self._begun = set[str]()
         self._start: dict[str, float] = {}
@@ -165,8 +169,12 @@ class PrepareDisplay:
         self._bar.stop()
 
     def resume(self, done: float, sources: Set[str]) -> None:
-        """Count what earlier runs have read: whole sources of size `done`, and some of each of
-        `sources`."""
+        """Count the work of earlier runs as progress.
+
+        Args:
+            done: Size of the sources that were read completely.
+            sources: Names of the sources that were read in part.
+        """
         self._before, self._begun = done, set(sources)
 
     def read(self, source: str, done: float) -> None:
@@ -178,7 +186,7 @@ class PrepareDisplay:
         self._read[source] = done - self._start.get(source, 0.0)
 
     def tokens(self, size: int, count: int) -> None:
-        """Report text of `size` bytes made into `count` tokens."""
+        """Report that `size` bytes of text became `count` tokens."""
         self._bytes += size
         self._tokens += count
         elapsed = max(1e-6, time.monotonic() - self._began)

@@ -1,7 +1,7 @@
-"""Say what this machine offers and what to fix, and check that all of it works:
+"""Describe this machine, list what to fix, and check that everything works:
 `python -m mlx_mla.doctor [--check]`.
 
-MLX and PyTorch are measured in a process each, so that neither sees the other's libraries.
+MLX and PyTorch are measured in separate processes, so neither loads the other's libraries.
 """
 
 import dataclasses
@@ -35,22 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclasses.dataclass(kw_only=True)
 class DoctorCommand:
-    """Say what this machine offers and what to fix."""
+    """Describe this machine and list what to fix."""
 
     check: bool = False
-    """Then run everything that has not been run on Apple silicon, as far as this machine can, and
-    write check.json and check.md: minutes. Ends with 1 if a row failed."""
+    """Also run every check that has not been run on Apple silicon and that this machine supports,
+    and write check.json and check.md. Takes minutes. Exits with 1 if a check fails."""
     out: Optional[Path] = None
-    """--check: folder for the two files. None: runs/check."""
+    """Folder for the two files of --check. None: runs/check."""
 
 
 def _main(argv: Sequence[str]) -> int:
-    if list(argv[:1]) == ["--probe"]:  # how this command calls itself
+    if list(argv[:1]) == ["--probe"]:  # this command calls itself this way
         print(json.dumps(probe(cast(BackendName, argv[1]))))
         return 0
     command = cli.parse(DoctorCommand, argv, PROG)
     if command.out is not None and not command.check:
-        raise UserError("--out goes with --check; leave it out")
+        raise UserError("--out requires --check; add --check or leave out --out")
     facts, advice = examine()
     print("\n".join(f"{key:<24}{value}" for key, value in facts.items()))
     print("\nto fix:" if advice else "\nnothing to fix")
@@ -75,7 +75,7 @@ def _check(facts: dict[str, str], advice: list[str], out: Path) -> int:
 
 
 def examine() -> tuple[dict[str, str], list[str]]:
-    """Facts of this machine by labels for people, and what to fix."""
+    """Return facts about this machine by label, and a list of what to fix."""
     facts = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}, Python "
         f"{platform.python_version()}",
@@ -87,7 +87,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
     advice = []
     for name in get_args(BackendName):
         if name == "torch" and importlib.util.find_spec(name) is None:
-            facts["PyTorch"] = "not installed; only what names it needs it (pip install torch)"
+            facts["PyTorch"] = "not installed; optional (pip install torch)"
             continue
         found = _run_probe(name)
         if "error" in found:
@@ -108,10 +108,10 @@ def examine() -> tuple[dict[str, str], list[str]]:
 
 
 def probe(name: BackendName) -> dict[str, Any]:
-    """Facts and speed of a backend in this process, and what to fix."""
+    """Return the facts and the speed of a backend in this process, and what to fix."""
     backend = get_backend(name)
     title = {"mlx": "MLX", "torch": "PyTorch"}[name]
-    # The peaks against which training's MFU is taken.
+    # Training reports its MFU relative to these peaks.
     rates = {
         f"{title} matmul {dtype}": f"{backend.peak_flops(dtype) / 1e9:,.1f} GFLOP/s"
         for dtype in get_args(DType)
@@ -140,8 +140,11 @@ def _version(package: str) -> str:
 
 
 def form_address() -> str:
-    """Address of the issue form, by the repository that this checkout was cloned from; its file
-    where that is not on GitHub."""
+    """Address of the issue form in the repository that this checkout was cloned from.
+
+    Returns:
+        Its URL on GitHub; the path of the form's file if the repository is elsewhere.
+    """
     remote = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "remote", "get-url", "origin"],
         capture_output=True,

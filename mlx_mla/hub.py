@@ -1,4 +1,4 @@
-"""Find a model: a run folder, a model folder, or a repository on the Hugging Face hub."""
+"""Find a model: a run folder, a model folder or a repository on the Hugging Face hub."""
 
 import difflib
 from pathlib import Path
@@ -11,19 +11,19 @@ from mlx_mla.errors import UserError
 from mlx_mla.files import is_hub_id
 
 FILES = ["*.json", "*.safetensors", "*.py", "SHA256SUMS"]
-"""What a model folder needs to be whole by its SHA256SUMS."""
+"""Patterns that match every file of a model folder that SHA256SUMS lists."""
 
 
 def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder:
-    """The local model folder that a name means, checked; downloads it if it is a hub id.
+    """Find and check the local model folder for a name, downloaded first if it is a hub id.
 
     Args:
-        name: A run folder (its newest checkpoint is taken), a model folder, or `owner/name` on the
-            hub, whose files are kept in the hub's own cache.
-        revision: Branch, tag or commit, for a hub id.
+        name: A run folder (its newest checkpoint is used), a model folder, or an `owner/name` on
+            the hub, whose files stay in the hub's own cache.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
-        UserError: If it is neither, is damaged, or cannot be downloaded.
+        UserError: If there is no such model, it is damaged, or it cannot be downloaded.
     """
     path = Path(name)
     if path.exists():
@@ -47,7 +47,7 @@ def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder
 
 
 def _near(path: Path) -> str:
-    """What the user may have meant by a path that is not there."""
+    """A suggestion for a path that does not exist."""
     try:
         there = [p.name for p in path.parent.iterdir() if p.is_dir()]
     except OSError:

@@ -1,4 +1,4 @@
-"""The machine that this runs on: what reports and estimates say of it."""
+"""Facts about this machine for reports and estimates."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import sys
 
 
 def processor() -> str:
-    """Name of the processor, as the system tells it."""
+    """Name of the processor, as the system reports it."""
     if sys.platform == "darwin":
         done = subprocess.run(
             ["sysctl", "-n", "machdep.cpu.brand_string"],
@@ -28,21 +28,21 @@ def processor() -> str:
 
 
 def physical_memory() -> int:
-    """Bytes of memory of this machine."""
+    """Physical memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory() -> int:
-    """Most bytes that this process had in memory at once."""
+    """Peak resident memory of this process, in bytes."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as f:
         for line in f:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    # Linux's ru_maxrss, in KiB, begins at the peak of the process that started this one.
+    # On Linux, ru_maxrss (in KiB) starts from the peak of the parent process.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory() -> str:
-    """Memory of the machine."""
+    """Physical memory of this machine, as text."""
     return f"{physical_memory() / 2**30:.1f} GiB"

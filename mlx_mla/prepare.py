@@ -1,5 +1,4 @@
-"""Make token shards from text: `python -m mlx_mla.prepare SRC --out DIR`. docs/data.md says how,
-step by step."""
+"""Turn text into token shards: `python -m mlx_mla.prepare SRC --out DIR` (docs/data.md)."""
 
 import collections
 import dataclasses
@@ -34,50 +33,51 @@ from mlx_mla.model.config import MAX_SEED, TOKENIZER_IDS
 PROG = "python -m mlx_mla.prepare"
 
 OPEN_FILES = 8
-"""Files that are read in turns. Part of what decides the order of documents, so not a setting."""
+"""Number of files that are read in turn. It affects the order of documents, so it is not a
+setting."""
 BLOCK = 1 << 20
-"""Bytes of text in one turn; for the same reason not a setting."""
+"""Bytes of text read in one turn. For the same reason it is not a setting."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class PrepareCommand:
     """Turn text into shuffled token shards for mlx_mla.train --data DIR.
 
-    Run it again with the same arguments after an interruption, and it goes on where it stopped.
+    After an interruption, run it again with the same arguments to resume where it stopped.
     """
 
     src: Positional[str]
     """A text file, a folder (searched recursively) of .txt, .jsonl (also .gz, .xz, .zst) and
-    .parquet files, or a dataset of the Hugging Face hub with its config, such as
+    .parquet files, or a dataset on the Hugging Face hub with its config, such as
     HuggingFaceFW/fineweb-edu:sample-10BT."""
     out: Path
     """Folder for the shards."""
     tokenizer: str = "gpt2"
     """"gpt2" (GPT-2's byte-pair encoding, 50257 ids), "bytes" (256 bytes and <|endoftext|>), or a
-    folder with tokenizer.json, such as any model's."""
+    folder with a tokenizer.json, such as a model folder."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
     once."""
     val_fraction: float = 0.01
-    """Share of the documents that is held out for validation, chosen by the hash of their text."""
+    """Fraction of the documents to hold out for validation, selected by the hash of their text."""
     format: Format = "npy"
-    """"npy" (as build-nanogpt's) or "llmc" (as llm.c's .bin)."""
+    """"npy" (build-nanogpt's format) or "llmc" (llm.c's .bin)."""
     prefix: str = "tokens"
-    """First part of the shards' names: PREFIX_train_000001.npy."""
+    """Beginning of the shards' names: PREFIX_train_000001.npy."""
     shard_tokens: int = 100_000_000
-    """Most tokens in a shard, which is shuffled in memory (2 bytes each, or 4 where a tokenizer has
-    more than 65,536); a document is never cut in two."""
+    """Maximum tokens in a shard. A shard is shuffled in memory, at 2 bytes per token, or 4 if the
+    tokenizer has more than 65,536 ids. Documents are never split."""
     workers: Optional[int] = None
-    """Threads that read and tokenise. None: one for each core. The result does not depend on it."""
+    """Threads that read and tokenize. None: one per core. The result does not depend on it."""
     seed: int = 1337
-    """Decides the order of files and documents."""
+    """Determines the order of files and documents."""
     text_column: str = "text"
     """Column (or key of a JSON line) that holds the text."""
     separator: str = "<|endoftext|>"
-    """What stands between the documents of a plain text file."""
+    """Separator between the documents of a plain text file."""
     revision: Optional[str] = None
-    """Commit, branch or tag of a dataset on the hub. None: its newest commit, which the manifest
-    names."""
+    """Commit, branch or tag of a dataset on the hub. None: the newest commit, which the manifest
+    records."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,14 +93,13 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def prepare(command: PrepareCommand, console: Console) -> str:
-    """Write the shards, or what is still missing of them.
+    """Write the shards, or those that an interrupted preparation did not finish.
 
     Returns:
-        What was made, in a few lines.
+        A summary of the folder, in a few lines.
 
     Raises:
-        UserError: For anything the user can set right; what was written until then is kept and used
-            again.
+        UserError: For any mistake in the input. Finished shards are kept for the next attempt.
     """
     workers = _check(command)
     tokenizer = get_tokenizer(command.tokenizer, command.bpe_dir)
@@ -113,7 +112,7 @@ def prepare(command: PrepareCommand, console: Console) -> str:
         if not job.manifest["complete"]:
             if others:
                 console.print(
-                    f"left out {len(others)} other files, such as {others[0]}",
+                    f"skipped {len(others)} other files, such as {others[0]}",
                     markup=False,
                     highlight=False,
                 )
@@ -122,7 +121,8 @@ def prepare(command: PrepareCommand, console: Console) -> str:
                     job.run(workers, display)
             except KeyboardInterrupt:
                 console.print(
-                    f"stopped; run it again to go on: the finished shards are in {command.out}",
+                    f"stopped; the finished shards are in {command.out}; run the command again to "
+                    "resume",
                     markup=False,
                 )
                 raise
@@ -135,12 +135,12 @@ def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
+        raise UserError(f"{out}: cannot be created: {e.strerror}; give --out another path") from e
 
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-    """A block as token ids, each document after an `<|endoftext|>`: [training, validation]."""
+    """A block as token ids, each document after an `<|endoftext|>`, as (training, validation)."""
 
     tokens: tuple[np.ndarray, np.ndarray]
     lengths: tuple[list[int], list[int]]
@@ -159,7 +159,7 @@ def _encode(block: TextBlock, tokenizer: Tokenizer, val_fraction: float) -> _Enc
             continue
         try:
             data = text.encode("utf-8")
-        except UnicodeEncodeError:  # halves of surrogate pairs, which JSON can spell
+        except UnicodeEncodeError:  # lone surrogates, which JSON can express
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             data = text.encode("utf-8")
         size += len(data)
@@ -172,7 +172,7 @@ def _encode(block: TextBlock, tokenizer: Tokenizer, val_fraction: float) -> _Enc
 
 
 class _Gathered:
-    """Documents that wait to be shuffled and written, of one split."""
+    """Documents of one split that are still to be shuffled and written."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -193,7 +193,7 @@ class _Gathered:
 
 
 class _Job:
-    """A preparation: its manifest on disk says what is done, and from where to go on."""
+    """A preparation. Its manifest on disk records what is done and where to resume."""
 
     def __init__(self, command: PrepareCommand, tokenizer: Tokenizer, sources: list[Source]):
         self.command, self.tokenizer, self.sources, self.out = (
@@ -207,7 +207,7 @@ class _Job:
         self._empty = 0
 
     def run(self, workers: int, display: PrepareDisplay) -> None:
-        """Read, tokenise, shuffle and write until all is done."""
+        """Read, tokenize, shuffle and write until everything is done."""
         command, start = self.command, self.manifest["next"]
         order = np.random.default_rng([command.seed]).permutation(len(self.sources))
         opened = {file for file, _ in start["open"]}
@@ -248,7 +248,7 @@ class _Job:
         return (
             f"training    {tokens['train']:,} tokens, {documents['train']:,} documents\n"
             f"validation  {tokens['val']:,} tokens, {documents['val']:,} documents\n"
-            f"left out    {m['empty_documents']:,} empty documents\n"
+            f"skipped     {m['empty_documents']:,} empty documents\n"
             f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
             f"train with:\n  python -m mlx_mla.train --data {shlex.quote(str(self.out))} "
             f"--tokenizer {shlex.quote(self.command.tokenizer)}"
@@ -261,8 +261,8 @@ class _Job:
         ahead: int,
         display: PrepareDisplay,
     ) -> Iterator[tuple[dict[str, Any], _Encoded]]:
-        """Tokenise up to `ahead` blocks at once, and give them in order, each with the state before
-        it."""
+        """Tokenize up to `ahead` blocks at once, and yield them in order, each with the state
+        before it."""
         running: collections.deque[tuple[_Turn, Future[_Encoded]]] = collections.deque()
         while True:
             for turn in itertools.islice(stream, ahead - len(running)):
@@ -280,8 +280,10 @@ class _Job:
             yield turn.state, encoded
 
     def _commit(self, state: dict[str, Any]) -> None:
-        """Write what was gathered, then the manifest that says so; until then a kill leaves the old
-        one true."""
+        """Write the gathered documents, then the manifest that lists them.
+
+        If the process is killed in between, the old manifest is still correct.
+        """
         m, command = self.manifest, self.command
         number = len([s for s in m["shards"] if s["split"] == "train"]) + 1
         if len(self._train):
@@ -291,7 +293,7 @@ class _Job:
                     name, command.format, "train", self._train, [command.seed, number, 0]
                 )
             )
-        if len(self._val):  # few documents: they are put together into shards at the end
+        if len(self._val):  # few documents, so they are merged into shards at the end
             name = f".val_{len(m['parts']):06d}.npy"
             m["parts"].append(
                 self._write_shard(name, "npy", "val", self._val, [command.seed, number, 1])
@@ -313,18 +315,19 @@ class _Job:
         m, command = self.manifest, self.command
         if not m["shards"] and not m["parts"]:
             raise UserError(
-                f"{command.src}: all its {m['empty_documents']:,} documents are empty; give other "
-                "text"
+                f"{command.src}: all of its {m['empty_documents']:,} documents are empty; give "
+                "other text"
             )
         if not m["parts"]:
             raise UserError(
                 f"{command.src}: none of its {sum(s['documents'] for s in m['shards'])} documents "
-                "fell to validation; give a larger --val-fraction, or cut text into more "
-                "documents with --separator, into a new --out"
+                "were selected for validation; give a new --out and a larger --val-fraction, or a "
+                "--separator that splits the text into more documents"
             )
         if not m["shards"]:
             raise UserError(
-                f"{command.src}: all documents fell to validation; give a smaller --val-fraction"
+                f"{command.src}: all documents were selected for validation; give a new --out and "
+                "a smaller --val-fraction"
             )
         groups: list[list[dict[str, Any]]] = []
         for part in m["parts"]:
@@ -352,7 +355,7 @@ class _Job:
         return _row(name, "val", count, documents, digest)
 
     def _claim(self) -> dict[str, Any]:
-        """The manifest in --out, or a new one; UserError if something else is there."""
+        """Return the manifest in --out, or create one; UserError if --out holds anything else."""
         command, out = self.command, self.out
         settings = {name: getattr(command, name) for name in _SETTINGS}
         identity = self.tokenizer.identity
@@ -379,13 +382,13 @@ class _Job:
                 before = old["settings"].get(name)
                 if before != value:
                     raise UserError(
-                        f"{out}: holds another preparation, with {flag(name)} {before}, not "
+                        f"{out}: holds another preparation, with {flag(name)} {before} instead of "
                         f"{value}; give --out a new name"
                     )
             if old["tokenizer"].get("identity") != new["tokenizer"].get("identity"):
                 raise UserError(
-                    f"{out}: was prepared when --tokenizer {command.tokenizer} was another; give "
-                    "--out a new name"
+                    f"{out}: was prepared with another tokenizer of the name {command.tokenizer}; "
+                    "give --out a new name"
                 )
             if old["sources"] != new["sources"]:
                 both = (old["sources"], new["sources"])
@@ -410,7 +413,7 @@ class _Job:
 
 
 _SPLITS = ("train", "val")
-# They decide what is written.
+# The settings that affect the shards.
 _SETTINGS = (
     "tokenizer",
     "val_fraction",
@@ -424,7 +427,7 @@ _SETTINGS = (
 
 
 def _row(name: str, split: str, tokens: int, documents: int, sha256: str) -> dict[str, Any]:
-    """A shard in the manifest."""
+    """The manifest's entry for a shard."""
     return {
         "file": name,
         "split": split,
@@ -443,7 +446,7 @@ _BOUNDS = {
 
 class _Turn(NamedTuple):
     state: dict[str, Any]
-    """From where to go on if this block were not read."""
+    """Where to resume in order to read this block."""
     source: Source
     block: TextBlock
 
@@ -455,10 +458,10 @@ def _blocks(
     limit: int,
     pool: ThreadPoolExecutor,
 ) -> Iterator[_Turn]:
-    """Blocks from OPEN_FILES files in turns, each read ahead by one, with the state before it.
+    """Yield blocks from OPEN_FILES files in turn, each with the state before it.
 
-    A state says which files are open, in the order of their turns, where each goes on, and which
-    file is opened next.
+    Every file is read ahead by one block. A state lists the open files in the order of their turns,
+    the position of each, and the next file to open.
     """
 
     @dataclasses.dataclass
@@ -495,12 +498,13 @@ def _check(command: PrepareCommand) -> int:
         raise UserError(f"--val-fraction must be between 0 and 1, not {command.val_fraction}")
     check_bounds(command, _BOUNDS)
     if command.bpe_dir is not None and command.tokenizer != "gpt2":
-        raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
+        raise UserError("--bpe-dir requires --tokenizer gpt2; leave out --bpe-dir")
     if not command.separator:
         raise UserError("--separator must not be empty")
     if not re.fullmatch(r"[\w.-]+", command.prefix) or re.search("train|val", command.prefix):
         raise UserError(
-            f"--prefix {command.prefix!r} must be plain letters, without 'train' or 'val' in them"
+            f"--prefix {command.prefix!r} must consist of letters, digits, '.', '_' and '-', and "
+            "must not contain 'train' or 'val'"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return command.workers or cores or 1

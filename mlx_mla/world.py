@@ -1,8 +1,8 @@
-"""The processes ("ranks") that train one model together: who is there, and what they agree on.
+"""The processes ("ranks") that train one model together.
 
-Gradients travel by the framework's engine (`ranks.py` of a backend). What the trainer needs beside
-them is one primitive, `World.gather`; errors ride on it, so that a mistake on any rank ends all of
-them alike.
+The framework's engine (`ranks.py` of a backend) exchanges the gradients. The trainer exchanges
+everything else through one primitive, `World.gather`. Errors travel with it, so a mistake on any
+rank stops every rank with the same message.
 """
 
 import contextlib
@@ -25,24 +25,24 @@ from mlx_mla.model.config import BackendName
 
 EngineName = Literal["auto", "ring", "jaccl", "mpi", "nccl", "gloo"]
 LOST = 1
-"""Exit code of a rank that has lost another: starting all of them again may well succeed."""
-BLOCK = 512  # bytes of a fact that need no second message
+"""Exit code of a rank that has lost another one. Restarting all ranks may well succeed."""
+BLOCK = 512  # bytes that fit into the first message of a gather
 
 
 class GradientAverage(Protocol):
-    """Makes the gradients of one step the mean over all ranks."""
+    """Averages the gradients of one step over all ranks."""
 
     def last_pass(self) -> AbstractContextManager[None]:
-        """Around the step's last backward pass, in which an engine may begin to send."""
+        """Context for the step's last backward pass, during which an engine may start sending."""
         ...
 
     def mean(self, gradients: Any) -> Any:
-        """The framework's gradients, summed over the step's passes, as means over the ranks."""
+        """Return the mean over the ranks of the framework's gradients, summed over the passes."""
         ...
 
 
 class Alone:
-    """The average over one rank."""
+    """The `GradientAverage` of a single rank: returns the gradients unchanged."""
 
     def last_pass(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -58,54 +58,66 @@ class Engine(Protocol):
     size: int
 
     def all_gather(self, block: np.ndarray) -> np.ndarray:
-        """The blocks of all ranks: uint8 (n,), the same n everywhere, to (size, n)."""
+        """Gather one block from every rank.
+
+        Args:
+            block: uint8 (n,), with the same n on every rank.
+
+        Returns:
+            The blocks in rank order, (size, n).
+        """
         ...
 
     def broadcast(self, tensor: np.ndarray) -> np.ndarray:
-        """Rank 0's tensor; the others give one of the same shape and type."""
+        """Return rank 0's tensor; the other ranks pass one of the same shape and type."""
         ...
 
     def gradient_average(self, parameters: Iterable[Any]) -> "GradientAverage":
-        """Averages the gradients of a model over the ranks.
+        """Return an object that averages the gradients of a model over the ranks.
 
         Args:
-            parameters: The framework's own, in the same order on every rank.
+            parameters: The framework's parameters, in the same order on every rank.
         """
         ...
 
     def is_loss(self, error: BaseException) -> bool:
-        """Whether an exception says that another rank cannot be reached any more."""
+        """True if the exception means that another rank can no longer be reached."""
         ...
 
     def close(self) -> None: ...
 
 
 class AgreedError(UserError):
-    """A user's mistake that every rank has been told of; rank 0 alone prints it."""
+    """A user's mistake that every rank knows about; only rank 0 prints it."""
 
 
 class World:
-    """The ranks of a run, as a context: leaving it ends all of them alike.
+    """The ranks of a run, as a context manager: all ranks leave it with the same outcome.
 
-    A `UserError` raised on one rank between two `gather`s (but not while gradients travel) is
-    raised on all.
+    A `UserError` that one rank raises between two calls of `gather` is raised on all ranks. This
+    does not cover errors during the exchange of gradients.
 
     Args:
-        engine: None: a world of one, in which nothing waits for anybody.
+        engine: The communication between the ranks. None: a single rank, which waits for nobody.
     """
 
     def __init__(self, engine: Engine | None = None):
         self.engine = engine
         self.rank, self.size = (0, 1) if engine is None else (engine.rank, engine.size)
         self.advice: Callable[[], str] | None = None
-        """What rank 0 adds to an error of another rank, once it has checkpoints to go on from."""
+        """Advice that rank 0 adds to another rank's error, once there is a checkpoint to resume
+        from."""
         self._parent = os.getppid()
 
     def gather(self, fact: Any = None, error: str | None = None) -> list[Any]:
-        """What every rank gives (any JSON value), in rank order; waits for all.
+        """Collect one JSON value from every rank, in rank order. Waits for all ranks.
+
+        Args:
+            fact: This rank's value.
+            error: The message of an error on this rank.
 
         Raises:
-            UserError: The same on every rank, if any of them came here with an error.
+            UserError: The same on every rank, if any rank passed an error.
         """
         if self.engine is None:
             return [fact]
@@ -120,11 +132,11 @@ class World:
         return [fact for _, fact in messages]
 
     def first(self, fact: Any) -> Any:
-        """Rank 0's fact."""
+        """Return rank 0's value on every rank."""
         return self.gather(fact if self.rank == 0 else None)[0]
 
     def broadcast(self, tensors: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-        """Rank 0's tensors by name; the other ranks give None."""
+        """Return rank 0's tensors by name on every rank; the other ranks pass None."""
         if self.engine is None:
             return dict(tensors or {})
         own = tensors or {}
@@ -137,8 +149,10 @@ class World:
         return Alone() if self.engine is None else self.engine.gradient_average(parameters)
 
     def launcher_has_gone(self) -> bool:
-        """Whether the process that started this rank has ended, which no signal tells; then nobody
-        reads its output."""
+        """True if the process that started this rank has ended.
+
+        No signal reports this. Output then goes to the null device, since nobody reads it.
+        """
         if self.size == 1 or os.getppid() == self._parent:
             return False
         null = os.open(os.devnull, os.O_WRONLY)
@@ -158,12 +172,11 @@ class World:
         failure = error
         if error is None or (isinstance(error, UserError) and not isinstance(error, AgreedError)):
             try:
-                # Nobody leaves before all have finished.
+                # No rank leaves before all have finished.
                 self.gather(error=None if error is None else str(error))
             except Exception as e:
                 failure = e if error is None or isinstance(e, AgreedError) else error
-        # A launcher ends the other ranks as soon as one has failed: each must still say what it
-        # knows.
+        # A launcher stops the other ranks as soon as one fails. Each must still print its error.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(Exception):
             self.engine.close()
@@ -202,7 +215,7 @@ def _padded(block: np.ndarray, size: int) -> np.ndarray:
 
 
 def launched_by() -> BackendName | None:
-    """Which framework's launcher has started this process as one of several; None: none has."""
+    """The framework whose launcher started this process as one of several; None without one."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", "1")) > 1:
         return "torch"
@@ -216,21 +229,24 @@ def launched_by() -> BackendName | None:
 
 
 def join(engine: EngineName, get_engine: Callable[[BackendName, str], Engine]) -> World:
-    """The world that a launcher has made this process part of; `SOLO` without one.
+    """Join the world that a launcher made this process part of.
 
     Args:
         engine: The value of --distributed-backend.
-        get_engine: Makes the engine of that name for a framework.
+        get_engine: Creates the engine of that name for a framework.
+
+    Returns:
+        The world; `SOLO` without a launcher.
 
     Raises:
-        UserError: If that engine is not available.
+        UserError: If the engine is not available.
     """
     launcher = launched_by()
     return SOLO if launcher is None else World(get_engine(launcher, engine))
 
 
 def same_everywhere(world: World, fact: str, what: str) -> None:
-    """UserError, the same on every rank, if a fact differs from rank 0's on some rank."""
+    """Raise the same UserError on every rank if `fact` differs from rank 0's on any rank."""
     facts = world.gather(fact)
     differing = [str(rank) for rank, other in enumerate(facts) if other != facts[0]]
     if differing:
@@ -243,21 +259,21 @@ def same_everywhere(world: World, fact: str, what: str) -> None:
 
 
 class Share(NamedTuple):
-    """A rank's part of an optimiser step."""
+    """One rank's share of an optimizer step."""
 
     passes: int
     sequences: int
-    """In each pass."""
+    """Sequences in each pass."""
 
 
 def share_of(world_size: int, batch_size: int, grad_accum_steps: int) -> Share:
-    """How one rank works off its part of a step.
+    """Split a step among the ranks.
 
-    A step is batch_size x grad_accum_steps sequences in all. A rank's share is cut into the fewest
-    equal passes of at most batch_size sequences.
+    A step has batch_size x grad_accum_steps sequences in total. Each rank's share is split into the
+    fewest equal passes of at most batch_size sequences.
 
     Raises:
-        UserError: If the ranks cannot share a step out evenly.
+        UserError: If the ranks cannot share a step evenly.
     """
     total = batch_size * grad_accum_steps
     if total % world_size:

@@ -28,7 +28,7 @@ def test_every_document_begins_with_end_of_text():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file; --data takes"),
+        (None, "no such file; --data accepts"),
         (b"", "the file is empty"),
         (b" \n ", "the file is empty"),
         (b"caf\xe9 au lait", "not UTF-8 text .byte 0xe9 at offset 3.; convert it"),
@@ -45,7 +45,7 @@ def test_unreadable_text_is_refused(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n', "is JSON lines, not text; make token shards of it with"),
+        ("a.jsonl", b'{"text": "a"}\n', "is JSON lines, not text; turn it into token shards with"),
         ("a.json", b"{}", "is JSON lines, not text"),
         (
             "a.txt.gz",
@@ -59,7 +59,7 @@ def test_unreadable_text_is_refused(content, message, tmp_path):
         ("train.bin", np.arange(99, dtype="<u2").tobytes(), "is a token shard; give --data the f"),
         ("a", struct.pack("<3i", 20240520, 1, 0), "is a token shard"),
         ("tokens.npy", b"\x93NUMPY", "is a token shard"),
-        ("a.dat", np.arange(99, dtype="<u2").tobytes(), "has NUL characters, so it is no text"),
+        ("a.dat", np.arange(99, dtype="<u2").tobytes(), "has NUL characters, so it is not text"),
     ],
 )
 def test_files_that_are_no_text_are_named_with_what_reads_them(name, content, message, tmp_path):

@@ -21,7 +21,7 @@ def test_doctor_refuses_what_it_does_not_know(capsys, tmp_path):
     assert "unknown argument '--chek'; did you mean --check?" in refused(
         capsys, "--chek", command=doctor.main
     )
-    assert "--out goes with --check" in refused(capsys, "--out", tmp_path, command=doctor.main)
+    assert "--out requires --check" in refused(capsys, "--out", tmp_path, command=doctor.main)
 
 
 def test_doctor_says_what_to_install(monkeypatch):

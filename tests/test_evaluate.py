@@ -211,7 +211,7 @@ def test_users_mistakes_are_one_line(models, data, tmp_path, capsys, shared_data
     assert "do not fit this model's n_positions=64; --window 64" in capsys.readouterr().err
     write_gpt2_model(tmp_path / "small", shared_data, n_embd=16, kv_lora_rank=4, vocab_size=300)
     assert run("--model", tmp_path / "small", "--data-dir", data, "--tasks", "lambada") == 2
-    assert "tokenizer has 50257 tokens and the model 300" in capsys.readouterr().err
+    assert "tokenizer has 50257 tokens, but the model has 300" in capsys.readouterr().err
 
 
 def test_another_file_than_the_published_one_is_said(models, data, capsys):

@@ -31,10 +31,13 @@ def test_scores_are_found_again_beside_a_line_that_a_kill_cut(tmp_path):
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"i": 2, "logprob": [-1.0], "greedy": [True]}, "is of another request than item 2"),
+        ({"i": 2, "logprob": [-1.0], "greedy": [True]}, "does not match the request of item 2"),
         ({"i": 10**400, "logprob": [-1.0], "greedy": [True]}, "i must be a number of at most 64"),
         ({"i": "1", "logprob": [-1.0], "greedy": [True]}, "i = '1' is not a value of type int"),
-        ({"i": 1, "logprob": [-1.0, -2.0], "greedy": [True, True]}, "is of another request than"),
+        (
+            {"i": 1, "logprob": [-1.0, -2.0], "greedy": [True, True]},
+            "does not match the request of",
+        ),
         ({"i": 1, "logprob": -1.0, "greedy": [True]}, "logprob = -1.0 is not a value of type"),
         ({"i": 1, "logprob": [None], "greedy": [True]}, "logprob[0] = None is not a value"),
         ({"i": 1, "logprob": [float("nan")], "greedy": [True]}, "logprob[0] must be a finite"),

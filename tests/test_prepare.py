@@ -348,7 +348,10 @@ def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, 
         command, capture_output=True, text=True, preexec_fn=small_disk, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert "could not be written: File too large; make room and run it again" in done.stderr
+    assert (
+        "could not be written: File too large; free some space and run the command again"
+        in done.stderr
+    )
     assert run(many, tmp_path / "out", *SHARDS) == 0
     assert content(tmp_path / "out") == content(prepared)
 
@@ -472,7 +475,7 @@ def test_sources_that_are_not_there(tmp_path, capsys):
         (
             "a.json",
             b'["a", "b"]',
-            "a.json, line 1: not a JSON object; this needs one object a line",
+            "a.json, line 1: not a JSON object; every line must hold one object",
         ),
         (
             "a.jsonl",
@@ -483,13 +486,13 @@ def test_sources_that_are_not_there(tmp_path, capsys):
         (
             "a.jsonl",
             b'{"text": ""}\n{"text": " \\n"}\n{"text": null}\n',
-            "all its 3 documents are empty",
+            "all of its 3 documents are empty",
         ),
-        ("a.txt", b"", "all its 0 documents are empty; give other text"),
+        ("a.txt", b"", "all of its 0 documents are empty; give other text"),
         (
             "a.txt",
             b"only one",
-            "none of its 1 documents fell to validation; give a larger --val-fraction, or cut",
+            "none of its 1 documents were selected for validation; give a new --out and a larger ",
         ),
         ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz: cannot be read: damaged"),
         (
@@ -610,10 +613,10 @@ def test_another_preparation_is_never_overwritten(many, prepared, tmp_path, caps
     out = tmp_path / "out"
     shutil.copytree(prepared, out)
     before = content(out)
-    assert "holds another preparation, with --seed 1337, not 3; give --out" in refused(
+    assert "holds another preparation, with --seed 1337 instead of 3; give --out" in refused(
         capsys, many, out, *SHARDS, "--seed", "3"
     )
-    assert "with --shard-tokens 20000, not 100000000" in refused(capsys, many, out)
+    assert "with --shard-tokens 20000 instead of 100000000" in refused(capsys, many, out)
     write_lines(tmp_path / "in" / "a.jsonl", ["x"])
     assert "was prepared from other files" in refused(capsys, tmp_path / "in", out, *SHARDS)
     path = next(out.glob("*train*"))
@@ -624,7 +627,7 @@ def test_another_preparation_is_never_overwritten(many, prepared, tmp_path, caps
     (tmp_path / "notes" / "thesis.tex").write_text("x")
     assert "is not an empty folder" in refused(capsys, many, tmp_path / "notes")
     (tmp_path / "file").write_text("x")
-    assert "cannot be made" in refused(capsys, many, tmp_path / "file" / "out")
+    assert "cannot be created" in refused(capsys, many, tmp_path / "file" / "out")
 
 
 def test_impossible_settings(many, tmp_path, capsys):
@@ -633,8 +636,8 @@ def test_impossible_settings(many, tmp_path, capsys):
         capsys, many, out, "--val-fraction", "0"
     )
     assert "--workers must be at least 1" in refused(capsys, many, out, "--workers", "0")
-    assert "--prefix 'my_train' must be" in refused(capsys, many, out, "--prefix", "my_train")
-    assert "--bpe-dir goes with" in refused(capsys, many, out, "--bpe-dir", "x")
+    assert "--prefix 'my_train' must consist" in refused(capsys, many, out, "--prefix", "my_train")
+    assert "--bpe-dir requires" in refused(capsys, many, out, "--bpe-dir", "x")
     assert "--separator must not be empty" in refused(capsys, many, out, "--separator", "")
     assert not out.exists()
 
@@ -669,6 +672,6 @@ def test_a_manifest_that_goes_on_nowhere_is_refused(many, prepared, tmp_path, ca
         for words in (
             "its 'next' is",
             "it goes on after its last source",
-            "the manifest goes on at {",
+            "the manifest resumes at {",
         )
     )

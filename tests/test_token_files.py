@@ -140,7 +140,7 @@ def test_words_in_names_decide_the_part(tmp_path):
     folder = open_folder(tmp_path)
     assert [s.path.stem for s in folder.val] == ["TinyStories_val", "fineweb-val-0"]
     np.save(tmp_path / "test_1.npy", np.zeros(9, np.uint16))
-    with pytest.raises(UserError, match=r"test_1.npy: its name must say 'train' or 'val'"):
+    with pytest.raises(UserError, match=r"test_1.npy: the name must contain 'train' or 'val'"):
         open_folder(tmp_path)
 
 
@@ -165,10 +165,14 @@ def npy(array) -> bytes:
         (
             "a_train_1.npy",
             npy(TOKENS.astype(np.int32)),
-            "holds int32, token shards hold uint16 or uint32; convert it",
+            "holds int32, but token shards hold uint16 or uint32; convert it",
         ),
-        ("a_train_1.npy", npy(TOKENS.astype(">u2")), "holds >u2, token shards hold uint16"),
-        ("a_train_1.npy", npy(TOKENS.reshape(10, 100)), "has 2 dimensions, token shards have one"),
+        ("a_train_1.npy", npy(TOKENS.astype(">u2")), "holds >u2, but token shards hold uint16"),
+        (
+            "a_train_1.npy",
+            npy(TOKENS.reshape(10, 100)),
+            "has 2 dimensions, but token shards have one",
+        ),
         ("a_train_1.npy", npy(np.array([{}], object)), "holds object, token shards"),
         ("a_train_1.npy", b"\x93NUMPY\x01\x00\x10", "not a NumPy array file"),
         ("a_train_1.npy", b"", "not a NumPy array file"),
@@ -183,13 +187,13 @@ def npy(array) -> bytes:
         (
             "a_train_000001.bin",
             llmc(TOKENS, magic=1),
-            "does not begin with llm.c's 20240520, and only nanoGPT's",
+            "does not begin with llm.c's magic number 20240520, and only nanoGPT's",
         ),
-        ("a_train_000001.bin", llmc(TOKENS, version=2), "llm.c's version 2 with 1000 tokens"),
-        ("train.bin", TOKENS.astype("<i4").tobytes(), "every second of its 16-bit words is zero"),
+        ("a_train_000001.bin", llmc(TOKENS, version=2), "llm.c version 2 and 1000 tokens"),
+        ("train.bin", TOKENS.astype("<i4").tobytes(), "every second 16-bit word is zero"),
         ("train.bin", TOKENS.astype("<u4").tobytes(), "so its token ids have 32 or 64 bits"),
-        ("my_train.bin", TOKENS.astype("<i8").tobytes(), "every second of its 16-bit words"),
-        ("train.bin", TOKENS.astype(">u4").tobytes(), "every second of its 16-bit words is zero"),
+        ("my_train.bin", TOKENS.astype("<i8").tobytes(), "every second 16-bit word"),
+        ("train.bin", TOKENS.astype(">u4").tobytes(), "every second 16-bit word is zero"),
         (
             "train.bin",
             TOKENS.tobytes()[:-1],
@@ -219,14 +223,14 @@ def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_dat
     gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
     said = refused(capsys, *TINY, *out, "--data", folders / "npy", *gpt2)
     assert (
-        "was prepared with --tokenizer bytes, and training has --tokenizer gpt2; give --tokenizer "
+        "was prepared with --tokenizer bytes, but training has --tokenizer gpt2; give --tokenizer "
         "bytes" in said
     )
     shutil.copytree(folders / "npy", tmp_path / "broken")
     manifest = tmp_path / "broken" / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "complete": False}))
-    assert "its preparation was not finished; run mlx_mla.prepare again" in refused(
+    assert "the preparation is not finished; run mlx_mla.prepare again" in refused(
         capsys, *TINY, *out, "--data", tmp_path / "broken"
     )
     values["shards"][1]["tokens"] += 1
@@ -338,7 +342,7 @@ except ValueError as e:
     ("hard", "answer"),
     [
         (4096, f"{SHARDS}"),
-        (300, "300 shards, and this process may open 256 files; raise"),
+        (300, "300 shards, but this process may open only 256 files; raise"),
     ],
 )
 def test_more_shards_than_the_limit_of_open_files(tmp_path, hard, answer):

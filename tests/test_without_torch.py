@@ -127,7 +127,7 @@ def test_transformers_reads_configuration_and_tokenizer(run, model):
 
 def test_the_doctor_has_nothing_to_fix_about_it(run):
     said = run("-m", "mlx_mla.doctor").stdout
-    assert "PyTorch                 not installed; only what names it needs it" in said
+    assert "PyTorch                 not installed; optional" in said
     assert "torch" not in said.partition("to fix")[2]
 
 

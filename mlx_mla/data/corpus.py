@@ -1,4 +1,4 @@
-"""Training text: a file, or the prose that comes with Python."""
+"""Training text: a file, or the documentation built into Python."""
 
 import hashlib
 import shlex
@@ -16,14 +16,14 @@ BUILTIN = "builtin"
 
 TEXT, JSON_LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 COMPRESSED = (".gz", ".xz", ".zst")
-"""Ends of the names of the files that `mlx_mla.prepare` reads."""
+"""Suffixes of the files that `mlx_mla.prepare` reads."""
 
 _KINDS = (
     ("JSON lines", JSON_LINES, ()),
     ("a parquet file", PARQUET, (b"PAR1",)),
     ("compressed", COMPRESSED, (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")),
 )
-"""Those that are no text, by name or first bytes."""
+"""Formats other than plain text, recognized by suffix or first bytes."""
 _SHARDS = (b"\x93NUMPY", struct.pack("<i", LLMC_MAGIC))
 
 
@@ -31,11 +31,12 @@ def read_documents(source: str) -> list[str]:
     """Read training text.
 
     Args:
-        source: A UTF-8 text file, which is one document; or "builtin": the language reference that
-            CPython carries for `help()`, one document a topic, about 465 KB in all.
+        source: A UTF-8 text file, which is read as one document; or "builtin": the language
+            reference that CPython includes for `help()`, one document per topic, about 465 KB in
+            total.
 
     Raises:
-        UserError: If there is no such file, or it is empty, not UTF-8, or of a kind that
+        UserError: If the file does not exist, is empty, is not UTF-8, or has a format that
             `mlx_mla.prepare` reads.
     """
     if source == BUILTIN:
@@ -52,7 +53,9 @@ def read_documents(source: str) -> list[str]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --data takes text, shards or {BUILTIN!r}") from None
+        raise UserError(
+            f"{path}: no such file; --data accepts text, shards or {BUILTIN!r}"
+        ) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
     if advice := _no_text(path, data):
@@ -64,29 +67,32 @@ def read_documents(source: str) -> list[str]:
 
 
 def _no_text(path: Path, data: bytes) -> str | None:
-    """What a file is, if not text, and what to do with it; None for text."""
+    """Say what a file is, if not text, and what to do with it; None for text."""
     prepare = (
-        f"make token shards of it with python -m mlx_mla.prepare {shlex.quote(str(path))} --out "
+        f"turn it into token shards with python -m mlx_mla.prepare {shlex.quote(str(path))} --out "
         "DIR, and give --data DIR"
     )
     for kind, suffixes, starts in _KINDS:
         if path.suffix.lower() in suffixes or data.startswith(starts):
             return f"is {kind}, not text; {prepare}"
     if path.suffix in SUFFIXES.values() or data.startswith(_SHARDS):
-        return "is a token shard; give --data the folder it is in"
+        return "is a token shard; give --data its folder"
     if b"\0" in data:
-        return "has NUL characters, so it is no text; token shards are given by their folder"
+        return "has NUL characters, so it is not text; to train on token shards, give their folder"
     return None
 
 
 def tokenize(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids of all documents, each after an end-of-text token: `id_type(tokenizer.size)` of
-    shape (tokens,)."""
+    """Tokenize documents, with an end-of-text token before each.
+
+    Returns:
+        Token ids, `id_type(tokenizer.size)` of shape (tokens,).
+    """
     start = np.array([tokenizer.end_of_text], id_type(tokenizer.size))
     return np.concatenate([part for text in documents for part in (start, tokenizer.encode(text))])
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """sha256 of the token ids, which tells whether a resumed run sees the same data."""
+    """sha256 of the token ids, which shows whether a resumed run sees the same data."""
     little = "<u2" if not len(tokens) or int(tokens.max()) < 2**16 else "<u4"
     return hashlib.sha256(tokens.astype(little, copy=False).tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run trains on, and what it holds out."""
+"""The training and validation data of a run."""
 
 from pathlib import Path
 
@@ -13,7 +13,15 @@ from mlx_mla.model.config import TrainConfig
 
 
 class TrainingData:
-    """Training and held-out windows of --data: a text, or a folder of token shards."""
+    """Training and held-out windows of --data.
+
+    Args:
+        config: The resolved settings of the run; `config.data` names a text or a folder of shards.
+        tokenizer: The tokenizer of the run.
+
+    Raises:
+        UserError: If the data cannot be read, is too short, or does not fit the tokenizer.
+    """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer):
         rows = config.model.vocab_size

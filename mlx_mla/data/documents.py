@@ -1,9 +1,7 @@
-"""Documents from text, JSON lines, parquet and the Hugging Face hub, read in blocks of about a
-megabyte.
+"""Read documents from text, JSON lines, parquet and the Hugging Face hub in blocks of about 1 MB.
 
-Where a block ends depends on where it begins and on the file alone, so that reading can stop after
-any block and go on there in another process. A block is parsed later, by whichever thread tokenises
-it.
+The end of a block depends only on its start and on the file. Reading can therefore stop after any
+block and resume there in another process. A block is parsed later, by the thread that tokenizes it.
 """
 
 import dataclasses
@@ -24,11 +22,11 @@ from mlx_mla.errors import UserError, shown
 from mlx_mla.files import decoded, parse_json
 
 LONGEST = 16 << 20
-"""Bytes of a text file without a separator, after which it is cut at a line break."""
+"""Bytes without a separator after which a text file is cut at a line break."""
 
 LONGEST_DOCUMENT = 64 << 20
-"""Bytes of a JSON line, or of a parquet file's text, above which it is refused: a small compressed
-file can hold gigabytes of them, and a document is read as a whole."""
+"""Maximum bytes of a JSON line, and maximum characters of a text in a parquet file. Documents are
+read whole, and a small compressed file can expand to gigabytes."""
 
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -36,50 +34,58 @@ _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_vie
 
 @dataclasses.dataclass(frozen=True)
 class TextBlock:
-    """Some consecutive documents of a source."""
+    """Consecutive documents of a source."""
 
     documents: Callable[[], list[str | None]]
-    """Parses them; raises UserError naming the file and the place."""
+    """Parses the documents. Raises a UserError that names the file and the place."""
     end: Any
-    """Where the next block begins; a JSON value."""
+    """Position where the next block begins, as a JSON value."""
     done: float
-    """How much of the source's `size` has been read."""
+    """Amount of the source's `size` that has been read."""
 
 
 class Source(Protocol):
-    """One file, or one file of a dataset on the hub."""
+    """A local file, or one file of a dataset on the hub."""
 
     name: str
     size: float
-    """In the unit of `TextBlock.done`, one for all sources of a run; 0: not known."""
+    """Size in the unit of `TextBlock.done`, which is the same for all sources of a run. 0:
+    unknown."""
 
     def blocks(self, start: Any, limit: int) -> Iterator[TextBlock]:
-        """Blocks of at least one document and, if more than one, at most `limit` bytes.
+        """Yield the blocks of the source.
 
         Args:
-            start: `end` of the block before, or None.
+            start: `end` of the previous block; None: the beginning.
+            limit: Maximum bytes of a block with more than one document.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How files are read."""
+    """Settings for reading files."""
 
     column: str = "text"
-    """Column of a parquet file, or key of a JSON line."""
+    """Column of a parquet file, or key of a JSON line, that holds the text."""
     separator: str = "<|endoftext|>"
-    """What stands between the documents of a text file."""
+    """Separator between the documents of a text file."""
     revision: str | None = None
-    """Commit, branch or tag of a dataset on the hub; None: its newest commit."""
+    """Commit, branch or tag of a dataset on the hub. None: the newest commit."""
 
 
 def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
-    """The readable files that SRC means, in the order of their names, and the names of other files
-    there.
+    """Find the files to read.
+
+    Args:
+        src: A file, a folder, or a dataset on the hub.
+        reading: Settings for reading the files.
+
+    Returns:
+        The readable sources, sorted by name, and the names of the files that were left out.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there is nothing to read.
     """
     path = Path(src)
     if path.is_file():
@@ -111,7 +117,7 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
     if not found:
         kinds = " ".join(TEXT + JSON_LINES + PARQUET)
         raise UserError(
-            f"{path}: holds no files to read ({kinds}, the first two kinds also "
+            f"{path}: holds no files to read ({kinds}; text and JSON lines also compressed: "
             f"{' '.join(COMPRESSED)})"
         )
     return sorted(found, key=lambda source: source.name), others
@@ -144,8 +150,11 @@ class _FileSource:
 
 
 class _StreamSource(_FileSource):
-    """A file that is cut at a delimiter; a position is [bytes, delimiters] before it,
-    uncompressed."""
+    """A file that is cut at delimiters.
+
+    A position is [bytes, delimiters]: the numbers of uncompressed bytes and of delimiters before
+    it.
+    """
 
     delimiter: bytes
     longest: int | None = None
@@ -181,7 +190,7 @@ class _StreamSource(_FileSource):
 
 
 class TextSource(_StreamSource):
-    """Plain text, cut into documents at the separator."""
+    """Plain text, split into documents at the separator."""
 
     longest = LONGEST
 
@@ -193,14 +202,14 @@ class TextSource(_StreamSource):
         def parse() -> list[str | None]:
             text = decoded(data, str(self.path), offset)
             documents = text.split(self.reading.separator)
-            # What follows the last separator is nothing, not an empty document.
+            # A separator at the end does not start an empty document.
             return list(documents if documents[-1] else documents[:-1])
 
         return parse
 
 
 class JsonLinesSource(_StreamSource):
-    """A JSON object a line."""
+    """JSON lines: one JSON object per line."""
 
     delimiter = b"\n"
     refused = LONGEST_DOCUMENT
@@ -216,7 +225,7 @@ class JsonLinesSource(_StreamSource):
         where, column = f"{self.path}, line {number:,}", self.reading.column
         row = parse_json(line, where)
         if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object; this needs one object a line")
+            raise UserError(f"{where}: not a JSON object; every line must hold one object")
         if column not in row:
             raise UserError(
                 f"{where}: has no {column!r}, but {_names(row)}; choose one with --text-column"
@@ -229,7 +238,7 @@ class JsonLinesSource(_StreamSource):
 
 
 class ParquetSource(_FileSource):
-    """A column of a parquet file; a position is a number of rows."""
+    """A column of a parquet file. A position is the number of rows before it."""
 
     def blocks(self, start: Any, limit: int) -> Iterator[TextBlock]:
         _check_place(start, int, self.name)
@@ -237,7 +246,7 @@ class ParquetSource(_FileSource):
         position = skip
         try:
             self._check(pq.read_schema(self.path))
-            # As a dictionary, a text that a file repeats a million times is in memory once.
+            # Read as a dictionary, a text that repeats a million times is held in memory once.
             with pq.ParquetFile(self.path, read_dictionary=[column]) as file:
                 groups, first = list[int](), 0
                 for group in range(file.num_row_groups):
@@ -288,8 +297,10 @@ class ParquetSource(_FileSource):
 
 
 class HubSource:
-    """One of the files of a dataset that `datasets` streams; a position is its state and a number
-    of rows."""
+    """One file of a dataset that `datasets` streams.
+
+    A position is the dataset's state and the number of rows before it.
+    """
 
     def __init__(self, dataset: Any, name: str, size: float, column: str):
         self.dataset, self.name, self.size, self.column = dataset, name, size, column
@@ -307,10 +318,10 @@ class HubSource:
                 )
         except UserError:
             raise
-        except Exception as e:  # datasets, fsspec and the network raise many kinds
+        except Exception as e:  # datasets, fsspec and the network raise many types
             raise UserError(
-                f"{self.name}: could not be read on ({type(e).__name__}: {_first_line(e)}); run it "
-                "again to go on"
+                f"{self.name}: reading failed ({type(e).__name__}: {_first_line(e)}); run the "
+                "command again to resume"
             ) from e
 
     def _text(self, row: dict[str, Any]) -> str | None:
@@ -324,17 +335,19 @@ class HubSource:
 
 def _check_place(start: Any, kind: type, name: str) -> None:
     if start is not None and not isinstance(start, kind):
-        raise UserError(f"{name}: the manifest goes on at {shown(start)}, which is no place in it")
+        raise UserError(
+            f"{name}: the manifest resumes at {shown(start)}, which is not a position in this file"
+        )
 
 
 def _hub(src: str, reading: Reading) -> list[Source]:
-    import datasets  # takes seconds, and only this needs it
+    import datasets  # slow to import, and needed only here
     from huggingface_hub import HfApi
 
     name, _, config = src.partition(":")
     try:
-        # The commit becomes part of the files' names, so that a preparation never goes on with
-        # other data.
+        # The commit becomes part of the sources' names, so a preparation never resumes with other
+        # data.
         commit = HfApi().dataset_info(name, revision=reading.revision).sha or ""
         data = datasets.load_dataset(
             name, config or None, split="train", streaming=True, revision=commit or None
@@ -342,7 +355,7 @@ def _hub(src: str, reading: Reading) -> list[Source]:
         files = data.num_shards
         splits = data.info.splits or {}
         rows = splits["train"].num_examples if "train" in splits else 0
-    except Exception as e:  # datasets, fsspec and the network raise many kinds
+    except Exception as e:  # datasets, fsspec and the network raise many types
         raise UserError(
             f"{src}: no such file or folder, and the dataset could not be opened "
             f"({type(e).__name__}: {_first_line(e)})"
@@ -358,8 +371,17 @@ def _hub(src: str, reading: Reading) -> list[Source]:
 def _grouped(
     texts: Iterator[str | None], first: int, skip: int, limit: int
 ) -> Iterator[tuple[list[str | None], int]]:
-    """Rows from `skip` on, gathered until they have `limit` characters, with the number of rows
-    before their end."""
+    """Group the rows after row `skip` into groups of about `limit` characters.
+
+    Args:
+        texts: The rows' texts, from row `first` on.
+        first: Number of rows before `texts`.
+        skip: Number of rows to leave out, counted from the start of the file.
+        limit: Characters after which a group is complete.
+
+    Yields:
+        A group, and the number of rows up to its end.
+    """
     group: list[str | None] = []
     size, end = 0, first
     for text in texts:
@@ -381,10 +403,13 @@ def _pieces(
     """Cut a stream after delimiters: the last one within `limit` bytes, or else the first.
 
     Args:
-        longest: Where there is none in so many bytes, cut after the last line break, or the last
-            whole character.
-        refused: Where there is none in so many bytes, cut there or a little later: the caller will
-            not take so long a piece.
+        stream: A binary stream.
+        delimiter: The bytes after which to cut.
+        limit: Preferred maximum bytes of a piece.
+        longest: If this many bytes hold no delimiter, cut after the last line break among them, or
+            else after the last whole character.
+        refused: If this many bytes hold no delimiter, cut there or shortly after. The caller
+            refuses such a piece.
     """
     buffer, ended = bytearray(), False
 

@@ -31,20 +31,20 @@ class _Manifest(TypedDict):
     settings: dict[str, Any]
     tokenizer: _Tokenizer
     sources: list[tuple[str, Any]]
-    """Names, and sizes or what else tells that a source has not changed."""
+    """Names of the sources, each with its size or another value that changes with the source."""
     empty_documents: Count
     shards: list[_Shard]
 
 
 _Position = Count | tuple[Count, Count] | dict[str, Any] | None
-"""Where the next block of a source begins (documents.py)."""
+"""Position where the next block of a source begins (documents.py)."""
 
 
 class _Place(TypedDict):
     file: Count
-    """Index of the source that is opened next."""
+    """Index of the next source to open."""
     open: list[tuple[Count, _Position]]
-    """Indices of the sources that are open, and where each goes on."""
+    """Indices of the open sources, each with the position where it resumes."""
 
 
 class _Unfinished(_Manifest):
@@ -53,14 +53,15 @@ class _Unfinished(_Manifest):
 
 
 def read_manifest(folder: Path, to_resume: bool = False) -> dict[str, Any]:
-    """The manifest of a folder that `mlx_mla.prepare` wrote.
+    """Read the manifest of a folder that `mlx_mla.prepare` wrote.
 
     Args:
-        to_resume: Also check the fields that only resuming a preparation reads.
+        folder: The folder of token shards.
+        to_resume: Also check the fields that are needed only to resume a preparation.
 
     Raises:
-        UserError: If it is of another version, or holds anything that `prepare` does not write,
-            above all files outside the folder.
+        UserError: If the manifest is of another version, or holds anything that `prepare` does not
+            write, such as a file outside the folder.
     """
     path = folder / MANIFEST
     values = read_json(path)

@@ -1,9 +1,9 @@
 """Token shards on disk: build-nanogpt's `.npy`, llm.c's `.bin` and nanoGPT's headerless `.bin`.
 
-Ids are uint16, or uint32 where a tokenizer has more than 65,536 tokens (not in nanoGPT's files).
+Ids are uint16, or uint32 if the tokenizer has more than 65,536 tokens (not in nanoGPT's files).
 
-As in build-nanogpt, `val` or `train` in a shard's name assigns it to a part. In a folder that
-`mlx_mla.prepare` wrote, the manifest does.
+As in build-nanogpt, `val` or `train` in a shard's name assigns it to a split. In a folder that
+`mlx_mla.prepare` wrote, the manifest assigns it.
 """
 
 import dataclasses
@@ -33,26 +33,26 @@ LLMC_VERSIONS: dict[tuple[int, int], np.dtype[Any]] = {
     (LLMC_MAGIC, 1): np.dtype("<u2"),
     (20240801, 7): np.dtype("<u4"),
 }
-"""The header of llm.c's token files: 256 int32, the first two of which give the type, the third the
-number of tokens (llm.c, dev/data/data_common.py)."""
+"""Types by (magic number, version). The header of llm.c's token files is 256 int32: magic number,
+version, number of tokens, zeros (llm.c, dev/data/data_common.py)."""
 
 _SAMPLES, _SAMPLE = 16, 2048
-"""Number of places in a shard, and tokens at each, that are checked where reading all tokens would
-take minutes."""
+"""Number of samples checked in each shard, and tokens in each sample. Reading all tokens would take
+minutes."""
 
 _OTHER_FILES = 100
-"""Files that a process has open besides its shards, at most."""
+"""Maximum number of files that a process has open besides its shards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A stretch of token ids in a file, memory-mapped.
+    """A range of token ids in a file, memory-mapped.
 
     Attributes:
         path: The file.
         tokens: Token ids, uint16 or uint32 of shape (n,).
         first: Index of `tokens[0]` among the file's tokens.
-        size: Bytes the file had when it was opened.
+        size: Size of the file in bytes when it was opened.
     """
 
     path: Path
@@ -61,8 +61,10 @@ class Shard:
     size: int
 
     def check(self) -> None:
-        """UserError if the file has changed since it was mapped: reading it could then end the
-        process with SIGBUS."""
+        """Raise a UserError if the file's size has changed since it was mapped.
+
+        Reading a file that was truncated would end the process with SIGBUS.
+        """
         try:
             now = self.path.stat().st_size
         except OSError as e:
@@ -74,38 +76,42 @@ class Shard:
             )
 
     def cut(self, start: int, stop: int) -> "Shard":
-        """The part from token `start` to before `stop`."""
+        """The shard's tokens from `start` up to, but not including, `stop`."""
         return dataclasses.replace(self, tokens=self.tokens[start:stop], first=self.first + start)
 
     def samples(self) -> list[tuple[int, np.ndarray]]:
-        """Evenly spaced stretches of the shard, both ends included, as (index, token ids)."""
+        """Evenly spaced samples, including both ends of the shard, as (index, token ids)."""
         last = max(0, len(self.tokens) - _SAMPLE)
         starts = sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
         return [(s, self.tokens[s : s + _SAMPLE]) for s in starts]
 
 
 def training_part(count: int, val_fraction: float) -> int:
-    """Number of tokens before the held-out end of `count` tokens."""
+    """Number of training tokens; the rest of the `count` tokens is held out."""
     return int(count * (1 - val_fraction))
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardFolder:
-    """The shards of a folder, whose sizes and headers were checked."""
+    """The shards of a folder, with checked sizes and headers."""
 
     path: Path
     train: list[Shard]
     val: list[Shard]
     fingerprint: str
-    """Equal for a resumed run that sees the same data."""
+    """Identifies the data: a resumed run that sees the same data has the same fingerprint."""
     samples: str
-    """sha256 of samples of every shard, which differs if one was overwritten in place."""
+    """sha256 of samples of every shard, which changes if a shard is overwritten in place."""
     tokenizer: Optional[Mapping[str, Any]]
-    """The tokenizer that made them, if a manifest has it."""
+    """The manifest's entry for the tokenizer; None without a manifest."""
 
     def held_out(self, fraction: float) -> tuple[list[Shard], list[Shard]]:
-        """Training and validation shards; without the latter, the last `fraction` of all tokens is
-        split off."""
+        """Split the shards into training and validation shards.
+
+        Args:
+            fraction: Fraction of all tokens to hold out at the end, if the folder has no validation
+                shards.
+        """
         if self.val:
             return self.train, self.val
         train, val = list(self.train), list[Shard]()
@@ -121,23 +127,23 @@ class ShardFolder:
         return train, val
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """UserError if a manifest says that another tokenizer made the shards."""
+        """Raise a UserError if the manifest names another tokenizer."""
         if self.tokenizer is None:
             return
         name = self.tokenizer["name"]
         if self.tokenizer.get("identity", name) != tokenizer.identity:
             raise UserError(
-                f"{self.path}: was prepared with --tokenizer {name}, and training has "
+                f"{self.path}: was prepared with --tokenizer {name}, but training has "
                 f"--tokenizer {tokenizer.name}; give --tokenizer {name}, or prepare the data again"
             )
 
 
 def open_shard(path: Path) -> Shard:
-    """Map a shard of any of the three formats.
+    """Memory-map a shard in any of the three formats.
 
     Raises:
-        UserError: If its length is not that of its header, or it is not of uint16 or uint32 in one
-            of the formats.
+        UserError: If the file has none of the formats, does not hold uint16 or uint32, or has
+            another size than its header says.
     """
     try:
         size = path.stat().st_size
@@ -160,8 +166,8 @@ def open_shard(path: Path) -> Shard:
     shard = Shard(path, np.memmap(path, dtype, "r", offset, (count,)).view(np.ndarray), 0, size)
     if not offset and _is_wider(shard):
         raise UserError(
-            f"{path}: every second of its 16-bit words is zero, so its token ids have 32 or 64 "
-            "bits; write them as numpy.uint16, or prepare the text again"
+            f"{path}: every second 16-bit word is zero, so the token ids have 32 or 64 bits; write "
+            "them as numpy.uint16, or prepare the text again"
         )
     return shard
 
@@ -182,20 +188,20 @@ def write_shard(
     count: int,
     dtype: type[np.unsignedinteger[Any]] = np.uint16,
 ) -> str:
-    """Write a shard that appears under its name only once it is complete and on disk.
+    """Write a shard atomically: its name appears only once the file is complete and on disk.
 
     Args:
         path: The file.
         layout: "npy" or "llmc".
-        pieces: Token ids, of `count` tokens in all.
-        count: Number of tokens, which the header holds.
-        dtype: Type to store them in, uint16 or uint32.
+        pieces: Arrays of token ids, `count` tokens in total.
+        count: Number of tokens, which the header records.
+        dtype: Type to store the ids in, uint16 or uint32.
 
     Returns:
         The file's sha256.
 
     Raises:
-        UserError: If it cannot be written, for example to a full disk.
+        UserError: If the file cannot be written, for example because the disk is full.
     """
     little = np.dtype(dtype).newbyteorder("<")
     digest, header = hashlib.sha256(), _header(layout, count, little)
@@ -209,15 +215,15 @@ def write_shard(
                 file.write(data)
             assert file.tell() == len(header) + little.itemsize * count
     except UserError as e:
-        raise UserError(f"{e}; make room and run it again") from e
+        raise UserError(f"{e}; free some space and run the command again") from e
     return digest.hexdigest()
 
 
 def open_folder(folder: Path) -> ShardFolder:
-    """The shards of a folder, by its manifest or else by their names.
+    """Open the shards of a folder. Their split comes from the manifest, or else from their names.
 
     Raises:
-        UserError: If there are none, or naming one that cannot be used.
+        UserError: If there are no shards, or one of them cannot be used.
     """
     if (folder / MANIFEST).is_file():
         return _prepared(folder, read_manifest(folder))
@@ -245,7 +251,7 @@ def open_folder(folder: Path) -> ShardFolder:
 
 
 def _allow_open_files(folder: Path, shards: int) -> None:
-    """Raise the limit of open files where the shards need more: each stays open while it is mapped.
+    """Raise the limit on open files if the shards need more. A mapped shard stays open.
 
     Raises:
         UserError: If the hard limit is too low.
@@ -254,7 +260,7 @@ def _allow_open_files(folder: Path, shards: int) -> None:
     needed = shards + _OTHER_FILES
     most = (
         max(needed, 10_240) if hard == resource.RLIM_INFINITY else hard
-    )  # macOS takes no infinity
+    )  # macOS does not accept infinity
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     try:
@@ -263,13 +269,13 @@ def _allow_open_files(folder: Path, shards: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     except (OSError, ValueError):
         raise UserError(
-            f"{folder}: has {shards} shards, and this process may open {soft} files; raise the "
-            f"limit with ulimit -n {needed}, or prepare the data with larger --shard-tokens"
+            f"{folder}: has {shards} shards, but this process may open only {soft} files; raise "
+            f"the limit with ulimit -n {needed}, or prepare the data with larger --shard-tokens"
         ) from None
 
 
 def _sampled(shards: Iterable[Shard]) -> str:
-    """sha256 of the names, sizes and samples of shards."""
+    """sha256 of the names, the sizes and samples of the shards."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(f"{shard.path.name} {shard.size}\n".encode())
@@ -279,12 +285,12 @@ def _sampled(shards: Iterable[Shard]) -> str:
 
 
 def open_listed(folder: Path, row: Mapping[str, Any]) -> Shard:
-    """A shard that a manifest lists; UserError if it is not the one that was written."""
+    """Open a shard that the manifest lists; UserError if its number of tokens differs."""
     shard = open_shard(folder / row["file"])
     if len(shard.tokens) != row["tokens"]:
         raise UserError(
-            f"{shard.path}: has {len(shard.tokens):,} tokens, {MANIFEST} says {row['tokens']:,}; "
-            "prepare it again"
+            f"{shard.path}: has {len(shard.tokens):,} tokens, but {MANIFEST} says "
+            f"{row['tokens']:,}; prepare the data again"
         )
     return shard
 
@@ -292,7 +298,7 @@ def open_listed(folder: Path, row: Mapping[str, Any]) -> Shard:
 def _prepared(folder: Path, manifest: dict[str, Any]) -> ShardFolder:
     if not manifest["complete"]:
         raise UserError(
-            f"{folder}: its preparation was not finished; run mlx_mla.prepare again to resume it"
+            f"{folder}: the preparation is not finished; run mlx_mla.prepare again to resume it"
         )
     parts: dict[Split, list[Shard]] = {"train": [], "val": []}
     digest = hashlib.sha256()
@@ -318,7 +324,8 @@ def _split(path: Path) -> Split:
         if len(found) == 1:
             return found[0]
     raise UserError(
-        f"{path}: its name must say 'train' or 'val'; rename it, or move it out of the folder"
+        f"{path}: the name must contain 'train' or 'val'; rename the file, or move it out of the "
+        "folder"
     )
 
 
@@ -341,18 +348,20 @@ def _npy_header(path: Path, file: Any) -> tuple[int, int, np.dtype]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = read(file)
-    except Exception:  # NumPy has Python parse the header, which raises many kinds
+    except Exception:  # NumPy evaluates the header as Python, which raises many types
         raise UserError(
             f"{path}: not a NumPy array file (its header is damaged); write it again"
         ) from None
     known = next((t for t in LLMC_VERSIONS.values() if t == dtype), None)
     if known is None:
         raise UserError(
-            f"{path}: holds {dtype}, token shards hold uint16 or uint32; convert it with "
+            f"{path}: holds {dtype}, but token shards hold uint16 or uint32; convert it with "
             ".astype(numpy.uint16)"
         )
     if len(shape) != 1:
-        raise UserError(f"{path}: has {len(shape)} dimensions, token shards have one; flatten it")
+        raise UserError(
+            f"{path}: has {len(shape)} dimensions, but token shards have one; flatten it"
+        )
     return file.tell(), shape[0], known
 
 
@@ -362,14 +371,14 @@ def _bin_header(path: Path, file: Any, size: int) -> tuple[int, int, np.dtype]:
     if magic in (known for known, _ in LLMC_VERSIONS):
         if (magic, version) not in LLMC_VERSIONS or count < 0:
             raise UserError(
-                f"{path}: llm.c's version {version} with {count} tokens, and this reads versions 1 "
-                "(uint16) and 7 (uint32)"
+                f"{path}: the header says llm.c version {version} and {count} tokens, but only "
+                "versions 1 (uint16) and 7 (uint32) can be read; write it again"
             )
         return LLMC_HEADER, count, LLMC_VERSIONS[magic, version]
     if re.split(r"[^a-z]+", path.stem.lower())[-1] not in ("train", "val"):
         raise UserError(
-            f"{path}: does not begin with llm.c's {LLMC_MAGIC}, and only nanoGPT's train.bin and "
-            "val.bin have no header; write it again"
+            f"{path}: does not begin with llm.c's magic number {LLMC_MAGIC}, and only nanoGPT's "
+            "train.bin and val.bin have no header; write it again"
         )
     if size % 2:
         raise UserError(

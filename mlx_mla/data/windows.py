@@ -1,4 +1,4 @@
-"""Batches of token ids; a batch is a pure function of (seed, step), so a loader has no state to
+"""Batches of token ids. A batch is a pure function of (seed, step), so the loader has no state to
 save."""
 
 import itertools
@@ -18,21 +18,22 @@ Batch = tuple[np.ndarray, np.ndarray]
 class TokenWindows:
     """Windows of `seq_len` tokens over arrays of token ids, reshuffled every epoch.
 
-    An epoch takes the shards in random order; each is cut at a random phase into windows that do
-    not overlap and are visited once, in random order. All this depends on (seed, epoch, shard)
-    alone, so that an epoch is an order of all windows, and a training run one endless sequence of
-    them: `rows`.
+    An epoch visits the shards in random order. Each shard is cut into disjoint windows, starting at
+    a random phase, and its windows are visited once, in random order. The phase and both orders
+    depend only on (seed, epoch, shard). A training run is therefore one endless sequence of
+    windows, which `rows` indexes.
 
     Args:
-        tokens: Token ids, shape (n,), or shards of them; shards shorter than a window and its next
-            token are unused.
-        seq_len: Tokens in a window, beside the one more that the last target needs.
-        seed: Decides phases and orders.
-        vocab_size: Rows of the model's embedding; MLX reads past them unchecked.
+        tokens: Token ids, shape (n,), or shards of them. Shards with fewer than seq_len + 1 tokens
+            are not used.
+        seq_len: Tokens in a window, without the additional one that the last target needs.
+        seed: Determines the phases and orders.
+        vocab_size: Rows of the model's embedding. MLX reads past them without an error.
+        name: Name of the tokens in messages.
 
     Raises:
-        UserError: If there are too few tokens for one window, or an id outside the vocabulary. Of
-            shards only samples are looked at beforehand, the rest as it is read.
+        UserError: If there are too few tokens for one window, or an id lies outside the vocabulary.
+            Only samples of a shard are checked here; the rest is checked as it is read.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class TokenWindows:
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def rows(self, first: int, count: int) -> Batch:
-        """Sequences `first` to before `first + count` of the run, shape (count, seq_len)."""
+        """Sequences `first` to `first + count - 1` of the run, shape (count, seq_len)."""
         return self._gather([self._place(i) for i in range(first, first + count)])
 
     def batch(self, step: int, batch_size: int) -> Batch:
@@ -73,10 +74,12 @@ class TokenWindows:
         return self.rows(step * batch_size, batch_size)
 
     def sequential(self, batch_size: int, max_batches: int = 0) -> Iterator[Batch]:
-        """Non-overlapping windows in order, for validation; the last batch may be smaller.
+        """Yield disjoint windows in order, for validation. The last batch may be smaller.
 
         Args:
-            max_batches: Take only so many windows' worth of batches, spread evenly. 0: all.
+            batch_size: Windows in a batch.
+            max_batches: Maximum number of batches, whose windows are spread evenly over the tokens.
+                0: all.
         """
         ends = list(itertools.accumulate((len(t) - 1) // self.seq_len for t in self._tokens))
         count = ends[-1]
@@ -90,20 +93,20 @@ class TokenWindows:
             yield self._gather(places)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the shards, and where in the epoch each one ends."""
+        """Return the order of the shards, and the index in the epoch at which each one ends."""
         order = np.random.default_rng([self.seed, epoch, len(self._tokens)]).permutation(
             len(self._tokens)
         )
         return order, np.cumsum([self._windows[s] for s in order])
 
     def _make_order(self, epoch: int, shard: int) -> tuple[int, np.ndarray]:
-        """Phase and order of the windows of a shard."""
+        """Return the phase of a shard and the order of its windows."""
         rng = np.random.default_rng([self.seed, epoch, shard])
         slack = len(self._tokens[shard]) - 1 - self._windows[shard] * self.seq_len
         return int(rng.integers(0, slack + 1)), rng.permutation(self._windows[shard])
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Shard and first token of a sequence."""
+        """Return the shard of a sequence and the index of its first token."""
         epoch, i = divmod(index, self.windows_per_epoch)
         shards, ends = self._epoch(epoch)
         at = int(np.searchsorted(ends, i, side="right"))

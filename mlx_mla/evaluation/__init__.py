@@ -1,1 +1,1 @@
-"""Scores on the field's tasks."""
+"""Evaluation on standard benchmarks."""

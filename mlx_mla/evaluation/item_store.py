@@ -1,4 +1,4 @@
-"""Scores of single items on disk, with which an interrupted evaluation resumes."""
+"""Per-item scores on disk, from which an interrupted evaluation resumes."""
 
 import dataclasses
 import hashlib
@@ -27,8 +27,9 @@ class ItemStore:
     """A file of JSON lines `{"i", "logprob", "greedy"}` for one model and task.
 
     Args:
-        folder: Folder of the files; made when the first item is added.
-        settings: What the scores depend on besides the requests; each setting has its own file.
+        folder: Folder of the files. It is created when the first item is added.
+        settings: Everything besides the requests that affects the scores. Each combination has its
+            own file.
     """
 
     def __init__(self, folder: Path, settings: Sequence[str]):
@@ -36,11 +37,12 @@ class ItemStore:
         self.path: Path | None = None
 
     def read(self, requests: Sequence[Request]) -> dict[int, Scores]:
-        """The stored scores of exactly these requests; to be called before `add`.
+        """Return the stored scores of exactly these requests, by index. Call it before `add`.
+
+        A line that a killed process left unfinished is skipped.
 
         Raises:
-            UserError: Naming a line that holds something else. A line that a killed process left
-                unfinished is skipped.
+            UserError: If a line holds anything else; the message names the line.
         """
         key = hashlib.sha256(json.dumps(self.settings).encode())
         for request in requests:
@@ -57,7 +59,7 @@ class ItemStore:
             item: _Item = value_of(_Item, values, where, REMEDY)
             count = len(requests[item.i].targets) if item.i < len(requests) else None
             if not len(item.logprob) == len(item.greedy) == count:
-                raise UserError(f"{where}: is of another request than item {item.i}; {REMEDY}")
+                raise UserError(f"{where}: does not match the request of item {item.i}; {REMEDY}")
             found[item.i] = Scores(tuple(item.logprob), tuple(item.greedy))
         return found
 
@@ -67,5 +69,5 @@ class ItemStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         row = {"i": index, "logprob": scores.logprob, "greedy": scores.greedy}
         with self.path.open("a", encoding="utf-8") as file:
-            # The break in front ends a line that a killed process left unfinished.
+            # The leading line break ends a line that a killed process left unfinished.
             file.write("\n" + json.dumps(row))

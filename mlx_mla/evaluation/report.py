@@ -1,4 +1,4 @@
-"""Results of an evaluation as tables for the terminal, Markdown and a plot."""
+"""Results of an evaluation as tables for the terminal, as Markdown and as a plot."""
 
 import json
 import math
@@ -21,11 +21,11 @@ from mlx_mla.pictures import draw, plain
 class _Model(TypedDict):
     model: str
     tasks: dict[str, dict[str, Any]]
-    """Metrics by task: NAME, NAME_stderr, NAME_count and so on, and the number of items, n."""
+    """Metrics by task: NAME, NAME_stderr, NAME_count and so on, and n, the number of items."""
 
 
 class Results(TypedDict):
-    """What `mlx_mla.evaluate --out` writes."""
+    """The file that `mlx_mla.evaluate --out` writes."""
 
     protocol: str
     models: list[_Model]
@@ -33,15 +33,17 @@ class Results(TypedDict):
 
 
 def read_results(path: Path) -> Results:
-    """The results in a file of `write`; UserError if it holds something else."""
+    """Read a results file that `write` wrote; UserError if it holds anything else."""
     return read(Results, path, "give --out a new name")
 
 
 def compare_models(
     first: str, second: str, task: str, of_first: Sequence[Measured], of_second: Sequence[Measured]
 ) -> list[dict[str, Any]]:
-    """Paired comparisons, one a metric; without figures where the two do not count the same
-    units."""
+    """Compare two models on the same items, one row per metric.
+
+    A row has no figures if the models count different units.
+    """
     rows = []
     for a, b in zip(of_first, of_second):
         row: dict[str, Any] = {"first": first, "second": second, "task": task, "metric": a.name}
@@ -59,7 +61,7 @@ def compare_models(
 
 
 def tables(document: dict[str, Any]) -> str:
-    """The results as Markdown, which reads well on a terminal too."""
+    """The results as Markdown that is also readable on a terminal."""
     models = document["models"]
     header = ["task", "metric", *(m["model"] for m in models)]
     rows = []
@@ -69,7 +71,7 @@ def tables(document: dict[str, Any]) -> str:
     if document["comparisons"]:
         lines += [
             "",
-            f"Against {models[0]['model']}, on the same items (95 % confidence interval):",
+            f"Compared with {models[0]['model']} on the same items (95 % confidence interval):",
             "",
         ]
         body = [
@@ -78,23 +80,27 @@ def tables(document: dict[str, Any]) -> str:
         lines += markdown_table(["task", "metric", "model", "difference"], body, padded=True)
     lines += [
         "",
-        f"Protocol: {document['protocol']}. ± is one standard error; in brackets are the 95 % "
-        "interval of a share (Wilson's), and the range of 5 runs of a speed.",
+        f"Protocol: {document['protocol']}. ± is one standard error. Parentheses hold the 95 % "
+        "Wilson interval of a proportion, or the range of 5 runs of a speed.",
     ]
     lines += [f"- {note}." for note in document["notes"]]
     return "\n".join(lines)
 
 
 def items_folder(out: Path) -> Path:
-    """Where the scores of single items are, beside the results file."""
+    """Folder of the per-item scores, beside the results file."""
     return out.with_name(f"{out.name}.items")
 
 
 def claim(out: Path, resume: bool) -> None:
-    """Make sure that results can be written, and nothing is replaced but results to resume.
+    """Check that results can be written and that only results to resume are replaced.
+
+    Args:
+        out: The results file.
+        resume: True to allow results that exist already.
 
     Raises:
-        UserError: Before anything is computed.
+        UserError: If they cannot, before anything is computed.
     """
     if out.suffix != ".json" or out.is_dir():
         raise UserError(f"--out {out}: must be a file ending in .json; the report goes beside it")
@@ -103,23 +109,23 @@ def claim(out: Path, resume: bool) -> None:
     if began and out.exists():
         read_results(out)
     if out.exists() and not resume:
-        raise UserError(f"{out}: exists; add --resume to go on with it, or give --out a new name")
+        raise UserError(f"{out}: exists; add --resume to continue it, or give --out a new name")
     for path in (plot, text, items_folder(out)):
         if path.exists() and not began:
-            raise UserError(f"--out {out}: {path} exists and would be replaced; give a new name")
+            raise UserError(
+                f"--out {out}: {path} exists and would be replaced; give --out a new name"
+            )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as e:
-        raise UserError(
-            f"--out {out}: cannot be written: {e.strerror}; give it another place"
-        ) from e
+        raise UserError(f"--out {out}: cannot be written: {e.strerror}; give another path") from e
 
 
 def write(document: dict[str, Any], out: Path) -> None:
-    """Write the results file, and the report and the plot beside it; UserError if the system
-    refuses."""
+    """Write the results file, with the report and the plot beside it; UserError if writing
+    fails."""
     write_text(out, json.dumps(finite(document), indent=1) + "\n")
     plot, text = _beside(out)
     _plot(document, plot)
@@ -158,7 +164,7 @@ def _cell(values: dict[str, Any], metric: str) -> str:
 
 
 def _digits(error: float) -> int:
-    """Decimals that show an error with two figures."""
+    """Number of decimals that shows an error with two significant digits."""
     if not math.isfinite(error) or error <= 0:
         return 2
     return min(4, max(0, 1 - math.floor(math.log10(error))))
@@ -166,7 +172,7 @@ def _digits(error: float) -> int:
 
 def _difference(row: dict[str, Any]) -> str:
     if "difference" not in row:
-        return "not comparable: the two count different tokens"
+        return "not comparable: the models count different tokens"
     low, high, value = (100 * row[k] for k in ("low", "high", "difference"))
     unit = " %" if row["relative"] else " pp" if "acc" in row["metric"] else ""
     if not unit:
@@ -177,8 +183,8 @@ def _difference(row: dict[str, Any]) -> str:
 
 
 def _reach(values: dict[str, Any], metric: str) -> tuple[float, float]:
-    """How far the error bar of a metric goes down and up: the interval of a share, else one
-    standard error."""
+    """Lengths of a metric's error bar below and above: a proportion's interval, or one standard
+    error."""
     if f"{metric}_low" in values:
         value = values[metric]
         return value - values[f"{metric}_low"], values[f"{metric}_high"] - value

@@ -1,5 +1,4 @@
-"""Running tasks on a model: what `python -m mlx_mla.evaluate` and training with --eval-tasks
-share."""
+"""Run tasks on a model, for `python -m mlx_mla.evaluate` and for training with --eval-tasks."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -19,11 +18,15 @@ from mlx_mla.evaluation.tasks.data import unpublished
 
 
 def task_names(tasks: str, option: str = "--tasks", also: Sequence[str] = ()) -> list[str]:
-    """The tasks of a comma-separated list; UserError for an unknown one names the nearest.
+    """Parse a comma-separated list of tasks.
 
     Args:
-        option: Where the list was given, for messages.
-        also: Names to allow beside those of TASKS.
+        tasks: The list.
+        option: The option that holds the list, for messages.
+        also: Names to allow besides those of TASKS.
+
+    Raises:
+        UserError: If a task is unknown; the message names the closest match.
     """
     known = [*TASKS, *also]
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -40,13 +43,17 @@ def task_names(tasks: str, option: str = "--tasks", also: Sequence[str] = ()) ->
 def load(
     task: Task, protocol: Definition, data_dir: Path | None, limit: int | None, seed: int
 ) -> list[Any]:
-    """The documents of a task, or a seeded sample of `limit` of them.
+    """Load the documents of a task.
 
     Args:
-        data_dir: Folder with the task's file; None: the Hugging Face hub.
+        task: The task.
+        protocol: The protocol, which selects the documents.
+        data_dir: Folder with the task's file. None: the Hugging Face hub.
+        limit: Number of documents to sample. None: all.
+        seed: Seed of the sample.
 
     Raises:
-        UserError: If they cannot be had, or are not what the task needs.
+        UserError: If the documents cannot be loaded, or do not have the form that the task needs.
     """
     if data_dir is None:
         documents = task.documents_from_hub(protocol)
@@ -62,25 +69,33 @@ def load(
 
 
 def check_tokenizer(scorer: Scorer, folder: object) -> None:
-    """UserError if the tokenizer has ids that the model lacks."""
+    """Raise a UserError if the tokenizer has more ids than the model."""
     if len(scorer.tokenizer) > scorer.vocab_size:
         raise UserError(
-            f"{folder}: its tokenizer has {len(scorer.tokenizer)} tokens and the model "
-            f"{scorer.vocab_size}; copy the tokenizer files of the model it was made from"
+            f"{folder}: the tokenizer has {len(scorer.tokenizer)} tokens, but the model has "
+            f"{scorer.vocab_size}; copy the tokenizer files of the model that it comes from"
         )
 
 
 def task_setup(
     tokenizer: Any, n_positions: int, window: int, limit: int | None, seed: int
 ) -> TaskSetup:
-    """How a model's tokenizer (transformers) turns documents into requests.
+    """Describe how to turn documents into requests for a model.
+
+    Args:
+        tokenizer: The model's transformers tokenizer.
+        n_positions: The model's number of positions.
+        window: Tokens of a WikiText window.
+        limit: Number of windows to sample from a text. None: all.
+        seed: Seed of the sample.
 
     Raises:
-        UserError: If it has no end-of-text token.
+        UserError: If the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the model's tokenizer has no end-of-text token, with which every task begins documents"
+            "the model's tokenizer has no end-of-text token, which every task needs to start a "
+            "document"
         )
     return TaskSetup(
         partial(encode, tokenizer), tokenizer.eos_token_id, n_positions, window, limit, seed
@@ -88,7 +103,7 @@ def task_setup(
 
 
 class PreparedTask:
-    """A task's documents as requests to one tokenizer and position table.
+    """A task's documents as requests for one tokenizer and one number of positions.
 
     Raises:
         UserError: If a request does not fit the model.
@@ -111,12 +126,14 @@ class PreparedTask:
         self, scorer: Scorer, batch_size: int,
         store: ItemStore | None = None, progress: Callable[[int, int], None] | None = None,
     ) -> list[Measured]:  # fmt: skip
-        """Score every request and measure.
+        """Score every request and compute the metrics.
 
         Args:
-            batch_size: Most rows of one pass.
-            store: Where finished items are kept, and taken from; None: nowhere.
-            progress: Called with the number of finished requests and of all.
+            scorer: The model.
+            batch_size: Maximum rows of one pass.
+            store: Store from which finished items are read and to which new ones are added. None:
+                no store.
+            progress: Called with the numbers of finished requests and of all requests.
         """
         found = {} if store is None else store.read(self._flat)
         missing = [i for i in range(len(self._flat)) if i not in found]
@@ -139,8 +156,11 @@ class PreparedTask:
 
 
 def metrics(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Values by name, each with `NAME_stderr` and `NAME_count`, proportions also with the ends of
-    their 95 % interval, `NAME_low` and `NAME_high`; and the number of items as `n`."""
+    """Return the metrics by name.
+
+    Every metric NAME has `NAME_stderr` and `NAME_count`. A proportion also has `NAME_low` and
+    `NAME_high`, the ends of its 95 % interval. `n` is the number of items.
+    """
     row: dict[str, Any] = {}
     for quantity in measured:
         metric = quantity.metric()

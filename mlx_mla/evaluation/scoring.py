@@ -1,10 +1,10 @@
-"""Log-probabilities of given continuations, batched: what every evaluation task comes down to.
+"""Batched log-probabilities of given continuations, to which every evaluation task reduces.
 
-The plan that keeps it fast: items are sorted by length; continuations of one context share its
-first tokens, which are computed once, with those of other contexts; their rows follow sorted by
-length, each after its own context, so that little is padded; lengths are padded on the right, where
-causal attention does not look, to multiples of `BUCKET`, so that few shapes occur; and the
-vocabulary's logits are computed only where a token is scored.
+Five measures keep it fast. Items are sorted by length. The continuations of a context share its
+prefix, which is computed once, in a batch with the prefixes of other contexts. The rows after the
+prefixes are sorted by length, so there is little padding. Rows are padded on the right, which
+causal attention ignores, to multiples of `BUCKET`, so few shapes occur. Logits are computed only at
+positions after which a token is scored.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from mlx_mla.decoding.request import OVERFLOWS
 from mlx_mla.errors import UserError
 
 BUCKET = 8
-# Most tokens of one pass, over all rows, and most positions whose logits are held at once.
+# Maximum tokens of one pass, over all rows, and maximum positions whose logits are held at once.
 PASS_TOKENS = 16384
 HEAD_POSITIONS = 1024
 
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class RowBatch:
-    """Rows that are computed at once.
+    """Rows that are computed together.
 
     Attributes:
         ids: Token ids (R, L).
-        parents: Row of the prefix that each row follows (R,).
+        parents: For each row, the row of its prefix (R,).
         where: Positions (K,) in the flattened `ids` after which a token is scored.
-        targets: Those tokens (K,).
+        targets: The scored tokens (K,).
     """
 
     ids: np.ndarray
@@ -48,30 +48,32 @@ class Scorer(Protocol):
     """A loaded model that scores tokens."""
 
     tokenizer: Any
-    """A transformers tokenizer; ids it does not have (a padded vocabulary) get no probability."""
+    """A transformers tokenizer. Ids beyond its size (a padded vocabulary) get no probability."""
     n_positions: int
     vocab_size: int
 
     def run(
         self, prefix: np.ndarray | None, blocks: Sequence[RowBatch]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Score the tokens of blocks, one block after the other.
+        """Score the tokens of several blocks, one block after another.
 
         Args:
-            prefix: Token ids (B, P) that stand before the rows of the blocks; None for none.
+            prefix: Token ids (B, P) that precede the rows of the blocks; None: no prefix.
             blocks: The rows.
 
         Returns:
-            For the tokens of all blocks in turn, their log-probabilities in nats, float32, and
-            whether each was the likeliest, bool.
+            The log-probabilities of the tokens of all blocks, in order, in nats, float32; and a
+            bool for each, True if it was the most likely token.
         """
         ...
 
 
 @contextlib.contextmanager
 def expanded_cache(model: Any) -> Iterator[None]:
-    """Lets a model of either framework cache expanded keys and values for the time: the rows of a
-    prefix would each expand its latents anew."""
+    """Context in which a model of either framework caches expanded keys and values.
+
+    Otherwise, every row would expand the latents of its prefix again.
+    """
     model.materialize_cache(True)
     try:
         yield
@@ -81,7 +83,7 @@ def expanded_cache(model: Any) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A context and the continuations of it to score, all as token ids; none is empty."""
+    """A context and the continuations of it to score, as token ids. None of them is empty."""
 
     context: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
@@ -89,17 +91,17 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """For each continuation of a request:"""
+    """The scores of a request, with one entry per continuation."""
 
     logprob: tuple[float, ...]
-    """The summed log-probability of its tokens, in nats."""
+    """Summed log-probability of the continuation's tokens, in nats."""
     greedy: tuple[bool, ...]
-    """Whether every token was the likeliest one."""
+    """True if every token of the continuation was the most likely one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """Rows that share a prefix: the part of a request that is computed together."""
+    """Rows of a request that share a prefix and are computed together."""
 
     request: int
     first: int
@@ -119,24 +121,24 @@ def score(
     done: Callable[[int, Scores], None] | None = None,
     only: Sequence[int] | None = None,
 ) -> dict[int, Scores]:
-    """Score requests, those without a shared prefix first and else the longest, so that a batch
-    that does not fit in memory shows early.
+    """Score requests: first those without a shared prefix, then the others, longest first.
 
-    A context too long for the position table loses its oldest tokens (as in lm-evaluation-harness).
+    With this order, a batch that does not fit in memory fails early. A context that is too long for
+    the model loses its oldest tokens, as in lm-evaluation-harness.
 
     Args:
         scorer: The model.
-        requests: What to score.
-        batch_size: Most rows of one pass.
+        requests: The requests.
+        batch_size: Maximum rows of one pass.
         done: Called with the index and the scores of each request when it is finished.
-        only: Indices of the requests to score; None: all.
+        only: Indices of the requests to score. None: all.
 
     Returns:
         The scores by index.
 
     Raises:
-        UserError: If a continuation alone does not fit in n_positions, or the model gives no finite
-            probabilities.
+        UserError: If a continuation alone does not fit in n_positions, or the model returns
+            probabilities that are not finite.
     """
     check_lengths(requests, scorer.n_positions)
     chosen = range(len(requests)) if only is None else only
@@ -160,7 +162,7 @@ def score(
 
 
 def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
-    """UserError if a continuation alone does not fit in the position table."""
+    """Raise a UserError if a continuation alone does not fit in n_positions."""
     longest = max((len(target) for request in requests for target in request.targets), default=0)
     if longest > n_positions:
         raise UserError(
@@ -172,10 +174,10 @@ def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
 def encode_pair(
     encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, ending: str
 ) -> Request:
-    """Tokens of a context and one ending, split as lm-evaluation-harness does.
+    """Encode a context and one ending, split as lm-evaluation-harness splits them.
 
-    Both are encoded together, since a tokenizer may join characters across the seam; blanks at the
-    end of the context belong to the ending. An empty context becomes the end-of-text token.
+    Both are encoded together, since a tokenizer may join characters across the boundary. Blanks at
+    the end of the context belong to the ending. An empty context becomes the end-of-text token.
     """
     return encode_choices(encode, end_of_text, context, [ending])
 
@@ -183,7 +185,7 @@ def encode_pair(
 def encode_choices(
     encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, endings: Sequence[str]
 ) -> Request:
-    """As `encode_pair`, for several endings of one context."""
+    """Like `encode_pair`, for several endings of one context."""
     stem = context.rstrip()
     blanks = context[len(stem) :]
     head = encode(stem)
@@ -205,7 +207,7 @@ def _units(index: int, request: Request, n_positions: int) -> Iterator[_Unit]:
 
 
 def _batches(units: Sequence[_Unit], batch_size: int) -> Iterator[list[_Unit]]:
-    """Neighbours with prefixes of one length, as many as --batch-size and a pass allow."""
+    """Group neighbors with prefixes of equal length, as many as --batch-size and a pass allow."""
 
     def fits(batch: list[_Unit], unit: _Unit) -> bool:
         n, length = len(batch) + 1, len(unit.prefix)
@@ -216,7 +218,7 @@ def _batches(units: Sequence[_Unit], batch_size: int) -> Iterator[list[_Unit]]:
 
 
 def _grouped(items: Iterable[T], fits: Callable[[list[T], T], bool]) -> Iterator[list[T]]:
-    """Neighbours together, for as long as the next one fits to those before it."""
+    """Group consecutive items for as long as the next one fits into the group."""
     group: list[T] = []
     for item in items:
         if group and not fits(group, item):
@@ -230,15 +232,15 @@ def _grouped(items: Iterable[T], fits: Callable[[list[T], T], bool]) -> Iterator
 @dataclasses.dataclass(frozen=True)
 class _Row:
     unit: int
-    """Its unit in the batch, whose prefix it follows."""
+    """Index of its unit in the batch, whose prefix the row follows."""
     k: int
-    """Its place among the unit's rows."""
+    """Index of the row in its unit."""
     ids: tuple[int, ...]
     target: tuple[int, ...]
 
 
 def _blocks(batch: Sequence[_Unit], batch_size: int) -> Iterator[list[_Row]]:
-    """The rows of a batch, those of one padded length together."""
+    """Group the rows of a batch by padded length."""
     rows = [
         _Row(i, k, ids, target)
         for i, unit in enumerate(batch)

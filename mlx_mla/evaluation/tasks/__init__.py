@@ -1,4 +1,4 @@
-"""The evaluation tasks by name, each in two protocols: documents in, scores out."""
+"""The evaluation tasks by name. Each has two protocols."""
 
 from mlx_mla.evaluation.tasks.base import PROTOCOLS, Definition, Measured, Metric, Task, TaskSetup
 from mlx_mla.evaluation.tasks.hellaswag import HellaSwag

@@ -1,4 +1,4 @@
-"""What a task is, and the statistics that all of them share."""
+"""The interface of a task, and the statistics that all tasks share."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ Z95 = 1.959964
 
 @dataclasses.dataclass(frozen=True)
 class TaskSetup:
-    """What requests depend on beside the documents."""
+    """Everything besides the documents that affects the requests."""
 
     encode: Callable[[str], list[int]]
     """Text to token ids, without special tokens."""
@@ -25,14 +25,14 @@ class TaskSetup:
     window: int
     """Tokens of a WikiText window."""
     limit: int | None = None
-    """Windows to take at random from a text that is one document; None: all."""
+    """Number of windows to sample from a text that is a single document. None: all."""
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One quantity of every item: its share of a sum, and of the count that the sum is divided
-    by."""
+    """One quantity of every item. The metric is the sum of the amounts divided by the sum of the
+    weights."""
 
     name: str
     amounts: np.ndarray
@@ -40,17 +40,18 @@ class Measured:
     weights: np.ndarray
     """float64 (items,): 1 each for accuracies; tokens, words or bytes for perplexities."""
     perplexity: bool = False
-    """Whether the metric is exp of the ratio of the sums, rather than the ratio."""
+    """True if the metric is exp of the ratio of the sums, rather than the ratio."""
     unit: str = "item"
-    """What the weights count, for readers."""
+    """The unit that the weights count, for display."""
     proportion: bool = False
-    """Whether the amounts are 0 or 1, and the metric their share."""
+    """True if the amounts are 0 or 1 and the metric is a proportion."""
 
     def metric(self) -> "Metric":
-        """The value with its standard error, items being the independent draws.
+        """Compute the value with its standard error, treating items as independent draws.
 
-        The error is that of a ratio of sums (for equal weights the usual sample standard error),
-        and for a perplexity the delta method's: perplexity times the error of its logarithm.
+        The error is that of a ratio of sums; for equal weights, this is the usual sample standard
+        error. For a perplexity, the delta method multiplies the error of the logarithm by the
+        perplexity.
         """
         ratio = self.amounts.sum() / self.weights.sum()
         error = _ratio_error(self.amounts - ratio * self.weights, self.weights)
@@ -80,33 +81,32 @@ class Metric:
     stderr: float
     """One standard error; NaN for a single item."""
     n: int
-    """Items."""
+    """Number of items."""
     count: float
-    """Tokens, words, bytes or items that it is averaged over."""
+    """Number of tokens, words, bytes or items that the value is averaged over."""
     unit: str
     interval: tuple[float, float] | None = None
-    """95 % confidence interval of a proportion, which none right or all right do not make empty."""
+    """95 % confidence interval of a proportion. It is not empty even at 0 or 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A metric of one model against another's on the same items."""
+    """A comparison of two models by one metric on the same items."""
 
     difference: float
-    """Value of the second minus that of the first; for perplexities their ratio minus 1."""
+    """Second value minus first value; for perplexities, their ratio minus 1."""
     low: float
     high: float
     """95 % confidence interval of `difference`."""
 
     @property
     def shown(self) -> bool:
-        """Whether the interval excludes 0."""
+        """True if the interval excludes 0."""
         return not self.low <= 0 <= self.high
 
 
 def compare(first: Measured, second: Measured) -> Comparison | None:
-    """Paired comparison; None where the two were not measured on the same items in the same
-    units."""
+    """Compare two paired measurements; None if they differ in their items or units."""
     if len(first.amounts) != len(second.amounts) or len(first.amounts) < 2:
         return None
     if not np.array_equal(first.weights, second.weights):
@@ -122,28 +122,32 @@ def compare(first: Measured, second: Measured) -> Comparison | None:
 
 
 class Task:
-    """A benchmark. Documents are what a file's lines become; every document gives some requests."""
+    """A benchmark. It reads documents from a file or the hub, and turns each into requests."""
 
     name: str
     hub: str
-    """Where `datasets` finds it, for messages."""
+    """Name of its dataset on the hub, for messages."""
     files: dict[Definition, str]
     """Path of its file under --data-dir, by protocol."""
     why_not_standard: str
-    """Why the original protocol's values are not the standard ones, in one sentence."""
+    """How the original protocol differs from the standard one, in one sentence."""
 
     def documents_from_file(self, path: Any, protocol: Definition) -> list[Any]:
-        """Read the file of --data-dir; UserError names file, line and field of what is wrong."""
+        """Read the documents from the task's file.
+
+        Raises:
+            UserError: If the file is malformed; the message names file, line and field.
+        """
         raise NotImplementedError
 
     def documents_from_hub(self, protocol: Definition) -> list[Any]:
-        """Read the same from the hub through `datasets`, which keeps what it has downloaded."""
+        """Read the same documents from the hub through `datasets`, which caches its downloads."""
         raise NotImplementedError
 
     def sample(
         self, documents: Sequence[Any], limit: int, random: np.random.Generator
     ) -> list[Any]:
-        """`limit` documents at random, in their order."""
+        """Return a random sample of `limit` documents, in their original order."""
         if limit >= len(documents):
             return list(documents)
         return [documents[i] for i in sorted(random.choice(len(documents), limit, replace=False))]
@@ -151,35 +155,40 @@ class Task:
     def requests(
         self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ) -> list[list[Request]]:
-        """The requests of every document, in one list a document."""
+        """Return one list of requests per document."""
         raise NotImplementedError
 
     def measure(
         self, documents: Sequence[Any], protocol: Definition, setup: TaskSetup,
         requests: Sequence[Sequence[Request]], scores: Sequence[Sequence[Scores]],
     ) -> list[Measured]:  # fmt: skip
-        """The metrics from the scores of the requests."""
+        """Compute the metrics from the scores of the requests."""
         raise NotImplementedError
 
 
 def accuracy(name: str, correct: Sequence[bool]) -> Measured:
-    """Share of correct items."""
+    """Proportion of correct items."""
     return Measured(name, np.array(correct, np.float64), np.ones(len(correct)), proportion=True)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927)."""
+    """The 95 % score interval of a proportion (Wilson 1927)."""
     share, z2 = successes / n, Z95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # Exact at the ends, where rounding would pass 0 or 1.
+    # Exact at 0 and 1, which rounding could exceed.
     return middle - reach if successes else 0.0, middle + reach if successes < n else 1.0
 
 
 def _paired_proportions(delta: np.ndarray) -> Comparison:
-    """95 % interval of the difference of two proportions of the same items, from the differences
-    (items,), each -1, 0 or 1; half an item is added to each cell of their 2 x 2 table, so that
-    equal answers do not make it empty (Agresti and Min 2005, section 4.2)."""
+    """Compute the 95 % interval of the difference of two proportions over the same items.
+
+    Half an item is added to each cell of their 2 x 2 table, so the interval is not empty if all
+    answers agree (Agresti and Min 2005, section 4.2).
+
+    Args:
+        delta: The differences (items,), each -1, 0 or 1.
+    """
     n = len(delta) + 2
     up, down = (delta > 0).sum() + 0.5, (delta < 0).sum() + 0.5
     middle = (up - down) / n

@@ -1,4 +1,4 @@
-"""Reading evaluation files, with what is wrong told by file, line and field."""
+"""Read evaluation files, with clear errors that name file, line and field."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from mlx_mla.errors import UserError
 from mlx_mla.files import encodable, parse_json_object, read_text
 
-# Of the published files; another content is used, but said.
+# Of the published files. A file with other content is used, with a warning.
 SHA256 = {
     "lambada_test.jsonl": "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
     "wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
@@ -17,7 +17,7 @@ SHA256 = {
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a JSON-lines file with the place to name in errors."""
+    """Yield each object of a JSON-lines file, with its place for error messages."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -26,7 +26,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    """A field of a row; UserError if it is missing or of another type."""
+    """Return a field of a row; UserError if it is missing or has another type."""
     if name not in row:
         raise UserError(f"{where}: field {name!r} is missing; it has {', '.join(map(repr, row))}")
     if not isinstance(row[name], kind):
@@ -40,25 +40,36 @@ def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
 
 
 def unpublished(path: Path) -> str | None:
-    """A line of warning where the file is not the published one, as far as its sha256 is known."""
+    """Return a warning if the file differs from the published one, whose sha256 is known for some
+    files."""
     known = SHA256.get(path.name)
     if known is None or hashlib.sha256(path.read_bytes()).hexdigest() == known:
         return None
     return (
         f"{path}: not the published file (its sha256 differs), so scores are not comparable with "
-        "others'"
+        "published ones"
     )
 
 
 def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
-    """A split of a dataset on the hub; UserError says what to put where if it cannot be had."""
+    """Load a split of a dataset on the hub.
+
+    Args:
+        name: The dataset.
+        config: Its configuration.
+        split: The split.
+        where: Path of the file under --data-dir that replaces the download, for the message.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
     from datasets import load_dataset
 
     try:
         return load_dataset(name, config, split=split)
-    except Exception as e:  # datasets passes on whatever its transports raise
+    except Exception as e:  # datasets passes through whatever its transports raise
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"dataset {name} cannot be loaded from the hub ({reason:.120}); put {where} into a "
-            "folder and give it as --data-dir (--eval-data-dir in training), or check the network"
+            f"dataset {name} cannot be loaded from the hub ({reason:.120}); check the network, or "
+            f"put {where} into a folder and give it as --data-dir (--eval-data-dir in training)"
         ) from None

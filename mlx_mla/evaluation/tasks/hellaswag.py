@@ -1,11 +1,11 @@
-"""HellaSwag (Zellers et al. 2019), validation split: which of four endings is right.
+"""HellaSwag (Zellers et al. 2019), validation split: choose the right one of four endings.
 
-standard: lm-evaluation-harness's `hellaswag`: `acc` takes the ending of the largest summed
-log-probability, `acc_norm` of the largest one divided by the characters of the ending, on
-preprocessed text; beside it the completion style of build-nanogpt, on the raw context:
-`completion_acc` (sum) and `completion_acc_norm` (mean by token).
+standard: lm-evaluation-harness's `hellaswag`, on preprocessed text. `acc` chooses the ending with
+the largest summed log-probability. `acc_norm` divides the sum by the ending's characters first. In
+addition, the completion style of build-nanogpt on the raw context: `completion_acc` (sum) and
+`completion_acc_norm` (mean per token).
 
-original: the completion style alone, as `acc` and `acc_norm`.
+original: the completion style only, as `acc` and `acc_norm`.
 """
 
 import re
@@ -20,7 +20,7 @@ from mlx_mla.evaluation.tasks.data import field, load_hub, read_jsonl
 
 
 class HellaSwag(Task):
-    """Documents: rows in the published schema, `label` an int."""
+    """Documents are rows of the published schema, with an int as `label`."""
 
     name = "hellaswag"
     hub = "Rowan/hellaswag"
@@ -29,8 +29,8 @@ class HellaSwag(Task):
         "original": "hellaswag/hellaswag_val.jsonl",
     }
     why_not_standard = (
-        "hellaswag: the raw context and endings without the activity's name and the cleaning of "
-        "WikiHow's brackets, and endings normalised by tokens, not characters"
+        "hellaswag: raw context and endings, without the activity's name and without cleaning of "
+        "WikiHow's brackets; endings are normalized by tokens, not characters"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
@@ -84,8 +84,8 @@ class HellaSwag(Task):
 
 
 def clean(text: str) -> str:
-    """lm-evaluation-harness's preprocessing: WikiHow's [title] becomes a stop, other brackets
-    go."""
+    """Preprocess text as lm-evaluation-harness does: replace WikiHow's [title] with a period, and
+    remove other brackets."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 

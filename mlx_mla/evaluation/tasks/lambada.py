@@ -1,10 +1,10 @@
-"""LAMBADA (Paperno et al. 2016, OpenAI's formatting): the last word of a passage.
+"""LAMBADA (Paperno et al. 2016, OpenAI's formatting): predict the last word of a passage.
 
-standard: lm-evaluation-harness's `lambada_openai`: all tokens of the last word. `acc` counts the
-passages where each of them is the likeliest; `ppl` is exp of the mean negative log-probability of
-the word.
+standard: lm-evaluation-harness's `lambada_openai`, which scores all tokens of the last word. `acc`
+counts the passages in which each of them is the most likely token. `ppl` is exp of the mean
+negative log-probability of the word.
 
-original: the last BPE token alone.
+original: only the last BPE token is scored.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,13 @@ from mlx_mla.evaluation.tasks.data import field, load_hub, read_jsonl
 
 
 class Lambada(Task):
-    """Documents: the passages."""
+    """Documents are the passages."""
 
     name = "lambada"
     hub = "EleutherAI/lambada_openai"
     files = {"standard": "lambada/lambada_test.jsonl", "original": "lambada/lambada_test.jsonl"}  # noqa: RUF012
     why_not_standard = (
-        "lambada: only the last BPE token is predicted, given the beginning of its word where the "
-        "word has several"
+        "lambada: only the last BPE token is predicted, given the preceding tokens of its word"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:

@@ -1,14 +1,14 @@
 """WikiText-2 (Merity et al. 2016, raw): perplexity.
 
-standard: `token_ppl` reads the test text, rows joined by a blank line, in windows of 1024 tokens
-without overlap, and `token_ppl_stride512` in windows that start 512 tokens apart, scoring only what
-the window before did not (Hugging Face's "Perplexity of fixed-length models"). `word_ppl`,
-`byte_ppl` and `bits_per_byte` are lm-evaluation-harness's `wikitext`: page by page, detokenised,
-each token once, in disjoint windows, the first after <|endoftext|>; divided by words and bytes of
-the page as it stood.
+standard: `token_ppl` joins the rows of the test split with blank lines and scores the text in
+disjoint windows of 1024 tokens. `token_ppl_stride512` uses windows that start 512 tokens apart and
+scores only the tokens that the previous window did not score (Hugging Face's "Perplexity of
+fixed-length models"). `word_ppl`, `byte_ppl` and `bits_per_byte` are lm-evaluation-harness's
+`wikitext`: each page is detokenized and scored in disjoint windows, the first of which follows
+<|endoftext|>. Its loss is divided by the words and bytes of the original page.
 
-original: the validation split, every row that is not blank on its own; the first and the last
-token of a row are not scored.
+original: every row of the validation split that is not blank is scored on its own, without its
+first and last token.
 """
 
 import math
@@ -26,9 +26,9 @@ from mlx_mla.evaluation.tasks.data import load_hub
 from mlx_mla.files import read_text
 
 WINDOW = 1024
-"""Tokens of the window that published values of `token_ppl` mean."""
+"""Tokens in a window for published values of `token_ppl`."""
 
-# Spaces that WikiText's tokeniser put in, undone in this order.
+# Spaces that WikiText's tokenizer inserted, removed in this order.
 _PLAIN = [
     (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "),
     (" ! ", "! "), (" ? ", "? "), (" , ", ", "),
@@ -53,23 +53,23 @@ _REST = [
 
 
 class WikiText2(Task):
-    """Documents: the two halves of the standard protocol are `("text", str)` and `("page",
-    str)`."""
+    """Documents are pairs: `("text", str)` and `("page", str)` in the standard protocol, and
+    `("row", str)` in the original one."""
 
     name = "wikitext2"
     hub = "wikitext, wikitext-2-raw-v1"
     files = {"standard": "wikitext2/wiki.test.raw", "original": "wikitext2/wiki.valid.raw"}  # noqa: RUF012
     why_not_standard = (
-        "wikitext2: the validation split instead of the test split, each row alone, so that most "
-        "tokens have far less context than in a window of 1024, and the first and last token of a "
-        "row are not scored"
+        "wikitext2: the validation split instead of the test split, scored row by row, so most "
+        "tokens have far less context than in a window of 1024; the first and last token of a row "
+        "are not scored"
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
         text = read_text(path)
         if not text.strip():
             raise UserError(f"{path}: is empty")
-        # A row is a line with its end; the published dataset empties rows that hold only blanks.
+        # A row is a line with its line break; in the published dataset, blank rows are empty.
         lines = text.removesuffix("\n").split("\n")
         return self._documents([line + "\n" if line.strip() else "" for line in lines], protocol)
 
@@ -89,15 +89,15 @@ class WikiText2(Task):
         if protocol == "standard" and setup.window > setup.n_positions:
             raise UserError(
                 f"wikitext2: windows of {setup.window} tokens do not fit this model's "
-                f"n_positions={setup.n_positions}; --window {setup.n_positions} measures "
-                "another, not comparable perplexity"
+                f"n_positions={setup.n_positions}; --window {setup.n_positions} measures a "
+                "different perplexity, which is not comparable"
             )
         return [self._requests(kind, text, setup) for kind, text in documents]
 
     def sample(
         self, documents: Sequence[Any], limit: int, random: np.random.Generator
     ) -> list[Any]:
-        """Pages or rows; of the text as a whole `requests` takes as many windows."""
+        """Sample pages or rows; `requests` samples as many windows from the whole text."""
         whole = [d for d in documents if d[0] == "text"]
         return whole + super().sample([d for d in documents if d[0] != "text"], limit, random)
 
@@ -111,7 +111,7 @@ class WikiText2(Task):
             requests = []
             for start in range(0, len(ids), setup.n_positions):
                 end = min(start + setup.n_positions, len(ids))
-                # The last window reaches back, so that its tokens too see as much as fits.
+                # The last window reaches back, so its tokens also have as much context as fits.
                 before = ids[end - setup.n_positions - 1 : start] if start else [setup.end_of_text]
                 requests.append(Request(tuple(before), (tuple(ids[start:end]),)))
             return requests
@@ -143,7 +143,7 @@ class WikiText2(Task):
                 }
                 for name, part in parts.items():
                     measured.append(Measured(name, nll[i][part], tokens[i][part], True, "token"))
-        # The harness counts words by splitting, which gives one for the blank before the title.
+        # The harness counts words by splitting, which counts the blank before the title as one.
         on_pages = [
             (text, nll[i].sum()) for i, (kind, text) in enumerate(documents) if kind == "page"
         ]
@@ -158,8 +158,7 @@ class WikiText2(Task):
 
 
 def pages(rows: Sequence[str]) -> list[str]:
-    """The articles: a new one begins at each row that is a heading of the first level, ` = Title =
-    `."""
+    """Split rows into articles. An article begins at each first-level heading ` = Title = `."""
     articles: list[list[str]] = [[]]
     for row in rows:
         line = row.strip()
@@ -172,8 +171,7 @@ def pages(rows: Sequence[str]) -> list[str]:
 
 
 def detokenize(page: str) -> str:
-    """Text as it was before WikiText's tokeniser, by the rules of lm-evaluation-harness (wikitext
-    2.0)."""
+    """Undo WikiText's tokenization, by the rules of lm-evaluation-harness (wikitext 2.0)."""
     text = page.replace("s '", "s'")
     text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text)
     for old, new in _PLAIN:
@@ -194,12 +192,12 @@ def _windows(ids: Sequence[int], stride: int, setup: TaskSetup) -> list[Request]
 
 
 def _sliding(ids: Sequence[int], window: int, stride: int) -> list[Request]:
-    """Windows `stride` apart; each scores the tokens that the one before did not reach."""
+    """Windows `stride` apart; each scores the tokens that the previous one did not reach."""
     requests = []
     reached = 0
     for start in range(0, len(ids), stride):
         end = min(start + window, len(ids))
-        first = max(reached, start + 1)  # the first token of a window has nothing before it
+        first = max(reached, start + 1)  # the first token of a window has no context
         if first < end:
             requests.append(Request(tuple(ids[start:first]), (tuple(ids[first:end]),)))
         reached = end
