@@ -1,4 +1,4 @@
-"""What training, decoding and scoring ask of a framework."""
+"""The interface between training, decoding and scoring and a framework."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,54 +18,56 @@ from mlx_mla.world import SOLO, World
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """Outcome of one optimiser step."""
+    """Result of one optimizer step."""
 
     loss: float
-    """Mean loss of this rank's batches before the step, in nats per token: cross-entropy, with a
-    teacher mixed with the divergence."""
+    """Mean loss of this rank's batches before the step, in nats per token: the cross-entropy, or
+    with a teacher its mixture with the divergence."""
     grad_norm: float
     """Global norm of the gradient, averaged over the ranks, before clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen model to distil from; `TrainConfig` has the weight and the temperature.
+    """A frozen model to distill from. `TrainConfig` holds the weight w and the temperature T.
 
-    The loss is (1 - w) CE + w T^2 KL(teacher || student), both softmaxes at temperature T (Hinton
-    et al., arXiv:1503.02531, whose T^2 keeps the gradient's size as T changes).
+    The loss is (1 - w) CE + w T^2 KL(teacher || student), with both softmaxes at temperature T. The
+    factor T^2 keeps the size of the gradient as T changes (Hinton et al., arXiv:1503.02531).
     """
 
     config: ModelConfig
     weights: Mapping[str, np.ndarray]
     """float32 tensors by name."""
     vocabulary: int
-    """Token ids of the tokenizer; rows of padding past them are in neither softmax of the
-    divergence."""
+    """Number of ids of the tokenizer. Padding rows beyond them are left out of both softmaxes of
+    the divergence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where training begins: with first weights, or at a checkpoint."""
+    """The state in which training begins: with initial weights, or at a checkpoint."""
 
     weights: Mapping[str, np.ndarray]
     """float32 tensors by name, as `parameter_shapes` lists them."""
     step: int = 0
-    """Optimiser steps behind them."""
+    """Number of optimizer steps already taken."""
     optimizer_state: Mapping[str, np.ndarray] | None = None
-    """What `TrainSession.optimizer_state` gave; None to start anew."""
+    """Result of `TrainSession.optimizer_state`. None: a new optimizer."""
     val_loss: float | None = None
-    """The last validation loss, nats per token."""
+    """The last validation loss, in nats per token."""
 
 
 class TrainSession(Protocol):
-    """A model and its optimiser on a device."""
+    """A model and its optimizer on a device."""
 
     def step(self, step: int, learning_rate: float, batches: Sequence[Batch]) -> StepResult:
-        """Take one optimiser step on the mean gradient of `batches`, which have one shape, of all
-        ranks.
+        """Take one optimizer step on the gradient averaged over the batches of all ranks.
 
         Args:
-            step: Number of steps taken before; with the seed and the rank it decides the dropout.
+            step: Number of steps taken before. With the seed and the rank, it determines the
+                dropout.
+            learning_rate: AdamW's learning rate.
+            batches: This rank's batches, all of one shape.
         """
         ...
 
@@ -74,7 +76,7 @@ class TrainSession(Protocol):
         ...
 
     def is_finite(self) -> bool:
-        """Whether the weights and the optimiser's state hold no NaN and no infinity."""
+        """True if the weights and the optimizer state hold neither NaN nor infinity."""
         ...
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -82,46 +84,46 @@ class TrainSession(Protocol):
         ...
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        """AdamW's moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, Muon's as
-        `momentum_buffer.NAME`, float32."""
+        """The float32 moments: AdamW's as `exp_avg.NAME` and `exp_avg_sq.NAME`, Muon's as
+        `momentum_buffer.NAME`."""
         ...
 
     def generate(self, prompt: Sequence[int], max_tokens: int, temp: float, seed: int) -> list[int]:
-        """Sample a continuation with the weights as they are."""
+        """Sample a continuation with the current weights."""
         ...
 
     def peak_memory_bytes(self) -> int:
-        """Most bytes the framework has held at once since the session began."""
+        """Peak memory of the framework since the session began, in bytes."""
         ...
 
     def scorer(self, tokenizer: Any) -> Scorer:
-        """Scores text with the weights as they are."""
+        """Return a scorer that uses the current weights."""
         ...
 
 
 @dataclasses.dataclass
 class Piece:
-    """A bit of generated text, with the figures so far."""
+    """A piece of generated text, with the figures so far."""
 
     text: str
     token_ids: list[int]
     """The tokens since the last piece."""
     figures: dict[str, Any]
-    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes, peak_memory_bytes; with a
-    draft model also accepted_draft_tokens."""
+    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes and peak_memory_bytes;
+    with a draft model also accepted_draft_tokens."""
     finish_reason: Optional[str] = None
     """"stop" or "length" on the last piece, else None."""
 
 
 class Decoder(Protocol):
-    """A loaded model that generates."""
+    """A loaded model that generates text."""
 
     tokenizer: Any
     """A transformers tokenizer."""
     vocab_size: int
     n_positions: int
     cache: CacheName
-    """What is kept between tokens."""
+    """Kind of cache kept between tokens."""
     dtype: InferenceDType
     """Type of the weights, the computation and the cache."""
 
@@ -142,38 +144,39 @@ class Backend(Protocol):
     name: str
 
     def device_info(self) -> dict[str, str]:
-        """What the framework found on this machine, by labels for people: device, BLAS, memory
-        limit."""
+        """Facts about this machine by label, for display: device, BLAS, memory limit."""
         ...
 
     def memory_bytes(self) -> int:
-        """Bytes that a model and its training may take on the device before it swaps or fails."""
+        """Bytes that a model and its training may use on the device before it swaps or fails."""
         ...
 
     def fused_attention(self, config: TrainConfig) -> bool:
-        """Whether training with a resolved configuration keeps no matrix of scores on the
-        device."""
+        """True if training with a resolved configuration uses fused attention on the device, which
+        stores no matrix of scores."""
         ...
 
     def limited_memory(self, expected: int) -> AbstractContextManager[None]:
-        """Holds the framework's allocator to what work that needs `expected` bytes can do with."""
+        """Context that limits the framework's allocator for work that needs `expected` bytes."""
         ...
 
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
-        """FLOP/s of large matrix products in a dtype, measured now; see
-        `mlx_mla.backends.peak.measure_peak`.
+        """Measure the FLOP/s of large matrix products in a dtype.
 
-        Leaves the random state as it is. Comes before `train_session`, which sets peak memory back.
+        See `mlx_mla.backends.peak.measure_peak`. The random state does not change. Call this before
+        `train_session`, which resets peak memory.
         """
         ...
 
     def train_session(
         self, config: TrainConfig, start: Start, teacher: Teacher | None = None, world: World = SOLO
     ) -> TrainSession:
-        """Put a model and its optimiser on the device.
+        """Put a model and its optimizer on the device.
 
         Args:
-            teacher: A model to distil from; None to train on the text alone.
+            config: The resolved settings of the run.
+            start: The state in which training begins.
+            teacher: A model to distill from. None: train on the text only.
             world: The ranks over which gradients are averaged.
         """
         ...
@@ -187,44 +190,51 @@ class Backend(Protocol):
         """Load a model folder for generation.
 
         Args:
-            dtype: Type of weights and computation; None: `decoding_dtype`'s.
+            folder: The model folder.
+            cache: Kind of cache to keep between tokens.
+            dtype: Type of weights and computation. None: the default of `decoding_dtype`.
         """
         ...
 
     def scorer(self, folder: ModelFolder, dtype: InferenceDType = "float32") -> Scorer:
-        """Load a model folder to score text with."""
+        """Load a model folder to score text."""
         ...
 
 
 GPU_DTYPE: InferenceDType = "bfloat16"
-"""Type in which GPUs decode where none is asked for."""
+"""Default type for decoding on GPUs."""
 
 
 def decoding_dtype(asked: InferenceDType | None, device: str) -> InferenceDType:
-    """The type to decode in: what was asked for; else, since a step reads every weight, the short
-    one where the device computes in it, and float32 on a CPU, which mostly does not.
+    """Choose the type to decode in.
+
+    Every step reads all weights, so the default is half precision on GPUs. It is float32 on CPUs,
+    most of which do not compute in half precision.
 
     Args:
-        device: The backend's kind of device: cpu; gpu (mlx), cuda or mps (torch).
+        asked: The type that was requested, if any.
+        device: Type of the backend's device: cpu; gpu (mlx); cuda or mps (torch).
     """
     return asked or ("float32" if device == "cpu" else GPU_DTYPE)
 
 
 def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of a rank's dropout masks of a step: a function of these alone, so resuming needs no RNG
-    state on disk."""
+    """Seed of a rank's dropout masks in a step.
+
+    It is a function of the arguments only, so a checkpoint needs no RNG state.
+    """
     return int(np.random.SeedSequence([seed, step] + ([rank] if rank else [])).generate_state(1)[0])
 
 
 def stored_moment(
     tensors: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """One tensor of a checkpoint's optimiser state; UserError if another optimiser wrote it."""
+    """Return a tensor of a checkpoint's optimizer state; UserError if it does not fit the model."""
     stored = tensors.get(key)
     if stored is None or stored.shape != shape:
         found = "is missing" if stored is None else f"has shape {stored.shape}"
         raise UserError(
-            f"the checkpoint's optimiser state does not fit the model: tensor {key} {found}, and "
+            f"the checkpoint's optimizer state does not fit the model: tensor {key} {found}, but "
             f"the model needs {shape}; start a new run with --init"
         )
     return stored

@@ -1,24 +1,23 @@
-"""The device's peak rate of matrix products, as measured, and the share of it that training
-uses."""
+"""The measured peak rate of matrix products, and the fraction of it that training reaches."""
 
 import time
 from collections.abc import Callable
 
 SMALLEST, LARGEST = 512, 8192
 LONG_ENOUGH = (
-    0.05  # seconds: more than a time slice of a busy CPU, more than starting a kernel on a GPU
+    0.05  # seconds; longer than a time slice of a busy CPU, and than starting a kernel on a GPU
 )
 
 
 def measure_peak(product: Callable[[int], Callable[[], object]], seconds: float = 0.1) -> float:
-    """FLOP/s of the fastest square matrix product seen.
+    """Measure the FLOP/s of the fastest square matrix product.
 
-    The size doubles until one product takes 50 ms, or is 8192, and that size is then repeated.
+    The size doubles until a product takes 50 ms or the size is 8192. That size is then repeated.
 
     Args:
-        product: Makes two N x N matrices for a given N, and returns a function that multiplies them
-            and comes back when the device has finished.
-        seconds: How long to repeat the last size.
+        product: Creates two N x N matrices for a given N, and returns a function that multiplies
+            them and returns when the device has finished.
+        seconds: Time for which to repeat the last size.
     """
 
     def timed(multiply: Callable[[], object]) -> float:
@@ -42,12 +41,11 @@ def measure_peak(product: Callable[[int], Callable[[], object]], seconds: float 
 
 
 def mfu(train_flops_per_token: int, tokens_per_sec: float, peak_flops: float) -> float:
-    """Model FLOPs utilisation: FLOP/s that the model's own mathematics needs at this rate, as a
-    share of the peak.
+    """Model FLOPs utilization: the FLOP/s of the model's own computation as a fraction of the peak.
 
-    PaLM's definition (arXiv:2204.02311, appendix B): what is computed again or beside the model (a
-    teacher) does not count. It differs in two points: the peak is the one measured on this device
-    with `measure_peak`, not the data sheet's, and attention is counted over the causal half of the
-    keys (`estimate`), not over all of them.
+    As in PaLM's definition (arXiv:2204.02311, appendix B), neither recomputation nor a teacher
+    counts. There are two differences. The peak is measured on this device with `measure_peak`
+    instead of read from a data sheet. Attention is counted over the causal half of the keys
+    (`estimate`) instead of over all of them.
     """
     return train_flops_per_token * tokens_per_sec / peak_flops

@@ -59,17 +59,17 @@ class MLXBackend:
     @contextlib.contextmanager
     def limited_memory(self, expected: int) -> Iterator[None]:
         info = mx.device_info(self.device)
-        if LIMIT in info:  # a Mac's GPU, and not its CPU
-            # Wired memory is not paged out; freed buffers may be kept in what the estimate leaves
-            # of it.
+        if LIMIT in info:  # a Mac's GPU, but not its CPU
+            # Wired memory is not paged out. Freed buffers may be cached in the memory that the
+            # estimate leaves.
             whole = int(info[LIMIT])
             limits = {
                 mx.set_wired_limit: whole,
                 mx.set_cache_limit: max(whole - expected, GIB // 2),
             }
         else:
-            # A CPU's graph is enqueued, and its memory taken, far ahead of its execution; at the
-            # limit that waits.
+            # On a CPU, MLX enqueues the graph and allocates its memory far ahead of execution. At
+            # the limit, it waits.
             limits = {mx.set_memory_limit: expected}
         before = {set_limit: set_limit(value) for set_limit, value in limits.items()}
         try:

@@ -1,4 +1,4 @@
-"""mlx-lm's caches, where values have no width."""
+"""mlx-lm's caches, extended to values of width 0."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from mlx_lm.models import cache as stock
 
 
 class QuantizedKVCache(stock.QuantizedKVCache):
-    """See `KVCache` below."""
+    """mlx-lm's quantized cache; see `KVCache`."""
 
     keys: Any
     values: Any
@@ -30,10 +30,10 @@ class QuantizedKVCache(stock.QuantizedKVCache):
 
 
 class KVCache(stock.KVCache):
-    """mlx-lm's, whose values are not quantised if their width is 0, as beside latents: on Metal
-    MLX's quantiser has no guard for empty arrays (0.32).
+    """mlx-lm's cache, which does not quantize values of width 0, as they occur beside latents.
 
-    Both have mlx-lm's names, since files of prompt caches name them.
+    On Metal, MLX's quantizer does not handle empty arrays (0.32). Both classes have mlx-lm's names,
+    since prompt cache files store them.
     """
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
@@ -49,7 +49,7 @@ class KVCache(stock.KVCache):
 
 
 class UnusedCache(KVCache):
-    """A place in mlx-lm's list for a layer that has no cache of its own; it stays empty."""
+    """An empty placeholder in mlx-lm's list, for a layer without its own cache."""
 
     state: Any = ()
 
@@ -58,12 +58,15 @@ class UnusedCache(KVCache):
 
 
 def make_cache(model: Any) -> list[Any]:
-    """`make_prompt_cache` with these classes."""
+    """Like mlx-lm's `make_prompt_cache`, with the classes of this module."""
     return [adopt(cache) for cache in stock.make_prompt_cache(model)]
 
 
 def adopt(cache: Any) -> Any:
-    """A cache of mlx-lm's as one of these, with the same arrays; another kind of cache as it is."""
+    """Convert an mlx-lm cache to a class of this module, with the same arrays.
+
+    A cache of any other class is returned unchanged.
+    """
     own = {stock.KVCache: KVCache, stock.QuantizedKVCache: QuantizedKVCache}.get(type(cache))
     if own is None:
         return cache
@@ -73,11 +76,11 @@ def adopt(cache: Any) -> Any:
 
 
 def _grown(part: mx.array, size: int) -> mx.array:
-    """An array of a cache with room for `size` tokens."""
+    """Extend an array of a cache to hold `size` tokens."""
     room = mx.zeros((*part.shape[:2], size - part.shape[2], part.shape[3]), part.dtype)
     return mx.concatenate([part, room], axis=2)
 
 
 def _none_beside(keys: Any) -> Any:
-    """What the quantiser gives for values without width: codes, scales and biases of none."""
+    """Quantized values of width 0: empty codes, scales and biases."""
     return tuple(part[..., :0] for part in keys)

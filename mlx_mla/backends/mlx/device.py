@@ -1,4 +1,4 @@
-"""The device that MLX computes on, chosen for each call, so that no call changes another's."""
+"""The device that MLX computes on. It is set per call, so no call affects another one."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ from mlx_mla.errors import UserError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
-# mlx-lm 0.31, the last for Python 3.10, decodes on the device that MLX chose when it was imported.
+# mlx-lm 0.31, the last version for Python 3.10, decodes on MLX's default device at import time.
 TAKES_STREAM = "stream" in inspect.signature(generate_step).parameters
 
 P = ParamSpec("P")
@@ -28,7 +28,7 @@ S = TypeVar("S", bound=HasDevice)
 
 
 def find_device(name: str) -> mx.Device:
-    """The device of a --device value; UserError if it is not there."""
+    """Return the device of a --device value; UserError if it is not available."""
     if name in ("mps", "cuda"):
         raise UserError(
             f"--device {name} goes with --backend torch; for MLX's GPU use --device gpu"
@@ -38,36 +38,38 @@ def find_device(name: str) -> mx.Device:
         raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
     if name == "cpu" and has_gpu and not TAKES_STREAM:
         raise UserError(
-            "--device cpu: the mlx-lm for Python 3.10 generates on the GPU alone; use Python 3.11 "
-            "or later, or leave out --device"
+            "--device cpu: mlx-lm for Python 3.10 generates only on the GPU; use Python 3.11 or "
+            "later, or leave out --device"
         )
     return mx.Device(mx.gpu if has_gpu and name != "cpu" else mx.cpu)
 
 
 def stream_of(device: mx.Device) -> dict[str, mx.Stream]:
-    """The argument that keeps mlx-lm's decoding loops on a device, for the calling thread.
+    """Return the argument that keeps mlx-lm's decoding loops on a device in the calling thread.
 
-    Without it they run on the device that was MLX's default when mlx-lm was imported.
+    Without it, they run on MLX's default device at the time mlx-lm was imported.
     """
     return {"stream": mx.default_stream(device)} if TAKES_STREAM else {}
 
 
 def device_type(device: mx.Device) -> str:
-    """cpu or gpu."""
+    """Return "cpu" or "gpu"."""
     return "cpu" if device == mx.cpu else "gpu"
 
 
 def float32_products(device: mx.Device) -> str:
-    """How float32 matrices are multiplied there, for people. MLX reads the variable once, at its
-    first product."""
+    """Describe how a device multiplies float32 matrices, for display.
+
+    MLX reads MLX_ENABLE_TF32 once, at its first product.
+    """
     if device == mx.cpu or os.environ.get("MLX_ENABLE_TF32") == "0":
         return "float32"
     return "TF32 where the GPU has it (MLX_ENABLE_TF32=0: float32)"
 
 
 def on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Runs a method, or every step of a generator, on `self.device`; MLX's default is then as it
-    was."""
+    """Run a method, or every step of a generator, on `self.device`, and restore MLX's default
+    afterwards."""
     if inspect.isgeneratorfunction(method):
 
         @functools.wraps(method)

@@ -1,5 +1,5 @@
-"""The forward pass of training in MLX: gradient checkpointing, and a loss that never holds all
-logits."""
+"""The forward pass of training in MLX, with activation checkpointing and a chunked loss that never
+holds all logits."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from mlx_mla.model.model_mlx import Block, Transformer, differentiable_mask
 
-# Where a token occurs more than once, a GPU adds up its gradient by atomics, in an order that
-# varies; a CPU has one order. On a Mac, whose memory they share, the CPU does it.
+# A GPU sums the gradient of a token that occurs several times with atomics, in an order that
+# varies; a CPU uses a fixed order. On a Mac, where both share memory, the CPU does this.
 EMBEDDING_STREAM = mx.cpu if mx.metal.is_available() else None
 
 
@@ -19,12 +19,14 @@ def hidden_states(
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
-        transformer: Its embeddings are float32, so that their gradients are summed in it.
-        dtype: Type of its other weights and of the computation.
+        transformer: The transformer. Its embeddings are float32, so their gradients are summed in
+            float32.
+        ids_BL: The token ids.
+        dtype: Type of the other weights and of the computation.
         activation_checkpointing: Keep activations only between groups of this many blocks and
             recompute the others in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
-    # The gradient of a look-up is summed on the stream of the look-up.
+    # The gradient of a lookup is summed on the stream of the lookup.
     h = mx.take(transformer.wte.weight, ids_BL, axis=0, stream=EMBEDDING_STREAM)
     if "wpe" in transformer:
         h = h + transformer.wpe(mx.arange(ids_BL.shape[1]))
@@ -45,7 +47,7 @@ def _checkpointed(
     blocks: Sequence[Block], h: mx.array, mask: Any, latent: Any
 ) -> tuple[mx.array, Any]:
     def run(parameters: list, h: mx.array, latent: Any) -> tuple[mx.array, Any]:
-        # Computed again, the group must drop the same values: it draws from a key of its own.
+        # Each group has its own key, so its recomputation draws the same dropout masks.
         outer = _random_state()[:]
         _random_state()[:] = key
         for block, own in zip(blocks, parameters):
@@ -59,7 +61,7 @@ def _checkpointed(
 
 
 def _random_state() -> mx.array:
-    """MLX's state as it is now: every draw puts another array in its place."""
+    """MLX's current random state; every draw replaces the array."""
     return cast(mx.array, mx.random.state[0])  # type: ignore[index]
 
 
@@ -72,10 +74,10 @@ def head_loss(
         h_NLD: Hidden states in the type of the computation.
         w_VD: The head's matrix, in the same type.
         y_NL: Targets.
-        chunk: Tokens whose logits are held at a time. 0: all.
-        gradient: Whether a gradient will be asked for. It is then taken along with the loss, chunk
-            by chunk, so that no logits are kept or computed twice (as Liger Kernel's fused linear
-            cross-entropy does, arXiv:2410.10989).
+        chunk: Number of tokens whose logits are held at a time. 0: all.
+        gradient: True if a gradient will be computed. It is then computed together with the loss,
+            chunk by chunk, so no logits are stored or computed twice (as in Liger Kernel's fused
+            linear cross-entropy, arXiv:2410.10989).
     """
     if not chunk or y_NL.size <= chunk:
         return _cross_entropy(h_NLD, w_VD, y_NL)
@@ -94,7 +96,7 @@ def _cross_entropy(h: mx.array, w_VD: mx.array, y: mx.array) -> mx.array:
 
 
 def cross_entropy(logits: mx.array, y: mx.array) -> mx.array:
-    """Of each token, in nats, float32, whatever the type of the logits (..., V)."""
+    """Cross-entropy of each token, in nats, float32, for logits (..., V) of any type."""
     if mx.default_device() == mx.cpu:  # GPUs' fused kernels sum in float32 as they read
         logits = logits.astype(mx.float32)
     return mx.fast.cross_entropy(logits, y)
@@ -104,7 +106,8 @@ _loss_and_gradients = mx.value_and_grad(_cross_entropy, argnums=(0, 1))
 
 
 def _with_gradient(pieces: Sequence[slice]) -> Any:
-    """A function of (h_ND, w_VD, y_N) that gives the summed loss and its gradients for h and w."""
+    """Return a function of (h_ND, w_VD, y_N) that computes the summed loss and its gradients with
+    respect to h and w."""
 
     @mx.custom_function
     def loss_and_gradients(
@@ -113,8 +116,7 @@ def _with_gradient(pieces: Sequence[slice]) -> Any:
         total, dw_VD = mx.zeros(()), mx.zeros(w_VD.shape)
         dh: list[mx.array] = []
         for piece in pieces:
-            # Without these dependencies all chunks would be begun at once, and all their logits
-            # held.
+            # Without these dependencies, all chunks would start at once and hold all their logits.
             h = mx.depends(h_ND[piece], [total, dw_VD, *dh[-1:]])
             loss, (own, weight) = _loss_and_gradients(h, w_VD, y_N[piece])
             total, dw_VD = total + loss, dw_VD + weight

@@ -1,4 +1,4 @@
-"""Optimisers in MLX: AdamW, and Muon for the blocks' matrices; their state by name."""
+"""Optimizers in MLX: AdamW, and Muon for the blocks' matrices. Their state is stored by name."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -17,9 +17,9 @@ from mlx_mla.model.weights import is_hidden_matrix
 class Muon(optim.Muon):
     """MLX's Muon (https://kellerjordan.github.io/posts/muon) with decoupled weight decay.
 
-    MLX adds the decay to the gradient, whose size the orthogonalisation then takes away; here it
-    shrinks the weights by `learning_rate * weight_decay`, as AdamW's does (Moonlight,
-    arXiv:2502.16982, equation 3). The Newton-Schulz iteration runs in the gradient's float32.
+    MLX adds the decay to the gradient, and the orthogonalization then discards its size. This class
+    shrinks the weights by `learning_rate * weight_decay` instead, as AdamW does (Moonlight,
+    arXiv:2502.16982, equation 3). The Newton-Schulz iteration runs in the gradient's type, float32.
     """
 
     def __init__(self, learning_rate: float, weight_decay: float):
@@ -32,8 +32,11 @@ class Muon(optim.Muon):
 
 
 def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
-    """AdamW with bias correction, decay on matrices only, as in GPT-2 and GPT-3 training; with
-    --optimizer muon the blocks' matrices go to Muon."""
+    """Create the optimizer of a run.
+
+    AdamW has bias correction and decays only matrices, as in GPT-2 and GPT-3 training. With
+    --optimizer muon, Muon updates the blocks' matrices.
+    """
     adamw = partial(
         optim.AdamW,
         learning_rate=config.learning_rate,
@@ -51,22 +54,22 @@ def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
 
 
 def set_learning_rate(optimizer: optim.MultiOptimizer, config: TrainConfig, rate: float) -> None:
-    """Set AdamW's rate; Muon's follows the same schedule."""
+    """Set AdamW's learning rate. Muon's follows the same schedule."""
     for part in optimizer.optimizers:
         part.learning_rate = muon_rate(config, rate) if isinstance(part, Muon) else rate
 
 
 def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, np.ndarray]:
-    """The moments by their names on disk."""
+    """The moments, by their names on disk."""
     return {key: np.array(value) for key, _, _, value in _moments(optimizer)}
 
 
 def load_state(
     optimizer: optim.MultiOptimizer, tensors: Mapping[str, np.ndarray], steps_done: int
 ) -> None:
-    """Put back what `state_tensors` gave, into an optimiser that `init` has seen; UserError if it
-    does not fit."""
-    # Written into the dictionaries that init made, so that each optimiser keeps its own tensors.
+    """Restore the result of `state_tensors` into an optimizer after `init`; UserError if it does
+    not fit."""
+    # Written into the dictionaries that init created, so each optimizer keeps its own tensors.
     for part in optimizer.state["states"]:
         part["step"] = mx.array(steps_done, mx.uint64)
     for key, state, path, value in list(_moments(optimizer)):
@@ -74,7 +77,7 @@ def load_state(
 
 
 def _moments(optimizer: optim.MultiOptimizer) -> Iterator[tuple[str, dict, str, mx.array]]:
-    """Every moment: its name on disk, its optimiser's state, the path in that, and the tensor."""
+    """Yield for each moment: its name on disk, its optimizer's state, its path there, its value."""
     for part in optimizer.optimizers:
         names = (
             {"v": "momentum_buffer"}
@@ -88,7 +91,7 @@ def _moments(optimizer: optim.MultiOptimizer) -> Iterator[tuple[str, dict, str, 
 
 
 def _set_path(tree: dict, path: str, value: mx.array) -> None:
-    """Replace one leaf of nested dictionaries and lists, by its tree_flatten path."""
+    """Replace a leaf of nested dictionaries and lists, given its tree_flatten path."""
     *parents, last = path.split(".")
     node = tree
     for part in parents:

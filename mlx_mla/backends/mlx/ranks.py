@@ -1,5 +1,7 @@
-"""Ranks that talk by MLX: a ring over TCP, RDMA over Thunderbolt (jaccl), MPI or NCCL; `mlx.launch`
-starts them."""
+"""Communication between ranks in MLX: a ring over TCP, RDMA over Thunderbolt (jaccl), MPI or NCCL.
+
+`mlx.launch` starts the ranks.
+"""
 
 import contextlib
 from collections.abc import Iterable
@@ -18,12 +20,12 @@ class MLXEngine:
     """See `mlx_mla.world.Engine`.
 
     Args:
-        name: One of `ENGINES`, or "auto": the first for which the launcher has set the environment.
+        name: One of `ENGINES`, or "auto" for the first one whose environment the launcher has set.
     """
 
     def __init__(self, name: str = "auto"):
         if name not in ("auto", *ENGINES):
-            raise UserError(f"--distributed-backend {name}: MLX has {', '.join(ENGINES)}")
+            raise UserError(f"--distributed-backend {name}: MLX supports {', '.join(ENGINES)}")
         try:
             self.group = mx.distributed.init(strict=True, backend="any" if name == "auto" else name)
         except RuntimeError as e:
@@ -36,7 +38,7 @@ class MLXEngine:
         )
 
     def broadcast(self, tensor: np.ndarray) -> np.ndarray:
-        # MLX has no broadcast; a sum with zeros is one.
+        # MLX has no broadcast; summing with zeros has the same effect.
         own = tensor if self.rank == 0 else np.zeros_like(tensor)
         return _numpy(mx.distributed.all_sum(mx.array(own), group=self.group))
 
@@ -49,15 +51,15 @@ class MLXEngine:
         )
 
     def close(self) -> None:
-        """MLX ends its engine with the process."""
+        """Do nothing: MLX closes its engine when the process ends."""
 
 
 class GradientAverage:
-    """See `mlx_mla.world.GradientAverage`; lazily, in reductions of at least 32 MiB, if there is so
-    much.
+    """See `mlx_mla.world.GradientAverage`. Works lazily, in reductions of at least 32 MiB where
+    possible.
 
-    Nothing waits here, so MLX starts each reduction, on its communication stream, as soon as the
-    backward pass has made the gradients in it.
+    Nothing waits here. MLX starts each reduction on its communication stream as soon as the
+    backward pass has computed its gradients.
     """
 
     def __init__(self, group: mx.distributed.Group):
@@ -71,7 +73,7 @@ class GradientAverage:
 
 
 def _numpy(array: mx.array) -> np.ndarray:
-    # eval raises when a rank has been lost; np.array alone would give what happened to be in memory
-    # (mlx 0.32.4).
+    # eval raises if a rank has been lost; np.array alone would return arbitrary memory (mlx
+    # 0.32.4).
     mx.eval(array)
     return np.array(array)

@@ -57,7 +57,7 @@ class MLXScorer:
         return np.concatenate(logprobs), np.concatenate(greedy)
 
     def _rows(self, shared: list[Any], rows: mx.array) -> list[Any]:
-        """A cache that holds these rows of a shared one."""
+        """Return a cache that holds these rows of a shared cache."""
         cache = make_prompt_cache(self.model)
         for one, many in zip(shared, cache):
             many.update_and_fetch(*(a[..., : one.offset, :][rows] for a in (one.keys, one.values)))

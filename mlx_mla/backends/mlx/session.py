@@ -1,4 +1,4 @@
-"""Training in MLX: a model, its optimiser and the compiled step."""
+"""Training in MLX: a model, its optimizer and the compiled step."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -27,9 +27,9 @@ EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 class MLXTrainSession:
     """See `mlx_mla.backends.contract.TrainSession`.
 
-    Weights, gradients and optimiser state are float32; with bfloat16 the forward and backward pass
-    run on a cast of the weights, whose gradient flows back to the float32 ones. Embeddings are
-    looked up in float32, and the result is cast.
+    Weights, gradients and optimizer state are float32. With bfloat16, the forward and backward
+    passes use a cast copy of the weights, and its gradients flow back to the float32 weights.
+    Embeddings are looked up in float32, and the result is cast.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MLXTrainSession:
                 teacher.vocabulary,
             )
             self._teacher.set_dtype(self._dtype)
-        # Everything the compiled functions read or change beside their arguments.
+        # Everything that the compiled functions read or change besides their arguments.
         state = [self.model.state, self.optimizer.state, mx.random.state]
         jit = partial(mx.compile, inputs=state, outputs=state) if config.compile else lambda f: f
         frozen = [] if self._teacher is None else [self._teacher.state]
@@ -81,16 +81,16 @@ class MLXTrainSession:
             mx.random.seed(dropout_seed(self.config.seed, step, self.world.rank))
         total, grads = self._grad_step(*map(mx.array, batches[0]))
         for batch in batches[1:]:
-            mx.eval(total, grads)  # frees this pass's activations before the next one
+            mx.eval(total, grads)  # frees the activations of this pass before the next one
             loss, new = self._grad_step(*map(mx.array, batch))
             total, grads = total + loss, self._add(grads, new)
         grads = self._average.mean(grads)  # lazy: part of the last pass's graph
         optim.set_learning_rate(self.optimizer, self.config, learning_rate)
-        # Evaluated from the updated weights, the graph would be walked in another order than the
-        # backward pass's, and hold a quarter more with gradient checkpointing.
+        # Evaluating the updated weights instead would traverse the graph in an order other than the
+        # backward pass's, and hold 25 % more memory with gradient checkpointing.
         mx.eval(total, grads)
         norm = self._apply_step(grads, mx.array(1.0 / len(batches)))
-        del grads  # so that each can go once it is used
+        del grads  # each gradient can then be freed once it is used
         mx.eval(self.model.state, self.optimizer.state, total, norm)
         return StepResult(_number(total) / len(batches), _number(norm))
 
@@ -132,7 +132,7 @@ class MLXTrainSession:
         return MLXScorer(self.device, self.model, tokenizer)
 
     def _hidden(self, x: mx.array) -> mx.array:
-        """Last hidden states; with gradients, as --activation-checkpointing says."""
+        """Last hidden states; in training with --activation-checkpointing applied."""
         every = self.config.activation_checkpointing if self.model.training else 0
         return hidden_states(self.model.transformer, x, self._dtype, every)
 
@@ -150,7 +150,7 @@ class MLXTrainSession:
         return tree_map_with_path(cast, parameters)
 
     def _cross_entropy(self, x: mx.array, y: mx.array, gradient: bool) -> mx.array:
-        """Summed over all tokens."""
+        """Cross-entropy summed over all tokens."""
         return head_loss(self._hidden(x), self._head(), y, self.config.loss_chunk or 0, gradient)
 
     def _distillation_loss(self, x: mx.array, y: mx.array, taught: mx.array) -> mx.array:
@@ -177,7 +177,7 @@ class MLXTrainSession:
         return loss, grads
 
     def _clip_and_update(self, grads: dict, scale: mx.array) -> mx.array:
-        # One product scales and clips, so that one set of gradients is in memory, and not three.
+        # One product scales and clips, so only one set of gradients is in memory instead of three.
         squares = tree_reduce(lambda total, g: total + mx.square(g).sum(), grads, mx.zeros(()))
         norm = mx.sqrt(squares) * scale
         if self.config.grad_clip:
@@ -194,11 +194,12 @@ class MLXTrainSession:
 
 
 def distillation_divergence(student: mx.array, teacher: mx.array, temperature: float) -> mx.array:
-    """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, nats.
+    """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, in nats.
 
     Args:
-        student: Logits, (..., V) float32.
-        teacher: The same.
+        student: The student's logits, (..., V) float32.
+        teacher: The teacher's logits, of the same shape.
+        temperature: T.
     """
     log_q, log_p = (
         z - mx.logsumexp(z, -1, keepdims=True)

@@ -50,7 +50,7 @@ class TorchBackend:
         return fused_by_torch(self.device.type, config)
 
     def limited_memory(self, expected: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # PyTorch takes memory as it computes
+        return contextlib.nullcontext()  # PyTorch allocates memory as it computes
 
     def peak_flops(self, dtype: DType, seconds: float = 0.1) -> float:
         def product(n: int) -> Callable[[], None]:

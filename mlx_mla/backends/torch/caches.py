@@ -1,6 +1,7 @@
-"""transformers' caches in other memory: in steps, or of one size from the start.
+"""transformers' caches with other allocation: growing in steps, or of a fixed size.
 
-Nothing is copied into values of width 0, as transformers' own do: not every device guards that.
+Unlike transformers' own caches, they copy nothing into values of width 0, which not every device
+handles.
 """
 
 from typing import Any
@@ -11,8 +12,10 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's cache that grows by 256 tokens at a time, as mlx-lm's; transformers' own is copied
-    at every step."""
+    """A layer's cache that grows by 256 tokens at a time, as in mlx-lm.
+
+    transformers' own cache is copied at every step.
+    """
 
     step = 256
 
@@ -39,15 +42,14 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(Cache):
-    """transformers' cache of such layers. Decoding here neither crops nor reorders it."""
+    """transformers' cache of growing layers. Decoding neither crops nor reorders it."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
 
 
 class FixedLayer(StaticLayer):
-    """A layer's cache of one size from the start, whose length is known without a look at the
-    device."""
+    """A layer's cache of a fixed size, whose length is known without reading from the device."""
 
     length = 0
 
@@ -67,7 +69,7 @@ class FixedLayer(StaticLayer):
 
 
 class FixedCache(Cache):
-    """transformers' cache of such layers, with room for `size` tokens."""
+    """transformers' cache of fixed layers, with room for `size` tokens."""
 
     def __init__(self, layers: int, size: int) -> None:
         super().__init__(layers=[FixedLayer(size) for _ in range(layers)])

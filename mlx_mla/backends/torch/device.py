@@ -1,4 +1,4 @@
-"""The device that PyTorch computes on, and what it has held there."""
+"""The device that PyTorch computes on, and its peak memory."""
 
 import torch
 
@@ -7,7 +7,7 @@ from mlx_mla.machine import peak_memory
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a --device value; UserError if it is not there."""
+    """Return the device of a --device value; UserError if it is not available."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -26,8 +26,10 @@ def find_device(name: str) -> torch.device:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes held: by PyTorch's allocator on CUDA; on MPS what its driver holds now; else the
-    process's peak."""
+    """Peak memory in bytes: of PyTorch's allocator on CUDA, of the process on a CPU.
+
+    On MPS, the memory that the driver currently holds.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

@@ -1,5 +1,5 @@
-"""The forward pass of training in PyTorch: gradient checkpointing, and a loss that never holds all
-logits."""
+"""The forward pass of training in PyTorch, with activation checkpointing and a chunked loss that
+never holds all logits."""
 
 from typing import Any
 
@@ -16,6 +16,8 @@ def hidden_states(
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
+        transformer: The transformer.
+        ids_BL: The token ids.
         activation_checkpointing: Keep activations only between groups of this many blocks and
             recompute the others in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
@@ -44,8 +46,10 @@ def look_up(w_VD: torch.Tensor, ids_BL: torch.Tensor, one_order: bool) -> torch.
     """Embeddings (B, L, D) of token ids.
 
     Args:
-        one_order: Whether the CPU looks up, which adds up the gradient of a token that occurs more
-            than once in one order. MPS does so by atomics, in an order that varies.
+        w_VD: The embedding matrix.
+        ids_BL: The token ids.
+        one_order: True to look up on the CPU, which sums the gradient of a token that occurs
+            several times in a fixed order. MPS sums it with atomics, in an order that varies.
     """
     if one_order:
         return F.embedding(ids_BL.cpu(), w_VD.cpu()).to(w_VD.device)
@@ -61,9 +65,9 @@ def head_loss(
         h_BLD: Hidden states.
         w_VD: The head's matrix.
         y_N: Targets, N = B L.
-        chunk: Tokens whose logits are held at a time. The gradient is taken along with the loss,
-            chunk by chunk, so that no logits are kept or computed twice (as Liger Kernel's fused
-            linear cross-entropy does, arXiv:2410.10989). 0: all.
+        chunk: Number of tokens whose logits are held at a time. The gradient is computed together
+            with the loss, chunk by chunk, so no logits are stored or computed twice (as in Liger
+            Kernel's fused linear cross-entropy, arXiv:2410.10989). 0: all.
     """
     h_ND = h_BLD.flatten(0, 1)
     if not chunk or len(y_N) <= chunk:
@@ -88,8 +92,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = F.linear(h, w_VD)
             log_p = torch.log_softmax(logits.float(), -1)
             total += F.nll_loss(log_p, y, reduction="sum")
-            # d loss / d logits = softmax - one-hot, in the type of the product that it goes back
-            # through.
+            # d loss / d logits = softmax - one-hot, in the type of the matrix product.
             d = log_p.exp_()
             d[torch.arange(len(y), device=y.device), y] -= 1
             d = d.to(logits.dtype)

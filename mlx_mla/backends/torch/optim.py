@@ -1,4 +1,5 @@
-"""Optimisers in PyTorch: AdamW, and Muon for the blocks' matrices; their state by name."""
+"""Optimizers in PyTorch: AdamW, and Muon for the blocks' matrices. Their state is stored by
+name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,20 +18,23 @@ if hasattr(torch.optim, "Muon"):  # PyTorch 2.9
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether AdamW takes a step in one kernel. On the CPU it could, and the losses would be others
-    in the last bit."""
+    """True if AdamW is fused on the device.
+
+    It is not fused on the CPU, where that would change the last bit of the losses.
+    """
     return device.type in ("cuda", "mps")
 
 
 class Optimizers:
-    """AdamW with decay on matrices only; with --optimizer muon the blocks' matrices go to PyTorch's
-    Muon.
+    """AdamW with decay on matrices only. With --optimizer muon, PyTorch's Muon updates the blocks'
+    matrices.
 
-    PyTorch's Muon decays weights decoupled and iterates in bfloat16, for which its polynomial was
-    made.
+    PyTorch's Muon has decoupled weight decay. It iterates in bfloat16, for which its polynomial was
+    designed.
 
     Args:
-        parameters: By name.
+        config: The resolved settings of the run.
+        parameters: The model's parameters by name.
     """
 
     def __init__(self, config: TrainConfig, parameters: Mapping[str, torch.nn.Parameter]):
@@ -60,7 +64,10 @@ class Optimizers:
             )
 
     def step(self, rate: float) -> None:
-        """Take a step at AdamW's rate; Muon's follows the same schedule. Gradients are cleared."""
+        """Take a step at AdamW's learning rate, and clear the gradients.
+
+        Muon's learning rate follows the same schedule.
+        """
         for optimizer in self._all:
             own = rate if optimizer is self._adamw else muon_rate(self.config, rate)
             for group in optimizer.param_groups:
@@ -69,11 +76,11 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, np.ndarray]:
-        """The moments by their names on disk."""
+        """The moments as numpy arrays, by their names on disk."""
         return {name: m.detach().cpu().numpy().copy() for name, m in self.moments().items()}
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """The same on the device."""
+        """The moments on the device, by their names on disk."""
         return {
             f"{moment}.{self._names[p]}": optimizer.state[p][moment]
             for optimizer, p in self._owned()
@@ -81,14 +88,14 @@ class Optimizers:
         }
 
     def load_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
-        """Put back what `state_tensors` gave; UserError if it does not fit."""
+        """Restore the result of `state_tensors`; UserError if it does not fit."""
         for optimizer, p in self._owned():
             state: dict[str, Any] = {}
             for moment in MOMENTS[type(optimizer)]:
                 stored = stored_moment(tensors, f"{moment}.{self._names[p]}", tuple(p.shape))
                 state[moment] = torch.tensor(stored, device=p.device)
             if optimizer is self._adamw:
-                # Fused AdamW keeps its count on the device.
+                # Fused AdamW keeps its step count on the device.
                 state["step"] = torch.tensor(
                     float(steps_done), device=p.device if fuses(p.device) else None
                 )

@@ -1,4 +1,7 @@
-"""Ranks that talk by torch.distributed: gloo on CPUs, NCCL on CUDA; `torchrun` starts them."""
+"""Communication between ranks through torch.distributed: gloo on CPUs, NCCL on CUDA.
+
+`torchrun` starts the ranks.
+"""
 
 import contextlib
 import datetime
@@ -13,8 +16,8 @@ import torch.distributed as dist
 from mlx_mla.errors import UserError
 
 ENGINES = ("gloo", "nccl")
-# A rank may wait for rank 0 while that scores tasks or saves; a rank that dies is noticed by its
-# closed connection.
+# Ranks wait while rank 0 scores tasks or saves. A rank that dies closes its connection, which the
+# others notice at once.
 PATIENCE = datetime.timedelta(hours=2)
 BUCKET_BYTES = 32 * 2**20
 
@@ -23,12 +26,12 @@ class TorchEngine:
     """See `mlx_mla.world.Engine`.
 
     Args:
-        name: One of `ENGINES`, or "auto": NCCL where there is CUDA, else gloo.
+        name: One of `ENGINES`, or "auto": NCCL if CUDA is available, else gloo.
     """
 
     def __init__(self, name: str = "auto"):
         if name not in ("auto", *ENGINES):
-            raise UserError(f"--distributed-backend {name}: PyTorch has {', '.join(ENGINES)}")
+            raise UserError(f"--distributed-backend {name}: PyTorch supports {', '.join(ENGINES)}")
         cuda = torch.cuda.is_available()
         if name == "nccl" and not cuda:
             raise UserError("--distributed-backend nccl: PyTorch sees no CUDA GPU here; use gloo")
@@ -57,7 +60,7 @@ class TorchEngine:
         return GradientAverage(parameters, self.size, self._device)
 
     def is_loss(self, error: BaseException) -> bool:
-        # gloo throws plain RuntimeErrors that name its source file or a connection.
+        # gloo raises plain RuntimeErrors that name its source file or a connection.
         text = str(error).lower()
         return isinstance(error, RuntimeError) and (
             isinstance(error, dist.DistError)
@@ -72,16 +75,15 @@ class TorchEngine:
 
 
 class GradientAverage:
-    """See `mlx_mla.world.GradientAverage`; sends gradients while the backward pass that completes
-    them still runs.
+    """See `mlx_mla.world.GradientAverage`. Sends gradients while the last backward pass still runs.
 
-    DistributedDataParallel does the same for models whose `forward` is called once a pass. Hooks on
-    the parameters do not care how the loss was computed from them.
+    DistributedDataParallel does the same for models whose `forward` is called once per pass. Hooks
+    on the parameters work however the loss is computed from them.
 
     Args:
-        parameters: Those of the model, in the same order on every rank.
+        parameters: The model's parameters, in the same order on every rank.
         size: Number of ranks.
-        device: Where the engine takes tensors from.
+        device: Device of the tensors that the engine sends.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], size: int, device: torch.device):
@@ -94,7 +96,7 @@ class GradientAverage:
 
     @contextlib.contextmanager
     def last_pass(self) -> Iterator[None]:
-        """On leaving, every parameter's `grad` is the mean over the ranks."""
+        """Context that leaves in every parameter's `grad` the mean over the ranks."""
         self._open = True
         yield
         self._open = False
@@ -107,7 +109,7 @@ class GradientAverage:
         self._sent = []
 
     def mean(self, gradients: Any) -> Any:
-        return gradients  # `last_pass` has put the means in their place
+        return gradients  # `last_pass` has replaced them with the means
 
     def _ready(self, parameter: torch.Tensor) -> None:
         if self._open and parameter.grad is not None:

@@ -57,7 +57,7 @@ class TorchScorer:
 
 
 def _rows(shared: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """A cache that holds these rows of a shared one."""
+    """Return a cache that holds these rows of a shared cache."""
     cache = copy.copy(shared)
     cache.layers = [copy.copy(layer) for layer in shared.layers]
     cache.batch_select_indices(rows)

@@ -1,4 +1,4 @@
-"""Training in PyTorch: a model, its optimiser and the step."""
+"""Training in PyTorch: a model, its optimizer and the step."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ from mlx_mla.world import SOLO, World
 class TorchTrainSession:
     """See `mlx_mla.backends.contract.TrainSession`.
 
-    Weights, gradients and optimiser state are float32; bfloat16 runs the forward pass under
-    autocast. On CUDA the forward pass and the loss of all logits at once are compiled, there and on
-    MPS AdamW is fused; elsewhere all run as they are.
+    Weights, gradients and optimizer state are float32. With bfloat16, the forward pass runs under
+    autocast. On CUDA, the forward pass is compiled, and so is the loss unless it is chunked. AdamW
+    is fused on CUDA and MPS.
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class TorchTrainSession:
         on_cuda = device.type == "cuda"
         jit: Any = torch.compile if on_cuda and config.compile else lambda f: f
         self._hidden: Callable[..., torch.Tensor] = jit(hidden_states)
-        # Eager, every operation of the loss writes all logits anew; in chunks they are few.
+        # In eager mode, every operation of the loss writes all logits again; in chunks, they are
+        # few.
         self._head_loss: Callable[..., torch.Tensor] = (
             head_loss if config.loss_chunk else jit(head_loss)
         )
@@ -81,7 +82,7 @@ class TorchTrainSession:
 
     def is_finite(self) -> bool:
         tensors = [*self.parameters.values(), *self.optimizers.moments().values()]
-        # Sums take no memory and a tenth of the time; where one overflows, it says nothing.
+        # Sums need no memory and a tenth of the time. If one is not finite, it may have overflowed.
         with torch.no_grad():
             sums = torch.stack([t.sum() for t in tensors]).isfinite().tolist()
             return all(ok or bool(t.isfinite().all()) for ok, t in zip(sums, tensors))
@@ -128,7 +129,7 @@ class TorchTrainSession:
         return (1 - weight) * F.cross_entropy(logits, y) + weight * divergence
 
     def _cross_entropy(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Summed over all tokens."""
+        """Cross-entropy summed over all tokens."""
         with self._autocast():
             return self._head_loss(
                 self._last_hidden(x), self.model.lm_head.weight, y, self.config.loss_chunk or 0
@@ -155,11 +156,12 @@ class TorchTrainSession:
 def distillation_divergence(
     student: torch.Tensor, teacher: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, nats.
+    """T^2 KL(teacher || student) of the softmaxes at temperature T, mean over tokens, in nats.
 
     Args:
-        student: Logits, (N, V) float32.
-        teacher: The same.
+        student: The student's logits, (N, V) float32.
+        teacher: The teacher's logits, of the same shape.
+        temperature: T.
     """
     log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
