@@ -1,4 +1,4 @@
-"""Compare runs in one picture and one table: `python -m mlx_mla.plot`."""
+"""Compare runs in a figure and a table: `python -m mlx_mla.plot`."""
 
 import dataclasses
 import itertools
@@ -25,18 +25,18 @@ FORMATS = (".png", ".svg", ".pdf")
 
 @dataclasses.dataclass(kw_only=True)
 class PlotCommand:
-    """Compare training runs: a picture of loss, speed and memory, and a table on stdout.
+    """Compare training runs: a figure of loss, speed and memory, and a table on stdout.
 
-    Runs that differ in nothing but --seed share a colour.
+    Runs that differ only in --seed share a color.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders, as mlx_mla.train writes them."""
     out: Path = Path("runs.png")
-    """The picture: a file ending in .png, .svg or .pdf."""
+    """The figure: a file ending in .png, .svg or .pdf."""
     smooth: float = 0.6
-    """Smoothing of the training loss, as in TensorBoard: the share of the mean so far in the next
-    value. 0: off."""
+    """Smoothing of the training loss, as in TensorBoard: the weight of the previous mean in the
+    next value. 0: off."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,22 +53,24 @@ def _main(argv: Sequence[str]) -> int:
     if command.out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {command.out}: give a file ending in {', '.join(FORMATS)}")
     if not command.out.parent.is_dir():
-        raise UserError(f"--out {command.out}: there is no folder {command.out.parent}")
+        raise UserError(
+            f"--out {command.out}: there is no folder {command.out.parent}; create it first"
+        )
     runs = read_runs(command.runs)
     print(table(runs))
     plot_runs(runs, command.out, command.smooth)
-    print(f"\npicture: {command.out}")
+    print(f"\nfigure: {command.out}")
     return 0
 
 
 @dataclasses.dataclass
 class RunMetrics:
-    """What metrics.jsonl of one run says."""
+    """The metrics of one run."""
 
     name: str
-    """The folder's name, with as many of its parents as tell it from the other runs."""
+    """Name of the run folder, with as many parents as needed to make it unique."""
     kind: Any
-    """The settings but for the seed; equal for runs that repeat each other."""
+    """The settings without the seed, which are equal for repetitions of a run."""
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
 
@@ -84,24 +86,27 @@ class RunMetrics:
 
     @property
     def tokens_per_sec(self) -> float:
-        """The median, without the first line where there are more: it compiles."""
+        """Median speed, without the first row if there are more, since it includes compilation."""
         return statistics.median(
             row["tokens_per_sec"] for row in self.train[1:] or self.train or self.val
         )
 
 
-# Keys that every line of a loss has; `seconds` and `mfu` came later and may be missing.
+# Keys of every row with a loss. `seconds` and `mfu` were added later and may be missing.
 REQUIRED = ("loss", "tokens", "tokens_per_sec", "peak_memory_bytes")
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
-    """Read run folders; UserError for one that holds no run, no metrics or a damaged line, or is
-    given twice."""
+    """Read the metrics of run folders.
+
+    Raises:
+        UserError: If a folder holds no run, no metrics or a damaged line, or is given twice.
+    """
     resolved = [folder.resolve() for folder in folders]
     runs = []
     for i, (folder, name) in enumerate(zip(folders, _unique_names(resolved))):
         if resolved[i] in resolved[:i]:
-            raise UserError(f"{folder}: is given twice; name each run once")
+            raise UserError(f"{folder}: is given twice; give each run once")
         path = folder / METRICS
         if not path.is_file():
             if not folder.is_dir():
@@ -110,7 +115,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
                 )
             if not (folder / CONFIG).is_file():
                 raise UserError(
-                    f"{folder}: holds no run (no {METRICS}); give the folder that was train's --out"
+                    f"{folder}: holds no run (no {METRICS}); give a folder that was train's --out"
                 )
             raise UserError(f"{path}: no such file; the run has logged nothing yet")
         rows = read_metrics(path)
@@ -121,7 +126,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
                 for key in REQUIRED:
                     if not isinstance(row.get(key), (int, float)):
                         raise UserError(
-                            f"{path}, line {number}: damaged, it has no number {key!r}; remove the "
+                            f"{path}, line {number}: damaged, has no number {key!r}; remove the "
                             "line"
                         )
         train, val = (
@@ -137,7 +142,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that no other path has."""
+    """For each path, its shortest suffix that no other path has."""
 
     def end(path: Path, parts: int) -> str:
         return "/".join(path.parts[-parts:])
@@ -154,7 +159,7 @@ def _unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
-    """Steps, tokens, losses, speed and memory of runs, as text."""
+    """Table of the steps, tokens, losses, speed and memory of runs, as text."""
     header = [
         "run",
         "steps",
@@ -188,7 +193,7 @@ def table(runs: Sequence[RunMetrics]) -> str:
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average without the bias towards 0 at the start, as TensorBoard's."""
+    """Exponential moving average, corrected for its bias towards 0, as in TensorBoard."""
     mean, out = 0.0, []
     for i, value in enumerate(values, 1):
         mean = weight * mean + (1 - weight) * value
@@ -197,8 +202,11 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
-    """Draw loss against tokens and against time, speed, and peak memory of runs into a file;
-    UserError if it cannot be written."""
+    """Draw loss against tokens and time, speed, and peak memory of runs into a file.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     draw(out, lambda fig: _draw_runs(fig, runs, smooth), figsize=(10, 7), layout="constrained")
 
 
@@ -243,7 +251,7 @@ def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
         by_time.text(
             0.5,
             0.5,
-            "no times logged by\n" + "\n".join(map(plain, without)),
+            "no times logged for\n" + "\n".join(map(plain, without)),
             transform=by_time.transAxes,
             ha="center",
         )
@@ -265,7 +273,7 @@ def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
 
 
 def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
-    """Colour and dashes of each run: a colour for each kind, dashes for each of its repetitions."""
+    """Color and dashes of each run: one color per kind, different dashes for its repetitions."""
     import matplotlib
 
     colormap: Any = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
@@ -303,7 +311,7 @@ def _time_unit(seconds: float) -> tuple[str, float]:
 
 
 def _count(n: float) -> str:
-    """A number in a few characters: 25k, 1.5M, 10B."""
+    """Format a number compactly: 25k, 1.5M, 10B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:g}{letter}"

@@ -83,7 +83,7 @@ def test_every_comparison_is_one_flag_apart():
         ({"kv_lora_rank": 0}, "--kv-lora-rank must be at least 1, not 0"),
         (
             {"n_layer": 2, "kv_lora_ranks": [8]},
-            "--kv-lora-ranks needs 2 widths, one for each layer with a latent of its own, not 8",
+            "--kv-lora-ranks needs 2 widths, one for each layer with its own latent, not 8",
         ),
         ({"n_layer": 2, "kv_lora_ranks": [8, 0]}, "--kv-lora-ranks must be at least 1, not 0"),
         (
@@ -120,7 +120,7 @@ def test_every_comparison_is_one_flag_apart():
         ({"attention_k_eq_v": True, "v_head_dim": 32}, "--v-head-dim 32: with --attention-k-eq-v"),
         (
             {"n_layer": 1, "attention_k_eq_v": True, "kv_lora_ranks": [64]},
-            "use --kv-lora-rank in place of --kv-lora-ranks",
+            "use --kv-lora-rank instead of --kv-lora-ranks",
         ),
         ({"attention": "mha", "attention_k_eq_v": True}, "no meaning with --attention mha"),
         ({"head_dim": 0}, "--head-dim must be at least 1"),

@@ -56,7 +56,11 @@ def test_unreadable_text_is_refused(content, message, tmp_path):
         ("a.txt.xz", lzma.compress(b"text"), "is compressed, not text"),
         ("a.txt.zst", b"", "is compressed, not text"),
         ("a.parquet", b"PAR1", "is a parquet file, not text"),
-        ("train.bin", np.arange(99, dtype="<u2").tobytes(), "is a token shard; give --data the f"),
+        (
+            "train.bin",
+            np.arange(99, dtype="<u2").tobytes(),
+            "is a token shard; give --data its folder",
+        ),
         ("a", struct.pack("<3i", 20240520, 1, 0), "is a token shard"),
         ("tokens.npy", b"\x93NUMPY", "is a token shard"),
         ("a.dat", np.arange(99, dtype="<u2").tobytes(), "has NUL characters, so it is not text"),

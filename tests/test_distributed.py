@@ -427,7 +427,7 @@ def test_auto_resume_refuses_when_nothing_is_whole(broken, capsys):
     for step in (4, 8, 12):
         _damage(broken, step)
     assert train.main(["--auto-resume", "--out", str(broken)]) == 2
-    assert "none of its 3 checkpoints is whole" in capsys.readouterr().err
+    assert "none of its 3 checkpoints is intact" in capsys.readouterr().err
     assert train.main(["--auto-resume"]) == 2
     assert "--auto-resume needs --out" in capsys.readouterr().err
 

@@ -217,7 +217,7 @@ def test_what_no_machine_holds_is_refused_before_anything_is_made_of_it(tmp_path
     out = tmp_path / "run"
     assert train.main(["--out", str(out), *flags]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: a step takes about ") and said.count("\n") == 1
+    assert said.startswith("error: a step needs about ") and said.count("\n") == 1
     assert not out.exists()
     # Which is where one looks for what takes how much.
     assert train.main(["--dry-run", *flags]) == 0

@@ -107,7 +107,7 @@ def test_metrics_of_an_older_version_have_no_times(copies, tmp_path, figure):
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "mfu")} for r in read_metrics(path)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plot.main([str(copies[0]), "--out", str(tmp_path / "p.png")]) == 0
-    assert "no times logged by" in figure[0].axes[1].texts[0].get_text()
+    assert "no times logged for" in figure[0].axes[1].texts[0].get_text()
 
 
 def test_bad_input_is_one_line(copies, tmp_path, capsys):

@@ -173,7 +173,7 @@ def npy(array) -> bytes:
             npy(TOKENS.reshape(10, 100)),
             "has 2 dimensions, but token shards have one",
         ),
-        ("a_train_1.npy", npy(np.array([{}], object)), "holds object, token shards"),
+        ("a_train_1.npy", npy(np.array([{}], object)), "holds object, but token shards"),
         ("a_train_1.npy", b"\x93NUMPY\x01\x00\x10", "not a NumPy array file"),
         ("a_train_1.npy", b"", "not a NumPy array file"),
         ("a_train_1.npy", npy(TOKENS).replace(b"}", b"("), "not a NumPy array file"),
@@ -191,7 +191,7 @@ def npy(array) -> bytes:
         ),
         ("a_train_000001.bin", llmc(TOKENS, version=2), "llm.c version 2 and 1000 tokens"),
         ("train.bin", TOKENS.astype("<i4").tobytes(), "every second 16-bit word is zero"),
-        ("train.bin", TOKENS.astype("<u4").tobytes(), "so its token ids have 32 or 64 bits"),
+        ("train.bin", TOKENS.astype("<u4").tobytes(), "so the token ids have 32 or 64 bits"),
         ("my_train.bin", TOKENS.astype("<i8").tobytes(), "every second 16-bit word"),
         ("train.bin", TOKENS.astype(">u4").tobytes(), "every second 16-bit word is zero"),
         (

@@ -485,7 +485,7 @@ def test_an_update_that_diverges_is_never_saved(tmp_path, text_file, capsys, bac
     argv = (*argv, "--seq-len", "16", "--save-every", "1", "--out", tmp_path / "run")
     said = refused(capsys, *argv, "--steps", "2", "--adam-epsilon", "0")
     assert "diverged at step 1 (weights that are not finite)" in said
-    assert "no checkpoint was saved before" in said
+    assert "no checkpoint has been saved yet" in said
     assert checkpoint.latest(tmp_path / "run") is None
     assert [r["split"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == ["train"]
 
@@ -676,7 +676,7 @@ def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, mo
     ]
     assert train.main(argv) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: a step takes about" in said
+    assert "warning: a step needs about" in said
     assert re.search(
         r"to fit: (--batch-size \d --tokens-per-step 384 )?--activation-checkpointing 1", said
     )

@@ -1,9 +1,9 @@
-"""The kinds of attention, and what follows from their settings. No framework.
+"""The kinds of attention, and everything that follows from their settings, without a framework.
 
-A kind is a class here with a field or more in `ModelConfig`, and a module in each of the two model
-files; everything else asks `ModelConfig.kind`, which is one of these of a resolved configuration.
-Head widths have the letters of the model files: N of queries and keys, P of their decoupled RoPE
-part, V of values, R of the latent.
+A kind of attention is a class in this module, with its own fields in `ModelConfig`, and a module in
+each of the two model files. Everything else asks `ModelConfig.kind`, an instance of one of these
+classes. Widths use the letters of the model files: N for queries and keys, P for their decoupled
+RoPE part, V for values, R for the latent.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Tensors = Iterator[tuple[str, Shape]]
 
 
 class Attention(ABC):
-    """One kind of attention, of one resolved configuration."""
+    """The attention of a resolved configuration."""
 
     fields: ClassVar[tuple[str, ...]]
-    """Fields of `ModelConfig` that mean something to this kind and not to every kind."""
+    """Fields of `ModelConfig` that apply to this kind but not to every kind."""
     biased: ClassVar[bool]
-    """Whether the projections that read x have a bias where nothing is said of it."""
+    """True if the projections that read x have a bias by default."""
 
     def __init__(self, config: ModelConfig):
         self.c = config
@@ -38,49 +38,50 @@ class Attention(ABC):
     @classmethod
     @abstractmethod
     def resolve(cls, c: ModelConfig) -> None:
-        """Fill in this kind's fields of a configuration, in place, and check them.
+        """Fill in and check the fields of this kind in a configuration, in place.
 
         Raises:
-            UserError: For an impossible value; the message names the option.
+            UserError: If a value is impossible; the message names the option.
         """
 
     @property
     @abstractmethod
     def text(self) -> str:
-        """The kind in a few words."""
+        """A short description of the attention."""
 
     @property
     @abstractmethod
     def cache_text(self) -> str:
-        """What its decoding cache holds of a layer, in a few words."""
+        """A short description of a layer's decoding cache."""
 
     @property
     @abstractmethod
     def head_widths(self) -> tuple[int, int]:
-        """Width of a query or key, and of a value, of one head."""
+        """Width of one head's query and key, and width of its value."""
 
     @abstractmethod
     def tensors(self, layer: int) -> Tensors:
-        """Name within the layer's attention and shape of every tensor, in the order of the forward
-        pass; matrices are (out, in)."""
+        """Yield the name (within the layer's attention) and shape of every tensor, in the order of
+        the forward pass. Matrices are (out, in)."""
 
     @abstractmethod
     def cached(self, layer: int, materialized: bool = False) -> list[tuple[int, int]]:
-        """Heads and width of the arrays that decoding caches for a layer.
+        """Return (heads, width) of each array that decoding caches for a layer.
 
         Args:
-            materialized: Of expanded keys and values, where the kind has latents to expand.
+            layer: Index of the layer.
+            materialized: True for a cache of keys and values that are expanded from latents.
         """
 
     @property
     def latent_widths(self) -> list[int]:
-        """Values per token that each layer reads where decoding stays with latents; empty for a
-        kind that has none."""
+        """Values per token that each layer reads when decoding on latents; empty for a kind without
+        latents."""
         return []
 
     @property
     def beyond_gpt2(self) -> list[str]:
-        """The flags that a GPT-2 has no name for; empty if this is GPT-2's own attention."""
+        """The flags that GPT-2 cannot express; empty for GPT-2's own attention."""
         return [f"--attention {self.c.attention}"]
 
     def cached_values(self, materialized: bool = False) -> int:
@@ -89,16 +90,16 @@ class Attention(ABC):
         return sum(heads * width for i in layers for heads, width in self.cached(i, materialized))
 
     def score_flops(self, on_latents: bool = False) -> int:
-        """FLOPs of one query on one key, over all layers: its score, and its share of the output.
+        """FLOPs of one query on one key, over all layers: the score and the weighted value.
 
         Args:
-            on_latents: With the up-projection absorbed (see model_mlx.py).
+            on_latents: True for attention with the up-projection absorbed (see model_mlx.py).
         """
         return 2 * self.c.n_layer * self.c.n_head * sum(self.head_widths)
 
     def kept_values(self) -> float:
-        """Values per token that a layer keeps for the backward pass, the mean over layers: queries
-        and output, keys and values, and latents."""
+        """Values per token that attention stores for the backward pass, averaged over the layers:
+        queries, outputs, keys, values and latents."""
         values = self.cached_values(materialized=True)
         if self.latent_widths:
             values += self.cached_values()
@@ -106,8 +107,8 @@ class Attention(ABC):
 
 
 class MultiHead(Attention):
-    """GPT-2's own, where every head has keys and values, and those whose heads share them: grouped
-    queries (arXiv:2305.13245) and, with one head of keys and values, multi-query."""
+    """Multi-head attention as in GPT-2, and its variants whose heads share keys and values:
+    grouped-query attention (arXiv:2305.13245), and multi-query attention with one such head."""
 
     fields = ("num_key_value_heads",)
     biased = True
@@ -117,7 +118,7 @@ class MultiHead(Attention):
         c.position_embedding_type = c.position_embedding_type or "learned"
         if c.position_embedding_type == "rope" and _head_dim(c) % 2:
             raise UserError(
-                f"--position-embedding-type rope rotates pairs, and a head is {_head_dim(c)} wide; "
+                f"--position-embedding-type rope rotates pairs, but a head is {_head_dim(c)} wide; "
                 f"use --head-dim {_head_dim(c) + 1}, or another --n-head"
             )
         if c.num_key_value_heads is not None and c.n_head % c.num_key_value_heads:
@@ -129,7 +130,7 @@ class MultiHead(Attention):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return self.c.num_key_value_heads or self.c.n_head
 
     @property
@@ -171,7 +172,7 @@ class MultiHead(Attention):
 
 
 class MultiHeadLatent(Attention):
-    """DeepSeek-V2's (arXiv:2405.04434): every head expands one latent (see model_mlx.py)."""
+    """DeepSeek-V2's attention (arXiv:2405.04434): all heads expand one latent (model_mlx.py)."""
 
     fields = (
         "kv_lora_rank",
@@ -189,15 +190,15 @@ class MultiHeadLatent(Attention):
     def resolve(cls, c: ModelConfig) -> None:
         if c.num_kv_shared_layers >= c.n_layer:
             raise UserError(
-                f"--num-kv-shared-layers must be from 0 to {c.n_layer - 1}, one less than "
-                f"--n-layer, not {c.num_kv_shared_layers}"
+                f"--num-kv-shared-layers must be from 0 to {c.n_layer - 1} (--n-layer minus 1), "
+                f"not {c.num_kv_shared_layers}"
             )
         if c.kv_lora_ranks is not None:
             latents = c.n_layer - c.num_kv_shared_layers
             if len(c.kv_lora_ranks) != latents:
                 raise UserError(
-                    f"--kv-lora-ranks needs {latents} widths, one for each layer with a latent of "
-                    f"its own, not {' '.join(map(str, c.kv_lora_ranks))}"
+                    f"--kv-lora-ranks needs {latents} widths, one for each layer with its own "
+                    f"latent, not {' '.join(map(str, c.kv_lora_ranks))}"
                 )
             if c.kv_lora_rank not in (None, max(c.kv_lora_ranks)):
                 raise UserError(
@@ -221,8 +222,8 @@ class MultiHeadLatent(Attention):
             c.position_embedding_type = "rope" if rope else "learned"
         if c.position_embedding_type == "rope" and not rope:
             raise UserError(
-                "--position-embedding-type rope with --attention mla needs the width of the part "
-                f"that is rotated; use --qk-rope-head-dim {max(2, _head_dim(c) // 4 * 2)}"
+                "--position-embedding-type rope with --attention mla needs the width of the "
+                f"rotated part; use --qk-rope-head-dim {max(2, _head_dim(c) // 4 * 2)}"
             )
         if c.position_embedding_type == "learned" and rope:
             raise UserError(
@@ -232,11 +233,11 @@ class MultiHeadLatent(Attention):
 
     @staticmethod
     def _resolve_tied_widths(c: ModelConfig) -> None:
-        """Make heads as wide as the latent, which is the value of each."""
+        """Set the head widths to the width of the latent, which is each head's value."""
         if c.kv_lora_ranks is not None:
             raise UserError(
-                "--attention-k-eq-v gives every layer heads as wide as its latent, and heads have "
-                "one width; use --kv-lora-rank in place of --kv-lora-ranks"
+                "--attention-k-eq-v makes heads as wide as the latent, and all layers have the "
+                "same head width; use --kv-lora-rank instead of --kv-lora-ranks"
             )
         if c.kv_lora_rank is None:
             c.kv_lora_rank = _head_dim(c)
@@ -250,7 +251,7 @@ class MultiHeadLatent(Attention):
 
     @property
     def latent_ranks(self) -> list[int]:
-        """Width of the latent that every layer reads, R."""
+        """Width R of the latent that each layer reads."""
         c = self.c
         assert c.kv_lora_rank
         if c.kv_lora_ranks is None:
@@ -258,7 +259,7 @@ class MultiHeadLatent(Attention):
         return c.kv_lora_ranks + c.kv_lora_ranks[-1:] * c.num_kv_shared_layers
 
     def has_latent(self, layer: int) -> bool:
-        """Whether a layer has a latent of its own, and does not read the one before it."""
+        """True if a layer has its own latent, instead of reading an earlier layer's."""
         return layer < self.c.n_layer - self.c.num_kv_shared_layers
 
     @property
@@ -267,7 +268,7 @@ class MultiHeadLatent(Attention):
         rope = f", RoPE {self.c.qk_rope_head_dim} wide" if self.c.qk_rope_head_dim else ""
         shared = self.c.num_kv_shared_layers
         sharing = f", one latent for the last {shared + 1} layers" if shared else ""
-        tied = ", keys and values the latent itself" if self.c.attention_k_eq_v else ""
+        tied = ", the latent itself as keys and values" if self.c.attention_k_eq_v else ""
         return f"Multi-head Latent Attention, kv_lora_rank {ranks}{rope}{tied}{sharing}"
 
     @property
@@ -285,7 +286,7 @@ class MultiHeadLatent(Attention):
     def tensors(self, layer: int) -> Tensors:
         c, rank, (key_width, value_width) = self.c, self.latent_ranks[layer], self.head_widths
         q_width = c.n_head * key_width
-        # [q (or its latent) | kv latent | shared RoPE key]
+        # [q (or its latent) | KV latent | shared RoPE key]
         latent_width = rank + c.qk_rope_head_dim if self.has_latent(layer) else 0
         rows = (c.q_lora_rank or q_width) + latent_width
         yield from _linear("c_attn", c.n_embd, rows, c.attention_bias)
@@ -312,7 +313,7 @@ class MultiHeadLatent(Attention):
     def score_flops(self, on_latents: bool = False) -> int:
         if not on_latents:
             return super().score_flops()
-        # Scores are R + P wide, the sum of the latents R.
+        # A score is a product over R + P values; the weighted sum is over latents R wide.
         return 2 * self.c.n_head * sum(2 * r + self.c.qk_rope_head_dim for r in self.latent_ranks)
 
 
@@ -320,7 +321,7 @@ KINDS: dict[AttentionName, type[Attention]] = {"mla": MultiHeadLatent, "mha": Mu
 
 
 def meaningless_fields(attention: AttentionName) -> list[str]:
-    """Fields of the other kinds, which mean nothing to this one."""
+    """Fields of the other kinds, which do not apply to this one."""
     names = dict.fromkeys(name for kind in KINDS.values() for name in kind.fields)
     return [name for name in names if name not in KINDS[attention].fields]
 

@@ -1,4 +1,4 @@
-"""What a configuration costs, from its shapes alone: parameters, FLOPs, memory, cache bytes."""
+"""The cost of a configuration, from its shapes only: parameters, FLOPs, memory, cache bytes."""
 
 import dataclasses
 
@@ -10,7 +10,8 @@ from mlx_mla.model.weights import is_hidden_matrix, num_parameters, parameter_sh
 
 BYTES = {"float32": 4, "bfloat16": 2}
 BEYOND = 4
-"""Times the machine's memory that a step may take by estimate; less than that it may well swap."""
+"""Maximum estimated memory of a step, as a multiple of the machine's memory. Up to this multiple,
+swapping may help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,23 +19,25 @@ class Estimate:
     """The figures that `train --dry-run` prints."""
 
     parameters: int
-    """Trainable parameters, a tied head counted once."""
+    """Number of trainable parameters; a tied head counts once."""
     forward_flops_per_token: int
-    """Multiply-adds counted as 2, averaged over the positions of a sequence, head included."""
+    """FLOPs with multiply-adds counted as 2, averaged over the positions of a sequence, including
+    the head."""
     train_flops_per_token: int
-    """Forward and backward: three times the forward pass."""
+    """FLOPs of the forward and backward passes: three times the forward pass."""
     weights_bytes: int
     """float32 weights."""
     optimizer_bytes: int
-    """The optimiser's moments, float32."""
+    """The optimizer's float32 moments."""
     gradient_bytes: int
-    """float32 gradients, twice where several passes are summed."""
+    """float32 gradients, counted twice if several passes are summed."""
     activation_bytes: int
-    """What the peak of a step adds: activations of one pass, logits, bfloat16 copies of weights."""
+    """Additional memory at the peak of a step: activations of one pass, logits, bfloat16 copies of
+    weights."""
     cache_bytes_per_token: int
     """Decoding cache over all layers, in bfloat16."""
     mha_cache_bytes_per_token: int
-    """What multi-head attention of the same shape would cache."""
+    """Decoding cache of multi-head attention of the same shape, in bfloat16."""
 
     @property
     def total_bytes(self) -> int:
@@ -44,10 +47,11 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
-    """Estimate a resolved training configuration.
+    """Estimate the cost of a resolved training configuration.
 
     Args:
-        fused_attention: Whether attention keeps no matrix of scores (`mlx_mla.model.fusion`).
+        config: The configuration.
+        fused_attention: True if attention stores no matrix of scores (`mlx_mla.model.fusion`).
     """
     m, T = config.model, config.context
     n = num_parameters(m)
@@ -70,24 +74,29 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
 
 
 def check_memory(config: TrainConfig, fused_attention: bool) -> None:
-    """UserError for a resolved configuration that needs many times the memory of this machine,
-    where no swapping helps: its weights could not even be drawn.
+    """Check that a resolved configuration does not need a multiple of this machine's memory.
 
     Args:
-        fused_attention: As for `estimate`.
+        config: The configuration.
+        fused_attention: See `estimate`.
+
+    Raises:
+        UserError: If it needs more than BEYOND times the memory. Even its initial weights could
+            then not be drawn.
     """
     needed, there = estimate(config, fused_attention).total_bytes, physical_memory()
-    # Token ids and places of the batches of a step, which are read before it.
+    # Token ids and positions of a step's batches, which are read before the step.
     needed += (8 + 200 // config.context) * config.step_tokens
     if needed > BEYOND * there:
         raise UserError(
-            f"a step takes about {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:.0f}; "
-            "give a smaller model, --batch-size or --seq-len (--dry-run says what takes how much)"
+            f"a step needs about {needed / 2**30:,.0f} GiB, but this machine has "
+            f"{there / 2**30:.0f}; use a smaller model, --batch-size or --seq-len (--dry-run lists "
+            "what needs how much)"
         )
 
 
 def report(config: TrainConfig) -> str:
-    """What a training configuration costs, for people: what `train --dry-run` prints."""
+    """Describe the cost of a training configuration: the output of `train --dry-run`."""
     config = config.resolved()
     unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
     m = config.model
@@ -128,7 +137,7 @@ def _cache(e: Estimate) -> str:
     ratio = e.mha_cache_bytes_per_token / e.cache_bytes_per_token
     size = f"{e.cache_bytes_per_token:,} bytes in 16 bits"
     if ratio == 1:
-        return f"{size}, as MHA's"
+        return f"{size}, the same as MHA's"
     than = f"{ratio:.3g}x smaller" if ratio > 1 else f"{1 / ratio:.3g}x larger"
     return f"{size}, {than} than MHA's {e.mha_cache_bytes_per_token:,}"
 
@@ -143,13 +152,14 @@ def _size(n: int) -> str:
 
 
 def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str | None:
-    """What to change so that a resolved configuration fits `limit` bytes; None if it does."""
+    """Say what to change to make a resolved configuration fit into `limit` bytes; None if it
+    fits."""
     if estimate(config, fused_attention).total_bytes <= limit:
         return None
     batch = config.batch_size
     for group in (1, config.activation_checkpointing):
         for size in [batch // 2**i for i in range(batch.bit_length())]:
-            # Halves must leave the tokens of a step as they are.
+            # Halving the batch must not change the tokens of a step.
             if config.batch_size * config.passes_per_step % size:
                 continue
             smaller = dataclasses.replace(config, batch_size=size, activation_checkpointing=group)
@@ -164,8 +174,8 @@ def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str
 
 
 def forward_flops_per_token(m: ModelConfig, context: int) -> int:
-    """FLOPs of the forward pass per token, the mean over `context` causal positions."""
-    # An embedding is only looked up, but for that which is the head's matrix too.
+    """FLOPs of the forward pass per token, averaged over `context` causal positions."""
+    # An embedding is only looked up, unless it is also the head's matrix.
     looked_up = ("wpe",) if m.tie_word_embeddings else ("wpe", "wte")
     matrices = sum(
         shape[0] * shape[1]
@@ -182,13 +192,13 @@ def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
 
 
 def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
-    """Bytes that one pass and its update hold at their peak, beside float32 weights and moments.
+    """Peak bytes of one pass and its update, besides float32 weights and moments.
 
-    While the backward pass goes through the blocks their activations go and their gradients come,
-    so the peak is at its beginning, at its end, or in the optimiser's update. The counts of values
-    were fitted to `mx.get_peak_memory` of compiled steps on a CPU, over widths, lengths, heads,
-    vocabularies, both types and gradient checkpointing (docs/diary.md); on Metal and CUDA they are
-    not checked yet.
+    During the backward pass, each block's activations are freed and its gradients are allocated.
+    The peak is therefore at the beginning of the backward pass, at its end, or in the optimizer's
+    update. The coefficients were fitted to `mx.get_peak_memory` of compiled steps on a CPU, over
+    widths, lengths, heads, vocabularies, both types and activation checkpointing (docs/diary.md).
+    They have not been checked on Metal and CUDA.
     """
     m, tokens = config.model, config.batch_size * config.context
     assert m.n_inner and m.vocab_size
@@ -202,8 +212,8 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     # MLP, attention.
     mlp = (12 if gated else 5) * m.n_inner
     working = max(mlp + scores, 22 * m.n_embd + 2 * scores) * width * tokens
-    # Logits, their exponentials and their gradient in float32; in chunks also three sets of the
-    # head's gradient.
+    # Logits, their exponentials and their gradient in float32; with chunks, also three copies of
+    # the head's gradient.
     head = (16 if half else 12) * m.vocab_size * min(config.loss_chunk or tokens, tokens)
     head += (
         (10 if half else 12) * m.vocab_size * m.n_embd
@@ -217,9 +227,9 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     if group:
         begin = m.n_layer / group * m.n_embd * width * tokens + max(head, group * kept + working)
     else:
-        # The last block's values go while its gradients come: half of them at the peak.
+        # The last block's values are freed while its gradients are allocated: half at the peak.
         begin = m.n_layer * kept + max(head, working - kept / 2)
-    # In the last group of blocks all other gradients are there.
+    # In the last group of blocks, all other gradients are allocated.
     end = weight * n + working + max(kept - of_block, group * (kept - of_block))
     copy = 2 * n if half else 0
     update = 7 * n

@@ -1,5 +1,7 @@
-"""On which devices attention keeps no matrix of scores while a model trains, as the sources of MLX
-0.32 and PyTorch 2.13 have it. No framework."""
+"""The devices on which attention is fused in training, so that it stores no matrix of scores.
+
+The rules come from the sources of MLX 0.32 and PyTorch 2.13. This module imports no framework.
+"""
 
 from typing import Literal
 
@@ -8,12 +10,12 @@ from mlx_mla.model.config import TrainConfig
 Device = Literal["metal", "cuda", "cpu"]
 
 METAL_WIDTHS = {64, 72, 80, 96, 128, 192, 256}  # of keys and values; the model pads the narrower
-METAL_SHORTEST = 9  # queries; fewer have no fused gradient
-CPU_SHORTEST = 32  # queries for which the PyTorch model pads keys and values to one width
+METAL_SHORTEST = 9  # minimum number of queries with a fused gradient
+CPU_SHORTEST = 32  # minimum queries for which the PyTorch model pads keys and values to one width
 
 
 def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
-    """Whether MLX's attention is fused in the forward and the backward pass of a resolved
+    """True if MLX fuses attention in the forward and backward passes of a resolved
     configuration."""
     widths = config.model.kind.head_widths
     if device == "metal":
@@ -25,8 +27,8 @@ def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
 
 
 def fused_by_torch(device: str, config: TrainConfig) -> bool:
-    """The same of PyTorch's."""
-    if device == "cpu":  # few queries with keys wider than values are not worth a copy
+    """True if PyTorch fuses attention in the forward and backward passes."""
+    if device == "cpu":  # for few queries with keys wider than values, a copy does not pay off
         keys, values = config.model.kind.head_widths
         return keys == values or config.context >= CPU_SHORTEST
     return device == "cuda"

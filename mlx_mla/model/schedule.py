@@ -1,4 +1,4 @@
-"""The learning rate of every step."""
+"""The learning rate of each step."""
 
 import math
 
@@ -6,12 +6,11 @@ from mlx_mla.model.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of the step that follows `step` finished ones: linear warm-up, then
-    --lr-schedule."""
+    """Learning rate of the step after `step` finished ones: linear warmup, then --lr-schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_schedule == "wsd":
-        # Warm-up, stable, decay (MiniCPM, arXiv:2404.06395), with the linear decay of
+        # Warmup, stable, decay (MiniCPM, arXiv:2404.06395), with the linear decay of
         # arXiv:2405.18392.
         decay = max(1, round((config.decay_fraction or 0) * config.steps))
         left = min(1.0, max(0, config.steps - step) / decay)
@@ -22,6 +21,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def muon_rate(config: TrainConfig, rate: float) -> float:
-    """Muon's learning rate where AdamW's is `rate`: both follow one schedule."""
+    """Muon's learning rate when AdamW's is `rate`. Both follow the same schedule."""
     assert config.muon_learning_rate
     return rate * config.muon_learning_rate / config.learning_rate

@@ -1,4 +1,4 @@
-"""The model's tensors by name and shape, and their first values; the same for every backend."""
+"""Names, shapes and initial values of the model's tensors, for every backend."""
 
 import zlib
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from mlx_mla.model.config import InitializerName, ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in `model.safetensors`, in the order of the forward pass.
+    """Shape of every tensor in `model.safetensors` by name, in the order of the forward pass.
 
-    Names are those of Hugging Face's GPT-2 where a tensor has a counterpart there; matrices are
-    stored (out, in), as nn.Linear does. `config` must be resolved.
+    Tensors with a counterpart in Hugging Face's GPT-2 have its name. Matrices are stored (out, in),
+    as in nn.Linear. `config` must be resolved.
     """
     c = config
     assert c.n_inner and c.vocab_size
@@ -30,7 +30,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if c.norm == "layer_norm":
             shapes[f"{name}.bias"] = (c.n_embd,)
 
-    # [gate | up] in one matrix, as [q | k | v] are.
+    # [gate | up] is one matrix, like [q | k | v].
     width_up = 2 * c.n_inner if c.activation_function == "swiglu" else c.n_inner
     for i in range(c.n_layer):
         block = f"transformer.h.{i}"
@@ -46,9 +46,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """Name of a tensor with a value that is NaN or infinite; None if there is none."""
+    """Name of a tensor that holds NaN or infinity; None if there is none."""
     for name, values in tensors.items():
-        # A sum takes no memory and a tenth of the time; where it overflows, it says nothing.
+        # A sum needs no memory and a tenth of the time. If it is not finite, it may have
+        # overflowed.
         with np.errstate(all="ignore"):
             total = values.sum()
         if not np.isfinite(total) and not np.isfinite(values).all():
@@ -57,31 +58,32 @@ def not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
 
 
 def is_hidden_matrix(name: str, ndim: int) -> bool:
-    """Whether a parameter is a matrix of a block, which --optimizer muon orthogonalises: not an
-    embedding."""
+    """True if a parameter is a matrix of a block, which --optimizer muon orthogonalizes, rather
+    than an embedding."""
     return ndim == 2 and ".h." in name
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters in all, a tied output head counted once."""
+    """Number of parameters; a tied output head counts once."""
     return sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
 
 
 def initial_weights(
     config: ModelConfig, seed: int, std: float = 0.02, initializer: InitializerName = "normal"
 ) -> dict[str, np.ndarray]:
-    """Random weights, float32 by name: N(0, std), residual projections N(0, std / sqrt(2 n_layer)).
+    """Draw random float32 weights by name: N(0, std), or N(0, std / sqrt(2 n_layer)) for residual
+    projections.
 
-    Every tensor has its own random stream, drawn from the seed and its name, so its initial values
-    do not depend on which other tensors the model has.
+    Each tensor has its own random stream, seeded with the seed and the tensor's name. Its initial
+    values therefore do not depend on the model's other tensors.
 
     Args:
         config: A resolved configuration.
-        seed: Of all streams.
+        seed: Seed of all streams.
         std: Standard deviation.
-        initializer: "normal" is GPT-2's. With "fan_in" a block's matrix gets sqrt(n_embd / inputs)
-            times that std, so that W_up, which reads a latent narrower than n_embd, makes keys and
-            values as large as a matrix that reads the residual stream does.
+        initializer: "normal" is GPT-2's initialization. With "fan_in", the std of a block's matrix
+            is multiplied by sqrt(n_embd / inputs). W_up reads a latent narrower than n_embd; this
+            makes its keys and values as large as those of a matrix that reads the residual stream.
     """
     weights = {}
     for name, shape in parameter_shapes(config).items():

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes, and how fast it goes."""
+"""The log of a run, and its speed."""
 
 import json
 import time
@@ -15,29 +15,29 @@ from mlx_mla.training.tracking import Tracking
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and samples.jsonl, and tells the trackers.
+    """Appends rows to metrics.jsonl and samples.jsonl, and reports them to the trackers.
 
     Args:
         out: The run folder.
-        trackers: Where else each row goes.
-        advice: What to add to an error, for the user to go on.
+        trackers: Trackers that also receive each row.
+        advice: Returns the advice on how to resume that is added to an error.
     """
 
     def __init__(self, out: Path, trackers: Tracking, advice: Callable[[], str]):
         self._out, self._trackers, self._advice = out, trackers, advice
-        # When the run would have begun, had it never stopped.
+        # The time at which the run would have begun if it had never stopped.
         so_far = max((row.get("seconds", 0.0) for row in read_metrics(out / METRICS)), default=0.0)
         self._began = time.perf_counter() - so_far
 
     def add(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl, with the seconds since the run began."""
+        """Append a row to metrics.jsonl, with the seconds since the run began."""
         seconds = round(time.perf_counter() - self._began, 2)
         row = {"step": step, "split": split, **values, "seconds": seconds}
         self._append(METRICS, row)
         self._trackers.log(row)
 
     def sample(self, step: int, text: str) -> None:
-        """A row of samples.jsonl."""
+        """Append a row to samples.jsonl."""
         self._append(SAMPLES, {"step": step, "text": text})
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
@@ -51,12 +51,12 @@ class MetricsLog:
 
 
 class Pace:
-    """Speed of training, without validation and saving, and the time that is left.
+    """The speed of training, without validation and saving, and the remaining time.
 
     Args:
         config: Resolved settings.
-        flops_per_token: Of training.
-        peak_flops: FLOP/s that the device reaches.
+        flops_per_token: FLOPs of training per token.
+        peak_flops: Measured peak of the device, in FLOP/s.
     """
 
     def __init__(self, config: TrainConfig, flops_per_token: int, peak_flops: float):
@@ -68,28 +68,26 @@ class Pace:
         """Count a step."""
         self._seconds += seconds
         self._tokens += self._config.step_tokens
-        if (
-            self._timed_steps >= 0
-        ):  # the first step compiles, which says nothing about those to come
+        if self._timed_steps >= 0:  # the first step includes compilation, unlike the later ones
             self._timed_seconds += seconds
         self._timed_steps += 1
 
     def logged(self) -> None:
-        """Begin the next mean."""
+        """Start a new mean."""
         self._seconds, self._tokens = 0.0, 0
 
     @property
     def tokens_per_sec(self) -> float:
-        """The mean since the last logged step."""
+        """Mean tokens per second since the last logged step."""
         return self._tokens / self._seconds
 
     @property
     def mfu(self) -> float:
-        """Share of the device's peak; see `mlx_mla.backends.peak.mfu`."""
+        """Fraction of the device's peak; see `mlx_mla.backends.peak.mfu`."""
         return mfu(self._flops, self.tokens_per_sec, self._peak)
 
     def eta(self, step: int) -> float | None:
-        """Seconds until the last step; None while no step tells."""
+        """Estimated seconds until the last step; None before the second step."""
         if self._timed_steps < 1:
             return None
         return (self._config.steps - step) * self._timed_seconds / self._timed_steps

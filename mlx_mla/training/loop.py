@@ -1,7 +1,8 @@
-"""The training loop: batches in, metrics and checkpoints out. It knows no framework.
+"""The training loop: batches in, metrics and checkpoints out. It imports no framework.
 
-Everything a step depends on is a function of the configuration, the data and the step number, or is
-in the checkpoint; so a run that was stopped and resumed is bit-identical to one that was not.
+Everything that a step depends on is either in the checkpoint or a function of the configuration,
+the data and the step number. A run that was stopped and resumed is therefore bit-identical to an
+uninterrupted one.
 """
 
 import contextlib
@@ -52,13 +53,13 @@ from mlx_mla.world import SOLO, Share, World, same_everywhere, share_of
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a call of `train` ended."""
+    """Outcome of a call of `train`."""
 
     checkpoint: Path
     """The newest checkpoint."""
     step: int
     val_loss: float | None
-    """The last validation loss, over what --final-eval-batches says; None if the run was
+    """The final validation loss, over --final-eval-batches batches; None if the run was
     interrupted."""
     sample: str | None
     """Text generated at the end."""
@@ -78,16 +79,16 @@ def train(
     """Train a model into a run folder.
 
     Args:
-        config: Settings; defaults in it are filled in here. Those of rank 0 hold for all.
+        config: The settings, whose defaults are filled in here. All ranks use those of rank 0.
         out: The run folder: a new one, or with `resume` one that holds a run. Only rank 0 reads and
             writes it.
-        resume: Go on from the newest checkpoint of `out`.
-        from_step: With `resume`, go on from the checkpoint of this step instead.
-        console: Where progress is shown.
+        resume: Resume from the newest checkpoint of `out`.
+        from_step: With `resume`, resume from the checkpoint of this step instead.
+        console: Where to show progress.
         world: The ranks that train together.
 
     Raises:
-        UserError: For anything the user can set right; see the message.
+        UserError: For any mistake in the input.
     """
     lead = world.rank == 0
     with contextlib.ExitStack() as stack:
@@ -100,7 +101,7 @@ def train(
         first = _start(config, out, run.data, resume, from_step) if lead else None
         taught_by = teacher(config, run.data.tokenizer)
         start = _shared(world, first)
-        # All that the user may have got wrong is checked; from here on the run folder is written.
+        # All input has been checked. From here on, the run folder is written.
         if lead and resume:
             run_folder.prepare_resume(out, config, start.step)
         elif lead:
@@ -125,7 +126,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What a run is made of on this rank, all of it checked."""
+    """The checked parts of a run on this rank."""
 
     config: TrainConfig
     out: Path
@@ -137,13 +138,13 @@ class _Run:
     def how_to_go_on(self) -> str:
         newest = checkpoint.latest(self.out)
         if newest is None:
-            return "no checkpoint was saved before"
-        remedy = f"set things right and add --resume --out {shlex.quote(str(self.out))}"
+            return "no checkpoint has been saved yet"
+        remedy = f"fix the cause and add --resume --out {shlex.quote(str(self.out))}"
         return f"the newest good checkpoint is {newest}; {remedy}"
 
 
 class _Loop:
-    """Takes the steps of a run; `log` is None on ranks that write nothing."""
+    """Runs the steps of a run. `log` is None on ranks that write nothing."""
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class _Loop:
                     self._run_tasks()
                 if self.lead and (finished or _due(self.done, config.sample_every)):
                     sample = self._sample()
-                    if sample is not None and not finished:  # the last one is the caller's to show
+                    if sample is not None and not finished:  # the caller shows the last one
                         self.display.sample(self.done, sample)
                 if finished or _due(self.done, config.save_every):
                     self._save()
@@ -192,8 +193,8 @@ class _Loop:
         return RunResult(newest, self.done, self.val_loss, sample, None)
 
     def _next(self, caught: Sequence[int]) -> tuple[list[Batch], int | None]:
-        """This rank's batches of the next step, and the signal that stops the run before it, if any
-        rank got one."""
+        """Return this rank's batches of the next step, and the signal that stops the run before
+        that step, if any rank received one."""
         count, size = self.parts.share
         first = (self.done * self.world.size + self.world.rank) * count * size
         with self._reading(f"the batches of step {self.done + 1}"):
@@ -220,8 +221,10 @@ class _Loop:
             self.pace.logged()
 
     def _check_finite(self, finished: bool) -> None:
-        """Before anything is made of the weights: end the run if the update has spoilt them, which
-        a step's loss, computed before its update, does not show."""
+        """End the run if the weights are not finite, before they are used.
+
+        The loss of a step does not show this, since it is computed before the update.
+        """
         config = self.config
         due = (config.eval_every, config.sample_every, config.save_every)
         used = finished or any(_due(self.done, every) for every in due)
@@ -248,7 +251,7 @@ class _Loop:
         self._log_loss("val", self.val_loss, rate, count / (time.perf_counter() - began))
 
     def _run_tasks(self) -> None:
-        """Run the tasks on rank 0, while the others wait."""
+        """Run the tasks on rank 0, while the other ranks wait."""
         scorer = self.session.scorer(self.data.fast_tokenizer)
         for prepared in self.parts.tasks:
             row = metrics(prepared.run(scorer, self.config.batch_size))
@@ -303,8 +306,10 @@ class _Loop:
             raise UserError(f"{e}; {self.parts.how_to_go_on()}") from e
 
     def _sample(self) -> str | None:
-        """A text from the weights as they are, a function of the seed and the step; also written to
-        samples.jsonl."""
+        """Generate a text with the current weights, and append it to samples.jsonl.
+
+        The text depends only on the seed and the step.
+        """
         config = self.config
         known = self.data.tokenizer
         prompt = known.encode(config.sample_prompt).tolist() or [known.end_of_text]
@@ -322,11 +327,11 @@ class _Loop:
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
-        """Data that vanish or prove bad end the run; the message then says how to go on."""
+        """End the run with advice on how to resume if reading the data fails."""
         try:
             yield
         except (OSError, UserError) as e:
-            # Rank 0 adds its own to another's error.
+            # Rank 0 adds its advice to another rank's error.
             advice = f"; {self.parts.how_to_go_on()}" if self.lead else ""
             raise UserError(f"{what} cannot be read: {e}{advice}") from e
 
@@ -338,8 +343,11 @@ class _Loop:
 
 
 def _prepared(config: TrainConfig, out: Path, resume: bool, world: World) -> _Run:
-    """The settings that all ranks train with, and the data and tasks of this one; UserError where
-    they are impossible or differ."""
+    """Prepare the settings of all ranks, and the data and tasks of this rank.
+
+    Raises:
+        UserError: If a setting is impossible, or the data differ between ranks.
+    """
     if world.rank == 0:
         tokenizer, config = _resolved(config, resume)
     if world.size > 1:
@@ -359,12 +367,12 @@ def _prepared(config: TrainConfig, out: Path, resume: bool, world: World) -> _Ru
 
 
 def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
-    """The tasks of --eval-tasks, on the samples that the whole run uses."""
+    """Prepare the tasks of --eval-tasks, with the samples that the whole run uses."""
     if not config.eval_tasks:
         return []
     n_positions = config.model.n_positions
-    # Windows as long as the model allows: its progress is wanted here, not a figure to set beside
-    # others.
+    # Windows as long as the model allows: they show the run's progress, and need not be comparable
+    # with published values.
     window = min(WINDOW, n_positions)
     setup = task_setup(data.fast_tokenizer, n_positions, window, config.eval_limit, config.seed)
     folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
@@ -376,7 +384,7 @@ def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
 
 
 def _resolved(config: TrainConfig, resume: bool) -> tuple[Tokenizer, TrainConfig]:
-    """The tokenizer, and the settings with all defaults filled in."""
+    """Return the tokenizer, and the settings with all defaults filled in."""
     tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
     if config.init is not None and not resume:
         config = with_shape_of_init(config, tokenizer)
@@ -386,13 +394,13 @@ def _resolved(config: TrainConfig, resume: bool) -> tuple[Tokenizer, TrainConfig
 def _start(
     config: TrainConfig, out: Path, data: TrainingData, resume: bool, from_step: int | None
 ) -> Start:
-    """The checkpoint to go on from, or the first weights."""
+    """Return the checkpoint to resume from, or the initial weights."""
     point = run_folder.resume_point(config, out, from_step, data) if resume else None
     return Start(first_weights(config)) if point is None else point
 
 
 def _shared(world: World, start: Start | None) -> Start:
-    """Rank 0's start on every rank."""
+    """Share rank 0's start with every rank."""
     point = world.first(
         None if start is None else [start.step, start.val_loss, start.optimizer_state is not None]
     )
@@ -403,14 +411,14 @@ def _shared(world: World, start: Start | None) -> Start:
 
 
 def _expected_memory(config: TrainConfig, backend: Backend, console: Console) -> Estimate:
-    """What a step takes by estimate; warns if the device has less, since swapping makes it many
-    times slower."""
+    """Estimate the memory of a step, and warn if the device has less."""
     fused, limit = backend.fused_attention(config), backend.memory_bytes()
     expected = estimate(config, fused)
     if (advice := memory_advice(config, fused, limit)) is not None:
         console.print(
-            f"warning: a step takes about {expected.total_bytes / 2**30:.1f} GiB, the device has "
-            f"{limit / 2**30:.1f}: it will swap, many times slower, or fail; to fit: {advice}",
+            f"warning: a step needs about {expected.total_bytes / 2**30:.1f} GiB, but the device "
+            f"has {limit / 2**30:.1f}: training will swap (many times slower) or fail; to fit: "
+            f"{advice}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     return expected
@@ -418,7 +426,7 @@ def _expected_memory(config: TrainConfig, backend: Backend, console: Console) ->
 
 @functools.cache
 def _peak_flops(backend: BackendName, device: DeviceName, dtype: DType) -> float:
-    """The device's measured peak, for the MFU: once a process."""
+    """The device's measured peak, for the MFU. Measured once per process."""
     return get_backend(backend, device).peak_flops(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Stopping on signals, and finding the checkpoint that --auto-resume starts from."""
+"""Handle signals, and find the checkpoint from which --auto-resume resumes."""
 
 import contextlib
 import dataclasses
@@ -17,19 +17,19 @@ _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
-    """Where --auto-resume starts."""
+    """The point from which --auto-resume resumes."""
 
     from_step: int | None
-    """Step of the newest intact checkpoint; None: the run has saved none yet."""
+    """Step of the newest intact checkpoint; None if the run has saved none yet."""
     notes: tuple[str, ...]
-    """Messages about the damaged checkpoints that were skipped."""
+    """Messages about damaged checkpoints that were skipped."""
 
 
 def find_restart(run: Path) -> Restart:
-    """The newest intact checkpoint of a run folder, by its checksums.
+    """Find the newest intact checkpoint of a run folder, by its checksums.
 
     Raises:
-        UserError: If there are checkpoints, and all of them are damaged.
+        UserError: If there are checkpoints, but all of them are damaged.
     """
     notes: list[str] = []
     for folder in reversed(checkpoint.checkpoints(run)):
@@ -39,14 +39,14 @@ def find_restart(run: Path) -> Restart:
         notes.append(f"{folder}: damaged, {problem}; resuming from an older one")
     if notes:
         raise UserError(
-            f"{run}: none of its {len(notes)} checkpoints is whole (newest: "
+            f"{run}: none of its {len(notes)} checkpoints is intact (newest: "
             f"{notes[0].partition(';')[0]}); restore one, or start a new run with another --out"
         )
     return Restart(None, ())
 
 
 def _problem(folder: Path) -> str | None:
-    # Every checkpoint has them, since folders appear complete or not at all.
+    # Every intact checkpoint has these files, since folders appear complete or not at all.
     for name in (SUMS, checkpoint.STATE, checkpoint.STATE_INFO):
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -58,13 +58,15 @@ def _problem(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def catch_signals(second_acts: bool) -> Iterator[list[int]]:
-    """Collect Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) in a list, so that the current
-    step can finish. Signals that the process ignores (nohup) stay ignored. Outside the main thread,
-    where Python allows no handlers, the list stays empty.
+    """Collect signals in a list, which lets the current step finish.
+
+    The signals are Ctrl-C, SIGTERM and SIGHUP (the terminal was closed). Signals that the process
+    ignores (nohup) stay ignored. Outside the main thread, where Python does not allow signal
+    handlers, the list stays empty.
 
     Args:
-        second_acts: Whether a second Ctrl-C ends the program at once. Not under a launcher, which
-            repeats the terminal's signal to its processes.
+        second_acts: True if a second Ctrl-C ends the program at once. Must be False under a
+            launcher, which repeats the terminal's signal to its processes.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
