@@ -1,8 +1,8 @@
-"""Foreign checkpoints into model folders, and multi-head attention into latent attention.
+"""Convert foreign checkpoints to model folders, and multi-head attention to MLA.
 
-`python -m convert SRC --out DIR`; see `__main__.py`. Installed, the package is `mlx_mla.convert`,
-so that it takes no name of others; hence the relative imports. PyTorch is imported only where a
-pickle is read or a text is run through the model.
+`python -m convert SRC --out DIR`; see `__main__.py`. When installed, the package is
+`mlx_mla.convert`, which avoids a generic top-level name; the imports are therefore relative.
+PyTorch is imported only to read a pickle or to run a text through the model.
 """
 
-import mlx_mla  # noqa: F401  (first, for what it does about Ctrl-C while modules are imported)
+import mlx_mla  # noqa: F401  (first, since it handles Ctrl-C during imports)

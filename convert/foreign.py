@@ -1,5 +1,4 @@
-"""A checkpoint that is being read: its configuration, and tensors that are loaded when they are
-asked for."""
+"""A checkpoint that is being read: its configuration, and tensors that are loaded on demand."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,13 +13,13 @@ from mlx_mla.model.weights import parameter_shapes
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor whose shape is known and whose values are read on demand."""
+    """A tensor with a known shape, whose values are read on demand."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    """Gives the values; float32 after `ForeignCheckpoint.weights` has checked them."""
+    """Reads the values."""
     stored: InferenceDType = "float32"
-    """Narrowest of our types that holds the values as the file has them."""
+    """Narrowest of our types that represents the values in the file exactly."""
 
     @property
     def T(self) -> "LazyTensor":
@@ -28,7 +27,7 @@ class LazyTensor:
         return LazyTensor(self.shape[::-1], lambda: self.read().T, self.stored)
 
     def mapped(self, function: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
-        """The same values in other places of the same shape."""
+        """The same values, rearranged by `function` within the same shape."""
         return LazyTensor(self.shape, lambda: function(self.read()), self.stored)
 
     def scaled_rows(self, start: int, stop: int, factor: float) -> "LazyTensor":
@@ -43,7 +42,7 @@ class LazyTensor:
 
 
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Tensors one above the other."""
+    """Concatenate tensors along their first axis."""
     rows = sum(part.shape[0] for part in parts)
     return LazyTensor(
         (rows, *parts[0].shape[1:]),
@@ -60,41 +59,41 @@ def _common(tensors: Iterable[LazyTensor]) -> InferenceDType:
 Tensors = dict[str, LazyTensor]
 
 WRAPPERS = ("_orig_mod.", "module.")
-"""Prefixes by torch.compile and DistributedDataParallel."""
+"""Prefixes that torch.compile and DistributedDataParallel add to names."""
 
 
 def zeros(shape: tuple[int, ...]) -> LazyTensor:
-    """Zeros of a shape, for a bias that the source does without."""
+    """Zeros of a shape, for a bias that the source lacks."""
     return LazyTensor(shape, lambda: np.zeros(shape, np.float32))
 
 
 @dataclasses.dataclass
 class ForeignCheckpoint:
-    """A checkpoint in this project's names and layout, whatever it was before."""
+    """A checkpoint of any origin, in this project's names and layout."""
 
     kind: str
-    """What it was recognised as, in words."""
+    """The format that it was recognized as, for display."""
     name: str
-    """What to call it in the model card: a hub id, or the last part of a path."""
+    """Its name in the model card: a hub id, or the last part of a path."""
     config: ModelConfig
-    """Resolved."""
+    """The resolved configuration."""
     tensors: Tensors
-    """Those that `parameter_shapes(config)` names."""
+    """The tensors that `parameter_shapes(config)` lists."""
     folder: Path | None = None
-    """Where it may have tokenizer files."""
+    """The folder that may hold tokenizer files."""
     ends: list[int] = dataclasses.field(default_factory=list)
-    """Ids that end a text, where its configuration names any."""
+    """Ids that end a text, if the configuration lists any."""
 
     @property
     def dtype(self) -> InferenceDType:
-        """The type of all its tensors; float32 if they differ."""
+        """The common type of all tensors; float32 if they differ."""
         return _common(self.tensors.values())
 
     def weights(self) -> dict[str, np.ndarray]:
-        """All tensors, contiguous float32.
+        """Read all tensors as contiguous float32.
 
         Raises:
-            UserError: If one of them has a value that is not finite.
+            UserError: If a tensor has a value that is not finite.
         """
         weights = {}
         for name in parameter_shapes(self.config):
@@ -108,10 +107,10 @@ class ForeignCheckpoint:
 
 
 def unwrapped(where: object, tensors: Tensors) -> Tensors:
-    """Tensors without the prefixes of wrapping modules, which may be nested in any order.
+    """Remove the prefixes of wrapping modules from names. They may be nested in any order.
 
     Raises:
-        UserError: If two names then are the same.
+        UserError: If two tensors then have the same name.
     """
     out: Tensors = {}
     for name, tensor in tensors.items():
@@ -119,7 +118,7 @@ def unwrapped(where: object, tensors: Tensors) -> Tensors:
             for prefix in WRAPPERS:
                 name = name.removeprefix(prefix)
         if name in out:
-            raise UserError(f"{where}: has tensor {name} twice, by names that wrappers gave it")
+            raise UserError(f"{where}: has tensor {name} twice, under names from wrapping modules")
         out[name] = tensor
     return out
 
@@ -127,22 +126,23 @@ def unwrapped(where: object, tensors: Tensors) -> Tensors:
 def check_tensors(
     where: object, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compare a checkpoint's tensors with those its configuration asks for, in its own names.
+    """Compare a checkpoint's tensors with those that its configuration requires, in its own names.
 
     Raises:
-        UserError: Naming the tensors that are missing, unexpected, or of another shape.
+        UserError: If tensors are missing, unexpected or of another shape; the message names them.
     """
     if missing := [n for n in expected if n not in found]:
         raise UserError(f"{where}: missing {_some(missing)}; the checkpoint is incomplete")
     if unexpected := [n for n in found if n not in expected]:
         raise UserError(
-            f"{where}: unexpected {_some(unexpected)}; this is not the architecture it claims to be"
+            f"{where}: unexpected {_some(unexpected)}; this is not the architecture that it claims "
+            "to be"
         )
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(
-                f"{where}: tensor {name} has shape {found[name].shape}, its configuration asks for "
-                f"{shape}"
+                f"{where}: tensor {name} has shape {found[name].shape}, but the configuration "
+                f"requires {shape}"
             )
 
 
@@ -158,7 +158,7 @@ HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 def is_tied(
     tensors: Mapping[str, LazyTensor], head: str = HEAD, embedding: str = EMBEDDING
 ) -> bool:
-    """Whether the output head is the embedding; one that is absent is."""
+    """True if the output head is the embedding, or is absent."""
     if head not in tensors or embedding not in tensors:
         return True
     a, b = tensors[head], tensors[embedding]
@@ -166,11 +166,11 @@ def is_tied(
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:
-    """Number of blocks that tensors named `PREFIX{i}.` make up."""
+    """Number of blocks with tensors named `PREFIX{i}.`."""
     indices = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}
     return 1 + max((int(i) for i in indices if i.isdecimal()), default=-1)
 
 
 def resolved(where: object, **values: object) -> ModelConfig:
-    """A resolved configuration; UserError naming the file if its values are impossible."""
+    """Create a resolved configuration; UserError that names the file if a value is impossible."""
     return ModelConfig.read(values, str(where))

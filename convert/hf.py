@@ -1,6 +1,6 @@
-"""Hugging Face's GPT-2 (`GPT2LMHeadModel`), in and out.
+"""Read and write Hugging Face's GPT-2 (`GPT2LMHeadModel`).
 
-Its Conv1D matrices are stored (in, out), the transpose of ours; names are otherwise the same
+Its Conv1D matrices are stored (in, out), the transpose of ours. Its names are the same as ours
 (transformers, modeling_gpt2.py).
 """
 
@@ -38,7 +38,7 @@ from .pickles import open_pickle, state_dict
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = ("attn.bias", "attn.masked_bias")
-"""Causal masks that older versions saved as tensors."""
+"""Causal masks that older versions of transformers saved as tensors."""
 
 ACTIVATIONS = {
     "gelu_new": "gelu_new",
@@ -46,7 +46,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_new",
     "gelu": "gelu",
 }
-"""Names of transformers for the two functions we have; the first three are one formula."""
+"""transformers' names for our two activation functions. The first three are the same formula."""
 
 
 HALF: dict[str, InferenceDType] = {"BF16": "bfloat16", "F16": "float16"}
@@ -54,10 +54,11 @@ HALF: dict[str, InferenceDType] = {"BF16": "bfloat16", "F16": "float16"}
 
 
 def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
-    """Read a folder with config.json and safetensors (sharded or not) or pytorch_model.bin.
+    """Open a folder with config.json and safetensors (sharded or not) or pytorch_model.bin.
 
     Raises:
-        UserError: If the architecture or an option is not supported, or the weights do not fit it.
+        UserError: If the architecture or an option is not supported, or the weights do not fit the
+            configuration.
     """
     where = folder / "config.json"
     values = read_json(where)
@@ -76,9 +77,7 @@ def ids(value: Any) -> list[int]:
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     architectures = values.get("architectures") or ["GPT2LMHeadModel"]
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise UserError(
-            f"{where}: architectures is {architectures!r}, and should be a list of names"
-        )
+        raise UserError(f"{where}: architectures must be a list of names, not {architectures!r}")
     if values.get("model_type") != "gpt2" or not set(architectures) & {
         "GPT2LMHeadModel",
         "GPT2Model",
@@ -124,8 +123,8 @@ def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Te
     if config.tie_word_embeddings:
         if not is_tied(found):
             raise UserError(
-                f"{where}: {HEAD} is not tied to {EMBEDDING}, as config.json says it is; if the "
-                "model has a head of its own, set tie_word_embeddings to false there"
+                f"{where}: {HEAD} differs from {EMBEDDING}, but config.json says that they are "
+                "tied; if the model has its own head, set tie_word_embeddings to false there"
             )
         found.pop(HEAD, None)
     shapes = parameter_shapes(config)
@@ -136,7 +135,7 @@ def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Te
 
     D, head_dim = config.n_embd, config.n_embd // config.n_head
     for i in range(config.n_layer):
-        # What divides the scores otherwise than by sqrt(head_dim) goes into the query projection.
+        # Any scaling of the scores other than 1 / sqrt(head_dim) is folded into the queries.
         factor = 1.0 if values.get("scale_attn_weights", True) else math.sqrt(head_dim)
         if values.get("scale_attn_by_inverse_layer_idx", False):
             factor /= i + 1
@@ -152,7 +151,7 @@ def _mask(name: str, tensor: LazyTensor) -> bool:
 
 
 def open_weights(folder: Path) -> tuple[Path, Tensors]:
-    """The weights of a folder by their names, and the file to blame."""
+    """Open the weights of a folder. Also returns the file to name in messages."""
     for single, index, opener in (
         (WEIGHTS, INDEX, open_safetensors),
         (
@@ -175,7 +174,7 @@ def open_weights(folder: Path) -> tuple[Path, Tensors]:
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file, read one by one; bfloat16 and float16 widen to float32."""
+    """Open a safetensors file. Tensors are read one by one; half precision becomes float32."""
     with _readable(path), safe_open(str(path), "np") as file:
         tensors = {
             n: LazyTensor(
@@ -183,7 +182,7 @@ def open_safetensors(path: Path) -> Tensors:
                 _reader(path, n),
                 HALF.get(file.get_slice(n).get_dtype(), "float32"),
             )
-            for n in file.keys()  # noqa: SIM118  (safetensors' handle is no dict)
+            for n in file.keys()  # noqa: SIM118  (safetensors' handle is not a dict)
         }
     return unwrapped(path, tensors)
 
@@ -194,14 +193,14 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
-    except (TypeError, AttributeError, KeyError) as e:  # numbers that NumPy has no type for
+    except (TypeError, AttributeError, KeyError) as e:  # numbers for which NumPy has no type
         raise UserError(f"{path}: holds numbers of a type that is not supported ({e})") from None
 
 
 def _reader(path: Path, name: str) -> Any:
     def read() -> np.ndarray:
-        # Opened anew for each tensor: one mapping for all would keep the whole file in memory
-        # beside the copies.
+        # The file is opened for each tensor, since a single mapping would keep the whole file in
+        # memory besides the copies.
         with _readable(path), safe_open(str(path), "np") as file:
             kind = file.get_slice(name).get_dtype()
             if not kind.startswith(("F", "BF")):
@@ -221,19 +220,20 @@ def write_gpt2(
     """Write a plain `GPT2LMHeadModel` folder.
 
     Args:
-        folder: Exists, and is empty.
-        config: Resolved; GPT-2's own attention.
-        weights: Tensors in our layout, float32.
-        dtype: Type to store them in.
+        folder: An empty folder.
+        config: The resolved configuration, with GPT-2's own attention.
+        weights: float32 tensors in our layout.
+        tokenizer: The model's tokenizer.
+        dtype: Type to store the weights in.
 
     Raises:
-        UserError: If the attention is one that GPT-2 has no name for.
+        UserError: If GPT-2 cannot express the configuration.
     """
     assert config.vocab_size
     if beyond := config.beyond_gpt2:
         raise UserError(
-            f"--to hf needs GPT-2's own attention, and this model has {' '.join(beyond)}; "
-            "transformers loads it as it is"
+            f"--to hf needs GPT-2's own attention, but this model has {' '.join(beyond)}; "
+            "transformers also loads it without --to hf"
         )
     state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
     biased = dataclasses.replace(
@@ -243,7 +243,7 @@ def write_gpt2(
         if name not in state:  # a GPT-2 has every bias
             state[name] = np.zeros(shape, np.float32)
     save_file(in_type(state, dtype), str(folder / "model.safetensors"), {"format": "pt"})
-    give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
+    give_usual_mode(folder / "model.safetensors")  # safetensors creates private files
     fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()
     values = {n: getattr(config, n) for n in fields}
     eos = tokenizer.eos_token_id

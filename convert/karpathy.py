@@ -1,13 +1,14 @@
-"""Checkpoints of nanoGPT, build-nanogpt, MLA-Transformer and minGPT: one family, matrices as
-nn.Linear stores them.
+"""Checkpoints of nanoGPT, build-nanogpt, MLA-Transformer and minGPT, which form one family.
 
-nanoGPT (karpathy/nanoGPT, train.py): `model, optimizer, model_args, iter_num, ...`; exact GELU,
-    biases optional.
-build-nanogpt (karpathy/build-nanogpt, train_gpt2.py): `model, config, step, val_loss`; tanh GELU.
-MLA-Transformer (Marques-079/MLA-Transformer): `step, model, optimizer, config`, or the state dict
-alone; tanh GELU, latent attention as q_proj, c_proj (to the latent), k_from_c, v_from_c and
-c_proj_out.
-minGPT (karpathy/minGPT): the state dict alone; tanh GELU, and a head that is not tied.
+All store matrices as nn.Linear does. They differ as follows:
+
+- nanoGPT (karpathy/nanoGPT, train.py): `model, optimizer, model_args, iter_num, ...`; exact GELU,
+  optional biases.
+- build-nanogpt (karpathy/build-nanogpt, train_gpt2.py): `model, config, step, val_loss`; tanh GELU.
+- MLA-Transformer (Marques-079/MLA-Transformer): `step, model, optimizer, config`, or only the state
+  dict; tanh GELU; latent attention as q_proj, c_proj (to the latent), k_from_c, v_from_c and
+  c_proj_out.
+- minGPT (karpathy/minGPT): only the state dict; tanh GELU; an untied head.
 """
 
 from collections.abc import Mapping
@@ -38,20 +39,20 @@ LATENT_PARTS = ("q_proj", "c_proj", "k_from_c", "v_from_c", "c_proj_out")
 
 
 def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
-    """Read a `.pt` file of one of the three projects.
+    """Read a `.pt` file of one of these projects.
 
     Args:
-        n_head: Heads, for a bare state dict, which does not say; None: n_embd / 64, as in every
-            GPT-2.
+        path: The file.
+        n_head: Number of heads, which a bare state dict does not record. None: n_embd / 64, as in
+            every GPT-2.
 
     Raises:
-        UserError: If it is none of them, is damaged, or its tensors do not fit its settings.
+        UserError: If the file has none of these formats, is damaged, or its tensors do not fit its
+            settings.
     """
     values = open_pickle(path)
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: holds {_article(values)}, not a checkpoint of a model that is known here"
-        )
+        raise UserError(f"{path}: holds {_article(values)}, not a checkpoint of a known project")
     if "model_args" in values:
         settings, kind = values["model_args"], "nanoGPT"
     else:
@@ -60,7 +61,7 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
         settings = vars(settings)
     if settings is not None and not isinstance(settings, Mapping):
         raise UserError(
-            f"{path}: its configuration is {_article(settings)}, not a mapping; it is damaged"
+            f"{path}: the configuration is {_article(settings)}, not a mapping; it is damaged"
         )
     tensors = state_dict(values.get("model", values), path)
     tensors = {n: t for n, t in tensors.items() if not _is_mask(n, t)}
@@ -70,20 +71,22 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
     tables = [tensors.get(n) for n in (EMBEDDING, "transformer.wpe.weight")]
     if not all(t is not None and len(t.shape) == 2 for t in tables):
         raise UserError(
-            f"{path}: has no transformer.wte.weight and wpe.weight; it is no GPT-2 of a project "
-            "known here"
+            f"{path}: has no transformer.wte.weight and wpe.weight; it is not a GPT-2 of a known "
+            "project"
         )
 
     if "transformer.h.0.attn.k_from_c.weight" in tensors:
         return _latent(path, settings, tensors, n_head, tied)
     if settings is None and tied:
         raise UserError(
-            f"{path}: a bare state dict does not say its heads and activation; give the checkpoint "
-            "it is part of"
+            f"{path}: a bare state dict does not record its heads and activation; give the whole "
+            "checkpoint"
         )
     if settings is None:
         if n_head is None:
-            raise UserError(f"{path}: a state dict of minGPT does not say its heads; give --n-head")
+            raise UserError(
+                f"{path}: a state dict of minGPT does not record its number of heads; give --n-head"
+            )
         settings, kind = _sizes(tensors, n_head), "minGPT"
     return _multi_head(path, kind, settings, tensors, tied)
 
@@ -105,7 +108,7 @@ def _multi_head(
     check_tensors(
         path, tensors, {n: s for n, s in shapes.items() if bias or not n.endswith(".bias")}
     )
-    # Only the projections that read x may lack a bias in our layout.
+    # In our layout, only the projections that read x may lack a bias.
     tensors = {n: tensors[n] if n in tensors else zeros(s) for n, s in shapes.items()}
     folder = path.parent if kind == "nanoGPT" else None
     return ForeignCheckpoint(kind, path.name, config, tensors, folder)
@@ -128,12 +131,12 @@ def _latent(
     if settings is None:
         if n_head is None and n_embd % 64:
             raise UserError(
-                f"{path}: a bare state dict does not say its heads, and {n_embd} is no multiple of "
-                "64; give --n-head"
+                f"{path}: a bare state dict does not record its number of heads, and {n_embd} is "
+                "not a multiple of 64; give --n-head"
             )
         settings = _sizes(tensors, n_head or n_embd // 64)
     elif n_head is not None:
-        raise UserError(f"{path}: says its heads itself; leave --n-head out")
+        raise UserError(f"{path}: records its number of heads; leave out --n-head")
     config = _config(
         path,
         settings,
@@ -158,7 +161,7 @@ def _latent(
 
 
 def _sizes(tensors: Tensors, n_head: int) -> dict[str, int]:
-    """The settings of a state dict, as far as its shapes say them."""
+    """The settings that follow from the shapes of a state dict."""
     rows, n_embd = tensors[EMBEDDING].shape
     return {
         "n_layer": count_layers(tensors, "transformer.h."),
@@ -185,8 +188,8 @@ def _config(path: Path, settings: Mapping[str, Any], **known: Any) -> ModelConfi
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     if missing := [n for n in names if n not in settings]:
         raise UserError(
-            f"{path}: its configuration lacks {', '.join(missing)}; it is no project's that is "
-            "known here"
+            f"{path}: the configuration lacks {', '.join(missing)}; it is not a checkpoint of a "
+            "known project"
         )
     values = {"n_positions" if n == "block_size" else n: settings[n] for n in names}
     return resolved(path, **values, **known)
@@ -198,8 +201,7 @@ def _joined(*parts: LazyTensor) -> LazyTensor:
 
 
 def _by_head(k: LazyTensor, v: LazyTensor, n_head: int) -> LazyTensor:
-    """Rows of [k | v] for one head after the other, as `kv_b_proj` holds them; k and v are (D,
-    R)."""
+    """Rows of [k | v] head by head, as in `kv_b_proj`; k and v are (D, R)."""
     shape = (k.shape[0] + v.shape[0], k.shape[1])
 
     def read() -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Model files of llm.c: 256 int32 of header, then the parameters, layer by layer within each kind.
+"""Model files of llm.c: a header of 256 int32, then each parameter for all layers.
 
 Version 3 holds float32, version 5 bfloat16 (karpathy/llm.c, train_gpt2.cu:
 gpt2_write_to_checkpoint; train_gpt2.py: write_tensors). The vocabulary is padded to a multiple of
@@ -18,7 +18,7 @@ from .foreign import ForeignCheckpoint, LazyTensor, Tensors, resolved
 
 MAGIC = 20240326
 TOKENS_MAGIC = 20240520
-"""llm.c's token shards, easily mistaken for models."""
+"""Magic number of llm.c's token shards, which are easily mistaken for models."""
 HEADER_BYTES = 1024
 VERSIONS: dict[int, np.dtype] = {3: np.dtype("<f4"), 5: np.dtype("<u2")}
 
@@ -36,15 +36,15 @@ PER_LAYER = (
     "mlp.c_proj.weight",
     "mlp.c_proj.bias",
 )
-"""In the order of the file; each is there for all layers before the next begins."""
+"""Parameters in the order of the file. Each is stored for all layers before the next begins."""
 
 
 def read_llmc(path: Path) -> ForeignCheckpoint:
-    """Read a model file; the parameters stay on disk until they are asked for.
+    """Open a model file. The parameters stay on disk until they are read.
 
     Raises:
-        UserError: If the version is unknown, the header impossible, or the size not the one it asks
-            for.
+        UserError: If the version is unknown, the header is impossible, or the file has another size
+            than the header requires.
     """
     with path.open("rb") as f:
         start = f.read(HEADER_BYTES)
@@ -61,7 +61,7 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
         )
     if padded < vocab_size:
         raise UserError(
-            f"{path}: header says {padded} padded rows for a vocabulary of {vocab_size}; it is "
+            f"{path}: the header says {padded} padded rows for a vocabulary of {vocab_size}; it is "
             "damaged"
         )
     config = resolved(
@@ -82,7 +82,7 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
     size = path.stat().st_size
     if size != expected:
         raise UserError(
-            f"{path}: {size:,} bytes, and its header asks for {expected:,}; it is truncated or "
+            f"{path}: has {size:,} bytes, but the header requires {expected:,}; it is truncated or "
             "damaged"
         )
     tensors: Tensors = {}
@@ -100,7 +100,7 @@ def _reader(
         stored = np.memmap(path, dtype, "r", offset, shape)
         if dtype.itemsize == 4:
             return np.array(stored)
-        # Bfloat16 is the upper half of a float32.
+        # bfloat16 is the upper half of a float32.
         return (stored.astype(np.uint32) << 16).view(np.float32)
 
     return read

@@ -1,4 +1,4 @@
-"""Pickled files, read without running any code in them: PyTorch's, and ones of plain values."""
+"""Read pickled files without running code from them: PyTorch's, and pickles of plain values."""
 
 import collections
 import contextlib
@@ -20,15 +20,15 @@ from .foreign import LazyTensor, Tensors, unwrapped
 
 
 class PickledConfig:
-    """Stands for build-nanogpt's `GPTConfig`, which its checkpoints hold as a pickled object.
+    """Replaces build-nanogpt's `GPTConfig`, which its checkpoints hold as a pickled object.
 
     Unpickling sets the attributes of the object and calls nothing.
     """
 
 
 ALLOWED = [(PickledConfig, "__main__.GPTConfig"), (PickledConfig, "train_gpt2.GPTConfig")]
-"""The classes that a file may name in addition to those of `weights_only`: build-nanogpt's, run as
-a script or imported."""
+"""The classes that a file may name in addition to those of `weights_only`: build-nanogpt's, under
+the names that it has as a script and as an import."""
 
 PLAIN = {
     "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
@@ -37,27 +37,29 @@ PLAIN = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT", "UNICODE", "BINUNICODE",
     "SHORT_BINUNICODE", "BINUNICODE8",
 }  # fmt: skip
-"""Pickle operations that make plain values. None of them names code, let alone calls any."""
+"""Pickle operations that create plain values. None of them names or calls code."""
 
 _GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 """Operations that put values into the container below them on the stack."""
 
 _DEEPEST = 100
-"""Levels of containers that a file may nest. Hashing a tuple of 100,000 levels ends the process."""
+"""Maximum levels of nested containers. Hashing a tuple of 100,000 levels crashes the process."""
 
 _LARGEST_PLAIN = 16 << 20
-"""Bytes of a pickle of plain values: more than all of Unicode's characters take."""
+"""Maximum bytes of a pickle of plain values: more than all characters of Unicode need."""
 
 _LEGACY_PICKLES = 5
-"""Pickles at the start of a file that torch.save wrote before it wrote archives."""
+"""Number of pickles at the start of a file in torch.save's old format, before it wrote archives."""
 
 
 def open_pickle(path: Path) -> Any:
-    """The object that `torch.save` wrote; tensors stay on disk until they are read, where the
-    format allows.
+    """Open an object that `torch.save` wrote.
+
+    Tensors stay on disk until they are read, if the format allows it.
 
     Raises:
-        UserError: If the file is damaged, or holds more than tensors, plain values and `ALLOWED`.
+        UserError: If the file is damaged, or holds anything but tensors, plain values and objects
+            of `ALLOWED`.
     """
     require_torch(f"{path}: reading a pickled checkpoint")
     import torch
@@ -66,13 +68,14 @@ def open_pickle(path: Path) -> Any:
         is_zip = zipfile.is_zipfile(path)
         if is_zip and _is_compressed(path):
             raise UserError(
-                f"{path}: a compressed archive, which torch.save does not write; it is refused"
+                f"{path}: refused, since it is a compressed archive, which torch.save does not "
+                "write"
             )
         with _pickles_in(path, is_zip) as streams:
             for stream in streams:
                 collections.deque(_operations(stream, path), maxlen=0)
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
-            # It warns of protocols other than torch.save's before it raises.
+            # torch.load warns of other protocols than torch.save's before it raises.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
@@ -97,16 +100,16 @@ def open_pickle(path: Path) -> Any:
 
 
 def plain_values(path: Path) -> Any:
-    """The object in a pickle of plain values: texts, numbers, tuples, lists and dicts.
+    """Read a pickle of plain values: strings, numbers, tuples, lists and dicts.
 
     Raises:
-        UserError: If the file is damaged or too large, or holds anything else.
+        UserError: If the file is damaged, too large, or holds anything else.
     """
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_PLAIN + 1)
         if len(data) > _LARGEST_PLAIN:
-            raise UserError(f"{path}: is larger than {_LARGEST_PLAIN:,} bytes")
+            raise UserError(f"{path}: refused, since it is larger than {_LARGEST_PLAIN:,} bytes")
         for name, argument in _operations(io.BytesIO(data), path):
             if name not in PLAIN:
                 raise UserError(f"{path}: refused, since it holds more than plain values ({name})")
@@ -124,7 +127,7 @@ def plain_values(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _pickles_in(path: Path, is_zip: bool) -> Iterator[Iterator[IO[bytes]]]:
-    """Streams that begin with each pickle of a PyTorch file."""
+    """Open one stream per pickle of a PyTorch file, positioned at its start."""
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             entries = [e for e in archive.infolist() if e.filename.endswith(".pkl")]
@@ -135,17 +138,17 @@ def _pickles_in(path: Path, is_zip: bool) -> Iterator[Iterator[IO[bytes]]]:
 
 
 class _Level:
-    """How many levels of containers a value has: a container's grows with what is put into it."""
+    """The depth of nested containers in a value, which grows as values are added to it."""
 
     def __init__(self, number: int):
         self.number = number
 
 
 def _operations(stream: IO[bytes], where: Path) -> Iterator[tuple[str, Any]]:
-    """Names and arguments of the operations of a pickle, up to its end.
+    """Yield the names and arguments of a pickle's operations, up to its end.
 
     Raises:
-        UserError: If its values nest too deeply, which is counted without making any.
+        UserError: If the values are nested too deeply. The depth is counted without creating them.
     """
     stack: list[_Level | None] = []  # None is a mark
     memo: dict[int, _Level] = {}
@@ -171,7 +174,9 @@ def _operations(stream: IO[bytes], where: Path) -> Iterator[tuple[str, Any]]:
             container.number = max(numbers[-1], 1 + max(numbers[:-1], default=0))
             result = container
         if result.number > _DEEPEST:
-            raise UserError(f"{where}: refused, since its values nest over {_DEEPEST} levels deep")
+            raise UserError(
+                f"{where}: refused, since its values are nested more than {_DEEPEST} levels deep"
+            )
         stack += [None if o is pickletools.markobject else result for o in operation.stack_after]
 
 
@@ -182,7 +187,7 @@ def _is_compressed(path: Path) -> bool:
 
 
 def state_dict(values: Any, where: Path) -> Tensors:
-    """The tensors of a state dict, without the prefixes of wrapping modules.
+    """Return the tensors of a state dict, without the prefixes of wrapping modules.
 
     Raises:
         UserError: If it is not a mapping from names to tensors.
@@ -195,13 +200,16 @@ def state_dict(values: Any, where: Path) -> Tensors:
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{where}: {name!r} is no tensor; this is no state dict that is known here"
+                f"{where}: {name!r} is not a tensor; this is not a state dict of a known project"
             )
         _check_storage(name, value, where)
         tensors[name] = LazyTensor(tuple(value.shape), _reader(value, name, where))
     stored = sum({s.data_ptr(): s.nbytes() for s in map(_storage, values.values())}.values())
     if sum(v.numel() * v.element_size() for v in values.values()) > 2 * stored:
-        raise UserError(f"{where}: its tensors share their values, more than a tied head does")
+        raise UserError(
+            f"{where}: its tensors share more values than a tied head does; save it with "
+            "torch.save of separate tensors"
+        )
     return unwrapped(where, tensors)
 
 
@@ -210,25 +218,25 @@ def _storage(value: Any) -> Any:
 
 
 def _check_storage(name: str, value: Any, where: Path) -> None:
-    """Refuse a tensor that is not numbers in the file: repeated, sparse, or on another device."""
+    """Refuse a tensor whose values are not all in the file: expanded, sparse or on a device."""
     import torch
 
     plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise UserError(
-            f"{where}: tensor {name} is no plain array with all its values in the file; save it "
+            f"{where}: tensor {name} is not a plain array with all its values in the file; save it "
             "with torch.save of contiguous CPU tensors"
         )
 
 
 def as_float32(value: Any, name: str, where: Path) -> np.ndarray:
-    """Values of a PyTorch tensor; UserError if they are no floating-point numbers."""
+    """Values of a PyTorch tensor; UserError if they are not floating-point numbers."""
     try:
         if value.dtype.is_floating_point:
             values: np.ndarray = value.detach().float().numpy()
             return values
     except (RuntimeError, NotImplementedError):
-        pass  # a type that PyTorch can store and not convert
+        pass  # a type that PyTorch can store but not convert
     kind = str(value.dtype).removeprefix("torch.")
     raise UserError(f"{where}: tensor {name} holds {kind}, not floating-point numbers")
 
@@ -238,10 +246,10 @@ def _reader(value: Any, name: str, where: Path) -> Callable[[], np.ndarray]:
 
 
 def require_torch(what: str) -> None:
-    """Raise UserError if PyTorch is not installed; to be called before it is imported.
+    """Raise a UserError if PyTorch is not installed. Call it before importing PyTorch.
 
     Args:
-        what: What needs it, to begin the message with.
+        what: What needs PyTorch, as the beginning of the message.
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"{what} needs PyTorch; install it with: pip install torch")

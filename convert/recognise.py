@@ -1,4 +1,4 @@
-"""Find out what a checkpoint is, and open it."""
+"""Recognize the format of a checkpoint, and open it."""
 
 import zipfile
 from pathlib import Path
@@ -27,20 +27,22 @@ SMALL_FILES = ["*.json", "*.txt", "*.jinja"]
 def open_source(
     name: str, revision: str | None = None, n_head: int | None = None
 ) -> ForeignCheckpoint:
-    """Open a checkpoint of any kind that is known here; nothing in it is executed.
+    """Open a checkpoint of any known format. No code in it runs.
 
     Args:
-        name: A path, or `owner/name` on the hub, which is downloaded to the hub's own cache.
-        revision: Branch, tag or commit, for a hub id.
-        n_head: Heads, where the file does not say.
+        name: A path, or an `owner/name` on the hub, which is downloaded to the hub's own cache.
+        revision: Branch, tag or commit of a hub id.
+        n_head: Number of heads, if the file does not record it.
 
     Raises:
-        UserError: If there is nothing of that name, or it is damaged or of no known kind.
+        UserError: If the checkpoint does not exist, is damaged, or has an unknown format.
     """
     path = Path(name)
     if path.exists():
         if revision is not None:
-            raise UserError(f"--revision goes with a hub id, and {name} is a path; leave it out")
+            raise UserError(
+                f"--revision requires a hub id, but {name} is a path; leave out --revision"
+            )
         source = (
             _open_folder(path, path.resolve().name) if path.is_dir() else _open_file(path, n_head)
         )
@@ -49,7 +51,7 @@ def open_source(
     else:
         raise UserError(f"{name}: no such file or folder, and not a hub id of the form owner/name")
     if n_head is not None and source.kind not in ("MLA-Transformer", "minGPT"):
-        raise UserError(f"{name}: says its heads itself; leave --n-head out")
+        raise UserError(f"{name}: records its number of heads; leave out --n-head")
     return source
 
 
@@ -57,7 +59,7 @@ def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
     if (path / "checkpoints").is_dir():
         return _own(find_model(str(path)), name)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: has no config.json; known are {KNOWN}")
+        raise UserError(f"{path}: has no config.json; supported are {KNOWN}")
     if read_json(path / "config.json").get("model_type") == "mla_gpt2":
         return _own(find_model(str(path)), name)
     kind = read_json(path / "config.json").get("model_type")
@@ -66,7 +68,7 @@ def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
 
 def _own(folder: checkpoint.ModelFolder, name: str) -> ForeignCheckpoint:
     if folder.is_quantized:
-        raise UserError(f"{folder}: quantised by mlx-lm; convert the model it was made from")
+        raise UserError(f"{folder}: quantized by mlx-lm; convert the original model instead")
     where, tensors = hf.open_weights(folder.path)
     check_tensors(where, tensors, parameter_shapes(folder.config))
     return ForeignCheckpoint("mlx_mla", name, folder.config, tensors, folder.path)
@@ -83,18 +85,17 @@ def _open_file(path: Path, n_head: int | None) -> ForeignCheckpoint:
         return llmc.read_llmc(path)
     if magic == llmc.TOKENS_MAGIC:
         raise UserError(
-            f"{path}: token ids of llm.c, not a model; a model .bin begins with {llmc.MAGIC}"
+            f"{path}: holds token ids of llm.c, not a model; a model .bin begins with {llmc.MAGIC}"
         )
     if path.suffix == ".safetensors":
-        raise UserError(f"{path}: give the folder it is in, which has the config.json it needs")
+        raise UserError(f"{path}: a single file; give its folder, which holds the config.json")
     if zipfile.is_zipfile(path) or start[:1] == b"\x80" or path.suffix in (".pt", ".pth"):
         return karpathy.read_checkpoint(path, n_head)
-    raise UserError(f"{path}: not a checkpoint that is known here; known are {KNOWN}")
+    raise UserError(f"{path}: not a known checkpoint format; supported are {KNOWN}")
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The local copy of a repository: its small files, and its weights in the safest format it
-    has."""
+    """Download a repository: its small files, and its weights in the safest available format."""
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             folder = Path(

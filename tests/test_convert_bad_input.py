@@ -89,11 +89,11 @@ def edit_weights(folder, change):
         ({"n_layer": 1}, r"unexpected tensors transformer\.h\.1\..*"),
         (
             {"n_inner": 64},
-            r"mlp\.c_fc\.weight has shape \(32, 128\), its configuration asks for \(32, 64\)",
+            r"mlp\.c_fc\.weight has shape \(32, 128\), but the configuration requires \(32, 64\)",
         ),
         (
             {"vocab_size": 301},
-            r"wte\.weight has shape \(300, 32\), its configuration asks for \(301, 32\)",
+            r"wte\.weight has shape \(300, 32\), but the configuration requires \(301, 32\)",
         ),
     ],
 )
@@ -108,7 +108,7 @@ def test_tensors_that_are_missing_unexpected_or_misshaped_are_named(folder, refu
     edit_weights(folder, lambda t: t.pop(name))
     assert f"missing tensor {name}" in refused(folder)
     edit_weights(folder, lambda t: t.update({name: whole.T}))
-    assert f"tensor {name} has shape (96, 32), its configuration asks for (32, 96)" in refused(
+    assert f"tensor {name} has shape (96, 32), but the configuration requires (32, 96)" in refused(
         folder
     )
     edit_weights(folder, lambda t: t.update({name: whole, "transformer.h.0.attn.rotary": whole}))
@@ -194,7 +194,7 @@ def test_pickles_that_nest_too_deeply_are_refused_before_anything_is_made(
         line = refused(tmp_path / "hf", tokenizer=str(path))
     else:
         line = refused(path)
-    assert f"{path}: refused, since its values nest over 100 levels deep" in line
+    assert f"{path}: refused, since its values are nested more than 100 levels deep" in line
 
 
 def test_a_configuration_whose_bias_is_a_tensor_is_refused(refused, tmp_path):
@@ -258,7 +258,7 @@ def test_truncated_or_changed_pickles(data, refused, tmp_path, capsys):
             "7 padded rows for a vocabulary of 280",
         ),
         (lambda b: np.int32(20240520).tobytes() + b[4:], "token ids of llm.c, not a model"),
-        (lambda b: b"GGUF" + b[4:], "not a checkpoint that is known here"),
+        (lambda b: b"GGUF" + b[4:], "not a known checkpoint format"),
     ],
 )
 def test_llmc_files(change, message, refused, tmp_path):
@@ -273,18 +273,21 @@ def test_llmc_files(change, message, refused, tmp_path):
     [
         ([1, 2], "a value of type list"),
         ({"model": [1]}, "holds no state dict"),
-        ({"model": {"a": 1}}, "'a' is no tensor"),
+        ({"model": {"a": 1}}, "'a' is not a tensor"),
         ({"model": {"a": torch.zeros(2)}}, "no transformer.wte.weight"),
-        ({"model": foreign.linear_state(foreign.gpt2())}, "does not say its heads and activation"),
+        (
+            {"model": foreign.linear_state(foreign.gpt2())},
+            "does not record its heads and activation",
+        ),
         (
             {"model": foreign.linear_state(foreign.gpt2()), "config": {"n_layer": 2}},
             "lacks n_head, n_embd, block_size",
         ),
         (
             {"model": foreign.linear_state(foreign.gpt2()), "config": 3},
-            "its configuration is a value of type int",
+            "the configuration is a value of type int",
         ),
-        (foreign.Original().state_dict(), "and 32 is no multiple of 64; give --n-head"),
+        (foreign.Original().state_dict(), "and 32 is not a multiple of 64; give --n-head"),
     ],
 )
 def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
@@ -309,8 +312,8 @@ def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
         (("--to", "mla", "--rank", "4", "--calibration", "nowhere.txt"), "nowhere.txt: cannot be "
                                                                          "read: No such file"),
         (("--to", "gguf",), "gguf"),
-        (("--revision", "main"), "--revision goes with a hub id"),
-        (("--n-head", "2"), "says its heads itself"),
+        (("--revision", "main"), "--revision requires a hub id"),
+        (("--n-head", "2"), "records its number of heads"),
         (("--renk", "4"), "did you mean --rank"),
         (("--held-out-tokens", "-1"), "--held-out-tokens must not be negative"),
     ],
@@ -331,16 +334,18 @@ def test_calibration_text(folder, refused, tmp_path):
 
 def test_latent_models_have_no_way_back(tiny_run, refused):
     said = refused(tiny_run, "--to", "hf")
-    assert "--to hf needs GPT-2's own attention, and this model has --attention mla" in said
+    assert "--to hf needs GPT-2's own attention, but this model has --attention mla" in said
     said = refused(tiny_run, "--to", "mla", "--rank", "4")
     assert "--to mla: the model's attention is MLA already; leave out --to mla" in said
 
 
 def test_tokenizers(folder, refused, tmp_path, shared_data):
-    assert "the gpt2 tokenizer has 50257 ids, the model 300 rows" in refused(
+    assert "the gpt2 tokenizer has 50257 ids, but the model has 300 rows" in refused(
         folder, "--bpe-dir", shared_data / "gpt2_bpe", tokenizer="gpt2"
     )
-    assert "no folder with tokenizer.json" in refused(folder, tokenizer=str(tmp_path / "none"))
+    assert "neither a folder with tokenizer.json" in refused(
+        folder, tokenizer=str(tmp_path / "none")
+    )
     (folder / "tokenizer.json").write_text("{}")
     assert "its tokenizer cannot be read" in refused(folder, tokenizer=str(folder))
 
@@ -349,7 +354,7 @@ def test_sources_that_are_not_there(refused, tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing")
     assert "cannot be reached to download it" in refused("openai-community/gpt2-of-nobody")
     (tmp_path / "model.safetensors").write_bytes(b"12345678")
-    assert "give the folder it is in" in refused(tmp_path / "model.safetensors")
+    assert "a single file; give its folder" in refused(tmp_path / "model.safetensors")
 
 
 def test_out_that_is_taken(folder, capsys, tmp_path):

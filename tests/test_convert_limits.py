@@ -62,7 +62,9 @@ def test_tensors_that_repeat_one_number(told, tmp_path):
     torch.save({"model": state, "model_args": settings}, path)
     assert path.stat().st_size < 50_000
     line = told(path)
-    assert "tensor transformer.wte.weight is no plain array with all its values in the file" in line
+    assert (
+        "tensor transformer.wte.weight is not a plain array with all its values in the file" in line
+    )
 
 
 def test_tensors_that_are_all_the_same(told, tmp_path):
@@ -76,7 +78,7 @@ def test_tensors_that_are_all_the_same(told, tmp_path):
             rest = block[1].split(".", 1)[1]
             first[name] = first[f"_orig_mod.transformer.h.0.{rest}"]
     torch.save(values, tmp_path / "shared.pt")
-    assert "share their values, more than a tied head does" in told(tmp_path / "shared.pt")
+    assert "share more values than a tied head does" in told(tmp_path / "shared.pt")
 
 
 def test_archives_that_unpack_to_more_than_they_are(told, tmp_path):
@@ -145,15 +147,15 @@ def test_a_tensor_that_is_there_twice(told, folder):
     tensors = load_file(str(path))
     name = "transformer.ln_f.bias"
     save_file(tensors | {f"module.{name}": tensors[name] + 1}, str(path), {"format": "pt"})
-    assert f"has tensor {name} twice, by names that wrappers gave it" in told(folder)
+    assert f"has tensor {name} twice, under names from wrapping modules" in told(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": 5}, "architectures is 5"),
-        ({"architectures": [["x"]]}, "architectures is "),
-        ({"architectures": {"GPT2LMHeadModel": 1}}, "architectures is "),
+        ({"architectures": 5}, "architectures must be a list of names, not 5"),
+        ({"architectures": [["x"]]}, "architectures must be a list of names, not "),
+        ({"architectures": {"GPT2LMHeadModel": 1}}, "architectures must be a list of names, not "),
         ({"activation_function": ["gelu"]}, "activation_function ['gelu'] is not supported"),
         ({"activation_function": None}, "activation_function None is not supported"),
         ({"n_layer": 3_000_000}, "n_layer"),

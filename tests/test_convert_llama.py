@@ -183,7 +183,11 @@ def test_nothing_allocates_by_the_longest_context(source, tmp_path):
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassificatio"),
         ("llama", {"model_type": "qwen3"}, "model_type 'qwen3') is not supported; supported are"),
         ("llama", {"model_type": "mixtral"}, "model_type 'mixtral') is not supported"),
-        ("llama", {"vocab_size": 200}, "has shape (300, 32), its configuration asks for (200, 32)"),
+        (
+            "llama",
+            {"vocab_size": 200},
+            "has shape (300, 32), but the configuration requires (200, 32)",
+        ),
         (
             "qwen2",
             {"model_type": "llama", "architectures": None},
@@ -227,7 +231,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(source, tmp_path, capsys):
         return refusal(capsys, src, "--out", tmp_path / "out", command=convert.main)
 
     src = source(vocab_size=200, eos_token_id=0, bos_token_id=0)
-    assert "has 257 ids, the model 200 rows" in refused(src)
+    assert "has 257 ids, but the model has 200 rows" in refused(src)
     (src / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in refused(src)
 

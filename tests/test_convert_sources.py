@@ -260,7 +260,7 @@ def test_mingpt(untied, tmp_path, capsys):
     same_in_every_tool(untied, out)
     assert "Converted from minGPT" in (out / "README.md").read_text()
     argv = (tmp_path / "model.pt", "--out", tmp_path / "no", *BYTES)
-    assert "minGPT does not say its heads; give --n-head" in refused(
+    assert "minGPT does not record its number of heads; give --n-head" in refused(
         capsys, *argv, command=convert.main
     )
 

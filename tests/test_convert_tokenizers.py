@@ -259,10 +259,13 @@ class Malice:
         (b"\x80\x04K\x01r\xff\xff\xff\x7f.", "not readable as a pickle; it is damaged"),
         (pickle.dumps([1, 2]), "has no itos with a character for every id"),
         (pickle.dumps({"itos": {0: "a", 2: "b"}}), "has no itos with a character for every id"),
-        (pickle.dumps({"itos": {0: "a", 1: "bc"}}), "no list of different characters"),
-        (pickle.dumps({"itos": {0: "a", 1: "a"}}), "no list of different characters"),
-        (pickle.dumps({"itos": {0: "a", 1: 5}}), "no list of different characters"),
-        (pickle.dumps({"itos": {0: "a", 1: "b"}}), "has 2 characters and the model beside it 3"),
+        (pickle.dumps({"itos": {0: "a", 1: "bc"}}), "not a list of distinct characters"),
+        (pickle.dumps({"itos": {0: "a", 1: "a"}}), "not a list of distinct characters"),
+        (pickle.dumps({"itos": {0: "a", 1: 5}}), "not a list of distinct characters"),
+        (
+            pickle.dumps({"itos": {0: "a", 1: "b"}}),
+            "has 2 characters, but the model beside it has 3",
+        ),
     ],
 )
 def test_other_files_of_that_name(meta, message, tmp_path, capsys):
