@@ -31,7 +31,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fetch_data import DOWNLOADS, FOLDER
-from helpers import TINY
+from helpers import TINY, words
 from hypothesis import settings
 
 from mlx_mla import checkpoint, train
@@ -132,17 +132,7 @@ def text_file(tmp_path_factory) -> Path:
 def tiny_run(tmp_path_factory, text_file) -> Path:
     """A finished run of a tiny model, 40 steps, checkpoints every 20."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    argv = [
-        *TINY,
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-        "--steps",
-        "40",
-        "--save-every",
-        "20",
-    ]
+    argv = words(*TINY, "--data", text_file, "--out", out, "--steps 40 --save-every 20")
     assert train.main(argv) == 0
     return out
 

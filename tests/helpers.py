@@ -24,24 +24,25 @@ from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
 
+
+def words(*parts: object) -> list[str]:
+    """Command line arguments. A string that begins with "--" is split at its spaces, so one string
+    may hold several flags with their values; any other part is one argument."""
+    split = (p.split() if isinstance(p, str) and p.startswith("--") else [str(p)] for p in parts)
+    return [word for part in split for word in part]
+
+
 # A model small enough for a training step in milliseconds.
-TINY = [
-    *(
-        [
-            "--n-layer",
-            "2",
-            "--n-head",
-            "2",
-            "--n-embd",
-            "32",
-            "--n-positions",
-            "48",
-            "--qk-rope-head-dim",
-            "8",
-        ]
-    ),
-    *(["--batch-size", "4", "--eval-batches", "2", "--sample-tokens", "8", "--no-compile"]),
-]
+TINY = words(
+    "--n-layer 2 --n-head 2 --n-embd 32 --n-positions 48 --qk-rope-head-dim 8",
+    "--batch-size 4 --eval-batches 2 --sample-tokens 8 --no-compile",
+)
+
+
+def tiny_train(out: Path, *flags: object) -> Path:
+    """The folder of a run of `mlx_mla.train` on the tiny model, which must succeed."""
+    assert train.main(words(*TINY, "--out", out, *flags)) == 0
+    return out
 
 
 def python(*args: str) -> list[str]:
@@ -60,10 +61,10 @@ def take_memory(nbytes: int) -> int:
 MEASURED = ("tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
 
 
-def refused(capsys, *argv: str, command=train.main) -> str:
+def refused(capsys, *argv: object, command=train.main) -> str:
     """Run a command that must be refused; returns its one line."""
     capsys.readouterr()
-    assert command([str(a) for a in argv]) == 2
+    assert command(words(*argv)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -76,9 +77,9 @@ def train_command(argv: list[str]) -> train.TrainCommand:
     return train.configure(train.given_flags(argv))
 
 
-def objects(capfd, *argv: str) -> list[dict]:
+def objects(capfd, *argv: object) -> list[dict]:
     capfd.readouterr()
-    assert generate.main([*map(str, argv), "--json"]) == 0
+    assert generate.main(words(*argv, "--json")) == 0
     return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
 
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import mlx_lm
 import numpy as np
-from helpers import BASE, TINY, batch, objects, refused
+from helpers import BASE, TINY, batch, objects, refused, words
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
@@ -91,17 +91,7 @@ def test_a_run_begun_in_one_backend_goes_on_in_the_other(tmp_path, text_file, fi
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="not promised there: docs/reliability.md")
 def test_resuming_is_bit_identical(tmp_path, text_file):
-    flags = [
-        *TINY,
-        "--data",
-        str(text_file),
-        "--backend",
-        "torch",
-        "--dropout",
-        "0.1",
-        "--save-every",
-        "4",
-    ]
+    flags = words(*TINY, "--data", text_file, "--backend torch --dropout 0.1 --save-every 4")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert train.main([*flags, "--out", str(straight), "--steps", "8"]) == 0
     assert train.main([*flags, "--out", str(stopped), "--steps", "8"]) == 0
@@ -126,17 +116,8 @@ def test_bfloat16_learns_with_float32_weights():
 
 @pytest.mark.parametrize("cache", ["latent", "materialized", "none"])
 def test_greedy_text_is_mlxs_with_each_cache(tiny_run, capfd, cache):
-    argv = (
-        "--model",
-        tiny_run,
-        "--prompt",
-        "The st",
-        "--temp",
-        "0",
-        "--max-tokens",
-        "40",
-        "--cache",
-        cache,
+    argv = words(
+        "--model", tiny_run, "--prompt", "The st", "--temp 0 --max-tokens 40 --cache", cache
     )
     (mlx,), (torch_,) = (objects(capfd, *argv, "--backend", name) for name in ("mlx", "torch"))
     assert mlx["token_ids"] == torch_["token_ids"]
@@ -169,16 +150,8 @@ def test_a_cache_of_fixed_shape_gives_the_same_text(tiny_run, cache):
 
 
 def test_caches_have_the_promised_sizes(tiny_run, capfd):
-    argv = (
-        "--model",
-        tiny_run,
-        "--prompt",
-        "The st",
-        "--max-tokens",
-        "10",
-        "--backend",
-        "torch",
-        "--cache",
+    argv = words(
+        "--model", tiny_run, "--prompt", "The st", "--max-tokens 10 --backend torch --cache"
     )
     sizes = {
         cache: objects(capfd, *argv, cache)[0]["kv_cache_bytes"]

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import refused
+from helpers import refused, words
 
 from bench import __main__ as command
 from bench import harness
@@ -16,10 +16,10 @@ from mlx_mla.errors import UserError
 
 pytest.importorskip("torch")
 
-NARROW = [
-    *("--quick", "--models", "gpt2-124m", "mla-124m", "--batch", "1", "--context", "64"),
-    *("--repetitions", "1", "--forward-batch", "1"),
-]  # fmt: skip
+NARROW = words(
+    "--quick --models gpt2-124m mla-124m --batch 1 --context 64",
+    "--repetitions 1 --forward-batch 1",
+)
 
 
 def run(*argv) -> int:

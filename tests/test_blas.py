@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import python
+from helpers import python, words
 
 from mlx_mla.backends import blas
 
@@ -211,18 +211,7 @@ def test_steps_run_without_a_compiler(tiny_run, tmp_path, text_file):
     for tool in ("sh", "python3"):
         if path := shutil.which(tool):
             (tmp_path / "bin" / tool).symlink_to(path)
-    argv = [
-        "--n-layer",
-        "1",
-        "--n-head",
-        "2",
-        "--n-embd",
-        "16",
-        "--n-positions",
-        "17",
-        "--steps",
-        "3",
-    ]
+    argv = words("--n-layer 1 --n-head 2 --n-embd 16 --n-positions 17 --steps 3")
     argv += ["--batch-size", "3", "--data", str(text_file), "--out", str(tmp_path / "run")]
     done = subprocess.run(
         python("-m", "mlx_mla.train", *argv), capture_output=True, text=True, check=False,

@@ -232,9 +232,8 @@ def test_weights_that_are_not_finite(odd, form, told, folder, tmp_path, capfd):
     assert "transformer.h.1.mlp.c_fc.weight has values that are not finite" in line
     if form == "ours":
         assert "not finite" in refused(
-            capfd, src, "--out", tmp_path / "mla", "--to", "mla", "--rank", "8",
-            command=convert.main,
-        )  # fmt: skip
+            capfd, src, "--out", tmp_path / "mla", "--to mla --rank 8", command=convert.main
+        )
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import foreign
-from helpers import by_mlx_lm, mlx_lm_server, run_mlx_lm
+from helpers import by_mlx_lm, mlx_lm_server, run_mlx_lm, words
 
 from convert import __main__ as convert
 from mlx_mla import checkpoint
@@ -30,17 +30,7 @@ def folder(tmp_path_factory):
         for ids in (slice(0, 33), slice(127, None)):
             model.transformer.wte.weight[ids] = 0
     model.save_pretrained(str(tmp / "hf"))
-    argv = [
-        str(tmp / "hf"),
-        "--out",
-        str(tmp / "mla"),
-        "--tokenizer",
-        "bytes",
-        "--to",
-        "mla",
-        "--rank",
-        "64",
-    ]
+    argv = words(tmp / "hf", "--out", tmp / "mla", "--tokenizer bytes --to mla --rank 64")
     assert convert.main(argv) == 0
     return tmp / "mla"
 

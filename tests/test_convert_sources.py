@@ -11,7 +11,7 @@ import foreign
 import huggingface_hub.constants
 import mlx.core as mx
 import numpy as np
-from helpers import refused
+from helpers import refused, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -70,19 +70,9 @@ def test_the_folder_is_one_of_ours(hf_folder, tmp_path, capfd):
     texts = []
     for backend in ("mlx", "torch"):
         capfd.readouterr()
-        argv = [
-            "--model",
-            str(out),
-            "--prompt",
-            "ab",
-            "--max-tokens",
-            "20",
-            "--temp",
-            "0",
-            "--backend",
-            backend,
-            "--json",
-        ]
+        argv = words(
+            "--model", out, "--prompt ab --max-tokens 20 --temp 0 --backend", backend, "--json"
+        )
         assert generate.main(argv) == 0
         texts.append(json.loads(capfd.readouterr().out)["token_ids"])
         assert max(texts[-1]) < 257  # padding is never sampled

@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import TINY, objects, refused
+from helpers import TINY, objects, refused, words
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
     load_prompt_cache,
@@ -323,14 +323,12 @@ def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_pa
         (first,) = objects(
             capfd, *argv, "--draft-model", draft, "--max-tokens", "11", "--save-prompt-cache", file
         )
-        argv = (
+        argv = words(
             "--model",
             folder,
             "--prompt",
             "",
-            "--temp",
-            "0",
-            "--prompt-cache",
+            "--temp 0 --prompt-cache",
             file,
             "--draft-model",
             draft,

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
-from helpers import BASE, TINY, batch, refused
+from helpers import BASE, TINY, batch, refused, words
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,7 +130,7 @@ def test_the_compiled_step_is_the_eager_one():
 
 
 def flags(tiny_run, text_file, *more):
-    return [
+    return words(
         *TINY[-7:],
         "--data",
         text_file,
@@ -138,10 +138,9 @@ def flags(tiny_run, text_file, *more):
         tiny_run,
         "--teacher",
         tiny_run,
-        "--eval-every",
-        "0",
+        "--eval-every 0",
         *more,
-    ]
+    )
 
 
 @pytest.mark.slow

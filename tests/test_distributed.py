@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, python
+from helpers import TINY, python, words
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -36,19 +36,9 @@ SCRIPTS = Path(sys.executable).parent
 # One thread a process: two of them on two cores with two threads each would wait for one another.
 ENV = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # 12 sequences a step: one process takes them in 3 passes of 4, each of two in 2 passes of 3.
-COMMON = [
-    *TINY,
-    "--grad-accum-steps",
-    "3",
-    "--log-every",
-    "1",
-    "--eval-every",
-    "7",
-    "--save-every",
-    "4",
-    "--keep",
-    "0",
-]
+COMMON = words(
+    *TINY, "--grad-accum-steps 3 --log-every 1 --eval-every 7 --save-every 4", "--keep 0"
+)
 COMMON += ["--warmup-steps", "4"]
 
 
@@ -114,17 +104,7 @@ def alone(tmp_path_factory, text_file) -> Path:
 @pytest.mark.slow
 def test_two_processes_by_mlx_launch_have_the_loss_curve_of_one(alone, tmp_path, text_file):
     out = tmp_path / "run"
-    argv = [
-        *COMMON,
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-        "--steps",
-        "16",
-        "--save-every",
-        "0",
-    ]
+    argv = words(*COMMON, "--data", text_file, "--out", out, "--steps 16 --save-every 0")
     port = next(p for p in free_ports(20) if p < 65535)  # the launcher takes this one and the next
     command = [
         str(SCRIPTS / "mlx.launch"),
@@ -154,24 +134,8 @@ def test_torchrun_goes_on_with_a_run_of_one_process(alone, tmp_path, text_file):
     shutil.copytree(alone, out)
     for step in (12, 16):
         shutil.rmtree(checkpoint.checkpoint_path(out, step))
-    torchrun = [
-        str(SCRIPTS / "torchrun"),
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_ports(1)[0]),
-    ]
-    argv = [
-        "-m",
-        "mlx_mla.train",
-        *COMMON,
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-        "--steps",
-        "16",
-    ]
+    torchrun = words(SCRIPTS / "torchrun", "--nproc-per-node 2 --master-port", free_ports(1)[0])
+    argv = words("-m", "mlx_mla.train", *COMMON, "--data", text_file, "--out", out, "--steps 16")
     command = [*torchrun, *argv, "--auto-resume", "--backend", "torch", "--save-every", "0"]
     done = subprocess.run(
         command, env=ENV, capture_output=True, text=True, timeout=120, check=False

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import write_gpt2_model
+from helpers import words, write_gpt2_model
 from transformers import AutoModelForCausalLM
 
 torch = pytest.importorskip("torch")
@@ -50,16 +50,7 @@ def ours(folder, sample, tmp_path_factory):
     results = {}
     for backend in ("mlx", "torch"):
         out = tmp_path_factory.mktemp("ours") / "results.json"
-        argv = [
-            "--model",
-            str(folder),
-            "--data-dir",
-            str(sample),
-            "--out",
-            str(out),
-            "--backend",
-            backend,
-        ]
+        argv = words("--model", folder, "--data-dir", sample, "--out", out, "--backend", backend)
         assert evaluate.main([*argv, "--tasks", "wikitext2,lambada,hellaswag"]) == 0
         results[backend] = json.loads(out.read_text())["models"][0]["tasks"]
     return results

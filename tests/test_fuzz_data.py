@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TINY
+from helpers import TINY, words
 from rich.console import Console
 
 from mlx_mla import cli, plot, prepare, train
@@ -156,17 +156,16 @@ def settings(random, folder):
     return ["--config", str(folder / "c.toml"), "--out", str(folder / "out"), *flags]
 
 
-NUMBERS = (
-    "--steps", "--batch-size", "--tokens-per-step", "--grad-accum-steps", "--seq-len", "--seed",
-    "--learning-rate", "--min-lr-ratio", "--warmup-steps", "--weight-decay", "--beta1", "--beta2",
-    "--adam-epsilon", "--grad-clip", "--initializer-range", "--loss-chunk",
-    "--activation-checkpointing", "--log-every", "--eval-every", "--eval-batches",
-    "--final-eval-batches", "--save-every",
-    "--keep", "--sample-tokens", "--sample-every", "--val-fraction", "--n-layer", "--n-head",
-    "--n-embd", "--n-inner", "--n-positions", "--vocab-size", "--kv-lora-rank", "--q-lora-rank",
-    "--qk-rope-head-dim", "--v-head-dim", "--rope-theta", "--layer-norm-epsilon", "--dropout",
-    "--decay-fraction", "--muon-learning-rate", "--eval-limit", "--from-step",
-)  # fmt: skip
+NUMBERS = words(
+    "--steps --batch-size --tokens-per-step --grad-accum-steps --seq-len --seed --learning-rate",
+    "--min-lr-ratio --warmup-steps --weight-decay --beta1 --beta2 --adam-epsilon --grad-clip",
+    "--initializer-range --loss-chunk --activation-checkpointing --log-every --eval-every",
+    "--eval-batches --final-eval-batches --save-every --keep --sample-tokens --sample-every",
+    "--val-fraction --n-layer --n-head --n-embd --n-inner --n-positions --vocab-size",
+    "--kv-lora-rank --q-lora-rank --qk-rope-head-dim --v-head-dim --rope-theta",
+    "--layer-norm-epsilon --dropout --decay-fraction --muon-learning-rate --eval-limit",
+    "--from-step",
+)
 ODD = ("nan", "inf", "-inf", "1e-320", "1e38", "1e39", "1e308", "1e400", "-0.0", "0.5", "", "x",
        "9" * 5000, "0x10", "1_000", "١", *map(str, fuzz.NUMBERS))  # fmt: skip
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import TINY, objects, python, refused
+from helpers import TINY, objects, python, refused, words
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
@@ -18,17 +18,7 @@ from mlx_mla.decoding.request import GenerationOptions
 def learned_run(tmp_path_factory, text_file):
     """Learned positions, and a vocabulary with rows that stand for no token."""
     out = tmp_path_factory.mktemp("runs") / "learned"
-    argv = [
-        *TINY,
-        "--qk-rope-head-dim",
-        "0",
-        "--vocab-size",
-        "320",
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-    ]
+    argv = words(*TINY, "--qk-rope-head-dim 0 --vocab-size 320 --data", text_file, "--out", out)
     assert train.main([*argv, "--steps", "15"]) == 0
     return out
 
@@ -179,10 +169,10 @@ def test_stock_mlx_lm_generates_the_same_from_the_folder(folder, capfd):
         capfd, "--model", folder, "--prompt", "The st", "--temp", "0", "--max-tokens", "20"
     )
     done = subprocess.run(
-        [
-            *python("-m", "mlx_lm", "generate", "--model", str(folder), "--trust-remote-code"),
-            *("--prompt", "The st", "--max-tokens", "20", "--temp", "0"),
-        ],
+        python(
+            *words("-m", "mlx_lm", "generate", "--trust-remote-code --model", folder),
+            *words("--prompt", "The st", "--max-tokens 20 --temp 0"),
+        ),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """A refusal is one line on stderr; advice comes once, and on success only."""
 
 import pytest
-from helpers import TINY
+from helpers import TINY, words
 
 from mlx_mla import evaluate, generate, train
 from mlx_mla.backends import blas
@@ -24,14 +24,7 @@ def refusals(run, tmp_path):
     yield generate.main, ["--model", str(run), "--prompt", "x", "--max-tokens", "999"]
     yield (
         generate.main,
-        [
-            "--model",
-            str(run),
-            "--prompt",
-            "x",
-            "--prompt-cache",
-            str(tmp_path / "none.safetensors"),
-        ],
+        words("--model", run, "--prompt x --prompt-cache", tmp_path / "none.safetensors"),
     )
     yield (
         evaluate.main,

@@ -17,6 +17,7 @@ from helpers import (
     python,
     random_weights,
     token_ids,
+    words,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -169,11 +170,11 @@ def test_stock_mlx_lm(kind, folder, expected):
 @pytest.mark.parametrize("kind", ["mla-rope-shared"], indirect=True)
 def test_stock_mlx_lms_command_quantises_a_cache_that_layers_share(folder):
     done = subprocess.run(
-        [
-            *python("-m", "mlx_lm", "generate", "--model", str(folder), "--trust-remote-code"),
-            *("--prompt", PROMPT.decode(), "--max-tokens", "4", "--temp", "0", "--kv-bits", "8"),
-            *("--kv-group-size", "32", "--quantized-kv-start", "8", "--ignore-chat-template"),
-        ],
+        python(
+            *words("-m", "mlx_lm", "generate", "--trust-remote-code --model", folder),
+            *words("--prompt", PROMPT.decode(), "--max-tokens 4 --temp 0 --kv-bits 8"),
+            *words("--kv-group-size 32 --quantized-kv-start 8 --ignore-chat-template"),
+        ),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -226,11 +227,16 @@ def test_training_and_resuming(backend, kind, tmp_path, text_file):
     flags += [f"--{name.replace('_', '-')}" for name in switches if getattr(kind, name)]
     flags += ["--attention-bias", str(kind.attention_bias)]
     flags += [] if kind.tie_word_embeddings else ["--no-tie-word-embeddings"]
-    common = [
-        *flags, "--data", str(text_file), "--backend", backend, "--seq-len", "32", "--batch-size",
-        "2", "--eval-batches", "2", "--final-eval-batches", "2", "--sample-tokens", "4",
-        "--no-compile", "--save-every", "2", "--keep", "0", "--activation-checkpointing", "2",
-    ]  # fmt: skip
+    common = words(
+        *flags,
+        "--data",
+        text_file,
+        "--backend",
+        backend,
+        "--seq-len 32 --batch-size 2 --eval-batches 2 --final-eval-batches 2",
+        "--sample-tokens 4 --no-compile --save-every 2 --keep 0",
+        "--activation-checkpointing 2",
+    )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*common, "--steps", "4", "--out", str(whole)]) == 0
     shutil.copytree(whole, cut)

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx
 import numpy as np
-from helpers import BASE, TINY, batch, refused, train_command
+from helpers import BASE, TINY, batch, refused, train_command, words
 from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
 
@@ -98,17 +98,9 @@ def test_muon_agrees_between_the_backends_and_follows_the_schedule():
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_muon_resumes_bit_identically(tmp_path, text_file, backend):
     def run(out, *flags):
-        argv = [
-            *TINY,
-            "--data",
-            str(text_file),
-            "--out",
-            str(out),
-            "--backend",
-            backend,
-            "--optimizer",
-            "muon",
-        ]
+        argv = words(
+            *TINY, "--data", text_file, "--out", out, "--backend", backend, "--optimizer muon"
+        )
         assert train.main([*argv, "--log-every", "1", *flags]) == 0
         return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "train"]
 
@@ -150,16 +142,7 @@ def test_fused_adamw_takes_the_same_steps_and_resumes_bit_identically(monkeypatc
 
 
 def test_warm_up_stable_decay():
-    flags = [
-        "--steps",
-        "100",
-        "--warmup-steps",
-        "10",
-        "--learning-rate",
-        "1",
-        "--lr-schedule",
-        "wsd",
-    ]
+    flags = words("--steps 100 --warmup-steps 10 --learning-rate 1 --lr-schedule wsd")
     config = train_command([*flags, "--min-lr-ratio", "0"]).resolved()
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])

@@ -6,7 +6,7 @@ import time
 
 import mlx.core as mx
 import pytest
-from helpers import MEASURED, TINY, python
+from helpers import MEASURED, TINY, python, words
 
 from mlx_mla import checkpoint
 from mlx_mla.training.metrics import read_metrics
@@ -17,18 +17,7 @@ COMPILED = "compiled"  # no flag: compiling is the default that TINY switches of
 
 def launch(out, text_file, extra, resume: bool) -> subprocess.Popen:
     flags = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", str(STEPS), *extra]
-    flags += [
-        "--save-every",
-        "4",
-        "--eval-every",
-        "7",
-        "--log-every",
-        "3",
-        "--keep",
-        "0",
-        "--sample-every",
-        "5",
-    ]
+    flags += words("--save-every 4 --eval-every 7 --log-every 3 --keep 0 --sample-every 5")
     if COMPILED in flags:
         flags = [flag for flag in flags if flag not in (COMPILED, "--no-compile")]
     flags += ["--resume"] if resume else []

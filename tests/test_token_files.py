@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, python, refused
+from helpers import MEASURED, TINY, python, refused, words
 
 from mlx_mla import prepare, train
 from mlx_mla.data import shards
@@ -18,18 +18,7 @@ from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
 from mlx_mla.training.metrics import read_metrics
 
-STEPS = (
-    "--steps",
-    "6",
-    "--log-every",
-    "1",
-    "--eval-every",
-    "3",
-    "--save-every",
-    "3",
-    "--keep",
-    "0",
-)
+STEPS = words("--steps 6 --log-every 1 --eval-every 3 --save-every 3 --keep 0")
 
 
 def llmc(tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
@@ -48,15 +37,7 @@ def folders(text_file, tmp_path_factory):
     for i, part in enumerate(text_file.read_text(encoding="utf-8").split("\n\n")):
         (root / "text" / f"{i:04d}.txt").write_text(part, encoding="utf-8")
     for layout in ("npy", "llmc"):
-        argv = [
-            str(root / "text"),
-            "--out",
-            str(root / layout),
-            "--tokenizer",
-            "bytes",
-            "--format",
-            layout,
-        ]
+        argv = words(root / "text", "--out", root / layout, "--tokenizer bytes --format", layout)
         assert prepare.main([*argv, "--val-fraction", "0.2"]) == 0
     (root / "nanogpt").mkdir()
     for split, number in (("train", 1), ("val", 0)):

@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from helpers import TINY, refused
+from helpers import TINY, refused, words
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -16,18 +16,7 @@ from mlx_mla.errors import UserError
 from mlx_mla.training.metrics import read_metrics
 from mlx_mla.training.tracking import Tracking, scalars, tracker_names
 
-STEPS = (
-    "--steps",
-    "12",
-    "--save-every",
-    "4",
-    "--log-every",
-    "2",
-    "--eval-every",
-    "3",
-    "--keep",
-    "0",
-)
+STEPS = words("--steps 12 --save-every 4 --log-every 2 --eval-every 3 --keep 0")
 
 
 def expected(run) -> dict[str, list[tuple[int, float]]]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, python, refused, train_command
+from helpers import MEASURED, TINY, python, refused, train_command, words
 from safetensors.numpy import load_file, save_file
 
 from mlx_mla import checkpoint, files, generate, train
@@ -61,17 +61,7 @@ def test_a_run_leaves_the_documented_files(tiny_run):
 
 def test_the_end_of_a_run_says_where_it_is_and_how_to_go_on(tmp_path, text_file, capfd):
     out = tmp_path / "run"
-    argv = [
-        *TINY,
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-        "--steps",
-        "3",
-        "--sample-prompt",
-        "Ab",
-    ]
+    argv = words(*TINY, "--data", text_file, "--out", out, "--steps 3 --sample-prompt Ab")
     assert train.main(argv) == 0
     said = capfd.readouterr().out
     assert "--- sample ---\nAb" in said
@@ -215,17 +205,7 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
 
 def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
     out = tmp_path / "healed"
-    argv = [
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-        "--init",
-        str(tiny_run),
-        "--steps",
-        "1",
-        "--no-compile",
-    ]
+    argv = words("--data", text_file, "--out", out, "--init", tiny_run, "--steps 1 --no-compile")
     assert train.main(argv) == 0
     old, new = (read_metrics(run / "metrics.jsonl") for run in (tiny_run, out))
     assert new[0]["loss"] == pytest.approx(old[-2]["loss"], abs=0.3)
@@ -246,28 +226,17 @@ def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, cap
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 def test_tiny_shakespeare_trains_with_either_tokenizer(shared_data, tmp_path, tokenizer):
     out = tmp_path / "run"
-    argv = [
-        *(
-            "--data",
-            str(shared_data / "corpus/tinyshakespeare/input.txt"),
-            "--tokenizer",
-            tokenizer,
-        ),
-        *(
-            "--out",
-            str(out),
-            "--steps",
-            "30",
-            "--batch-size",
-            "2",
-            "--n-layer",
-            "1",
-            "--n-embd",
-            "64",
-        ),
-        *("--eval-batches", "2", "--val-fraction", "0.01", "--sample-tokens", "10"),
+    argv = words(
+        "--data",
+        shared_data / "corpus/tinyshakespeare/input.txt",
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        out,
+        "--steps 30 --batch-size 2 --n-layer 1 --n-embd 64 --eval-batches 2",
+        "--val-fraction 0.01 --sample-tokens 10",
         *(("--bpe-dir", str(shared_data / "gpt2_bpe")) if tokenizer == "gpt2" else ()),
-    ]
+    )
     assert train.main(argv) == 0
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -282,27 +251,10 @@ def test_samples_on_the_way_change_nothing_of_the_training(tmp_path, text_file, 
     outcomes = []
     for every in ("0", "2"):
         out = tmp_path / every
-        flags = [
-            *TINY,
-            "--data",
-            str(text_file),
-            "--out",
-            str(out),
-            "--backend",
-            backend,
-            "--dropout",
-            "0.2",
-        ]
-        flags += [
-            "--steps",
-            "7",
-            "--log-every",
-            "1",
-            "--learning-rate",
-            "0.01",
-            "--warmup-steps",
-            "0",
-        ]
+        flags = words(
+            *TINY, "--data", text_file, "--out", out, "--backend", backend, "--dropout 0.2"
+        )
+        flags += words("--steps 7 --log-every 1 --learning-rate 0.01 --warmup-steps 0")
         assert train.main([*flags, "--sample-every", every]) == 0
         rows = [
             {k: v for k, v in r.items() if k not in MEASURED}
@@ -394,17 +346,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(run_copy, ca
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text_file):
     out = tmp_path / "run"
-    argv = [
-        *TINY,
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-        "--steps",
-        "100000",
-        "--save-every",
-        "0",
-    ]
+    argv = words(*TINY, "--data", text_file, "--out", out, "--steps 100000 --save-every 0")
     process = subprocess.Popen(
         python("-m", "mlx_mla.train", *argv),
         stdout=subprocess.PIPE,
@@ -663,17 +605,7 @@ def test_lines_of_a_killed_run_are_read_up_to_the_last_whole_one(tmp_path):
 
 def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, monkeypatch):
     monkeypatch.setattr(MLXBackend, "memory_bytes", lambda self: 4_000_000)
-    argv = [
-        *TINY,
-        "--data",
-        str(text_file),
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "1",
-        "--batch-size",
-        "8",
-    ]
+    argv = words(*TINY, "--data", text_file, "--out", tmp_path / "run", "--steps 1 --batch-size 8")
     assert train.main(argv) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "warning: a step needs about" in said
@@ -685,17 +617,7 @@ def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, mo
 def test_the_last_validation_is_bounded(tmp_path, text_file):
     def last(*flags):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        argv = [
-            *TINY,
-            "--data",
-            str(text_file),
-            "--out",
-            str(out),
-            "--steps",
-            "2",
-            "--eval-every",
-            "2",
-        ]
+        argv = words(*TINY, "--data", text_file, "--out", out, "--steps 2 --eval-every 2")
         assert train.main([*argv, *flags]) == 0
         return read_metrics(out / "metrics.jsonl")[-1]["loss"]
 

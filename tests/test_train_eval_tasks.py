@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import TINY
+from helpers import TINY, words
 
 from mlx_mla import evaluate, train
 from mlx_mla.evaluation.tasks import TASKS
@@ -28,26 +28,9 @@ def data(shared_data, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_metrics_are_those_of_evaluate_and_training_is_the_same(backend, text_file, data, tmp_path):
-    argv = [
-        *TINY,
-        "--data",
-        str(text_file),
-        "--steps",
-        "4",
-        "--eval-every",
-        "2",
-        "--log-every",
-        "1",
-    ]
+    argv = words(*TINY, "--data", text_file, "--steps 4 --eval-every 2 --log-every 1")
     argv += ["--backend", backend]
-    wanted = [
-        "--eval-tasks",
-        "lambada,wikitext2",
-        "--eval-limit",
-        "6",
-        "--eval-data-dir",
-        str(data),
-    ]
+    wanted = words("--eval-tasks lambada,wikitext2 --eval-limit 6 --eval-data-dir", data)
     assert train.main([*argv, "--out", str(tmp_path / "plain")]) == 0
     assert train.main([*argv, "--out", str(tmp_path / "run"), *wanted]) == 0
     plain, rows = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "run"))
@@ -56,27 +39,9 @@ def test_metrics_are_those_of_evaluate_and_training_is_the_same(backend, text_fi
         (s, t) for s in (2, 4) for t in ("lambada", "wikitext2")
     ]
     assert [r["loss"] for r in rows if r["split"] not in TASKS] == [r["loss"] for r in plain]
-    argv = [
-        "--model",
-        str(tmp_path / "run"),
-        "--data-dir",
-        str(data),
-        "--tasks",
-        "lambada,wikitext2",
-    ]
+    argv = words("--model", tmp_path / "run", "--data-dir", data, "--tasks lambada,wikitext2")
     out = tmp_path / "r.json"
-    argv += [
-        "--limit",
-        "6",
-        "--seed",
-        "1337",
-        "--window",
-        "48",
-        "--backend",
-        backend,
-        "--out",
-        str(out),
-    ]
+    argv += words("--limit 6 --seed 1337 --window 48 --backend", backend, "--out", out)
     assert evaluate.main(argv) == 0
     tasks = json.loads(out.read_text())["models"][0]["tasks"]
     for row in found[2:]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, python
+from helpers import TINY, python, words
 
 from mlx_mla import checkpoint, train
 from mlx_mla.backends import get_backend
@@ -67,16 +67,7 @@ def model(tiny_run) -> Path:
 def mha(tmp_path_factory, text_file) -> Path:
     """A run of multi-head attention."""
     out = tmp_path_factory.mktemp("mha") / "run"
-    flags = [
-        "--attention",
-        "mha",
-        "--qk-rope-head-dim",
-        "0",
-        "--steps",
-        "2",
-        "--data",
-        str(text_file),
-    ]
+    flags = words("--attention mha --qk-rope-head-dim 0 --steps 2 --data", text_file)
     assert train.main([*TINY, *flags, "--out", str(out)]) == 0
     return out
 
@@ -140,17 +131,7 @@ def greedy(model: Path, prompt: str, tokens: int) -> str:
 
 
 def test_mlx_lm_generates_what_we_do(run, model):
-    flags = (
-        "--model",
-        model,
-        "--trust-remote-code",
-        "--temp",
-        "0",
-        "--max-tokens",
-        "12",
-        "--prompt",
-        "The ",
-    )
+    flags = words("--model", model, "--trust-remote-code --temp 0 --max-tokens 12 --prompt", "The ")
     text = run("-m", "mlx_lm", "generate", *flags).stdout
     assert text.split("==========\n")[1].rstrip("\n").strip() == greedy(model, "The ", 12).strip()
 
@@ -160,17 +141,7 @@ def test_mlx_lm_quantises_and_the_result_generates(run, model, tmp_path):
     flags = ("--trust-remote-code", "-q", "--q-bits", "8", "--q-group-size", "32")
     run("-m", "mlx_lm", "convert", "--hf-path", model, "--mlx-path", q, *flags)
     assert (q / "configuration_mla_gpt2.py").is_file()
-    flags = (
-        "--model",
-        q,
-        "--trust-remote-code",
-        "--temp",
-        "0",
-        "--max-tokens",
-        "8",
-        "--prompt",
-        "The ",
-    )
+    flags = words("--model", q, "--trust-remote-code --temp 0 --max-tokens 8 --prompt", "The ")
     assert "==========" in run("-m", "mlx_lm", "generate", *flags).stdout
 
 
