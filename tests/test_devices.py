@@ -135,9 +135,9 @@ def test_serve_generates_on_its_device(folder, monkeypatch, capsys):
     current, during = [], []
 
     class Ends:
-        def __init__(self, provider, cache):
+        def __init__(self, provider):
             during.append(*current)
-            provider._load()
+            provider.loaded.set()
 
         def stop_and_join(self):
             pass
@@ -149,8 +149,8 @@ def test_serve_generates_on_its_device(folder, monkeypatch, capsys):
         current.pop()
 
     monkeypatch.setattr(mx, "stream", stream)
-    monkeypatch.setattr(serve.server, "ResponseGenerator", Ends)
-    monkeypatch.setattr(serve.server, "_run_http_server", lambda *_, **__: None)
+    monkeypatch.setattr(serve, "Generator", Ends)
+    monkeypatch.setattr(serve.Server, "serve_forever", lambda _: None)
     monkeypatch.setattr(mx, "is_available", lambda _: True)
     for name in ("gpu", "cpu"):
         assert serve.main(["--model", str(folder), f"--device={name}"]) == 0
