@@ -127,20 +127,18 @@ def run(
     *,
     needs_reader: bool = True,
 ) -> int:
-    """Run a command's body and turn what it raises into the documented exit codes.
+    """Run a command's body, and turn the exceptions that it raises into the documented exit codes.
 
-    Hints that the body has added (`add_hint`) are printed once it has succeeded, and only
-    then.
+    Hints that the body has added (`add_hint`) are printed only if it succeeds.
 
     Args:
-        main: The body; gets the arguments.
-        argv: The arguments; None: those of the process.
-        needs_reader: Whether the command ends once nobody reads its output. Training goes on.
+        main: The body, which is called with the arguments.
+        argv: The arguments. None: those of the process.
+        needs_reader: True if the command ends once nobody reads its output. Training continues.
 
     Returns:
-        0 done; 2 the user's input was wrong or the system refused a file, told in one line on
-        stderr; 130 stopped by Ctrl-C. A fault of ours escapes as a traceback, which Python ends
-        with 1.
+        0 done; 2 the user's input was wrong or the system refused a file, reported in one line on
+        stderr; 130 stopped by Ctrl-C. A bug escapes as a traceback, which Python ends with 1.
     """
     drop_hints()
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -231,14 +229,13 @@ LONG_INPUT, SHOWN_INPUT = 160, 60
 
 
 class Output:
-    """A text stream that writes what its encoding lacks as escapes, and knows what to do when it
-    cannot write.
+    """A text stream that escapes characters outside its encoding, and handles failures to write.
 
     Args:
-        stream: What is written to. None (a process started without the stream): nothing.
-        name: What to call it in errors.
-        go_on: Whether the command goes on, without a word more, once the stream cannot be written.
-            Otherwise a reader that has gone raises BrokenPipeError, and all else a UserError.
+        stream: The stream to write to. None (a process started without it): discard the text.
+        name: Its name in error messages.
+        go_on: True if the command continues silently once the stream cannot be written. Otherwise,
+            a reader that has gone raises BrokenPipeError, and any other failure a UserError.
     """
 
     def __init__(self, stream: Optional[TextIO], name: str, go_on: bool):

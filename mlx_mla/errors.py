@@ -13,16 +13,16 @@ _quote.maxstring = _quote.maxother = _quote.maxlong = _LONGEST
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: short, however long or deep it is."""
+    """Format a value for a message, shortened if it is long or deeply nested."""
     text = _quote.repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 class UserError(ValueError):
-    """A mistake in the user's input, told in one line: what, where, and what to do about it.
+    """A mistake in the user's input, reported in one line: what, where, and what to do about it.
 
-    Commands print the message to stderr and exit with code 2, without a traceback. Anything else
-    that escapes is a fault of this project.
+    Commands print the message to stderr and exit with code 2, without a traceback. Any other
+    exception that escapes is a bug of this project.
     """
 
 

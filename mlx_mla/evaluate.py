@@ -80,7 +80,7 @@ class EvaluateCommand:
     out: Optional[Path] = None
     """File for the results, ending in .json. None: only print."""
     resume: bool = False
-    """Go on with an interrupted run into the same --out."""
+    """Resume an interrupted evaluation with the same --out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -90,7 +90,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _follow(world: World) -> int:
-    """Train as rank 0 tells this rank to, silently and without touching the run folder."""
+    """Train with rank 0's settings, silently and without touching the run folder."""
     if world.first(None) is None:
         return 0
     from mlx_mla.training.loop import train

@@ -53,7 +53,7 @@ def small_machine() -> Iterator[None]:
 
 
 class Hang(BaseException):
-    """Not an Exception, so that no command mistakes it for a fault of its input."""
+    """Not an Exception, so no command mistakes it for an error in its input."""
 
 
 @dataclass(frozen=True)

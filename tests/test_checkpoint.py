@@ -118,9 +118,9 @@ def test_values_that_are_not_finite_are_found_wherever_they_are(rng):
     weights = {"a": np.full((3, 5), 3e38, np.float32), "b": np.zeros((4, 1000), np.float32)}
     assert not_finite(weights) is None  # the sum of the first overflows
     for value in (np.nan, np.inf, -np.inf):
-        spoilt = weights["b"].copy()
-        spoilt[rng.integers(4), rng.integers(1000)] = value
-        assert not_finite({**weights, "b": spoilt}) == "b"
+        damaged = weights["b"].copy()
+        damaged[rng.integers(4), rng.integers(1000)] = value
+        assert not_finite({**weights, "b": damaged}) == "b"
     both = weights["b"].copy()
     both[0, :2] = np.inf, -np.inf
     assert not_finite({"b": both}) == "b"

@@ -187,10 +187,10 @@ def test_a_row_that_raises_or_is_killed_fails_with_one_line(monkeypatch):
     folder = f"{ROOT}/nowhere"
     code = (
         "import sys, os, dataclasses; from mlx_mla.checks import __main__ as m\n"
-        "def fault(place):\n"
+        "def broken(place):\n"
         f"    if {{kill}}: os.abort()\n"
         f"    raise ValueError('no file {folder}/x\\nand more')\n"
-        "m.ROWS = [dataclasses.replace(m.ROWS[0], name='x', run=fault)]\n"
+        "m.ROWS = [dataclasses.replace(m.ROWS[0], name='x', run=broken)]\n"
         "m.main(['x'])\n"
     )
     for kill, expected in (

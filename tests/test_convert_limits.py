@@ -1,4 +1,4 @@
-"""A small file asks for no more than it holds, and what one cannot hold is told in one line."""
+"""A small file cannot request more than it holds; impossible contents are reported in one line."""
 
 import json
 import zipfile
@@ -108,7 +108,7 @@ def test_tensors_that_are_no_arrays(odd, told, tmp_path):
     values["model"].pop("_orig_mod.lm_head.weight")
     torch.save(values, path)
     line = told(path)
-    assert "no plain array" in line or "not readable as a PyTorch checkpoint" in line
+    assert "not a plain array" in line or "not readable as a PyTorch checkpoint" in line
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
@@ -238,7 +238,7 @@ def test_weights_that_are_not_finite(odd, form, told, folder, tmp_path, capfd):
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_scores_that_only_a_temperature_makes_overflow(backend, folder, tmp_path, capfd):
-    """The likeliest token is then certain, or it is told; no traceback."""
+    """The most likely token is then certain, or the overflow is reported, without a traceback."""
     path = folder / "model.safetensors"
     tensors = load_file(str(path))
     tensors["transformer.ln_f.weight"][:] = 0

@@ -1,4 +1,4 @@
-"""Multi-head attention made latent: exact at full rank, optimal below, reported, whatever the
+"""Multi-head attention converted to MLA: exact at full rank, optimal below, reported, whatever the
 text's length."""
 
 import itertools
@@ -292,7 +292,7 @@ def test_a_rank_budget_gives_layers_widths_of_their_own(trained, text_file, tmp_
         assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
         answers.append(json.loads(capfd.readouterr().out)["text"])
     assert len(set(answers)) == 1
-    # Healing goes on from such a model too.
+    # Recovery fine-tuning also continues from such a model.
     from mlx_mla import train
 
     argv = [
@@ -303,7 +303,7 @@ def test_a_rank_budget_gives_layers_widths_of_their_own(trained, text_file, tmp_
         "--steps",
         "2",
         "--out",
-        str(tmp_path / "healed"),
+        str(tmp_path / "recovered"),
     ]
     assert train.main([*argv, "--sample-tokens", "0", "--batch-size", "2"]) == 0
 

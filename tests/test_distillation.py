@@ -1,4 +1,4 @@
-"""Training with --teacher: the divergence is the textbook's, alike in both backends, and nothing is
+"""Training with --teacher: the divergence is the textbook's in both backends, and nothing is
 ignored."""
 
 import dataclasses

@@ -104,7 +104,7 @@ def test_a_stop_string_ends_the_text_before_it(folder, capfd):
     (answer,) = objects(capfd, *argv, "--stop", "never", stop)
     assert answer["text"] == whole[: whole.find(stop)]
     assert answer["finish_reason"] == "stop"
-    # A beginning of the stop string that does not go on is text like any other.
+    # A beginning of the stop string that does not continue is ordinary text.
     assert objects(capfd, *argv, "--stop", whole[-1] + "\x00")[0]["text"] == whole
 
 

@@ -1,4 +1,4 @@
-"""Commands killed at any moment: the next one goes on, and nothing is left of the killed ones."""
+"""Commands killed at any moment: the next one resumes, and nothing is left of the killed ones."""
 
 import random
 import subprocess

@@ -251,7 +251,7 @@ def test_a_prompt_with_its_own_answer_is_answered_as_without_a_cache(port, texts
 
 
 def test_stock_mlx_lm_outlives_a_request_that_is_too_long(folder):
-    """Stock `mlx_lm.server`, on our model file alone: the long request ends, others go on."""
+    """Stock `mlx_lm.server`, on our model file alone: the long request ends, others continue."""
     with serving("-c", STOCK, "--model", str(folder), "--trust-remote-code") as port:
         alone = ask(port, good("The st"))
         with concurrent.futures.ThreadPoolExecutor(4) as pool:

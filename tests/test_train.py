@@ -204,7 +204,7 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
 
 
 def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
-    out = tmp_path / "healed"
+    out = tmp_path / "recovered"
     argv = words("--data", text_file, "--out", out, "--init", tiny_run, "--steps 1 --no-compile")
     assert train.main(argv) == 0
     old, new = (read_metrics(run / "metrics.jsonl") for run in (tiny_run, out))

@@ -49,9 +49,9 @@ No figure in this repository was measured on a Mac.
     make setup
     .venv/bin/python -m mlx_mla.doctor --check
 
-runs every row of the first table that this machine can run, which takes minutes, goes on after a
-failure, and writes `runs/check/check.md`. Please send that file, whatever it says, with the form
-"{form}".
+runs every row of the first table that this machine supports. It takes minutes, continues after a
+failure, and writes `runs/check/check.md`. Please send that file with the form "{form}",
+whatever the result says.
 
 {table}
 

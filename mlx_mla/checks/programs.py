@@ -81,7 +81,7 @@ def server(place: Path) -> Outcome:
 
 
 def calibration(place: Path) -> Outcome:
-    """`--to mla` with calibration on MPS and on the CPU: models that score alike."""
+    """`--to mla` with calibration on MPS and on the CPU: the models have the same score."""
     source = models.small_model(place / "mha", "gpt2-124m")
     ids, found = np.arange(60, dtype=np.int32).reshape(2, 30), []
     for device in ("cpu", "mps"):

@@ -217,7 +217,7 @@ _OTHERS = (
         what="Calibration of `convert --to mla` on MPS, which has no float64",
         where=("convert/calibration.py:collect_moments",),
         needs=("torch", "mps"),
-        expected="models that score alike to 0.01 nats",
+        expected="models with the same score to 0.01 nats",
         minutes=0.5,
         run=programs.calibration,
     ),

@@ -54,9 +54,9 @@ def check(
     """Run rows, with a line of progress each, and write the report after every one.
 
     Args:
-        facts: What `doctor.examine` found, which tells what can run.
-        to_fix: Its advice.
-        out: Folder of the report, made if it is not there.
+        facts: The facts from `doctor.examine`, which determine the rows that can run.
+        to_fix: The advice from `doctor.examine`.
+        out: Folder of the report, created if it does not exist.
     """
     out.mkdir(parents=True, exist_ok=True)
     there, results = available(facts), list[Result]()

@@ -1,5 +1,5 @@
 """Training on a device: its losses against MLX on the CPU, its memory against the estimate, and
-runs that stop and go on."""
+runs that stop and resume."""
 
 import dataclasses
 import gc

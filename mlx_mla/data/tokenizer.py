@@ -227,13 +227,13 @@ def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
 
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong in transformers or tokenizers into one UserError.
+    """Context that turns any failure in transformers or tokenizers into one UserError.
 
-    tokenizers raises bare Exceptions; where its Rust code panics, it writes to standard error and
-    raises something that is no Exception.
+    tokenizers raises bare Exceptions. If its Rust code panics, it writes to standard error and
+    raises an object that is not an Exception.
 
     Args:
-        what: The message's beginning; the first line of the reason follows in brackets.
+        what: The beginning of the message. The first line of the reason follows in parentheses.
     """
     try:
         with _quiet():

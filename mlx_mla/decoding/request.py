@@ -67,8 +67,8 @@ class GenerationOptions:
     kv_bits: Optional[Literal[4, 8]] = None
     """Quantise the cache to so many bits. None: off."""
     prompt_cache: Optional[Path] = None
-    """Go on from the context in this .safetensors file of --save-prompt-cache; the prompt is what
-    follows it."""
+    """Continue from the context in this .safetensors file of --save-prompt-cache; the prompt is the
+    text that follows it."""
     save_prompt_cache: Optional[Path] = None
     """Write the context, with what was generated, to this .safetensors file."""
     draft_model: Optional[str] = None
@@ -77,8 +77,8 @@ class GenerationOptions:
     num_draft_tokens: int = 3
     """Tokens that --draft-model guesses at a time."""
     max_kv_size: Optional[int] = None
-    """Go on past this many tokens of context (at most n_positions) by dropping all but the newest
-    half and reading it again. None: a context past n_positions is an error."""
+    """Continue past this many tokens of context (at most n_positions) by dropping all but the
+    newest half and reading it again. None: a context past n_positions is an error."""
 
 
 def cache_of(config: ModelConfig, cache: CacheChoice) -> CacheName:
@@ -142,9 +142,9 @@ def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
 
 
 def fit_context(context: list[int], limit: int) -> list[int]:
-    """The context to go on with: itself, or once it is full its newest half.
+    """The context to continue with: all of it, or its newest half once it is full.
 
-    Positions are absolute, so a full context cannot slide; its newest half is read again.
+    Positions are absolute, so a full context cannot slide. Its newest half is read again.
     """
     return context if len(context) < limit else context[-max(1, limit // 2) :]
 

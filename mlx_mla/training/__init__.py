@@ -1,1 +1,1 @@
-"""The training run: its loop, its folder, how it starts and how it goes on."""
+"""The training run: its loop, its folder, how it starts and how it resumes."""

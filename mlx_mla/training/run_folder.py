@@ -148,7 +148,7 @@ def resume_point(
         )
     if info.step >= config.steps:
         raise UserError(
-            f"{out}: has finished its {info.step} steps; give a larger --steps to go on, or "
+            f"{out}: has finished its {info.step} steps; give a larger --steps to continue, or "
             f"generate from it with --model {shlex.quote(str(out))}"
         )
     weights = checkpoint.ModelFolder(folder).weights(config.model)
