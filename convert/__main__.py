@@ -35,7 +35,7 @@ class ConvertCommand:
     """Convert a checkpoint of GPT-2's or Llama's kind into a model folder of this project, with
     its attention converted to MLA if asked, or back into Hugging Face's format.
 
-    The source is recognised by its content; nothing in it is executed.
+    The source is recognized by its content; nothing in it is executed.
     """
 
     src: Positional[str]

@@ -8,11 +8,11 @@ from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFa
 
 from mlx_mla.data.tokenizer import (
     END_OF_TEXT,
+    as_user_error,
     check_tokenizer,
     get_tokenizer,
     read_tokenizer,
     set_end_ids,
-    told,
 )
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_json
@@ -91,7 +91,7 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
     config = folder / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
     if is_whole and model_type in llama.CONFIGS:
-        with told(f"{folder}: its tokenizer cannot be read"):
+        with as_user_error(f"{folder}: its tokenizer cannot be read"):
             # In transformers, model_type determines which special tokens are added to a text.
             read = AutoTokenizer.from_pretrained(str(folder))
         check_tokenizer(read, folder)
@@ -101,7 +101,7 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
     is_gpt2 = model_type == "gpt2"
     if is_whole and not is_gpt2:
         return read_tokenizer(folder)
-    with told(f"{folder}: its tokenizer cannot be read"):
+    with as_user_error(f"{folder}: its tokenizer cannot be read"):
         # transformers supplies what a GPT-2's files leave out, and OpenAI's leave out nearly all.
         read = (AutoTokenizer if is_gpt2 else GPT2TokenizerFast).from_pretrained(str(folder))
     check_tokenizer(read, folder)
@@ -109,7 +109,7 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
         as_it_is = read_tokenizer(folder)
         if END_OF_TEXT not in as_it_is.get_vocab():  # transformers added it; no model has its row
             return as_it_is
-    with told(f"{folder}: its tokenizer cannot be read"):
+    with as_user_error(f"{folder}: its tokenizer cannot be read"):
         return _rewrapped(read)
 
 
@@ -139,7 +139,7 @@ def characters(path: Path) -> PreTrainedTokenizerFast:
     tokens = [itos[i] for i in range(len(itos))]
     if not all(isinstance(t, str) and len(t) == 1 for t in tokens) or len(set(tokens)) < len(itos):
         raise UserError(f"{path}: itos is not a list of distinct characters; it is damaged")
-    with told(f"{path}: its characters cannot make a tokenizer"):
+    with as_user_error(f"{path}: its characters cannot make a tokenizer"):
         # Without an unknown token, a text with any other character is refused, as in nanoGPT.
         tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?m:.)"), "isolated")

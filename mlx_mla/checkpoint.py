@@ -127,7 +127,7 @@ def in_type(weights: Mapping[str, np.ndarray], dtype: InferenceDType) -> dict[st
 def write_train_state(
     folder: Path, tensors: Mapping[str, np.ndarray], info: Mapping[str, Any]
 ) -> None:
-    """Add optimiser tensors (`exp_avg.NAME`, `exp_avg_sq.NAME`) and `train_state.json` to a
+    """Add optimizer tensors (`exp_avg.NAME`, `exp_avg_sq.NAME`) and `train_state.json` to a
     folder."""
     _save_tensors(folder / STATE, tensors)
     _write_json(folder / STATE_INFO, info)
@@ -157,7 +157,7 @@ class ModelFolder:
         self.config = ModelConfig.read(values, str(where))
         """The resolved configuration."""
         self.is_quantized = "quantization" in values
-        """True if mlx-lm has quantised the weights, which then only MLX reads."""
+        """True if mlx-lm has quantized the weights, which then only MLX reads."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -182,10 +182,10 @@ class ModelFolder:
             expected: The configuration that names and shapes must fit. None: the folder's own.
 
         Raises:
-            UserError: If they do not fit, are quantised, or are not finite.
+            UserError: If they do not fit, are quantized, or are not finite.
         """
         if self.is_quantized:
-            raise UserError(f"{self}: quantised by mlx-lm, which only MLX reads; use --backend mlx")
+            raise UserError(f"{self}: quantized by mlx-lm, which only MLX reads; use --backend mlx")
         tensors: dict[str, np.ndarray] = {}
         for path in self.weight_files():
             tensors |= _load_tensors(path)
@@ -232,7 +232,7 @@ class TrainState:
 
 
 def read_train_state(folder: Path, config: ModelConfig) -> tuple[dict[str, np.ndarray], TrainState]:
-    """Optimiser tensors and `train_state.json` of a training checkpoint.
+    """Optimizer tensors and `train_state.json` of a training checkpoint.
 
     Raises:
         UserError: If one of them is missing or damaged, does not fit the model, or is of another
@@ -262,7 +262,7 @@ def read_train_state(folder: Path, config: ModelConfig) -> tuple[dict[str, np.nd
             if key not in tensors or tensors[key].shape != shape:
                 found = f"has shape {tensors[key].shape}" if key in tensors else "is missing"
                 raise UserError(
-                    f"{folder / STATE}: the optimiser state does not fit the model: tensor {key} "
+                    f"{folder / STATE}: the optimizer state does not fit the model: tensor {key} "
                     f"{found}, and the model needs {shape}; {new_run}"
                 )
     return tensors, info

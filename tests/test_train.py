@@ -642,6 +642,6 @@ def test_a_state_that_does_not_fit_leaves_the_run_as_it_was(run_copy, capsys):
     save_file(state | {key: state[key][:-1]}, last / "train_state.safetensors")
     before = {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()}
     said = refused(capsys, "--resume", "--out", run_copy, "--steps", "42")
-    assert f"{last / 'train_state.safetensors'}: the optimiser state does not fit" in said
+    assert f"{last / 'train_state.safetensors'}: the optimizer state does not fit" in said
     assert f"tensor {key} has shape (256, 32), and the model needs (257, 32)" in said
     assert {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()} == before

@@ -44,7 +44,7 @@ def fused_decoding(place: Path) -> Outcome:
 
 
 def both_devices(place: Path) -> Outcome:
-    """Training and generation, with a quantised cache, where the flag says."""
+    """Training and generation, with a quantized cache, where the flag says."""
     found = {}
     for device in ("cpu", "auto"):
         run = place / device

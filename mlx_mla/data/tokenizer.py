@@ -161,7 +161,7 @@ class FolderTokenizer:
         self.identity = self._identity()
 
     def encode(self, text: str) -> np.ndarray:
-        with told(f"--tokenizer {self.name}: the text cannot be encoded"):
+        with as_user_error(f"--tokenizer {self.name}: the text cannot be encoded"):
             ids = self._encoder.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, id_type(self.size))
 
@@ -202,7 +202,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: If there is none, or none that can be used.
     """
-    with told(f"{folder}: its tokenizer cannot be read"):
+    with as_user_error(f"{folder}: its tokenizer cannot be read"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     check_tokenizer(tokenizer, folder)
     if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
@@ -220,13 +220,13 @@ def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     Raises:
         UserError: If the tokenizer has no token for a character of it, or gives up on it.
     """
-    with told("the text cannot be encoded by this model's tokenizer"):
+    with as_user_error("the text cannot be encoded by this model's tokenizer"):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=special, verbose=False)
     return ids
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Context that turns any failure in transformers or tokenizers into one UserError.
 
     tokenizers raises bare Exceptions. If its Rust code panics, it writes to standard error and
@@ -278,7 +278,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, where: object) -> None:
             f"{where}: its tokenizer has {len(tokenizer)} tokens and ids up to {max(ids)}; ids "
             "must go from 0 without gaps"
         )
-    with told(f"{where}: its tokenizer's regular expression fails on ordinary text"):
+    with as_user_error(f"{where}: its tokenizer's regular expression fails on ordinary text"):
         try:
             tokenizer.decode(tokenizer.encode(_RUNS, add_special_tokens=False, verbose=False))
         except Exception:

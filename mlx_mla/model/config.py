@@ -127,7 +127,7 @@ class ModelConfig:
     mlp_bias: Optional[bool] = None
     """Biases of the MLP. None: only with "layer_norm"."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
-    """Normalisation before attention, MLP and output head: GPT-2's LayerNorm, or Llama's RMSNorm,
+    """Normalization before attention, MLP and output head: GPT-2's LayerNorm, or Llama's RMSNorm,
     which has no bias."""
     rope_theta: float = 10000.0
     """Base of RoPE's wavelengths."""
@@ -252,9 +252,9 @@ class DataSettings:
     batch_size: int = 16
     """Sequences in one forward and backward pass. Halve it if memory runs out."""
     tokens_per_step: Optional[int] = None
-    """Tokens in one optimiser step; sets --grad-accum-steps. None: --grad-accum-steps decides."""
+    """Tokens in one optimizer step; sets --grad-accum-steps. None: --grad-accum-steps decides."""
     grad_accum_steps: Optional[int] = None
-    """Passes whose gradients are averaged into one optimiser step, in the memory of one pass.
+    """Passes whose gradients are averaged into one optimizer step, in the memory of one pass.
     None: as many as --tokens-per-step needs, or 1."""
     seq_len: Optional[int] = None
     """Tokens in one sequence. None: n_positions; with --init at most 1024."""
@@ -265,7 +265,7 @@ class OptimizerSettings:
     """Optimizer."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """"muon" orthogonalises the updates of the blocks' matrices; embeddings, biases and norms keep
+    """"muon" orthogonalizes the updates of the blocks' matrices; embeddings, biases and norms keep
     AdamW."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
@@ -292,7 +292,7 @@ class ScheduleSettings:
     """Schedule."""
 
     steps: int = 1000
-    """Optimiser steps in all."""
+    """Optimizer steps in all."""
     learning_rate: float = 6e-4
     """Peak learning rate of AdamW, reached after the warm-up."""
     muon_learning_rate: Optional[float] = None
@@ -360,7 +360,7 @@ class RunSettings:
     keep: int = 2
     """Newest checkpoints to keep. 0: all."""
     dtype: DType = "float32"
-    """Type of the computation; weights and optimiser state stay float32. bfloat16 is slow on
+    """Type of the computation; weights and optimizer state stay float32. bfloat16 is slow on
     CPUs."""
     activation_checkpointing: int = 0
     """Keep activations only between groups of this many blocks and recompute the others in the
@@ -413,13 +413,13 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
 
     @property
     def passes_per_step(self) -> int:
-        """Passes of one optimiser step of a resolved configuration."""
+        """Passes of one optimizer step of a resolved configuration."""
         assert self.grad_accum_steps
         return self.grad_accum_steps
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of one optimiser step of a resolved configuration."""
+        """Tokens of one optimizer step of a resolved configuration."""
         return self.batch_size * self.passes_per_step * self.context
 
     def make_paths_absolute(self) -> None:

@@ -45,7 +45,7 @@ from mlx_mla.hub import find_model
 from mlx_mla.model.config import InferenceDType
 from mlx_mla.model.model_mlx import Model
 
-GROUP_SIZES = (64, 32)  # of mlx's quantiser, the one we prefer first
+GROUP_SIZES = (64, 32)  # of mlx's quantizer, the one we prefer first
 
 
 class WithoutCache(nn.Module):
@@ -116,7 +116,7 @@ class MLXDecoder:
 
     Args:
         device: Where to run.
-        folder: The model, which mlx-lm may have quantised.
+        folder: The model, which mlx-lm may have quantized.
         cache: What to keep between tokens.
         dtype: Type of weights, computation and cache. None: by device.
 
@@ -357,7 +357,7 @@ class MLXDecoder:
         return processors
 
     def _group_size(self) -> int:
-        """The quantiser's group of values that share a scale, which must divide the width of every
+        """The quantizer's group of values that share a scale, which must divide the width of every
         layer's cache."""
         if self.cache == "none":
             raise UserError("--kv-bits needs a cache; leave out --cache none")
@@ -369,6 +369,6 @@ class MLXDecoder:
                 return group_size
         found = " or ".join(map(str, sorted(widths)))
         raise UserError(
-            f"--kv-bits: the cache is {found} wide, and the quantiser takes multiples of 32; a "
+            f"--kv-bits: the cache is {found} wide, and the quantizer takes multiples of 32; a "
             f"width of {-(-max(widths) // 32) * 32} would fit, in groups of 32"
         )

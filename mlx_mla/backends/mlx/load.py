@@ -28,10 +28,10 @@ def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Model
 
 
 def load(folder: ModelFolder, dtype: InferenceDType | None = None) -> Model:
-    """The package's own model with a folder's weights, also those quantised by `mlx_lm.convert -q`.
+    """The package's own model with a folder's weights, also those quantized by `mlx_lm.convert -q`.
 
     Args:
-        dtype: Type of all weights that are not quantised. None: the folder's.
+        dtype: Type of all weights that are not quantized. None: the folder's.
 
     Raises:
         UserError: If it is another kind of model, mlx-lm cannot load the weights, or one of them is

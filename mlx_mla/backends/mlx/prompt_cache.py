@@ -136,7 +136,7 @@ def _form(cache: Any) -> Any:
 
 
 def _cast(cache: Any, dtype: mx.Dtype) -> Any:
-    """Cast an mlx-lm cache to a type; the codes of a quantised cache stay as they are."""
+    """Cast an mlx-lm cache to a type; the codes of a quantized cache stay as they are."""
 
     def cast(a: mx.array) -> mx.array:
         return a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a
@@ -170,7 +170,7 @@ def fingerprint(folder: ModelFolder) -> str:
     """sha256 of a model's configuration and, of each weight file, the header and 64 samples spread
     over it.
 
-    It reads a quarter of a megabyte per file. Other weights, another rank or another quantisation
+    It reads a quarter of a megabyte per file. Other weights, another rank or another quantization
     give another fingerprint.
     """
     digest = hashlib.sha256((folder.path / "config.json").read_bytes())
