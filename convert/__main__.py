@@ -57,8 +57,8 @@ class ConvertCommand:
     method: Optional[Literal["balanced", "whitened", "svd"]] = None
     """--to mla: what the factorisation minimises: the error of keys and values on the calibration
     text ("whitened"), that error weighed by the loss's gradient ("balanced"), or the error of the
-    weights ("svd", for GPT-2's attention). None: "balanced" for GPT-2's attention with
-    --calibration, "svd" without, "whitened" for other attention."""
+    weights ("svd"). None: "balanced" with --calibration, else "svd". For attention with RoPE or
+    grouped queries there is "whitened" alone."""
     calibration: Optional[str] = None
     """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures
     perplexity. Needed for a model with RoPE or grouped queries."""

@@ -132,12 +132,9 @@ def collect_moments(
         model: Multi-head attention.
         max_tokens: About how many tokens of the text to take, from its beginning. 0: all.
         gradients: Also take the second moment of the loss's gradient at keys and values, three
-            times the cost.
+            times the cost; for GPT-2's attention.
     """
-    layers = [
-        _Collector(block.attn.c_attn, block.attn.widths[0], gradients)
-        for block in model.transformer.h
-    ]
+    layers = [_Collector(block.attn.c_attn, gradients) for block in model.transformer.h]
     tokens = 0
     model.requires_grad_(False)
     vocabulary = len(text.tokenizer)
@@ -166,8 +163,8 @@ def collect_moments(
 class _Collector:
     """Sums over the tokens that one layer sees; in float64, of products in float32."""
 
-    def __init__(self, c_attn: torch.nn.Module, q_width: int, gradients: bool):
-        self.q_width, self.gradients = q_width, gradients
+    def __init__(self, c_attn: torch.nn.Module, gradients: bool):
+        self.gradients = gradients
         self.shift: torch.Tensor | None = None
         self.sum: np.ndarray | float = 0.0
         self.products: np.ndarray | float = 0.0
@@ -193,7 +190,7 @@ class _Collector:
     def take_gradient(self) -> None:
         assert self.probe is not None and self.probe.grad is not None
         g = self.probe.grad.flatten(0, 1)
-        g = g[:, self.q_width :]  # the part of keys and values
+        g = g[:, g.shape[1] // 3 :]  # the part of keys and values
         self.gradient_products += _double(g.T @ g)
         self.probe = None
 

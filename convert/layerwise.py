@@ -6,7 +6,7 @@ refitted so that the stream after the attention is the source's again.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -48,7 +48,6 @@ def convert_layers(
     model: MLAGPT2LMHeadModel,
     config: ModelConfig,
     windows: np.ndarray,
-    gradients: Sequence[np.ndarray | None],
     console: Console,
 ) -> Iterator[LayerResult]:
     """Convert every layer of a multi-head model.
@@ -60,7 +59,6 @@ def convert_layers(
         model: The source, on any device.
         config: Resolved; of the converted model.
         windows: Token ids of the calibration text, (N, T).
-        gradients: Of every layer, what `closed_form` takes.
     """
     ids = torch.tensor(windows, device=model.device)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -85,9 +83,7 @@ def convert_layers(
                     distances.add(_distances(block.attn, x, rotation))
                 y = _with_one(block.ln_1(ours[b]).flatten(0, 1), weights.q.shape[1])
                 second.add(y.T @ y)
-            converted = closed_form(
-                weights, second.total / ids.numel(), distances.total, gradients[i], ranks[i]
-            )
+            converted = closed_form(weights, second.total / ids.numel(), distances.total, ranks[i])
             attn = LatentAttention(latent_config, i).to(model.device)
             _set(attn.c_attn, np.concatenate([converted.query, converted.down]))
             assert attn.kv_b_proj is not None

@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from .latent import GRADIENT_RIDGE, root, weighted
+from .latent import root, weighted
 
 GAMMA = 2.0
 """Weight of the values' error against the keys', both relative to their size."""
@@ -112,15 +112,20 @@ def to_real(matrix: np.ndarray) -> np.ndarray:
     return np.stack([matrix.real, matrix.imag], axis=2).reshape(-1, matrix.shape[-1])
 
 
-def attention_weight(source: Source, split: SharedKey | None, second: np.ndarray) -> np.ndarray:
-    """How much errors of [keys without RoPE | values] count, (2 G d, 2 G d), from the layer alone.
+def error_weight(
+    source: Source, keys: np.ndarray, queries: np.ndarray, second: np.ndarray
+) -> np.ndarray:
+    """How much errors of [keys without RoPE | values] count, (2 G d, 2 G d).
 
     A key's error counts as it changes scores (the second moment of the queries), a value's as it
     changes the output (W_o' W_o); each relative to the size of what the layer has, the values times
     GAMMA squared.
+
+    Args:
+        keys: (G d, E)
+        queries: What reads them, (H d, E).
     """
     d, n_group = source.head_dim, source.n_group
-    rest, queries = (source.k, source.q) if split is None else (split.rest, split.rest_query)
     outputs = source.out.reshape(len(source.out), source.n_head, d)
     weight = np.zeros((2, n_group, d, 2, n_group, d))
     per_group = source.n_head // n_group
@@ -133,7 +138,7 @@ def attention_weight(source: Source, split: SharedKey | None, second: np.ndarray
             ridge = WEIGHT_RIDGE * np.trace(block) / d
             weight[at, g, :, at, g] = block + ridge * np.eye(d)
     flat = weight.reshape(2, n_group * d, 2, n_group * d)
-    for at, matrix in ((0, rest), (1, source.v)):
+    for at, matrix in ((0, keys), (1, source.v)):
         size = float(np.sum((matrix @ second @ matrix.T) * flat[at, :, at]))
         flat[at, :, at] *= (GAMMA**2 if at else 1.0) / size if size > 0 else 0.0
     return flat.reshape(2 * n_group * d, -1)
@@ -154,29 +159,19 @@ class Converted:
     singular_values: np.ndarray
 
 
-def closed_form(
-    source: Source,
-    second: np.ndarray,
-    distances: np.ndarray,
-    gradient: np.ndarray | None,
-    rank: int,
-) -> Converted:
+def closed_form(source: Source, second: np.ndarray, distances: np.ndarray, rank: int) -> Converted:
     """Split off the shared key, and factorise what is left of the keys with the values.
 
     Args:
         second: Second moment of the layer's input, (E, E).
         distances: Attention that each head gives to each distance, (H, T).
-        gradient: Second moment of the loss's gradient at [k | v], (2 G d, 2 G d). None: the weight
-            of `attention_weight`.
     """
     d, n_head, n_group = source.head_dim, source.n_head, source.n_group
     split = None if source.theta is None else shared_key(source, second, distances)
-    keys = source.k if split is None else split.rest
-    if gradient is None:
-        roots = root(attention_weight(source, split, second), 1e-10)
-    else:
-        roots = root(gradient, GRADIENT_RIDGE)
-    A = np.concatenate([without_constant(keys, len(source.out)), source.v])
+    keys, queries = (source.k, source.q) if split is None else (split.rest, split.rest_query)
+    keys = without_constant(keys, len(source.out))
+    roots = root(error_weight(source, keys, queries, second), 1e-10)
+    A = np.concatenate([keys, source.v])
     factors = weighted(A, root(second, LATENT_RIDGE)[0], roots)
     up, down = factors.up[:, :rank], factors.down[:rank]
     if (missing := rank - len(down)) > 0:
@@ -200,9 +195,7 @@ def closed_form(
     )
 
 
-def spectrum(
-    source: Source, mean: np.ndarray, covariance: np.ndarray, gradient: np.ndarray | None
-) -> np.ndarray:
+def spectrum(source: Source, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     """The singular values of the factors that the source's own input gives, RoPE's mean effect
     aside.
 
@@ -214,7 +207,7 @@ def spectrum(
         covariance = np.pad(covariance, (0, 1))
     second = covariance + np.outer(mean, mean)
     at_zero = np.eye(1, 1).repeat(source.n_head, 0)
-    return closed_form(source, second, at_zero, gradient, 1).singular_values
+    return closed_form(source, second, at_zero, 1).singular_values
 
 
 def refit(gram: np.ndarray, cross: np.ndarray, start: np.ndarray, ridge: float) -> np.ndarray:

@@ -74,8 +74,8 @@ def check_calibration(config: ModelConfig, method: Method | None, calibration: s
     if not (beyond := config.beyond_gpt2):
         return
     what = f"with {' '.join(beyond)}"
-    if method == "svd":
-        raise UserError(f"--method svd is for GPT-2's own attention, not for a model {what}")
+    if method not in (None, "whitened"):
+        raise UserError(f"--method {method} is for GPT-2's own attention, not for a model {what}")
     if calibration is None:
         raise UserError(f"--to mla needs --calibration TEXT for a model {what}")
 
@@ -125,7 +125,7 @@ def convert_to_mla(
     """
     if config.beyond_gpt2:
         assert calibration is not None
-        return _layer_by_layer(name, config, weights, rank, method, calibration, console)
+        return _layer_by_layer(name, config, weights, rank, calibration, console)
     moments: list[Moments] | None = None
     calibrated, before = None, 0.0
     if calibration is not None:
@@ -169,7 +169,6 @@ def _layer_by_layer(
     config: ModelConfig,
     weights: Weights,
     rank: Rank,
-    method: Method,
     calibration: Calibration,
     console: Console,
 ) -> tuple[ModelConfig, Weights, Report]:
@@ -184,27 +183,23 @@ def _layer_by_layer(
     model = build_model(config, weights, calibration.device)
     before, scored = perplexity(model, text, calibration.held_out_tokens)
     windows = text.windows(tokens)
-    gradients: list[np.ndarray | None] = [None] * config.n_layer
     ranks = [rank.width] * config.n_layer
-    if method == "balanced" or rank.shared:
-        moments, _ = collect_moments(model, text, tokens, method == "balanced", console)
-        if method == "balanced":
-            gradients = [m.gradient for m in moments]
-        if rank.shared:
-            spectra = [
-                spectrum(source_weights(model, i), m.mean, m.covariance, m.gradient)
-                for i, m in enumerate(moments)
-            ]
-            ranks = share_ranks(spectra, rank.width, method)
+    if rank.shared:
+        moments, _ = collect_moments(model, text, tokens, False, console)
+        spectra = [
+            spectrum(source_weights(model, i), m.mean, m.covariance) for i, m in enumerate(moments)
+        ]
+        ranks = share_ranks(spectra, rank.width, "whitened")
     new_config = latent_config(config, ranks)
     new = {n: w for n, w in weights.items() if ".attn." not in n}
     layers = []
-    for i, layer in enumerate(convert_layers(model, new_config, windows, gradients, console)):
+    for i, layer in enumerate(convert_layers(model, new_config, windows, console)):
         new |= {f"transformer.h.{i}.attn.{n}": w for n, w in layer.weights.items()}
         layer.weights.clear()
         layers.append(layer)
     del model
-    report = _report(name, method, config, new_config, ranks, [x.singular_values for x in layers])
+    spectra = [layer.singular_values for layer in layers]
+    report = _report(name, "whitened", config, new_config, ranks, spectra)
     report.calibration = {"text": text.name, "tokens": windows.size}
     if config.position_embedding_type == "rope":
         report.rope_energy = [layer.rope_energy for layer in layers]

@@ -39,8 +39,7 @@ def layers_of(config, rank, seed=0, windows=6, length=32):
     model = build_model(config, weights, CPU).requires_grad_(False)
     new_config = latent_config(config, [rank] * config.n_layer)
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (windows, length))
-    gradients = [None] * config.n_layer
-    layers = list(layerwise.convert_layers(model, new_config, ids, gradients, Console()))
+    layers = list(layerwise.convert_layers(model, new_config, ids, Console()))
     new = {n: w for n, w in weights.items() if ".attn." not in n}
     for i, layer in enumerate(layers):
         new |= {f"transformer.h.{i}.attn.{n}": w for n, w in layer.weights.items()}
@@ -173,7 +172,7 @@ def test_the_latent_is_the_best_under_the_attentions_weight():
     second, rank = X.T @ X / 300, 5
     distances = np.eye(1, 3).repeat(4, 0)
     split = rope.shared_key(layer, second, distances)
-    new = rope.closed_form(layer, second, distances, None, rank)
+    new = rope.closed_form(layer, second, distances, rank)
 
     def errors(up, down):
         by_head = up.reshape(4, 2, 4, -1)
