@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
+from transformers import DynamicCache
 
 from convert import __main__ as convert
 from convert import layerwise, rope
@@ -22,6 +23,7 @@ from convert.to_mla import latent_config, widest_latent
 from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.backends.torch.load import build_model
+from mlx_mla.backends.torch.load import load as load_torch
 from mlx_mla.model.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -89,6 +91,10 @@ def test_a_multi_query_llama_gives_its_logits_in_every_way_to_run_it(kind, text_
         expected = model(ids).logits[..., :tokens]
     got = foreign.logits_of_folder(out, ids)[..., :tokens]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    torch_model, cache = load_torch(checkpoint.ModelFolder(out), CPU), DynamicCache()
+    with torch.inference_mode():
+        got = [torch_model(part, past_key_values=cache).logits for part in ids.split([9, 14, 1], 1)]
+    torch.testing.assert_close(torch.cat(got, 1)[..., :tokens], expected, atol=1e-4, rtol=0)
     ours, x = load(checkpoint.ModelFolder(out)), mx.array(ids.numpy())
     for logits in (ours(x), in_chunks(ours, x, [5, 3], make_prompt_cache(ours))):
         np.testing.assert_allclose(
