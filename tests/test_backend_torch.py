@@ -184,9 +184,7 @@ def test_sampling_is_narrowed_and_seeded(tiny_run, capfd):
     greedy = objects(capfd, *argv, "--temp", "0")[0]["text"]
     for narrow in (("--top-k", "1"), ("--top-p", "0.000001"), ("--min-p", "1")):
         assert objects(capfd, *argv, "--temp", "1", *narrow)[0]["text"] == greedy
-    a, b, c = (
-        objects(capfd, *argv, "--temp", "1", "--seed", seed)[0]["text"] for seed in (1, 1, 2)
-    )
+    a, b, c = (objects(capfd, *argv, "--temp 1 --seed", seed)[0]["text"] for seed in (1, 1, 2))
     assert a == b != c
 
 
@@ -205,15 +203,13 @@ def test_a_batch_gives_each_prompt_its_own_text(tiny_run, tmp_path, capfd):
 def test_bad_input_gets_one_line(tiny_run, tmp_path, capsys):
     argv = ("--model", tiny_run, "--prompt", "x", "--backend", "torch")
     assert "--kv-bits is mlx-lm's; use --backend mlx" in refused(
-        capsys, *argv, "--kv-bits", "8", command=generate.main
+        capsys, *argv, "--kv-bits 8", command=generate.main
     )
     if not torch.cuda.is_available():
         said = refused(capsys, *argv, "--device", "cuda", command=generate.main)
         assert "--device cuda: PyTorch has" in said
         assert "cpu here" in said
-    said = refused(
-        capsys, "--model", tiny_run, "--prompt", "x", "--device", "mps", command=generate.main
-    )
+    said = refused(capsys, "--model", tiny_run, "--prompt x --device mps", command=generate.main)
     assert "goes with --backend torch" in said
 
     folder = tmp_path / "quantised"

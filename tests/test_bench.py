@@ -23,7 +23,7 @@ NARROW = words(
 
 
 def run(*argv) -> int:
-    return command.main([str(a) for a in argv])
+    return command.main(words(*argv))
 
 
 def document(out: Path) -> dict:

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 import foreign
 import fuzz
-from helpers import refused
+from helpers import refused, words
 from safetensors.torch import load_file, save_file
 
 from convert import __main__ as convert
@@ -24,7 +24,7 @@ def told(capfd, tmp_path):
     """Convert, expecting a refusal within little memory; returns its line."""
 
     def run(src, *flags):
-        argv = [str(src), "--out", str(tmp_path / "out"), "--tokenizer", "bytes", *flags]
+        argv = words(src, "--out", tmp_path / "out", "--tokenizer bytes", *flags)
         outcome = fuzz.run(convert.main, argv)
         assert fuzz.broken_promise(outcome) is None
         assert outcome.code == 2

@@ -118,7 +118,7 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
     argv = ("--model", quantisable, "--temp", "0", *(("--kv-bits", bits) if bits else ()))
     file = tmp_path / "context.safetensors"
     (first,) = objects(
-        capfd, *argv, "--prompt", "The st", "--max-tokens", "9", "--save-prompt-cache", file
+        capfd, *argv, "--prompt", "The st", "--max-tokens 9 --save-prompt-cache", file
     )
     context = list(b"The st") + first["token_ids"]
     cache = load_prompt_cache(str(file))
@@ -321,7 +321,7 @@ def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_pa
     if cache == "latent":
         file = tmp_path / "context.safetensors"
         (first,) = objects(
-            capfd, *argv, "--draft-model", draft, "--max-tokens", "11", "--save-prompt-cache", file
+            capfd, *argv, "--draft-model", draft, "--max-tokens 11 --save-prompt-cache", file
         )
         argv = words(
             "--model",
@@ -353,7 +353,7 @@ def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, cap
     assert "has another vocabulary (50257 tokens, the model 257)" in no("--draft-model", other)
     assert "no such folder" in no("--draft-model", tmp_path / "none")
     assert "--num-draft-tokens must be from 1 to" in no(
-        "--draft-model", draft, "--num-draft-tokens", "0"
+        "--draft-model", draft, "--num-draft-tokens 0"
     )
     assert "need a cache" in no("--draft-model", draft, "--cache", "none")
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import write_gpt2_model
+from helpers import words, write_gpt2_model
 
 from mlx_mla import evaluate
 from mlx_mla.evaluation.tasks import TASKS
@@ -34,7 +34,7 @@ def data(shared_data, tmp_path_factory):
 
 
 def run(*argv) -> int:
-    return evaluate.main([str(a) for a in argv])
+    return evaluate.main(words(*argv))
 
 
 def results(path):
@@ -88,8 +88,7 @@ def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol)
             protocol,
             "--out",
             out,
-            "--backend",
-            "torch",
+            "--backend torch",
         )
         == 0
     )
@@ -195,7 +194,7 @@ def test_users_mistakes_are_one_line(models, data, tmp_path, capsys, shared_data
         return error
 
     assert "--tasks names no task; known are wikitext2, lambada, hellaswag, speed" in no(
-        "--tasks", ","
+        "--tasks ,"
     )
     assert "unknown task 'helaswag'; did you mean hellaswag?" in no("--tasks", "helaswag")
     assert "--limit must be at least 1" in no("--limit", "0")

@@ -27,9 +27,7 @@ def learned_run(tmp_path_factory, text_file):
 def test_three_caches_give_the_same_greedy_text(run, request, capfd):
     model = request.getfixturevalue(run)
     answers = {
-        cache: objects(
-            capfd, "--model", model, "--prompt", "The st", "--temp", "0", "--cache", cache
-        )[0]
+        cache: objects(capfd, "--model", model, "--prompt", "The st", "--temp 0 --cache", cache)[0]
         for cache in ("latent", "materialized", "none")
     }
     assert len({a["text"] for a in answers.values()}) == 1
@@ -63,9 +61,7 @@ def test_text_streams_to_stdout_and_figures_to_stderr(folder, capfd):
         == 0
     )
     out, err = capfd.readouterr()
-    (answer,) = objects(
-        capfd, "--model", folder, "--prompt", "The", "--max-tokens", "7", "--temp", "0"
-    )
+    (answer,) = objects(capfd, "--model", folder, "--prompt The --max-tokens 7 --temp 0")
     assert out == answer["text"] + "\n"
     assert err.count("\n") == 1
     assert "3 prompt tokens" in err
@@ -140,9 +136,7 @@ def test_max_kv_size_goes_on_past_the_context(folder, capfd, cache):
     plain = objects(capfd, *argv)[0]["token_ids"]
     assert answer["token_ids"][: len(plain)] == plain
     half = bytes((list(b"The st") + plain)[-24:]).decode()
-    (rest,) = objects(
-        capfd, "--model", folder, "--prompt", half, "--temp", "0", "--max-tokens", "20"
-    )
+    (rest,) = objects(capfd, "--model", folder, "--prompt", half, "--temp 0 --max-tokens 20")
     assert answer["token_ids"][len(plain) :][:20] == rest["token_ids"]
 
 
@@ -165,9 +159,7 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(learned_run, capfd):
 
 
 def test_stock_mlx_lm_generates_the_same_from_the_folder(folder, capfd):
-    (answer,) = objects(
-        capfd, "--model", folder, "--prompt", "The st", "--temp", "0", "--max-tokens", "20"
-    )
+    (answer,) = objects(capfd, "--model", folder, "--prompt", "The st", "--temp 0 --max-tokens 20")
     done = subprocess.run(
         python(
             *words("-m", "mlx_lm", "generate", "--trust-remote-code --model", folder),
@@ -204,11 +196,9 @@ def test_bad_input_gets_one_line(folder, tiny_run, tmp_path, capsys):
     assert "--temp must be from 0 to 100, not -1.0; 0 is greedy" in no(*prompt, "--temp", "-1")
     assert "--top-p must be from 1e-06 to 1, not 2.0; 1 is off" in no(*prompt, "--top-p", "2")
     assert "--top-k must be from 0 (off) to 256" in no(*prompt, "--top-k", "257")
-    assert "--repetition-penalty must be from 0.01 to 100" in no(
-        *prompt, "--repetition-penalty", "0"
-    )
+    assert "--repetition-penalty must be from 0.01 to 100" in no(*prompt, "--repetition-penalty 0")
     assert "takes multiples of 32; a width of 32 would fit, in groups of 32" in no(
-        *prompt, "--kv-bits", "4"
+        *prompt, "--kv-bits 4"
     )
     assert "--kv-bits needs a cache" in no(*prompt, "--kv-bits", "4", "--cache", "none")
     assert "invalid choice" in no(*prompt, "--cache", "big")

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import python, words
+from helpers import refused as refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,19 +31,15 @@ from mlx_mla.errors import UserError
 SPLITS = ("train", "val")
 
 
+USUAL = "--tokenizer bytes --val-fraction 0.3"
+
+
 def run(src, out, *flags) -> int:
-    tokenizer = () if "--tokenizer" in flags else ("--tokenizer", "bytes")
-    fraction = () if "--val-fraction" in flags else ("--val-fraction", "0.3")
-    return prepare.main([str(src), "--out", str(out), *tokenizer, *fraction, *map(str, flags)])
+    return prepare.main(words(src, "--out", out, USUAL, *flags))
 
 
 def refused(capsys, src, out, *flags) -> str:
-    capsys.readouterr()
-    assert run(src, out, *flags) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+    return refusal(capsys, src, "--out", out, USUAL, *flags, command=prepare.main)
 
 
 def write_lines(path: Path, texts, key: str = "text") -> Path:
@@ -218,8 +215,7 @@ def test_no_document_is_lost_whatever_they_are(tmp_path_factory, texts, shard_to
             folder / "out",
             "--shard-tokens",
             shard_tokens,
-            "--val-fraction",
-            "0.5",
+            "--val-fraction 0.5",
         )
         == 0
     )
@@ -592,8 +588,7 @@ def test_a_parquet_file_without_text_lists_its_columns(tmp_path, capsys):
 def test_separators_make_documents_of_a_text(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree\n\n")
     assert (
-        run(tmp_path / "a.txt", tmp_path / "out", "--separator", "\n\n", "--val-fraction", "0.5")
-        == 0
+        run(tmp_path / "a.txt", tmp_path / "out", "--separator", "\n\n", "--val-fraction 0.5") == 0
     )
     assert Counter(d for s in SPLITS for d in read_documents(tmp_path / "out", s)) == Counter(
         ["one", "two", "three"]
@@ -625,7 +620,7 @@ def test_another_preparation_is_never_overwritten(many, prepared, tmp_path, caps
 def test_impossible_settings(many, tmp_path, capsys):
     out = tmp_path / "out"
     assert "--val-fraction must be between 0 and 1" in refused(
-        capsys, many, out, "--val-fraction", "0"
+        capsys, many, out, "--val-fraction 0"
     )
     assert "--workers must be at least 1" in refused(capsys, many, out, "--workers", "0")
     assert "--prefix 'my_train' must consist" in refused(capsys, many, out, "--prefix", "my_train")

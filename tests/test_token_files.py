@@ -199,7 +199,7 @@ def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_dat
     assert "holds no training shards" in refused(capsys, *TINY, *out, "--data", tmp_path / "data")
     np.save(tmp_path / "data" / "a_train_1.npy", TOKENS[:10])
     assert "has 10 tokens in a shard, fewer than one context" in refused(
-        capsys, *TINY, *out, "--data", tmp_path / "data", "--vocab-size", "1000"
+        capsys, *TINY, *out, "--data", tmp_path / "data", "--vocab-size 1000"
     )
     gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
     said = refused(capsys, *TINY, *out, "--data", folders / "npy", *gpt2)

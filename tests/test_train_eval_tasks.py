@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import TINY, words
+from helpers import TINY, refused, words
 
 from mlx_mla import evaluate, train
 from mlx_mla.evaluation.tasks import TASKS
@@ -53,26 +53,18 @@ def test_metrics_are_those_of_evaluate_and_training_is_the_same(backend, text_fi
 
 def test_mistakes_are_told_before_the_run_folder_is_made(text_file, data, tmp_path, capsys):
     def no(*argv: str) -> str:
-        out = tmp_path / "run"
-        capsys.readouterr()
-        assert (
-            train.main([*TINY, "--data", str(text_file), "--steps", "2", "--out", str(out), *argv])
-            == 2
-        )
-        assert not out.exists()
-        error = capsys.readouterr().err.strip()
-        assert error.splitlines()[-1].startswith("error: ")
+        run = ("--data", text_file, "--steps 2 --out", tmp_path / "run")
+        error = refused(capsys, *TINY, *run, *argv)
+        assert not (tmp_path / "run").exists()
         return error
 
     there = ["--eval-data-dir", str(data)]
     assert "--eval-tasks: unknown task 'lamb'; did you mean lambada?" in no(
-        "--eval-tasks", "lamb", *there
+        "--eval-tasks lamb", *there
     )
     assert "--eval-tasks names no task" in no("--eval-tasks", ",", *there)
     assert "no such file" in no("--eval-tasks", "lambada", "--eval-data-dir", str(tmp_path))
     assert "--eval-data-dir in training" in no("--eval-tasks", "lambada")
     assert "does not fit this model's n_positions=48" in no("--eval-tasks", "hellaswag", *there)
     assert "--eval-data-dir goes with --eval-tasks" in no(*there)
-    assert "--eval-limit must be at least 1" in no(
-        "--eval-tasks", "lambada", "--eval-limit", "0", *there
-    )
+    assert "--eval-limit must be at least 1" in no("--eval-tasks lambada --eval-limit 0", *there)
