@@ -123,6 +123,8 @@ def _main(argv: Sequence[str]) -> int:
     dtype = command.dtype or kept
     if command.to == "deepseek":
         deepseek.check_deepseek(config, dtype)
+        if deepseek.is_biased(config):
+            print(deepseek.BIASED)
     with locked(command.out), files.atomic_folder(command.out) as folder:
         weights, steps = source.weights(), []
         if command.to == "deepseek":

@@ -40,6 +40,12 @@ less than 5e-7 of itself."""
 MAX_LAYERS = 61
 """mlx-lm drops the tensors of model.layers.61, which in DeepSeek-V3 predicts further tokens."""
 
+BIASED = (
+    "biases of the attention: mlx-lm and transformers read them; check another engine's logits, "
+    "since it may ignore them"
+)
+"""What to say of a model whose attention has biases."""
+
 
 def check_deepseek(config: ModelConfig, dtype: InferenceDType) -> None:
     """UserError if DeepSeek-V3's format cannot hold a model, with the flags that it has no name
@@ -70,6 +76,11 @@ def check_deepseek(config: ModelConfig, dtype: InferenceDType) -> None:
             "--to deepseek of a model without --latent-norm needs numbers smaller than float16 "
             "has; use --dtype bfloat16"
         )
+
+
+def is_biased(config: ModelConfig) -> bool:
+    """True if the folder's projections of the attention have biases."""
+    return bool(config.attention_bias or config.attention_out_bias)
 
 
 def _query_bias(c: ModelConfig) -> bool:
@@ -107,7 +118,7 @@ def write_deepseek(
         "model.norm.weight": weights["transformer.ln_f.weight"],
         "lm_head.weight": weights.get("lm_head.weight", embedding)[:tokens],
     }
-    biased = bool(c.attention_bias or c.attention_out_bias)
+    biased = is_biased(c)
     for i in range(c.n_layer):
         ours, theirs = f"transformer.h.{i}.", f"model.layers.{i}."
         block = {n.removeprefix(ours): w for n, w in weights.items() if n.startswith(ours)}
@@ -267,7 +278,7 @@ def _attention(
         "self_attn.kv_a_layernorm.weight": kv_norm,
         "self_attn.kv_b_proj.weight": kv_up,
     }
-    if c.attention_bias or c.attention_out_bias:
+    if is_biased(c):
         tensors["self_attn.kv_a_proj_with_mqa.bias"] = np.concatenate([kv_bias, k_rope_bias])
     if not q_lora_rank:
         tensors["self_attn.q_proj.weight"] = q / small
@@ -278,6 +289,6 @@ def _attention(
         "self_attn.q_a_layernorm.weight": q_norm,
         "self_attn.q_b_proj.weight": q_up,
     }
-    if c.attention_bias or c.attention_out_bias:
+    if is_biased(c):
         tensors["self_attn.q_a_proj.bias"] = q_bias
     return tensors

@@ -51,13 +51,12 @@ KINDS = {
 PROMPT, TOKENS = "The st", 24
 
 
-def write(folder, dtype="float32", seed=0, large=None, ends=(), **changes):
-    """One of our folders with random weights, with a chat template."""
+def write(folder, dtype="float32", seed=0, edit=None, ends=(), **changes):
+    """One of our folders with random weights, which `edit` may change, and a chat template."""
     config = ModelConfig(**{**SMALL, **changes}).resolved()
     weights = random_weights(config, seed)
-    if large is not None:  # these tokens are never, or always, the likeliest
-        for rows, factor in large:
-            weights["transformer.wte.weight"][rows] *= factor
+    if edit is not None:
+        edit(weights)
     tokenizer = ByteTokenizer().fast_tokenizer()
     tokenizer.chat_template = foreign.CHAT
     set_end_ids(tokenizer, list(ends))
@@ -148,11 +147,22 @@ def test_latents_without_an_up_projection(tmp_path):
         np.testing.assert_allclose(got, of_ours(src, ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("factor", [2.0**12, 2.0**-12])
+def test_latents_of_any_size(factor, tmp_path):
+    def edit(weights):
+        weights["transformer.h.1.attn.c_attn.weight"][-28:-8] *= factor
+        weights["transformer.h.1.attn.kv_b_proj.weight"] /= factor
+
+    src = write(tmp_path / "src", edit=edit)
+    out, ids = run(src, tmp_path / "out"), some_ids()
+    for of_engine in ENGINES.values():
+        np.testing.assert_allclose(of_engine(out, ids), of_ours(src, ids), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_costs_what_it_costs_ours(kind, engine, tmp_path):
-    """Root mean square over float32's logits. transformers rounds more than mlx-lm does: the
-    cosines of RoPE; mlx-lm the scores."""
+    """Root mean square error, beside the same weights in float32."""
     src = write(tmp_path / "src", "bfloat16", **KINDS[kind])
     out, ids = run(src, tmp_path / "out"), some_ids(length=64)
     exact = of_ours(src, ids, "float32")
@@ -195,9 +205,14 @@ def greedy(folder) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-# The likeliest tokens are ASCII, so texts can be compared, or rows of padding.
-ASCII = [(slice(0, 33), 0), (slice(127, 257), 0)]
-PADDED = {"vocab_size": 300, "large": [*ASCII, (slice(257, 300), 30)]}
+def likely(weights):
+    """The likeliest tokens are ASCII, so texts can be compared; rows of padding are likelier."""
+    embedding = weights["transformer.wte.weight"]
+    embedding[:33], embedding[127:257] = 0, 0
+    embedding[257:] *= 30
+
+
+PADDED = {"vocab_size": 300, "edit": likely}
 
 
 def test_greedy_text_its_end_and_the_chat_template_are_ours(tmp_path):
