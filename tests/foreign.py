@@ -25,31 +25,17 @@ torch.set_num_threads(1)  # threads only wait for each other in models as small 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LLMC_ORDER = (
-    "ln_1.weight",
-    "ln_1.bias",
-    "attn.c_attn.weight",
-    "attn.c_attn.bias",
-    "attn.c_proj.weight",
-    "attn.c_proj.bias",
-    "ln_2.weight",
-    "ln_2.bias",
-    "mlp.c_fc.weight",
-    "mlp.c_fc.bias",
-    "mlp.c_proj.weight",
-    "mlp.c_proj.bias",
-)
+    "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight",
+    "attn.c_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias",
+    "mlp.c_proj.weight", "mlp.c_proj.bias",
+)  # fmt: skip
 
 
 def gpt2(seed: int = 0, spread: float = 0.2, **changes) -> GPT2LMHeadModel:
     """A random GPT-2 of transformers, every tensor random, biases and norms too."""
     values = {
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 32,
-        "n_positions": 48,
-        "vocab_size": 300,
-        **changes,
-    }
+        "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 48, "vocab_size": 300, **changes,
+    }  # fmt: skip
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=256, eos_token_id=256, **values)).eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,18 +48,11 @@ def gpt2(seed: int = 0, spread: float = 0.2, **changes) -> GPT2LMHeadModel:
 def llama(kind: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
     """A random Llama, Mistral or Qwen2 of transformers, every tensor random; grouped queries."""
     values = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_size": 32,
-        "intermediate_size": 56,
-        "max_position_embeddings": 48,
-        "vocab_size": 300,
-        "bos_token_id": 256,
-        "eos_token_id": 256,
-        **({"sliding_window": None} if kind == "mistral" else {}),
-        **changes,
-    }
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 32, "intermediate_size": 56, "max_position_embeddings": 48,
+        "vocab_size": 300, "bos_token_id": 256, "eos_token_id": 256,
+        **({"sliding_window": None} if kind == "mistral" else {}), **changes,
+    }  # fmt: skip
     config = AutoConfig.for_model(kind, **values)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     random = torch.Generator().manual_seed(seed)
@@ -121,16 +100,11 @@ def save_nanogpt(
     }
     args = {**settings_of(model), "bias": bias, "dropout": 0.0}
     torch.save(
-        {
-            "model": state,
-            "optimizer": optimizer,
-            "model_args": args,
-            "iter_num": 7,
-            "best_val_loss": torch.tensor(3.0),
-            "config": {"dataset": "openwebtext", "batch_size": 12},
-        },
+        {"model": state, "optimizer": optimizer, "model_args": args, "iter_num": 7,
+         "best_val_loss": torch.tensor(3.0),
+         "config": {"dataset": "openwebtext", "batch_size": 12}},
         path,
-    )
+    )  # fmt: skip
 
 
 def save_mingpt(path: Path, model: GPT2LMHeadModel) -> None:
@@ -168,15 +142,8 @@ def save_llmc(path: Path, model: GPT2LMHeadModel, version: int, vocab_size: int)
     c, state = model.config, linear_state(model)
     header = np.zeros(256, "<i4")
     header[:8] = (
-        20240326,
-        version,
-        c.n_positions,
-        vocab_size,
-        c.n_layer,
-        c.n_head,
-        c.n_embd,
-        c.vocab_size,
-    )
+        20240326, version, c.n_positions, vocab_size, c.n_layer, c.n_head, c.n_embd, c.vocab_size,
+    )  # fmt: skip
     names = ["transformer.wte.weight", "transformer.wpe.weight"]
     names += [f"transformer.h.{i}.{part}" for part in LLMC_ORDER for i in range(c.n_layer)]
     names += ["transformer.ln_f.weight", "transformer.ln_f.bias"]

@@ -103,32 +103,23 @@ TOLERANCE = 1e-4
 
 
 KINDS = {
-    "mla": {},
-    "mla-rope": {"qk_rope_head_dim": 8},
-    "mla-shared": {"num_kv_shared_layers": 1},
+    "mla": {}, "mla-rope": {"qk_rope_head_dim": 8}, "mla-shared": {"num_kv_shared_layers": 1},
     "mla-rope-shared": {"qk_rope_head_dim": 8, "num_kv_shared_layers": 2},
     "mla-k-eq-v": {"attention_k_eq_v": True, "qk_rope_head_dim": 8},
     "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
     "gqa-rope": {
-        "attention": "mha",
-        "position_embedding_type": "rope",
-        "num_key_value_heads": 2,
+        "attention": "mha", "position_embedding_type": "rope", "num_key_value_heads": 2,
     },
     "mqa": {"attention": "mha", "num_key_value_heads": 1},
     "gqa-llama": {
-        "attention": "mha",
-        "num_key_value_heads": 2,
-        "position_embedding_type": "rope",
-        "norm": "rms_norm",
-        "activation_function": "swiglu",
+        "attention": "mha", "num_key_value_heads": 2, "position_embedding_type": "rope",
+        "norm": "rms_norm", "activation_function": "swiglu",
     },
     "mla-llama": {
-        "qk_rope_head_dim": 8,
-        "norm": "rms_norm",
-        "activation_function": "swiglu",
+        "qk_rope_head_dim": 8, "norm": "rms_norm", "activation_function": "swiglu",
         "attention_bias": True,
     },
-}
+}  # fmt: skip
 
 
 @st.composite
@@ -137,12 +128,8 @@ def model_configs(draw) -> ModelConfig:
     heads = draw(st.sampled_from([1, 2, 3, 4]))
     width = heads * draw(st.sampled_from([8, 16, 20]))
     common = {
-        "tie_word_embeddings": draw(st.booleans()),
-        "n_layer": draw(st.integers(1, 3)),
-        "n_head": heads,
-        "n_embd": width,
-        "n_positions": 96,
-        "vocab_size": draw(st.integers(2, 70)),
+        "tie_word_embeddings": draw(st.booleans()), "n_layer": draw(st.integers(1, 3)),
+        "n_head": heads, "n_embd": width, "n_positions": 96, "vocab_size": draw(st.integers(2, 70)),
         "norm": draw(st.sampled_from(["layer_norm", "rms_norm"])),
         "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "swiglu"])),
         **{
@@ -150,7 +137,7 @@ def model_configs(draw) -> ModelConfig:
             for name in ("attention", "attention_out", "mlp")
         },
         "head_dim": draw(st.sampled_from([None, None, 6, 24])),
-    }
+    }  # fmt: skip
     if draw(st.integers(0, 2)) == 0:
         return ModelConfig(
             attention="mha",
@@ -197,15 +184,10 @@ def token_ids(config: ModelConfig, batch: int, length: int, seed: int = 0) -> mx
 def write_gpt2_model(folder: Path, data: Path, seed: int = 0, **config) -> Path:
     """A model folder; `data` is the folder of real files."""
     values = {
-        "vocab_size": 50257,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 48,
-        "n_positions": 1024,
-        "attention": "mla",
-        "kv_lora_rank": None if config.get("attention") == "mha" else 16,
+        "vocab_size": 50257, "n_layer": 2, "n_head": 2, "n_embd": 48, "n_positions": 1024,
+        "attention": "mla", "kv_lora_rank": None if config.get("attention") == "mha" else 16,
         **config,
-    }
+    }  # fmt: skip
     model = ModelConfig(**values).resolved()
     folder.mkdir(parents=True)
     tokenizer = GPT2Tokenizer(data / "gpt2_bpe").fast_tokenizer()

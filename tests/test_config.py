@@ -75,10 +75,8 @@ def test_every_comparison_is_one_flag_apart():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"n_embd": 100, "n_head": 12},
-            "--n-embd 100 is not divisible by --n-head 12; try --n-embd 96",
-        ),
+        ({"n_embd": 100, "n_head": 12},
+         "--n-embd 100 is not divisible by --n-head 12; try --n-embd 96"),
         ({"n_layer": 0}, "--n-layer must be at least 1"),
         ({"kv_lora_rank": 0}, "--kv-lora-rank must be at least 1, not 0"),
         (
@@ -86,10 +84,8 @@ def test_every_comparison_is_one_flag_apart():
             "--kv-lora-ranks needs 2 widths, one for each layer with its own latent, not 8",
         ),
         ({"n_layer": 2, "kv_lora_ranks": [8, 0]}, "--kv-lora-ranks must be at least 1, not 0"),
-        (
-            {"n_layer": 1, "kv_lora_ranks": [8], "kv_lora_rank": 4},
-            "--kv-lora-rank 4 is not the largest",
-        ),
+        ({"n_layer": 1, "kv_lora_ranks": [8], "kv_lora_rank": 4},
+         "--kv-lora-rank 4 is not the largest"),
         ({"attention": "mha", "kv_lora_ranks": [8] * 12}, "no meaning with --attention mha"),
         ({"kv_lora_rank": -3}, "--kv-lora-rank must be at least 1, not -3"),
         ({"qk_rope_head_dim": 3}, "--qk-rope-head-dim must be even, not 3; use 4"),
@@ -107,10 +103,8 @@ def test_every_comparison_is_one_flag_apart():
         ({"dropout": 1.0}, "--dropout must be at least 0 and below 1, not 1.0"),
         ({"num_kv_shared_layers": 12}, "--num-kv-shared-layers must be from 0 to 11"),
         ({"num_kv_shared_layers": -1}, "--num-kv-shared-layers must not be negative"),
-        (
-            {"n_layer": 3, "num_kv_shared_layers": 1, "kv_lora_ranks": [8] * 3},
-            "--kv-lora-ranks needs 2 widths",
-        ),
+        ({"n_layer": 3, "num_kv_shared_layers": 1, "kv_lora_ranks": [8] * 3},
+         "--kv-lora-ranks needs 2 widths"),
         ({"attention": "mha", "num_kv_shared_layers": 1}, "no meaning with --attention mha"),
         (
             {"attention_k_eq_v": True, "kv_lora_rank": 64, "head_dim": 32},
@@ -125,26 +119,18 @@ def test_every_comparison_is_one_flag_apart():
         ({"attention": "mha", "attention_k_eq_v": True}, "no meaning with --attention mha"),
         ({"head_dim": 0}, "--head-dim must be at least 1"),
         ({"num_key_value_heads": 3}, "--num-key-value-heads has no meaning with --attention mla"),
-        (
-            {"attention": "mha", "num_key_value_heads": 5},
-            "--num-key-value-heads 5 does not divide --n-head 12; use one of 1, 2, 3, 4, 6, 12",
-        ),
-        (
-            {"attention": "mha", "num_key_value_heads": -1},
-            "--num-key-value-heads must be at least 1",
-        ),
-        (
-            {"attention": "mha", "head_dim": 5, "position_embedding_type": "rope"},
-            "a head is 5 wide; use --head-dim 6",
-        ),
+        ({"attention": "mha", "num_key_value_heads": 5},
+         "--num-key-value-heads 5 does not divide --n-head 12; use one of 1, 2, 3, 4, 6, 12"),
+        ({"attention": "mha", "num_key_value_heads": -1},
+         "--num-key-value-heads must be at least 1"),
+        ({"attention": "mha", "head_dim": 5, "position_embedding_type": "rope"},
+         "a head is 5 wide; use --head-dim 6"),
         ({"position_embedding_type": "rope"}, "use --qk-rope-head-dim 32"),
-        (
-            {"position_embedding_type": "learned", "qk_rope_head_dim": 8},
-            "excludes a part with RoPE; use --qk-rope-head-dim 0",
-        ),
+        ({"position_embedding_type": "learned", "qk_rope_head_dim": 8},
+         "excludes a part with RoPE; use --qk-rope-head-dim 0"),
         ({"attention": "mha", "kv_lora_rank": 8}, "no meaning with --attention mha"),
     ],
-)
+)  # fmt: skip
 def test_impossible_models_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         c.ModelConfig(**values).resolved(257)

@@ -62,18 +62,12 @@ def edit_weights(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
-            "Gemma3ForCausalLM .* is not supported; supp",
-        ),
-        (
-            {"architectures": ["GPT2ForSequenceClassification"]},
-            "GPT2ForSequenceClassification .* is not supported",
-        ),
-        (
-            {"activation_function": "relu"},
-            "activation_function 'relu' is not supported; supported are gelu_new",
-        ),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
+         "Gemma3ForCausalLM .* is not supported; supp"),
+        ({"architectures": ["GPT2ForSequenceClassification"]},
+         "GPT2ForSequenceClassification .* is not supported"),
+        ({"activation_function": "relu"},
+         "activation_function 'relu' is not supported; supported are gelu_new"),
         ({"add_cross_attention": True}, "add_cross_attention is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"tie_word_embeddings": False}, r"missing tensor lm_head\.weight"),
@@ -81,10 +75,8 @@ def edit_weights(folder, change):
         ({"n_layer": "two"}, "n_layer = 'two' is not a value of type int"),
         ({"n_layer": 10**9}, "--n-layer must be at most 1,000, not 1000000000"),
         ({"n_head": 5}, "not divisible"),
-        (
-            {"layer_norm_epsilon": "small"},
-            "layer_norm_epsilon = 'small' is not a value of type float",
-        ),
+        ({"layer_norm_epsilon": "small"},
+         "layer_norm_epsilon = 'small' is not a value of type float"),
         ({"n_layer": 3}, r"missing tensors transformer\.h\.2\..* and 9 more"),
         ({"n_layer": 1}, r"unexpected tensors transformer\.h\.1\..*"),
         (
@@ -96,7 +88,7 @@ def edit_weights(folder, change):
             r"wte\.weight has shape \(300, 32\), but the configuration requires \(301, 32\)",
         ),
     ],
-)
+)  # fmt: skip
 def test_configurations_of_hugging_face(changes, message, folder, refused):
     edit_config(folder, **changes)
     assert re.search(message, refused(folder))
@@ -253,14 +245,12 @@ def test_truncated_or_changed_pickles(data, refused, tmp_path, capsys):
             "--n-layer must be at most 1,000, not 1073741824",
         ),
         (lambda b: b[:16] + np.int32(-1).tobytes() + b[20:], "--n-layer must be at least 1"),
-        (
-            lambda b: b[:28] + np.int32(7).tobytes() + b[32:],
-            "7 padded rows for a vocabulary of 280",
-        ),
+        (lambda b: b[:28] + np.int32(7).tobytes() + b[32:],
+         "7 padded rows for a vocabulary of 280"),
         (lambda b: np.int32(20240520).tobytes() + b[4:], "token ids of llm.c, not a model"),
         (lambda b: b"GGUF" + b[4:], "not a known checkpoint format"),
     ],
-)
+)  # fmt: skip
 def test_llmc_files(change, message, refused, tmp_path):
     path = tmp_path / "model.bin"
     foreign.save_llmc(path, foreign.gpt2(), 3, 280)
@@ -289,7 +279,7 @@ def test_llmc_files(change, message, refused, tmp_path):
         ),
         (foreign.Original().state_dict(), "and 32 is not a multiple of 64; give --n-head"),
     ],
-)
+)  # fmt: skip
 def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     assert message in refused(tmp_path / "x.pt")

@@ -57,16 +57,9 @@ def test_generate(folder, expected):
 def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
     out = tmp_path / f"q{bits}"
     run_mlx_lm(
-        "convert",
-        "--hf-path",
-        folder,
-        "--mlx-path",
-        out,
-        "-q",
-        "--q-bits",
-        bits,
+        "convert", "--hf-path", folder, "--mlx-path", out, "-q", "--q-bits", bits,
         "--trust-remote-code",
-    )
+    )  # fmt: skip
     assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == bits
     smaller = (out / "model.safetensors").stat().st_size / (
         folder / "model.safetensors"
@@ -131,28 +124,10 @@ def test_lora_trains_some_steps_and_its_adapter_loads(folder, tmp_path):
         lines = [json.dumps({"text": f"The story of number {i} is short."}) for i in range(8)]
         (data / f"{split}.jsonl").write_text("\n".join(lines))
     run_mlx_lm(
-        "lora",
-        "--model",
-        folder,
-        "--train",
-        "--data",
-        data,
-        "--iters",
-        20,
-        "--batch-size",
-        4,
-        "--num-layers",
-        2,
-        "--learning-rate",
-        1e-3,
-        "--adapter-path",
-        adapter,
-        "--steps-per-eval",
-        20,
-        "--val-batches",
-        1,
-        "--trust-remote-code",
-    )
+        "lora", "--model", folder, "--train", "--data", data, "--iters", 20, "--batch-size", 4,
+        "--num-layers", 2, "--learning-rate", 1e-3, "--adapter-path", adapter, "--steps-per-eval",
+        20, "--val-batches", 1, "--trust-remote-code",
+    )  # fmt: skip
     text = "The story of number 3 is short."
     assert loss(folder, text, adapter_path=str(adapter)) < 0.9 * loss(folder, text)
     assert generated(folder, "--adapter-path", adapter)

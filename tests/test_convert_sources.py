@@ -55,16 +55,10 @@ def test_hugging_face_folder(model, hf_folder, tmp_path):
 def test_the_folder_is_one_of_ours(hf_folder, tmp_path, capfd):
     out = converted(hf_folder, tmp_path / "out")
     assert {p.name for p in out.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "model_mlx.py",
-        "model_torch.py",
-        "configuration_mla_gpt2.py",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "README.md",
+        "config.json", "model.safetensors", "model_mlx.py", "model_torch.py",
+        "configuration_mla_gpt2.py", "tokenizer.json", "tokenizer_config.json", "README.md",
         "SHA256SUMS",
-    }
+    }  # fmt: skip
     assert checkpoint.integrity_error(out) is None
     assert "43 pad the 257 tokens" in (out / "README.md").read_text()
     texts = []

@@ -267,15 +267,9 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
     said = refused(
-        capsys,
-        "--model",
-        folder,
-        "--prompts-file",
-        prompts,
-        "--prompt-cache",
-        file,
+        capsys, "--model", folder, "--prompts-file", prompts, "--prompt-cache", file,
         command=generate.main,
-    )
+    )  # fmt: skip
     assert "take one --prompt" in said
 
 
@@ -324,15 +318,9 @@ def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_pa
             capfd, *argv, "--draft-model", draft, "--max-tokens 11 --save-prompt-cache", file
         )
         argv = words(
-            "--model",
-            folder,
-            "--prompt",
-            "",
-            "--temp 0 --prompt-cache",
-            file,
-            "--draft-model",
+            "--model", folder, "--prompt", "", "--temp 0 --prompt-cache", file, "--draft-model",
             draft,
-        )
+        )  # fmt: skip
         (rest,) = objects(capfd, *argv)
         assert first["token_ids"] + rest["token_ids"] == alone["token_ids"]
 

@@ -63,15 +63,9 @@ def sessions(config, teacher, weights=None):
 def other_teacher(seed=1):
     """Another kind of attention, other dropout, and more rows of vocabulary than the student."""
     shape = dataclasses.replace(
-        BASE.model,
-        attention="mha",
-        qk_rope_head_dim=0,
-        kv_lora_rank=None,
-        v_head_dim=None,
-        dropout=0.5,
-        attention_bias=True,
-        vocab_size=64,
-    )
+        BASE.model, attention="mha", qk_rope_head_dim=0, kv_lora_rank=None, v_head_dim=None,
+        dropout=0.5, attention_bias=True, vocab_size=64,
+    )  # fmt: skip
     return Teacher(shape, initial_weights(shape, seed, 0.2), 60)
 
 
@@ -131,16 +125,9 @@ def test_the_compiled_step_is_the_eager_one():
 
 def flags(tiny_run, text_file, *more):
     return words(
-        *TINY[-7:],
-        "--data",
-        text_file,
-        "--init",
-        tiny_run,
-        "--teacher",
-        tiny_run,
-        "--eval-every 0",
-        *more,
-    )
+        *TINY[-7:], "--data", text_file, "--init", tiny_run, "--teacher", tiny_run,
+        "--eval-every 0", *more,
+    )  # fmt: skip
 
 
 @pytest.mark.slow

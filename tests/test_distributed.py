@@ -107,14 +107,9 @@ def test_two_processes_by_mlx_launch_have_the_loss_curve_of_one(alone, tmp_path,
     argv = words(*COMMON, "--data", text_file, "--out", out, "--steps 16 --save-every 0")
     port = next(p for p in free_ports(20) if p < 65535)  # the launcher takes this one and the next
     command = [
-        str(SCRIPTS / "mlx.launch"),
-        "-n",
-        "2",
-        "-p",
-        str(port),
-        "--",
+        str(SCRIPTS / "mlx.launch"), "-n", "2", "-p", str(port), "--",
         *python("-m", "mlx_mla.train", *argv),
-    ]
+    ]  # fmt: skip
     stdin, open_end = os.pipe()  # mlx.launch spins on an input that has ended
     done = subprocess.run(
         command, env=ENV, stdin=stdin, capture_output=True, text=True, timeout=120, check=False

@@ -159,19 +159,15 @@ CHANGES = [
     {"activation_checkpointing": 2, "n_layer": 6},
     {"loss_chunk": 256, "vocab_size": 8000},
     {"attention": "mha", "qk_rope_head_dim": 0},
-    {
-        "attention": "mha",
-        "qk_rope_head_dim": 0,
-        "position_embedding_type": "rope",
-        "num_key_value_heads": 1,
-    },
+    {"attention": "mha", "qk_rope_head_dim": 0, "position_embedding_type": "rope",
+     "num_key_value_heads": 1},
     {"dtype": "bfloat16"},
     {"optimizer": "muon"},
     {"norm": "rms_norm", "activation_function": "swiglu"},
     {"norm": "rms_norm", "activation_function": "swiglu", "n_inner": 1024},
     {"activation_function": "swiglu", "n_inner": 1024, "activation_checkpointing": 1},
     {"norm": "rms_norm", "activation_function": "swiglu", "dtype": "bfloat16"},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)

@@ -49,19 +49,11 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
         tasks = "wikitext2,lambada,hellaswag"
         assert (
             run(
-                "--model",
-                models[0],
-                "--data-dir",
-                data,
-                "--tasks",
-                tasks,
-                "--out",
-                out,
-                "--backend",
-                backend,
+                "--model", models[0], "--data-dir", data, "--tasks", tasks, "--out", out,
+                "--backend", backend,
             )
             == 0
-        )
+        )  # fmt: skip
         items = {}
         for path in sorted((tmp_path / backend / "r.json.items").iterdir()):
             rows = [json.loads(line) for line in path.read_text().splitlines() if line]
@@ -80,18 +72,11 @@ def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol)
     out = tmp_path / "r.json"
     assert (
         run(
-            "--model",
-            *models,
-            "--data-dir",
-            data,
-            "--protocol",
-            protocol,
-            "--out",
-            out,
+            "--model", *models, "--data-dir", data, "--protocol", protocol, "--out", out,
             "--backend torch",
         )
         == 0
-    )
+    )  # fmt: skip
     document = results(out)
     assert [m["model"] for m in document["models"]] == models
     for model in document["models"]:
@@ -113,15 +98,9 @@ def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol)
 def test_an_interrupted_run_goes_on_where_it_stopped(models, data, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.json", tmp_path / "r.json"
     argv = [
-        "--model",
-        models[0],
-        "--data-dir",
-        data,
-        "--tasks",
-        "lambada,hellaswag",
-        "--batch-size",
+        "--model", models[0], "--data-dir", data, "--tasks", "lambada,hellaswag", "--batch-size",
         "4",
-    ]
+    ]  # fmt: skip
     assert run(*argv, "--out", whole) == 0
     from mlx_mla.backends.mlx import score
 
@@ -169,17 +148,9 @@ def test_bfloat16_is_used(models, data, tmp_path):
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / f"{dtype}.json"
         argv = [
-            "--model",
-            models[0],
-            "--data-dir",
-            data,
-            "--tasks",
-            "lambada",
-            "--dtype",
-            dtype,
-            "--out",
-            out,
-        ]
+            "--model", models[0], "--data-dir", data, "--tasks", "lambada", "--dtype", dtype,
+            "--out", out,
+        ]  # fmt: skip
         assert run(*argv, "--backend", "torch") == 0
         scores.append(np.log(results(out)["models"][0]["tasks"]["lambada"]["ppl"]))
     assert scores[0] != scores[1]

@@ -94,14 +94,9 @@ def test_half_characters_in_rows_are_told_by_line_and_field(tiny_run, data, tmp_
     for field, value in (("ctx", "b \ud800"), ("endings", ["w", "x", "y", "\udcff"])):
         file.write_text(json.dumps(good) + "\n" + json.dumps({**good, field: value}))
         said = refused(
-            capsys,
-            "--model",
-            tiny_run,
-            "--data-dir",
-            data,
-            "--tasks hellaswag",
+            capsys, "--model", tiny_run, "--data-dir", data, "--tasks hellaswag",
             command=evaluate.main,
-        )
+        )  # fmt: skip
         assert f"line 2: field '{field}' has half a character" in said
 
 

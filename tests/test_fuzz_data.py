@@ -350,18 +350,11 @@ def read_record(argv) -> int:
 
 
 SURFACES = {
-    "records": read_record,
-    "shards": train.main,
-    "texts": train.main,
-    "settings": train.main,
-    "flags": train.main,
-    "runs": train.main,
-    "manifests_in_training": train.main,
-    "manifests": prepare.main,
-    "sources": prepare.main,
-    "prepare_flags": prepare.main,
+    "records": read_record, "shards": train.main, "texts": train.main, "settings": train.main,
+    "flags": train.main, "runs": train.main, "manifests_in_training": train.main,
+    "manifests": prepare.main, "sources": prepare.main, "prepare_flags": prepare.main,
     "plots": plot.main,
-}
+}  # fmt: skip
 MADE_OF = {
     "runs": ["short_run"],
     "plots": ["short_run"],

@@ -39,17 +39,9 @@ def test_three_caches_give_the_same_greedy_text(run, request, capfd):
 def test_json_has_the_documented_keys(folder, capfd):
     (answer,) = objects(capfd, "--model", folder, "--prompt", "The", "--max-tokens", "5")
     assert {
-        "text",
-        "tokens",
-        "prompt_tokens",
-        "prompt_tps",
-        "generation_tps",
-        "ttft_ms",
-        "kv_cache_bytes",
-        "peak_memory_bytes",
-        "backend",
-        "cache",
-    } <= answer.keys()
+        "text", "tokens", "prompt_tokens", "prompt_tps", "generation_tps", "ttft_ms",
+        "kv_cache_bytes", "peak_memory_bytes", "backend", "cache",
+    } <= answer.keys()  # fmt: skip
     assert (answer["tokens"], answer["prompt_tokens"], answer["cache"]) == (5, 3, "latent")
 
 

@@ -53,14 +53,9 @@ def make(checkout, path):
     def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         argv = ["make", "train", f"PYTHON={sys.executable}", *args]
         return subprocess.run(
-            argv,
-            cwd=checkout,
-            env={**inherited, **env},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+            argv, cwd=checkout, env={**inherited, **env}, capture_output=True, text=True,
+            check=False, timeout=300,
+        )  # fmt: skip
 
     return run
 

@@ -97,13 +97,9 @@ def test_what_is_computed_again_drops_the_same_values(backend, compiled):
     says."""
     model = dataclasses.replace(BASE.model, dropout=0.4)
     config = dataclasses.replace(
-        BASE,
-        model=model,
-        activation_checkpointing=1,
-        weight_decay=0.0,
-        grad_clip=0.0,
+        BASE, model=model, activation_checkpointing=1, weight_decay=0.0, grad_clip=0.0,
         compile=compiled,
-    )
+    )  # fmt: skip
     weights = initial_weights(config.model, 0, 0.1)
 
     def start(w):

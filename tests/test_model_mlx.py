@@ -161,14 +161,10 @@ def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
 
     D, H, N, T = 48, 4, 16, 37
     theirs = LlamaConfig(
-        hidden_size=D,
-        num_attention_heads=H,
-        num_key_value_heads=kv_heads,
-        head_dim=N,
-        attention_bias=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        hidden_size=D, num_attention_heads=H, num_key_value_heads=kv_heads, head_dim=N,
+        attention_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         attn_implementation="eager",
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     attention, rotary = llama.LlamaAttention(theirs, 0), llama.LlamaRotaryEmbedding(theirs)
     x = torch.randn(2, T, D)
@@ -184,14 +180,9 @@ def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
         return w if part in "vo" else w.reshape(-1, N, *w.shape[1:])[:, halves].reshape(w.shape)
 
     args = ModelArgs(
-        attention="mha",
-        n_embd=D,
-        n_head=H,
-        head_dim=N,
-        num_key_value_heads=kv_heads,
-        position_embedding_type="rope",
-        rope_theta=500.0,
-    )
+        attention="mha", n_embd=D, n_head=H, head_dim=N, num_key_value_heads=kv_heads,
+        position_embedding_type="rope", rope_theta=500.0,
+    )  # fmt: skip
     mine = model_mlx.MultiHeadAttention(args, 0)
     for name in ("weight", "bias"):
         mine.c_attn[name] = mx.array(np.concatenate([ours(p, name) for p in "qkv"]))
@@ -204,14 +195,9 @@ def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
     config = ModelConfig(
-        n_layer=2,
-        n_embd=128,
-        n_head=2,
-        kv_lora_rank=64,
-        qk_rope_head_dim=rope,
-        n_positions=64,
+        n_layer=2, n_embd=128, n_head=2, kv_lora_rank=64, qk_rope_head_dim=rope, n_positions=64,
         vocab_size=50,
-    ).resolved()
+    ).resolved()  # fmt: skip
     model = build_model(config, initial_weights(config, 0, 0.1))
     nn.quantize(
         model, group_size=64, bits=bits, class_predicate=lambda p, m: hasattr(m, "to_quantized")

@@ -51,29 +51,20 @@ KINDS = {
     "mla-wide": {"kv_lora_rank": 32, "qk_rope_head_dim": 32, "head_dim": 48},
     "mla-shared": {"kv_lora_rank": 32, "num_kv_shared_layers": 2, "latent_norm": True},
     "mla-rope-shared": {
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 32,
-        "num_kv_shared_layers": 1,
-        "q_lora_rank": 24,
+        "kv_lora_rank": 32, "qk_rope_head_dim": 32, "num_kv_shared_layers": 1, "q_lora_rank": 24,
     },
     "mla-k-eq-v": {"attention_k_eq_v": True, "qk_rope_head_dim": 32, "num_kv_shared_layers": 1},
     "mha-untied": {"attention": "mha", "tie_word_embeddings": False},
     "mla-untied": {"kv_lora_rank": 32, "tie_word_embeddings": False},
     "gqa-llama": {
-        "attention": "mha",
-        "num_key_value_heads": 2,
-        "position_embedding_type": "rope",
-        "norm": "rms_norm",
-        "activation_function": "swiglu",
+        "attention": "mha", "num_key_value_heads": 2, "position_embedding_type": "rope",
+        "norm": "rms_norm", "activation_function": "swiglu",
     },
     "mla-llama": {
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 32,
-        "norm": "rms_norm",
-        "activation_function": "swiglu",
-        "attention_bias": True,
+        "kv_lora_rank": 32, "qk_rope_head_dim": 32, "norm": "rms_norm",
+        "activation_function": "swiglu", "attention_bias": True,
     },
-}
+}  # fmt: skip
 PROMPT, LENGTH = b"The st", 16
 
 
@@ -228,15 +219,10 @@ def test_training_and_resuming(backend, kind, tmp_path, text_file):
     flags += ["--attention-bias", str(kind.attention_bias)]
     flags += [] if kind.tie_word_embeddings else ["--no-tie-word-embeddings"]
     common = words(
-        *flags,
-        "--data",
-        text_file,
-        "--backend",
-        backend,
+        *flags, "--data", text_file, "--backend", backend,
         "--seq-len 32 --batch-size 2 --eval-batches 2 --final-eval-batches 2",
-        "--sample-tokens 4 --no-compile --save-every 2 --keep 0",
-        "--activation-checkpointing 2",
-    )
+        "--sample-tokens 4 --no-compile --save-every 2 --keep 0", "--activation-checkpointing 2",
+    )  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*common, "--steps", "4", "--out", str(whole)]) == 0
     shutil.copytree(whole, cut)

@@ -166,16 +166,8 @@ def test_a_fault_of_ours_is_no_users_mistake():
 
 
 NAMES = [
-    "m[1]",
-    "a[/x]",
-    "[red]b",
-    r"$\foo$",
-    "two words",
-    "semi;colon",
-    "'quote\"",
-    "émoji-🦙",
-    "-x",
-]
+    "m[1]", "a[/x]", "[red]b", r"$\foo$", "two words", "semi;colon", "'quote\"", "émoji-🦙", "-x",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

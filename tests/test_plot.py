@@ -56,19 +56,10 @@ def test_the_table_says_what_metrics_jsonl_says(tiny_run, tmp_path, capsys):
     speeds = [r["tokens_per_sec"] for r in rows if r["split"] == "train"][1:]
     last = rows[-1]
     assert line.replace("|", " ").split() == [
-        "tiny",
-        "40",
-        "7,680",
-        f"{last['loss']:.4f}",
-        f"{last['loss']:.4f}",
-        "(40)",
-        f"{np.median(speeds):,.0f}",
-        f"{np.median([r['mfu'] for r in rows if 'mfu' in r]):.1%}",
-        f"{last['peak_memory_bytes'] / 2**20:,.0f}",
-        "MiB",
-        f"{last['seconds']:,.0f}",
-        "s",
-    ]
+        "tiny", "40", "7,680", f"{last['loss']:.4f}", f"{last['loss']:.4f}", "(40)",
+        f"{np.median(speeds):,.0f}", f"{np.median([r['mfu'] for r in rows if 'mfu' in r]):.1%}",
+        f"{last['peak_memory_bytes'] / 2**20:,.0f}", "MiB", f"{last['seconds']:,.0f}", "s",
+    ]  # fmt: skip
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

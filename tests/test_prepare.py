@@ -86,20 +86,9 @@ def many(tmp_path_factory) -> Path:
     """12 files of all kinds with 1,300 documents, some of them empty."""
     folder, chance = tmp_path_factory.mktemp("many"), random.Random(5)
     words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "Ænima",
-        "été",
-        "日本",
-        "wrote",
-        "123",
+        "the", "cat", "sat", "on", "a", "mat", "and", "Ænima", "été", "日本", "wrote", "123",
         "words",
-    ]
+    ]  # fmt: skip
 
     def text() -> str:
         return " ".join(chance.choices(words, k=chance.choice([0, 3, 20, 200])))
@@ -356,12 +345,8 @@ def hub(many, monkeypatch):
 
     def load(name, config, split, streaming, revision):
         assert (name, config, split, streaming, revision) == (
-            "owner/name",
-            "sample-10BT",
-            "train",
-            True,
-            "c0ffee",
-        )
+            "owner/name", "sample-10BT", "train", True, "c0ffee",
+        )  # fmt: skip
         return real("parquet", data_files=files, split=split, streaming=streaming)
 
     class Api:

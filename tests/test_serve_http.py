@@ -56,25 +56,18 @@ LONG = json.dumps({"prompt": "x" * 5000, "top_k": 999}).encode()
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
-        (post(f"Content-Length: {N}"), 200),
-        (post(f"Content-Length:\t{N} "), 200),
+        (post(f"Content-Length: {N}"), 200), (post(f"Content-Length:\t{N} "), 200),
         (post(f"Content-Length: {N}", body=BODY + b"more"), 200),
-        (post(f"Content-Length: +{len(LONG)}", body=LONG), 400),
-        (post("Content-Length: -5"), 400),
-        (post(f"Content-Length: {N}.0"), 400),
-        (post(f"Content-Length: {hex(N)}"), 400),
-        (post(f"Content-Length: 1_{N}"), 400),
-        (post("Content-Length: \xb2"), 400),
-        (post("Content-Length: "), 400),
-        (post(f"Content-Length: {N}, {N}"), 400),
+        (post(f"Content-Length: +{len(LONG)}", body=LONG), 400), (post("Content-Length: -5"), 400),
+        (post(f"Content-Length: {N}.0"), 400), (post(f"Content-Length: {hex(N)}"), 400),
+        (post(f"Content-Length: 1_{N}"), 400), (post("Content-Length: \xb2"), 400),
+        (post("Content-Length: "), 400), (post(f"Content-Length: {N}, {N}"), 400),
         (post(f"Content-Length: {N}", f"Content-Length: {N}"), 400),
         (post(f"Content-Length: {N}", f"Content-Length: {N - 1}"), 400),
-        (post(f"Content-Length: {N + 1}"), 400),
-        (post("Content-Length: " + "9" * 5000), 413),
+        (post(f"Content-Length: {N + 1}"), 400), (post("Content-Length: " + "9" * 5000), 413),
         (post(f"Content-Length: {2**21}", body=b" " * 2**21), 413),
         (post(f"Content-Length: {2**21}", body=b" " * 2**21, path="/v1/nothing"), 404),
-        (post(), 411),
-        (post("Transfer-Encoding: chunked", body=f"{N:x}\r\n".encode() + BODY), 411),
+        (post(), 411), (post("Transfer-Encoding: chunked", body=f"{N:x}\r\n".encode() + BODY), 411),
         (post(f"Content-Length: {N}", "Transfer-Encoding: chunked"), 411),
         (post("Content-Length: 0", body=b""), 400),
         *(
@@ -82,7 +75,7 @@ LONG = json.dumps({"prompt": "x" * 5000, "top_k": 999}).encode()
             for data in (json.dumps(good("x")).encode(code) for code in ("utf-16", "utf-32-le"))
         ),
     ],
-)
+)  # fmt: skip
 def test_only_what_was_read_and_checked_is_passed_on(served, request_bytes, status):
     found, body = exchange(served.port, request_bytes)
     assert found == status, body

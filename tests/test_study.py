@@ -745,14 +745,9 @@ def test_a_folder_resumes_its_own_run_alone(tmp_path):
 
 def start(*args: object, **more) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "bench.study", *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **more,
-    )
+        [sys.executable, "-m", "bench.study", *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, **more,
+    )  # fmt: skip
 
 
 ONE_RATE = SMALL.replace("[1e-3, 2e-3, 4e-3, 8e-3]", "[4e-3]").replace("[1, 2, 3]", "[1, 2]")

@@ -124,14 +124,10 @@ def test_bad_rows_are_named(tmp_path, name, row, message):
     good = {
         "lambada": {"text": "one two"},
         "hellaswag": {
-            "activity_label": "A",
-            "ctx_a": "b",
-            "ctx_b": "c",
-            "ctx": "b c",
-            "endings": list("defg"),
-            "label": 0,
+            "activity_label": "A", "ctx_a": "b", "ctx_b": "c", "ctx": "b c",
+            "endings": list("defg"), "label": 0,
         },
-    }[name]
+    }[name]  # fmt: skip
     bad = row if name == "lambada" else {**good, **row}
     path = tmp_path / "file.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")

@@ -137,11 +137,8 @@ def npy(array) -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        (
-            "a_train_1.npy",
-            npy(TOKENS)[:-3],
-            r"truncated: 1,000 tokens need 2,128 bytes, it has 2,125",
-        ),
+        ("a_train_1.npy", npy(TOKENS)[:-3],
+         r"truncated: 1,000 tokens need 2,128 bytes, it has 2,125"),
         ("a_train_1.npy", npy(TOKENS) + b"\0\0", "longer than its header says"),
         (
             "a_train_1.npy",
@@ -159,11 +156,8 @@ def npy(array) -> bytes:
         ("a_train_1.npy", b"", "not a NumPy array file"),
         ("a_train_1.npy", npy(TOKENS).replace(b"}", b"("), "not a NumPy array file"),
         ("a_train_1.npy", npy(TOKENS[:0]), "holds no tokens"),
-        (
-            "a_train_000001.bin",
-            llmc(TOKENS)[:-2],
-            r"truncated: 1,000 tokens need 3,024 bytes, it has 3,022",
-        ),
+        ("a_train_000001.bin", llmc(TOKENS)[:-2],
+         r"truncated: 1,000 tokens need 3,024 bytes, it has 3,022"),
         ("a_train_000001.bin", llmc(TOKENS, count=999), "longer than its header says"),
         (
             "a_train_000001.bin",
@@ -181,7 +175,7 @@ def npy(array) -> bytes:
             "truncated: 1,999 bytes are not a whole number of uint16 tokens",
         ),
     ],
-)
+)  # fmt: skip
 def test_shards_that_are_not_what_they_should_be_are_named(name, data, message, tmp_path, capsys):
     (tmp_path / name).write_bytes(data)
     said = refused(capsys, *TINY, "--data", tmp_path, "--out", tmp_path / "run")

@@ -13,20 +13,12 @@ from mlx_mla.data.tokenizer import ByteTokenizer, GPT2Tokenizer, get_tokenizer
 from mlx_mla.errors import UserError
 
 TEXTS = [
-    "Hello, world!",
-    "  leading and trailing   ",
-    "don't we'll I'VE it's",
+    "Hello, world!", "  leading and trailing   ", "don't we'll I'VE it's",
     "日本語のテキスト、中文文本和한국어",
-    "Привет, мир — «да»",
-    "مرحبا بالعالم שלום",
-    "हिन्दी में लिखा",
-    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\ufeff",
-    "tabs\tand\r\nnew\n\n\nlines  \n ",
-    "1234567890 3.14159 1e-5",
-    "\x00\x01\x7f control",
-    "a" * 200,
-    "",
-]
+    "Привет, мир — «да»", "مرحبا بالعالم שלום", "हिन्दी में लिखा",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\ufeff", "tabs\tand\r\nnew\n\n\nlines  \n ",
+    "1234567890 3.14159 1e-5", "\x00\x01\x7f control", "a" * 200, "",
+]  # fmt: skip
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

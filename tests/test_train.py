@@ -31,18 +31,10 @@ def test_a_run_leaves_the_documented_files(tiny_run):
     folder = tiny_run / "checkpoints" / (tiny_run / "latest").read_text().strip()
     assert folder.name == "step-000040"
     assert {p.name for p in folder.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "model_mlx.py",
-        "model_torch.py",
-        "configuration_mla_gpt2.py",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "README.md",
-        "train_state.safetensors",
-        "train_state.json",
-        "SHA256SUMS",
-    }
+        "config.json", "model.safetensors", "model_mlx.py", "model_torch.py",
+        "configuration_mla_gpt2.py", "tokenizer.json", "tokenizer_config.json", "README.md",
+        "train_state.safetensors", "train_state.json", "SHA256SUMS",
+    }  # fmt: skip
     assert (tiny_run / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
     assert "40 of 40" in card
@@ -225,16 +217,11 @@ def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, cap
 def test_tiny_shakespeare_trains_with_either_tokenizer(shared_data, tmp_path, tokenizer):
     out = tmp_path / "run"
     argv = words(
-        "--data",
-        shared_data / "corpus/tinyshakespeare/input.txt",
-        "--tokenizer",
-        tokenizer,
-        "--out",
-        out,
-        "--steps 30 --batch-size 2 --n-layer 1 --n-embd 64 --eval-batches 2",
+        "--data", shared_data / "corpus/tinyshakespeare/input.txt", "--tokenizer", tokenizer,
+        "--out", out, "--steps 30 --batch-size 2 --n-layer 1 --n-embd 64 --eval-batches 2",
         "--val-fraction 0.01 --sample-tokens 10",
         *(("--bpe-dir", str(shared_data / "gpt2_bpe")) if tokenizer == "gpt2" else ()),
-    )
+    )  # fmt: skip
     assert train.main(argv) == 0
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -559,21 +546,11 @@ def test_a_full_disk_leaves_the_old_checkpoint(run_copy):
     assert len(old["model.safetensors"]) > limit
     done = subprocess.run(
         python(
-            "-m",
-            "mlx_mla.train",
-            "--resume",
-            "--out",
-            str(run_copy),
-            "--steps",
-            "42",
-            "--save-every",
-            "1",
+            "-m", "mlx_mla.train", "--resume", "--out", str(run_copy), "--steps", "42",
+            "--save-every", "1",
         ),
-        capture_output=True,
-        text=True,
-        preexec_fn=small_disk,
-        check=False,
-    )
+        capture_output=True, text=True, preexec_fn=small_disk, check=False,
+    )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr

@@ -83,15 +83,9 @@ def test_train_and_generate(run, text_file, tmp_path):
     )
     assert "validation loss" in done.stdout and "PyTorch" not in done.stderr
     done = run(
-        "-m",
-        "mlx_mla.generate",
-        "--model",
-        tmp_path / "run",
-        "--prompt",
-        "The ",
-        "--max-tokens",
+        "-m", "mlx_mla.generate", "--model", tmp_path / "run", "--prompt", "The ", "--max-tokens",
         "4",
-    )
+    )  # fmt: skip
     assert done.stderr.startswith("[4 prompt tokens")
 
 
@@ -154,29 +148,14 @@ def test_mlx_lm_fine_tunes(run, model, tmp_path):
         )
     run(
         *(
-            "-m",
-            "mlx_lm",
-            "lora",
-            "--model",
-            model,
-            "--train",
-            "--data",
-            data,
-            "--iters",
-            2,
-            "--batch-size",
-            2,
+            "-m", "mlx_lm", "lora", "--model", model, "--train", "--data", data, "--iters", 2,
+            "--batch-size", 2,
         ),
         *(
-            "--num-layers",
-            1,
-            "--adapter-path",
-            tmp_path / "adapter",
-            "--val-batches",
-            1,
+            "--num-layers", 1, "--adapter-path", tmp_path / "adapter", "--val-batches", 1,
             "--trust-remote-code",
         ),
-    )
+    )  # fmt: skip
     assert (tmp_path / "adapter" / "adapters.safetensors").is_file()
 
 
