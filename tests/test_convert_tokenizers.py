@@ -101,16 +101,10 @@ def same_tokenizer(out, src):
         (SIZE, (), {"tokenizer_config": {"add_prefix_space": True}}),
         (SIZE, (), {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}),
         (SIZE, (), {"tokenizer_config": {"pad_token": "<|endoftext|>"}}),
-        (
-            SIZE + 2,
-            ("tokenizer.json", "tokenizer_config.json"),
-            {
-                "added_tokens": {"<|pad|>": SIZE, "<|user|>": SIZE + 1},
-                "special_tokens_map": ADDED,
-            },
-        ),
+        (SIZE + 2, ("tokenizer.json", "tokenizer_config.json"),
+         {"added_tokens": {"<|pad|>": SIZE, "<|user|>": SIZE + 1}, "special_tokens_map": ADDED}),
     ],
-)
+)  # fmt: skip
 def test_special_tokens_are_those_that_transformers_sees(rows, drop, changed, source, tmp_path):
     src = source(rows, drop, **changed)
     out = converted(src, tmp_path / "out")

@@ -468,21 +468,12 @@ def test_sources_that_are_not_there(tmp_path, capsys):
             "none of its 1 documents were selected for validation; give a new --out and a larger ",
         ),
         ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz: cannot be read: damaged"),
-        (
-            "a.jsonl.xz",
-            lzma.compress(b'{"text": "a"}\n' * 99)[:-20],
-            "a.jsonl.xz: cannot be read: damaged",
-        ),
-        (
-            "a.jsonl.gz",
-            gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
-            "a.jsonl.gz: cannot be read: damaged or truncated",
-        ),
-        (
-            "a.jsonl.zst",
-            pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9],
-            "a.jsonl.zst: cannot be read",
-        ),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-20],
+         "a.jsonl.xz: cannot be read: damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+         "a.jsonl.gz: cannot be read: damaged or truncated"),
+        ("a.jsonl.zst", pa.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9],
+         "a.jsonl.zst: cannot be read"),
         (  # a frame of one block as it is, with a window of 256 MiB
             "a.jsonl.zst",
             b"\x28\xb5\x2f\xfd\x00\x90\x71\x00\x00" + b'{"text": "a"}\n',
@@ -493,7 +484,7 @@ def test_sources_that_are_not_there(tmp_path, capsys):
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value,
-)
+)  # fmt: skip
 def test_files_that_cannot_be_read(name, data, message, tmp_path, capsys):
     (tmp_path / name).write_bytes(data)
     assert message in refused(capsys, tmp_path / name, tmp_path / "out", "--val-fraction", "0.0001")
