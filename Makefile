@@ -42,7 +42,7 @@ train: $(VENV)/.core
 	@$(PY) -m mlx_mla.train $(ARGS)
 
 test: $(VENV)/.dev
-	@$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+	@$(PY) -m pytest -n 2 -m "not slow" --durations=25 $(ARGS)
 
 test-all: $(VENV)/.dev
 	@$(PY) -m pytest -n 2 $(ARGS)

@@ -31,10 +31,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fetch_data import DOWNLOADS, FOLDER
-from helpers import TINY, words
+from helpers import tiny_train
 from hypothesis import settings
 
-from mlx_mla import checkpoint, train
+from mlx_mla import checkpoint
 from mlx_mla.backends import contract
 
 SEED = 17  # of the slow fuzz tests
@@ -132,9 +132,7 @@ def text_file(tmp_path_factory) -> Path:
 def tiny_run(tmp_path_factory, text_file) -> Path:
     """A finished run of a tiny model, 40 steps, checkpoints every 20."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    argv = words(*TINY, "--data", text_file, "--out", out, "--steps 40 --save-every 20")
-    assert train.main(argv) == 0
-    return out
+    return tiny_train(out, "--data", text_file, "--steps 40 --save-every 20")
 
 
 @pytest.fixture(scope="session")

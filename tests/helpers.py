@@ -50,6 +50,14 @@ def python(*args: str) -> list[str]:
     return [sys.executable, *args]
 
 
+def ran(*argv: object, code: int = 0, **settings) -> subprocess.CompletedProcess[str]:
+    """What this interpreter with such arguments put out, once it has ended with `code`."""
+    command = python(*words(*argv))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
 def take_memory(nbytes: int) -> int:
     """Have so many bytes in memory that no allocator kept from before, and give them back; 0."""
     with mmap.mmap(-1, nbytes) as memory:
@@ -212,35 +220,24 @@ def in_chunks(model, x: mx.array, sizes, cache) -> mx.array:
 
 def run_mlx_lm(tool: str, *args: object) -> subprocess.CompletedProcess:
     """Run a command of stock mlx-lm, which must succeed."""
-    done = subprocess.run(
-        python("-m", "mlx_lm", tool, *map(str, args)),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
+    return ran("-m", "mlx_lm", tool, *args, timeout=300)
 
 
 @contextlib.contextmanager
-def mlx_lm_server(folder: Path, *flags: str) -> Iterator[Callable[[str], str]]:
+def mlx_lm_server(folder: Path, *flags: str, **settings) -> Iterator[Callable[[str], str]]:
     """Stock mlx-lm's server; yields a function that returns its greedy answer to a prompt."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        python("-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port), *flags),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    argv = python("-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port), *flags)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(argv, **silent, **settings)
 
     def ask(prompt: str) -> str:
         body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0.0}).encode()
-        request = urllib.request.Request(
-            f"{url}/v1/completions", body, {"Content-Type": "application/json"}
-        )
+        json_body = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/completions", body, json_body)
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.loads(answer.read())["choices"][0]["text"]
 

@@ -5,14 +5,13 @@ import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import python, words
+from helpers import ran, words
 
 from mlx_mla.backends import blas
 
@@ -30,11 +29,7 @@ def run(code: str, **env: str) -> str:
     inherited = {
         k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "MLX_MLA_BLAS")
     }
-    done = subprocess.run(
-        python("-c", code), capture_output=True, text=True, check=False, env={**inherited, **env}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return ran("-c", code, env={**inherited, **env}).stdout.strip()
 
 
 def without(missing: str) -> str:
@@ -213,9 +208,5 @@ def test_steps_run_without_a_compiler(tiny_run, tmp_path, text_file):
             (tmp_path / "bin" / tool).symlink_to(path)
     argv = words("--n-layer 1 --n-head 2 --n-embd 16 --n-positions 17 --steps 3")
     argv += ["--batch-size", "3", "--data", str(text_file), "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        python("-m", "mlx_mla.train", *argv), capture_output=True, text=True, check=False,
-        env={**os.environ, "PATH": str(tmp_path / "bin")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = ran("-m", "mlx_mla.train", *argv, env={**os.environ, "PATH": str(tmp_path / "bin")})
     assert "validation loss" in done.stdout

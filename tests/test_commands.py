@@ -1,10 +1,9 @@
 """`mlx-mla COMMAND` and `python -m mlx_mla COMMAND` run every command by its name."""
 
 import importlib
-import subprocess
 
 import pytest
-from helpers import python, refused
+from helpers import ran, refused
 
 from mlx_mla import __main__ as dispatcher
 from mlx_mla import generate
@@ -39,11 +38,6 @@ def test_an_unknown_command_names_the_nearest(capsys, argv, hint):
 
 
 def test_python_m_mlx_mla():
-    done = subprocess.run(
-        python("-m", "mlx_mla", "train", "--steps", "x"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    done = ran("-m", "mlx_mla", "train", "--steps x", code=2)
+    assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

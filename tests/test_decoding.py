@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import TINY, objects, refused, words
+from helpers import objects, refused, tiny_train, words
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import (
     load_prompt_cache,
@@ -15,7 +15,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_mla import checkpoint, generate, train
+from mlx_mla import checkpoint, generate
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
@@ -32,7 +32,7 @@ def quantisable(tmp_path_factory, text_file):
     """Latents 64 wide; learned positions."""
     out = tmp_path_factory.mktemp("runs") / "quantisable"
     shape = ("--n-embd", "64", "--kv-lora-rank", "64", "--qk-rope-head-dim", "0", "--steps", "30")
-    assert train.main([*TINY, *shape, "--data", str(text_file), "--out", str(out)]) == 0
+    tiny_train(out, *shape, "--data", text_file)
     return checkpoint.latest(out)
 
 
@@ -296,7 +296,7 @@ def draft(tmp_path_factory, text_file):
     """Guesses some tokens right: trained on the same text, and smaller."""
     out = tmp_path_factory.mktemp("runs") / "draft"
     shape = ("--n-layer", "1", "--n-embd", "16", "--steps", "30")
-    assert train.main([*TINY, *shape, "--data", str(text_file), "--out", str(out)]) == 0
+    tiny_train(out, *shape, "--data", text_file)
     return out
 
 

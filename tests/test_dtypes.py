@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import BASE, MODEL, difference, objects, python, refused
+from helpers import BASE, MODEL, difference, objects, ran, refused
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
@@ -174,7 +173,7 @@ def test_the_default_type_goes_by_the_device():
         "from mlx_mla.backends.contract import decoding_dtype as d; print(*[d(None, k) for k in "
         "('cpu', 'gpu', 'cuda', 'mps')], d('float16', 'cpu'))"
     )
-    done = subprocess.run(python("-c", code), capture_output=True, text=True, check=True)
+    done = ran("-c", code)
     assert done.stdout.split() == ["float32", "bfloat16", "bfloat16", "bfloat16", "float16"]
 
 

@@ -3,10 +3,10 @@ and the texts that it reads."""
 
 import json
 import resource
-import subprocess
+from functools import partial
 
 import pytest
-from helpers import python, refused
+from helpers import ran, refused
 
 from mlx_mla import evaluate
 
@@ -67,12 +67,9 @@ def test_disks_that_refuse_are_one_line(argv, tmp_path, capsys):
     assert "cannot be written" in said
     for limit in (100, 3000):  # of a file's size: the items, the plot
         out = tmp_path / str(limit) / "r.json"
-        done = subprocess.run(
-            python("-m", "mlx_mla.evaluate", *argv, "--out", str(out)),
-            preexec_fn=lambda n=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)),
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == (2 if limit == 100 else 0), done.stderr
+        small_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+        command, code = ("-m", "mlx_mla.evaluate", *argv, "--out", out), 2 if limit == 100 else 0
+        done = ran(*command, code=code, preexec_fn=small_disk)
         assert "File too large" in done.stderr
         assert "Traceback" not in done.stderr
         if limit == 3000:  # a picture that cannot be written is a warning

@@ -4,10 +4,9 @@ folder."""
 import io
 import json
 import shutil
-import subprocess
 
 import pytest
-from helpers import TINY, objects, python, refused, words
+from helpers import TINY, objects, refused, run_mlx_lm, tiny_train, words
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
@@ -135,7 +134,7 @@ def test_max_kv_size_goes_on_past_the_context(folder, capfd, cache):
 def test_quantised_cache_runs_in_fewer_bytes(tmp_path, text_file, capfd):
     out = tmp_path / "run"
     shape = ("--n-embd", "64", "--kv-lora-rank", "64", "--qk-rope-head-dim", "0", "--steps", "2")
-    assert train.main([*TINY, *shape, "--data", str(text_file), "--out", str(out)]) == 0
+    tiny_train(out, *shape, "--data", text_file)
     argv = ("--model", out, "--prompt", "The st", "--temp", "0", "--max-tokens", "10")
     sizes = {
         bits: objects(capfd, *argv, *(("--kv-bits", bits) if bits else ()))[0]["kv_cache_bytes"]
@@ -152,14 +151,8 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(learned_run, capfd):
 
 def test_stock_mlx_lm_generates_the_same_from_the_folder(folder, capfd):
     (answer,) = objects(capfd, "--model", folder, "--prompt", "The st", "--temp 0 --max-tokens 20")
-    done = subprocess.run(
-        python(
-            *words("-m", "mlx_lm", "generate", "--trust-remote-code --model", folder),
-            *words("--prompt", "The st", "--max-tokens 20 --temp 0"),
-        ),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    argv = ("--model", folder, "--prompt", "The st", "--max-tokens 20 --temp 0 --trust-remote-code")
+    done = run_mlx_lm("generate", *argv)
     # mlx-lm drops a leading blank.
     assert answer["text"].removeprefix(" ") in done.stdout
 

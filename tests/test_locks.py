@@ -11,9 +11,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from helpers import TINY, python, refused
+from helpers import TINY, python, refused, tiny_train
 
-from mlx_mla import checkpoint, evaluate, files, prepare, train
+from mlx_mla import checkpoint, evaluate, files, prepare
 from mlx_mla.errors import UserError
 from mlx_mla.locks import locked
 from mlx_mla.training.run_folder import locked_run
@@ -105,8 +105,7 @@ def test_a_run_killed_as_it_made_its_folder_starts_again(tmp_path, text_file):
     out.mkdir()
     (out / ".config.toml.tmp-4711").write_text("steps = ")
     (out / ".lock").write_text("")
-    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "1", "--auto-resume"]
-    assert train.main(argv) == 0
+    tiny_train(out, "--data", text_file, "--steps", "1", "--auto-resume")
     assert checkpoint.latest(out) is not None
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 

@@ -4,7 +4,6 @@ training, conversion."""
 import dataclasses
 import json
 import shutil
-import subprocess
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +13,8 @@ from helpers import (
     by_mlx_lm,
     difference,
     model_configs,
-    python,
     random_weights,
+    run_mlx_lm,
     token_ids,
     words,
 )
@@ -160,15 +159,9 @@ def test_stock_mlx_lm(kind, folder, expected):
 
 @pytest.mark.parametrize("kind", ["mla-rope-shared"], indirect=True)
 def test_stock_mlx_lms_command_quantises_a_cache_that_layers_share(folder):
-    done = subprocess.run(
-        python(
-            *words("-m", "mlx_lm", "generate", "--trust-remote-code --model", folder),
-            *words("--prompt", PROMPT.decode(), "--max-tokens 4 --temp 0 --kv-bits 8"),
-            *words("--kv-group-size 32 --quantized-kv-start 8 --ignore-chat-template"),
-        ),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    cache = "--kv-bits 8 --kv-group-size 32 --quantized-kv-start 8"
+    argv = ("--model", folder, "--prompt", PROMPT.decode(), "--max-tokens 4 --temp 0", cache)
+    run_mlx_lm("generate", *argv, "--trust-remote-code --ignore-chat-template")
 
 
 def test_transformers(kind, folder, expected):

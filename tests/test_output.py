@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import TINY, python, refused
+from helpers import TINY, python, ran, refused
 
 from convert import __main__ as convert
 from mlx_mla import cli, evaluate, generate, plot, train
@@ -109,11 +109,9 @@ def test_libraries_warnings_are_not_printed_among_our_lines(tiny_run, capfd, mon
     assert capfd.readouterr() == ("ours\n", "")
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
     assert transformers.utils.logging.get_verbosity() == logging.ERROR
-    done = subprocess.run(
-        python("-m", "mlx_mla.generate", "--model", str(tiny_run), "--prompt", "x" * 60),
-        env={k: v for k, v in os.environ.items() if not k.endswith("_VERBOSITY")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if not k.endswith("_VERBOSITY")}
+    argv = ("-m", "mlx_mla.generate", "--model", tiny_run, "--prompt", "x" * 60)
+    done = ran(*argv, code=2, env=env)
     assert done.stderr.startswith("error: the prompt has 60 tokens")  # and no warning of the length
     assert done.stderr.count("\n") == 1
 
@@ -267,11 +265,8 @@ def test_output_passes_on_what_it_is_not_asked_to_survive():
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_wrong_values_are_told_the_same_on_every_terminal(encoding):
-    done = subprocess.run(
-        python("-m", "mlx_mla.generate", "--model", "m", "--seed", "x"),
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = ran("-m", "mlx_mla.generate", "--model m --seed x", code=2, env=env)
     assert done.stderr == (
         "error: Error parsing --seed: invalid literal for int() with base 10: 'x'; see python -m "
         "mlx_mla.generate --help\n"
@@ -289,11 +284,8 @@ def test_a_working_folder_that_is_no_text(tmp_path, text_file):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
     (Path(os.fsdecode(folder)) / "a.txt").write_bytes(text_file.read_bytes())
-    done = subprocess.run(
-        python("-m", "mlx_mla.train", *TINY, "--steps", "1", "--data", "a.txt", "--out", "run"),
-        cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    argv = ("-m", "mlx_mla.train", *TINY, "--steps 1 --data a.txt --out run")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = ran(*argv, code=2, cwd=folder, env=env)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "is not text in UTF-8" in done.stderr

@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from helpers import TINY, python, refused
+from helpers import TINY, ran, refused
 
 from mlx_mla import plot
 from mlx_mla.pictures import draw
@@ -156,10 +155,7 @@ def test_the_users_matplotlib_settings_end_no_training(setting, tmp_path):
     if text := env.pop("rc", None):
         (tmp_path / "matplotlibrc").write_text(text)
     argv = ("-m", "mlx_mla.train", *TINY, "--steps", "2", "--save-every", "1", "--out", "run")
-    done = subprocess.run(
-        python(*argv), cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = ran(*argv, cwd=tmp_path, env=env)
     assert not done.stderr
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import python, words
+from helpers import python, ran, words
 from helpers import refused as refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -314,8 +314,6 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(many, prepared, t
 
 
 def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, tmp_path):
-    flags = words("--out", tmp_path / "out", "--tokenizer bytes --val-fraction 0.3", *SHARDS)
-    command = python("-m", "mlx_mla.prepare", str(many), *flags)
     largest = max(p.stat().st_size for p in prepared.glob("*train*"))
 
     def small_disk() -> None:

@@ -5,11 +5,10 @@ import io
 import json
 import shutil
 import struct
-import subprocess
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, python, refused, words
+from helpers import MEASURED, TINY, ran, refused, tiny_train, words
 
 from mlx_mla import prepare, train
 from mlx_mla.data import shards
@@ -73,7 +72,7 @@ def test_resuming_sees_other_data_even_of_the_same_size(folders, tmp_path, capsy
     for layout in ("npy", "nanogpt"):
         data, out = tmp_path / f"{layout}-data", tmp_path / layout
         shutil.copytree(folders / layout, data)
-        assert train.main([*TINY, "--data", str(data), "--out", str(out), "--steps", "1"]) == 0
+        tiny_train(out, "--data", data, "--steps", "1")
         if layout == "npy":  # overwritten in place
             first = min(data.glob("*train*"))
             tokens = first.read_bytes()
@@ -323,10 +322,7 @@ except ValueError as e:
 def test_more_shards_than_the_limit_of_open_files(tmp_path, hard, answer):
     for i in range(SHARDS):
         np.save(tmp_path / f"a_train_{i:03d}.npy", TOKENS[:100])
-    done = subprocess.run(
-        python("-c", OPEN_ALL, str(tmp_path), str(hard)), capture_output=True, text=True, check=True
-    )
-    assert answer in done.stdout
+    assert answer in ran("-c", OPEN_ALL, tmp_path, hard).stdout
 
 
 def test_small_uint16_files_are_read_as_they_are(tmp_path):

@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from helpers import TINY, refused, words
+from helpers import TINY, refused, tiny_train, words
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -31,8 +31,7 @@ def expected(run) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_reads_what_metrics_jsonl_holds_also_after_a_step_back(tmp_path, text_file):
     run = tmp_path / "run"
-    flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "tensorboard"]
-    assert train.main(flags) == 0
+    tiny_train(run, *STEPS, "--data", text_file, "--track", "tensorboard")
     for resume in (None, ("--from-step", "4"), ("--steps", "16")):
         if resume:
             assert train.main(["--resume", "--out", str(run), *resume]) == 0
@@ -128,8 +127,7 @@ def trackio(monkeypatch):
 
 def test_a_resumed_run_continues_in_wandb_and_trackio(tmp_path, text_file, wandb, trackio):
     run = tmp_path / "my-run"
-    flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb,trackio"]
-    assert train.main(flags) == 0
+    tiny_train(run, *STEPS, "--data", text_file, "--track", "wandb,trackio")
     first = expected(run)
     # As after a kill past the checkpoint of step 8: the steps up to 12 are trained again.
     assert train.main(["--resume", "--out", str(run), "--from-step", "8", "--steps", "16"]) == 0
@@ -153,7 +151,7 @@ def test_a_resumed_run_continues_in_wandb_and_trackio(tmp_path, text_file, wandb
 
 def test_a_tracker_added_later_gets_the_rows_before(tmp_path, text_file, trackio):
     run = tmp_path / "run"
-    assert train.main([*TINY, *STEPS, "--data", str(text_file), "--out", str(run)]) == 0
+    tiny_train(run, *STEPS, "--data", text_file)
     assert train.main(["--resume", "--out", str(run), "--steps", "14", "--track", "trackio"]) == 0
     (rows,) = trackio.rows.values()
     assert rows == [(row["step"], scalars(row)) for row in read_metrics(run / "metrics.jsonl")]
@@ -209,8 +207,7 @@ def test_the_real_wandb_offline(tmp_path, text_file, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
-    flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb"]
-    assert train.main(flags) == 0
+    tiny_train(run, *STEPS, "--data", text_file, "--track", "wandb")
     assert train.main(["--resume", "--out", str(run), "--from-step", "8", "--steps", "16"]) == 0
     identity = json.loads((run / "tracking.json").read_text())["id"]
     assert len(list((run / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))) == 2
@@ -221,8 +218,7 @@ def test_the_real_trackio(tmp_path, text_file, monkeypatch):
     from trackio.sqlite_storage import SQLiteStorage
 
     run = tmp_path / "run"
-    flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "trackio"]
-    assert train.main(flags) == 0
+    tiny_train(run, *STEPS, "--data", text_file, "--track", "trackio")
     assert train.main(["--resume", "--out", str(run), "--from-step", "8", "--steps", "16"]) == 0
     name = f"run-{json.loads((run / 'tracking.json').read_text())['id']}"
     logs = SQLiteStorage.get_logs("mlx_mla", name)
@@ -232,8 +228,7 @@ def test_the_real_trackio(tmp_path, text_file, monkeypatch):
 
 def test_the_record_of_an_earlier_version_is_read(tmp_path, text_file, wandb):
     run = tmp_path / "run"
-    flags = [*TINY, *STEPS, "--data", str(text_file), "--out", str(run), "--track", "wandb"]
-    assert train.main(flags) == 0
+    tiny_train(run, *STEPS, "--data", text_file, "--track", "wandb")
     sent = {"id": "0123abcd", "sent": {"wandb": {"train": 12, "val": 12}}}
     (run / "tracking.json").write_text(json.dumps(sent))
     assert train.main(["--resume", "--out", str(run), "--steps", "14"]) == 0

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, python, refused, train_command, words
+from helpers import MEASURED, TINY, python, ran, refused, tiny_train, train_command, words
 from safetensors.numpy import load_file, save_file
 
 from mlx_mla import checkpoint, files, generate, train
@@ -53,8 +53,7 @@ def test_a_run_leaves_the_documented_files(tiny_run):
 
 def test_the_end_of_a_run_says_where_it_is_and_how_to_go_on(tmp_path, text_file, capfd):
     out = tmp_path / "run"
-    argv = words(*TINY, "--data", text_file, "--out", out, "--steps 3 --sample-prompt Ab")
-    assert train.main(argv) == 0
+    tiny_train(out, "--data", text_file, "--steps 3 --sample-prompt Ab")
     said = capfd.readouterr().out
     assert "--- sample ---\nAb" in said
     assert f"python -m mlx_mla.generate --model {out} --prompt Ab" in said
@@ -327,25 +326,29 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(run_copy, ca
     assert steps == [1, 10, 20, 30, 40, 41]
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text_file):
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+     pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_run_that_is_stopped_finishes_the_step_saves_and_says_how_to_go_on(
+    tmp_path, text_file, number, code
+):
+    """By Ctrl-C, a closed terminal, a termination."""
     out = tmp_path / "run"
     argv = words(*TINY, "--data", text_file, "--out", out, "--steps 100000 --save-every 0")
-    process = subprocess.Popen(
-        python("-m", "mlx_mla.train", *argv),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(python("-m", "mlx_mla.train", *argv), **pipes)
     deadline = time.monotonic() + 120
     while not read_metrics(out / "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     step = int(re.search(r"stopped after step (\d+)", said).group(1))
     assert f"python -m mlx_mla.train --resume --out {out}" in said
     assert checkpoint.latest(out).name == f"step-{step:06d}"
-    assert train.main(["--resume", "--out", str(out), "--steps", str(step + 2)]) == 0
+    assert train.main(words("--resume --out", out, "--steps", step + 2)) == 0
 
 
 # --- bad input: one line, exit code 2, nothing lost ---
@@ -494,28 +497,6 @@ def test_a_folder_or_file_where_the_run_writes_is_reported(run_copy, capsys, nam
     assert f"{path}: c" in said  # "could not be written" or "cannot be made"
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143)], ids=["SIGHUP", "SIGTERM"]
-)
-def test_a_closed_terminal_saves_as_a_termination_does(tmp_path, text_file, number, code):
-    out = tmp_path / "run"
-    argv = [*TINY, "--data", str(text_file), "--out", str(out), "--steps", "100000"]
-    process = subprocess.Popen(
-        python("-m", "mlx_mla.train", *argv, "--save-every", "0"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not read_metrics(out / "metrics.jsonl") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    said, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    step = int(re.search(r"stopped after step (\d+)", said).group(1))
-    assert checkpoint.latest(out).name == f"step-{step:06d}"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["mlx_mla.train", "convert"])
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(command):
@@ -544,14 +525,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(run_copy):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     assert len(old["model.safetensors"]) > limit
-    done = subprocess.run(
-        python(
-            "-m", "mlx_mla.train", "--resume", "--out", str(run_copy), "--steps", "42",
-            "--save-every", "1",
-        ),
-        capture_output=True, text=True, preexec_fn=small_disk, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    resume = ("--resume --out", run_copy, "--steps 42 --save-every 1")
+    done = ran("-m", "mlx_mla.train", *resume, code=2, preexec_fn=small_disk)
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
     folder = run_copy / "checkpoints"
@@ -576,8 +551,7 @@ def test_lines_of_a_killed_run_are_read_up_to_the_last_whole_one(tmp_path):
 
 def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, monkeypatch):
     monkeypatch.setattr(MLXBackend, "memory_bytes", lambda self: 4_000_000)
-    argv = words(*TINY, "--data", text_file, "--out", tmp_path / "run", "--steps 1 --batch-size 8")
-    assert train.main(argv) == 0
+    tiny_train(tmp_path / "run", "--data", text_file, "--steps 1 --batch-size 8")
     said = " ".join(capsys.readouterr().out.split())
     assert "warning: a step needs about" in said
     assert re.search(

@@ -7,18 +7,15 @@ A `sitecustomize` hides it, so that this is tested where it is installed too.
 import json
 import os
 import pickle
-import socket
 import subprocess
-import time
-import urllib.request
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, python, words
+from helpers import TINY, mlx_lm_server, python, ran, tiny_train, words
 
-from mlx_mla import checkpoint, train
+from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +43,7 @@ def env(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def run(env, tmp_path):
     def go(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        argv = python(*map(str, args))
-        done = subprocess.run(
-            argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == code, done.stderr
-        return done
+        return ran(*args, code=code, env=env, cwd=tmp_path, timeout=300)
 
     return go
 
@@ -67,9 +59,8 @@ def model(tiny_run) -> Path:
 def mha(tmp_path_factory, text_file) -> Path:
     """A run of multi-head attention."""
     out = tmp_path_factory.mktemp("mha") / "run"
-    flags = words("--attention mha --qk-rope-head-dim 0 --steps 2 --data", text_file)
-    assert train.main([*TINY, *flags, "--out", str(out)]) == 0
-    return out
+    flags = ("--attention mha --qk-rope-head-dim 0 --steps 2 --data", text_file)
+    return tiny_train(out, *flags)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -78,14 +69,11 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_train_and_generate(run, text_file, tmp_path):
-    done = run(
-        "-m", "mlx_mla.train", *TINY, "--steps", "2", "--data", text_file, "--out", tmp_path / "run"
-    )
+    flags = ("--steps 2 --data", text_file, "--out", tmp_path / "run")
+    done = run("-m", "mlx_mla.train", *TINY, *flags)
     assert "validation loss" in done.stdout and "PyTorch" not in done.stderr
-    done = run(
-        "-m", "mlx_mla.generate", "--model", tmp_path / "run", "--prompt", "The ", "--max-tokens",
-        "4",
-    )  # fmt: skip
+    flags = ("--model", tmp_path / "run", "--max-tokens 4 --prompt", "The ")
+    done = run("-m", "mlx_mla.generate", *flags)
     assert done.stderr.startswith("[4 prompt tokens")
 
 
@@ -146,45 +134,16 @@ def test_mlx_lm_fine_tunes(run, model, tmp_path):
         (data / f"{split}.jsonl").write_text(
             "".join(json.dumps({"text": f"a story, {i}"}) + "\n" for i in range(4))
         )
-    run(
-        *(
-            "-m", "mlx_lm", "lora", "--model", model, "--train", "--data", data, "--iters", 2,
-            "--batch-size", 2,
-        ),
-        *(
-            "--num-layers", 1, "--adapter-path", tmp_path / "adapter", "--val-batches", 1,
-            "--trust-remote-code",
-        ),
-    )  # fmt: skip
+    flags = ("--model", model, "--data", data, "--adapter-path", tmp_path / "adapter")
+    how = "--train --iters 2 --batch-size 2 --num-layers 1 --val-batches 1 --trust-remote-code"
+    run("-m", "mlx_lm", "lora", *flags, how)
     assert (tmp_path / "adapter" / "adapters.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_mlx_lm_serves(env, model):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    argv = python(
-        "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port), "--trust-remote-code"
-    )
-    server = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(240):
-            assert server.poll() is None, "the server ended"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.25)
-        body = json.dumps({"prompt": "The ", "max_tokens": 8, "temperature": 0.0}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            assert json.loads(answer.read())["choices"][0]["text"]
-    finally:
-        server.terminate()
-        server.wait(30)
+    with mlx_lm_server(model, "--trust-remote-code", env=env) as ask:
+        assert ask("The ")
 
 
 def test_convert_reads_our_folders_and_bfloat16(run, model, tmp_path):
