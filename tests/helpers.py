@@ -23,6 +23,7 @@ from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.weights import initial_weights
+from mlx_mla.training.metrics import read_metrics
 
 
 def words(*parts: object) -> list[str]:
@@ -67,6 +68,12 @@ def take_memory(nbytes: int) -> int:
 
 
 MEASURED = ("tokens_per_sec", "peak_memory_bytes", "mfu", "seconds")
+
+
+def unmeasured(run: Path) -> list[dict]:
+    """The metrics of a run without what was measured: a repetition gives the same."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def refused(capsys, *argv: object, command=train.main) -> str:

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import mlx_lm
 import numpy as np
-from helpers import BASE, TINY, batch, objects, refused, words
+from helpers import BASE, TINY, batch, objects, refused, tiny_train, words
 
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends import get_backend
@@ -74,12 +74,7 @@ def test_weights_and_moments_agree_after_some_steps(changes):
 @pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
 def test_a_run_begun_in_one_backend_goes_on_in_the_other(tmp_path, text_file, first, second):
     def run(out, *flags):
-        assert (
-            train.main(
-                [*TINY, "--data", str(text_file), "--out", str(out), "--log-every", "1", *flags]
-            )
-            == 0
-        )
+        tiny_train(out, "--data", text_file, "--log-every", "1", *flags)
         return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "train"]
 
     expected = run(tmp_path / "straight", "--steps", "16", "--backend", first)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import refused, words
+from helpers import refused, words, write_gpt2_model
 
 from bench import __main__ as command
 from bench import harness
@@ -15,6 +15,25 @@ from bench.timing import abba_order, turns
 from mlx_mla.errors import UserError
 
 pytest.importorskip("torch")
+
+import mlx.core as mx
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import StaticCache
+
+from bench import compare_backends as compare
+from bench import subjects, training
+from bench.rows import Row
+from bench.subjects import costs
+from bench.subjects import torch as subject_torch
+from bench.timing import Case, time_cases
+from bench.training import settings
+from mlx_mla import train
+from mlx_mla.backends.torch.decode import GrowingCache
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.estimate import estimate
+from mlx_mla.model.weights import initial_weights, num_parameters
 
 NARROW = words(
     "--quick --models gpt2-124m mla-124m --batch 1 --context 64",
@@ -31,14 +50,7 @@ def document(out: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def compare():
-    from bench import compare_backends
-
-    return compare_backends
-
-
-@pytest.fixture(scope="module")
-def report(compare, tmp_path_factory):
+def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "report"
     argv = [*NARROW, "--measures", "forward", "first-token", "decoding", "loops"]
     assert compare.main([*argv, "--out", str(out)]) == 0
@@ -104,7 +116,7 @@ def test_the_report_has_parity_first_then_tables_and_plots(report):
 
 
 @pytest.mark.slow
-def test_resuming_keeps_rows_and_measures_the_missing(compare, report, capfd):
+def test_resuming_keeps_rows_and_measures_the_missing(report, capfd):
     stored = document(report)
     before = stored["rows"]
     (report / "results.json").write_text(json.dumps({**stored, "rows": before[:-3]}))
@@ -122,9 +134,6 @@ BATCH, CONTEXT = 4, 4000
 
 def _weighed(attention: str):
     """A model whose cache is most of what decoding holds."""
-    from mlx_mla.model.config import ModelConfig
-    from mlx_mla.model.weights import initial_weights
-
     rank = {} if attention == "mha" else {"kv_lora_rank": 32}
     config = ModelConfig(attention=attention, **MLA_TO_WEIGH, **rank).resolved()
     return config, initial_weights(config, 0)
@@ -137,10 +146,6 @@ def _weighed(attention: str):
 @pytest.mark.parametrize("others", [0, 300_000_000])
 def test_peak_memory_is_the_subjects_own(attention, kind, width, others):
     """The weights, the cache once, and a little to compute with, whatever else is in memory."""
-    import mlx.core as mx
-
-    from bench import subjects
-
     config, weights = _weighed(attention)
     resident = mx.ones((others // 4,))
     mx.eval(resident)
@@ -164,9 +169,6 @@ def test_actions_take_turns_and_loaded_subjects_go_there_and_back():
 
 
 def test_one_subject_is_in_memory_at_a_time():
-    from bench.rows import Row
-    from bench.timing import Case, time_cases
-
     alive: list[str] = []
     order: list[str] = []
 
@@ -202,13 +204,6 @@ def test_one_subject_is_in_memory_at_a_time():
 
 
 def test_a_trainer_gives_its_memory_back():
-    import mlx.core as mx
-    import numpy as np
-
-    from bench import subjects
-    from bench.training import settings
-    from mlx_mla.model.weights import num_parameters
-
     config = settings("nano", dtype="float32", batch_size=1, seq_len=64, compile=False)
     ids = np.ones((1, 64), np.int32)
     subjects.release("mlx")
@@ -228,11 +223,6 @@ def test_a_trainer_gives_its_memory_back():
 @pytest.mark.parametrize("kind", ["latent", "materialized"])
 def test_mlx_decodes_with_what_generate_decodes_with(batch, kind):
     """The same tokens as mlx-lm's own loops give after the same cache, pipelined or waited for."""
-    import mlx.core as mx
-    import numpy as np
-
-    from bench import subjects
-
     config, weights = _weighed("mla")
     subject = subjects.load("mlx", "weighed", config, weights, "float32", "cpu")
     subject.use(kind)
@@ -249,12 +239,6 @@ def test_mlx_decodes_with_what_generate_decodes_with(batch, kind):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
     """Of fixed shape; the numbers are those of the cache that grows."""
-    import torch
-    from transformers import StaticCache
-
-    from bench import subjects
-    from mlx_mla.backends.torch.decode import GrowingCache
-
     config, weights = _weighed("mla")
     subject = subjects.load("torch", "weighed", config, weights, "float32", "cpu")
     subject.use("latent")
@@ -276,9 +260,6 @@ def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
 
 def test_the_first_token_needs_the_head_once():
     """Counted by hand: a block's matrices for every token, the head's for the last."""
-    from bench.subjects import costs
-    from mlx_mla.model.config import ModelConfig
-
     c = ModelConfig(attention="mha", n_layer=2, n_head=2, n_embd=8, n_positions=32, vocab_size=100)
     c = c.resolved()
     matrices = 2 * (8 * 24 + 8 * 8 + 2 * 8 * 32)
@@ -287,9 +268,7 @@ def test_the_first_token_needs_the_head_once():
     assert found == 10 * (2 * matrices + scores) + 2 * 8 * 100
 
 
-def test_a_benchmark_stops_after_its_minutes_and_resumes(compare, tmp_path, monkeypatch, capfd):
-    from bench import subjects
-
+def test_a_benchmark_stops_after_its_minutes_and_resumes(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))
     argv = [*NARROW, "--models", "mla-124m", "--backends", "mlx", "--measures", "forward"]
     argv += ["--out", str(tmp_path / "out"), "--resume"]
@@ -301,8 +280,6 @@ def test_a_benchmark_stops_after_its_minutes_and_resumes(compare, tmp_path, monk
 
 
 def test_a_roofline_is_taken_of_the_rates_beside_its_row():
-    from bench.rows import Row
-
     for flops, share in ((4e11, 0.25), (1.25e11, 0.8)):
         row = Row(measure="forward", backend="mlx", model="m", batch=1, context=1, ms=10.0)
         row.flops, row.bytes = 1e9, 1e6
@@ -313,9 +290,7 @@ def test_a_roofline_is_taken_of_the_rates_beside_its_row():
 
 
 @pytest.mark.slow
-def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, monkeypatch, capfd):
-    from bench.subjects import torch as subject_torch
-
+def test_a_subject_that_computes_something_else_is_not_timed(tmp_path, monkeypatch, capfd):
     real = subject_torch.load
 
     def wrong(model, config, weights, *rest):
@@ -334,9 +309,7 @@ def test_a_subject_that_computes_something_else_is_not_timed(compare, tmp_path, 
 
 
 @pytest.mark.slow
-def test_running_out_of_memory_marks_the_row_and_continues(compare, tmp_path, monkeypatch, capfd):
-    from bench.subjects import torch as subject_torch
-
+def test_running_out_of_memory_marks_the_row_and_continues(tmp_path, monkeypatch, capfd):
     def full(self, ids):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
@@ -349,7 +322,7 @@ def test_running_out_of_memory_marks_the_row_and_continues(compare, tmp_path, mo
     assert "out of memory" in (out / "report.md").read_text()
 
 
-def test_bad_input_gets_one_line(compare, tmp_path, capsys, tiny_run):
+def test_bad_input_gets_one_line(tmp_path, capsys, tiny_run):
     def no(*argv):
         return refused(capsys, *argv, command=compare.main)
 
@@ -402,8 +375,6 @@ def test_stored_reports_say_what_their_results_say(path, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
 def test_no_picture_of_stored_results_is_empty(path):
-    from matplotlib.figure import Figure
-
     benchmark, found = harness.read(path)
     for name, picture in benchmark.figures(found).items():
         figure = Figure(figsize=picture.size)
@@ -481,10 +452,6 @@ def test_the_report_of_something_else_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, capfd):
-    import mlx.core as mx
-
-    from bench import subjects
-
     monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
     monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
     quick = ["--quick", "--repetitions", "1", "--models", "mla-124m"]
@@ -523,8 +490,6 @@ def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, cap
 @pytest.mark.slow
 def test_evaluation_does_equal_work(shared_data, tmp_path, capfd):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
-    from helpers import write_gpt2_model
-
     folder = write_gpt2_model(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
     out = tmp_path / "out"
     argv = ["evaluation", "--data-dir", shared_data, "--model", folder, "--limit", "12"]
@@ -553,8 +518,6 @@ def test_evaluation_refuses(shared_data, capsys):
 
 @pytest.mark.slow
 def test_convert_measures_every_cell_and_resumes(text_file, tmp_path, capfd):
-    from mlx_mla import train
-
     source, out = tmp_path / "run", tmp_path / "out"
     argv = "--attention mha --n-layer 2 --n-head 2 --n-embd 16 --n-positions 32 --steps 40"
     argv += " --batch-size 4 --eval-every 0 --backend torch --device cpu --sample-tokens 0"
@@ -611,9 +574,6 @@ def test_training_measures_memory_and_plans(tmp_path, capsys):
 
 
 def test_a_plan_puts_in_what_fits():
-    from bench import training
-    from mlx_mla.model.estimate import estimate
-
     config = training.settings("mla-124m", dtype="float32", seq_len=1024)
     batch = training.largest_batch(config, 32e9)
     totals = [

@@ -9,7 +9,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import foreign
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
 from helpers import by_mlx_lm, mlx_lm_server, run_mlx_lm, words
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from convert import __main__ as convert
 from mlx_mla import checkpoint
@@ -73,8 +78,6 @@ def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
 
 def test_quantised_in_two_widths_as_docs_decoding_md_does(folder, tmp_path):
     """mlx-lm's own recipes of that kind know other models' names, for every GPT-2."""
-    from mlx_lm import convert
-
     page = (Path(__file__).parents[1] / "docs" / "decoding.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
     exec(code, {"FOLDER": str(folder), "QUANTISED": str(tmp_path / "mixed")})
@@ -84,17 +87,11 @@ def test_quantised_in_two_widths_as_docs_decoding_md_does(folder, tmp_path):
     assert "transformer.wpe" not in {k for k, v in config.items() if isinstance(v, dict) and v}
     assert generated(tmp_path / "mixed")
     with pytest.raises(ValueError, match="does not have expected keys for mixed quant"):
-        convert(
-            str(folder), str(tmp_path / "no"), quantize=True, quant_predicate="mixed_4_6",
-            trust_remote_code=True,
-        )  # fmt: skip
+        how = {"quantize": True, "quant_predicate": "mixed_4_6", "trust_remote_code": True}
+        mlx_lm.convert(str(folder), str(tmp_path / "no"), **how)
 
 
 def test_prompt_cache_saved_and_loaded(folder, tmp_path, expected):
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-    from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
-
     model, tokenizer = by_mlx_lm(folder)
     ids = tokenizer.encode(PROMPT, add_special_tokens=False)
     cache = make_prompt_cache(model)
@@ -109,9 +106,6 @@ def test_prompt_cache_saved_and_loaded(folder, tmp_path, expected):
 
 
 def loss(folder, text: str, **adapter) -> float:
-    import mlx.core as mx
-    import mlx.nn as nn
-
     model, tokenizer = by_mlx_lm(folder, **adapter)
     ids = mx.array([tokenizer.encode(text)])
     return float(nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean"))

@@ -257,20 +257,13 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
     assert "need a cache, not --cache none" in no("--save-prompt-cache", file, "--cache", "none")
     # A context past n_positions, counting what the file holds.
     full = tmp_path / "full.safetensors"
-    assert (
-        generate.main(
-            ["--model", str(folder), "--prompt", "x" * 40, "--save-prompt-cache", str(full)]
-        )
-        == 0
-    )
+    save = ("--model", folder, "--prompt", "x" * 40, "--save-prompt-cache", full)
+    assert generate.main(words(*save)) == 0
     assert "n_positions=48" in no("--prompt-cache", full)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
-    said = refused(
-        capsys, "--model", folder, "--prompts-file", prompts, "--prompt-cache", file,
-        command=generate.main,
-    )  # fmt: skip
-    assert "take one --prompt" in said
+    argv = ("--model", folder, "--prompts-file", prompts, "--prompt-cache", file)
+    assert "take one --prompt" in refused(capsys, *argv, command=generate.main)
 
 
 def test_bits_of_a_quantised_file_are_its_own(quantisable, tmp_path, capsys):

@@ -47,13 +47,8 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
     for backend in ("mlx", "torch"):
         out = tmp_path / backend / "r.json"
         tasks = "wikitext2,lambada,hellaswag"
-        assert (
-            run(
-                "--model", models[0], "--data-dir", data, "--tasks", tasks, "--out", out,
-                "--backend", backend,
-            )
-            == 0
-        )  # fmt: skip
+        where = ("--data-dir", data, "--out", out, "--backend", backend)
+        assert run("--model", models[0], "--tasks", tasks, *where) == 0
         items = {}
         for path in sorted((tmp_path / backend / "r.json.items").iterdir()):
             rows = [json.loads(line) for line in path.read_text().splitlines() if line]
@@ -70,13 +65,8 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
 @pytest.mark.parametrize("protocol", ["standard", "original"])
 def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol):
     out = tmp_path / "r.json"
-    assert (
-        run(
-            "--model", *models, "--data-dir", data, "--protocol", protocol, "--out", out,
-            "--backend torch",
-        )
-        == 0
-    )  # fmt: skip
+    where = ("--data-dir", data, "--out", out, "--backend torch")
+    assert run("--model", *models, "--protocol", protocol, *where) == 0
     document = results(out)
     assert [m["model"] for m in document["models"]] == models
     for model in document["models"]:
@@ -97,10 +87,7 @@ def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol)
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(models, data, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.json", tmp_path / "r.json"
-    argv = [
-        "--model", models[0], "--data-dir", data, "--tasks", "lambada,hellaswag", "--batch-size",
-        "4",
-    ]  # fmt: skip
+    argv = ["--model", models[0], "--data-dir", data, "--tasks lambada,hellaswag --batch-size 4"]
     assert run(*argv, "--out", whole) == 0
     from mlx_mla.backends.mlx import score
 
@@ -147,11 +134,8 @@ def test_bfloat16_is_used(models, data, tmp_path):
     scores = []
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / f"{dtype}.json"
-        argv = [
-            "--model", models[0], "--data-dir", data, "--tasks", "lambada", "--dtype", dtype,
-            "--out", out,
-        ]  # fmt: skip
-        assert run(*argv, "--backend", "torch") == 0
+        where = ("--data-dir", data, "--out", out, "--backend torch")
+        assert run("--model", models[0], "--tasks lambada --dtype", dtype, *where) == 0
         scores.append(np.log(results(out)["models"][0]["tasks"]["lambada"]["ppl"]))
     assert scores[0] != scores[1]
     assert scores[0] == pytest.approx(scores[1], rel=0.02)

@@ -45,14 +45,10 @@ def test_json_has_the_documented_keys(folder, capfd):
 
 
 def test_text_streams_to_stdout_and_figures_to_stderr(folder, capfd):
-    assert (
-        generate.main(
-            ["--model", str(folder), "--prompt", "The", "--max-tokens", "7", "--temp", "0"]
-        )
-        == 0
-    )
+    argv = words("--model", folder, "--prompt The --max-tokens 7 --temp 0")
+    assert generate.main(argv) == 0
     out, err = capfd.readouterr()
-    (answer,) = objects(capfd, "--model", folder, "--prompt The --max-tokens 7 --temp 0")
+    (answer,) = objects(capfd, *argv)
     assert out == answer["text"] + "\n"
     assert err.count("\n") == 1
     assert "3 prompt tokens" in err

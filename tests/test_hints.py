@@ -1,7 +1,7 @@
 """A refusal is one line on stderr; advice comes once, and on success only."""
 
 import pytest
-from helpers import TINY, words
+from helpers import TINY, tiny_train, words
 
 from mlx_mla import evaluate, generate, train
 from mlx_mla.backends import blas
@@ -40,12 +40,7 @@ def test_a_refusal_prints_one_line(tiny_run, tmp_path, capfd):
 
 
 def test_advice_is_given_once_after_success(tiny_run, tmp_path, text_file, capfd):
-    assert (
-        train.main(
-            [*TINY, "--steps", "2", "--data", str(text_file), "--out", str(tmp_path / "run")]
-        )
-        == 0
-    )
+    tiny_train(tmp_path / "run", "--steps", "2", "--data", text_file)
     assert capfd.readouterr().err == f"{ADVICE}\n"
     assert generate.main(["--model", str(tiny_run), "--prompt", "x", "--max-tokens", "2"]) == 0
     assert capfd.readouterr().err.splitlines()[1:] == [ADVICE]

@@ -6,7 +6,7 @@ import time
 
 import mlx.core as mx
 import pytest
-from helpers import MEASURED, TINY, python, words
+from helpers import TINY, python, unmeasured, words
 
 from mlx_mla import checkpoint
 from mlx_mla.training.metrics import read_metrics
@@ -35,11 +35,7 @@ def outcome(out) -> tuple[dict, list]:
         for p in folder.iterdir()
     }
     files["samples"] = (out / "samples.jsonl").read_bytes()
-    rows = [
-        {k: v for k, v in row.items() if k not in MEASURED}
-        for row in read_metrics(out / "metrics.jsonl")
-    ]
-    return files, rows
+    return files, unmeasured(out)
 
 
 @pytest.mark.slow

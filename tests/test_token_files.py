@@ -8,14 +8,13 @@ import struct
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, ran, refused, tiny_train, words
+from helpers import TINY, ran, refused, tiny_train, unmeasured, words
 
 from mlx_mla import prepare, train
 from mlx_mla.data import shards
 from mlx_mla.data.shards import open_folder, open_shard
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
-from mlx_mla.training.metrics import read_metrics
 
 STEPS = words("--steps 6 --log-every 1 --eval-every 3 --save-every 3 --keep 0")
 
@@ -45,25 +44,18 @@ def folders(text_file, tmp_path_factory):
     return root
 
 
-def metrics(out):
-    return [
-        {k: v for k, v in row.items() if k not in MEASURED}
-        for row in read_metrics(out / "metrics.jsonl")
-    ]
-
-
 def test_all_formats_train_and_resume_alike(folders, tmp_path):
     found = []
     for layout in ("npy", "llmc", "nanogpt"):
         out = tmp_path / layout
         argv = [*TINY, "--data", str(folders / layout), "--out", str(out)]
         assert train.main([*argv, *STEPS]) == 0
-        found.append(metrics(out))
+        found.append(unmeasured(out))
         # Forget the second half, and train it again.
         shutil.rmtree(out / "checkpoints" / "step-000006")
         (out / "latest").write_text("step-000003\n")
         assert train.main(["--resume", "--out", str(out), *STEPS]) == 0
-        found.append(metrics(out))
+        found.append(unmeasured(out))
     assert [row["step"] for row in found[0]] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert all(rows == found[0] for rows in found)
 
@@ -98,24 +90,17 @@ def test_without_validation_shards_the_end_is_held_out(tmp_path):
         np.save(tmp_path / f"a_train_{i}.npy", np.arange(i * 1000, i * 1000 + n).astype(np.uint16))
     folder = open_folder(tmp_path)
     train, val = folder.held_out(0.25)
-    assert [(s.path.name, s.first, len(s.tokens)) for s in train] == [
-        ("a_train_0.npy", 0, 500),
-        ("a_train_1.npy", 0, 130),
-    ]
-    assert [(s.path.name, s.first, len(s.tokens)) for s in val] == [
-        ("a_train_1.npy", 130, 170),
-        ("a_train_2.npy", 0, 40),
+    parts = [[(s.path.name, s.first, len(s.tokens)) for s in part] for part in (train, val)]
+    assert parts == [
+        [("a_train_0.npy", 0, 500), ("a_train_1.npy", 0, 130)],
+        [("a_train_1.npy", 130, 170), ("a_train_2.npy", 0, 40)],
     ]
     assert val[0].tokens[0] == 1130
 
 
 def test_words_in_names_decide_the_part(tmp_path):
-    for name in (
-        "edufineweb_train_000001",
-        "evaluation_train_1",
-        "fineweb-val-0",
-        "TinyStories_val",
-    ):
+    train = ("edufineweb_train_000001", "evaluation_train_1")
+    for name in (*train, "fineweb-val-0", "TinyStories_val"):
         np.save(tmp_path / f"{name}.npy", np.zeros(9, np.uint16))
     folder = open_folder(tmp_path)
     assert [s.path.stem for s in folder.val] == ["TinyStories_val", "fineweb-val-0"]
@@ -185,15 +170,15 @@ def test_shards_that_are_not_what_they_should_be_are_named(name, data, message, 
 
 
 def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_data):
-    out = ("--out", tmp_path / "run")
+    def no(data, *flags):
+        return refused(capsys, *TINY, "--out", tmp_path / "run", "--data", tmp_path / data, *flags)
+
     (tmp_path / "data").mkdir()
-    assert "holds no token shards" in refused(capsys, *TINY, *out, "--data", tmp_path / "data")
+    assert "holds no token shards" in no("data")
     np.save(tmp_path / "data" / "a_val_0.npy", TOKENS)
-    assert "holds no training shards" in refused(capsys, *TINY, *out, "--data", tmp_path / "data")
+    assert "holds no training shards" in no("data")
     np.save(tmp_path / "data" / "a_train_1.npy", TOKENS[:10])
-    assert "has 10 tokens in a shard, fewer than one context" in refused(
-        capsys, *TINY, *out, "--data", tmp_path / "data", "--vocab-size 1000"
-    )
+    assert "has 10 tokens in a shard, fewer than one context" in no("data", "--vocab-size 1000")
     gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
     said = refused(capsys, *TINY, *out, "--data", folders / "npy", *gpt2)
     assert (
@@ -209,11 +194,9 @@ def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_dat
     )
     values["shards"][1]["tokens"] += 1
     manifest.write_text(json.dumps(values))
-    assert "manifest.json says" in refused(capsys, *TINY, *out, "--data", tmp_path / "broken")
+    assert "manifest.json says" in no("broken")
     manifest.write_text("{")
-    assert "manifest.json: not valid JSON" in refused(
-        capsys, *TINY, *out, "--data", tmp_path / "broken"
-    )
+    assert "manifest.json: not valid JSON" in no("broken")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import resource
 import shutil
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import MEASURED, TINY, python, ran, refused, tiny_train, train_command, words
+from helpers import TINY, python, ran, refused, tiny_train, train_command, unmeasured, words
 from safetensors.numpy import load_file, save_file
 
 from mlx_mla import checkpoint, files, generate, train
@@ -64,36 +63,23 @@ def test_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--preset", "mla-124m"]) == 0
     said = capsys.readouterr().out
-    for text in (
-        "120,873,216",
-        "FLOPs per token",
-        "memory",
-        "9,216 bytes",
-        "4x smaller",
-        "nothing was trained",
-    ):
-        assert text in said
+    found = ("120,873,216", "FLOPs per token", "memory", "9,216 bytes", "4x smaller")
+    assert all(text in said for text in (*found, "nothing was trained"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_that_goes_away_is_no_error():
     command = " ".join(python("-m", "mlx_mla.train", "--dry-run"))
-    done = subprocess.run(
-        f"{command} | true", shell=True, capture_output=True, text=True, check=False
-    )
-    assert done.stderr == ""
+    done = subprocess.run(f"{command} | true", shell=True, stderr=subprocess.PIPE, check=False)
+    assert done.stderr == b""
 
 
 def test_settings_come_from_preset_then_file_then_flags(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('preset = "mla-124m-r128"\nsteps = 7\nseed = 5\n[model]\nn_layer = 3\n')
     command = train_command(["--config", str(path), "--seed", "6", "--n-layer", "4"])
-    assert (command.steps, command.seed, command.model.n_layer, command.model.kv_lora_rank) == (
-        7,
-        6,
-        4,
-        128,
-    )
+    found = (command.steps, command.seed, command.model.n_layer, command.model.kv_lora_rank)
+    assert found == (7, 6, 4, 128)
 
 
 def test_a_former_name_of_a_setting_is_still_taken(tmp_path, capsys):
@@ -155,9 +141,8 @@ def test_the_file_decides_between_tokens_and_passes_of_a_step(tmp_path):
 def test_a_file_may_name_another_attention_than_its_preset(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[model]\nattention = "mha"\n')
-    assert (
-        train_command(["--config", str(path)]).resolved().model.kind.text.startswith("multi-head")
-    )
+    kind = train_command(["--config", str(path)]).resolved().model.kind
+    assert kind.text.startswith("multi-head")
 
 
 def test_multi_head_attention_is_one_flag_apart(capsys):
@@ -181,9 +166,8 @@ def test_the_default_run_folder_is_never_taken_twice(tmp_path, text_file, monkey
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():
-    config = train_command(
-        ["--steps", "100", "--warmup-steps", "10", "--learning-rate", "1", "--min-lr-ratio", "0.1"]
-    )
+    argv = words("--steps 100 --warmup-steps 10 --learning-rate 1 --min-lr-ratio 0.1")
+    config = train_command(argv)
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1)
@@ -240,10 +224,7 @@ def test_samples_on_the_way_change_nothing_of_the_training(tmp_path, text_file, 
         )
         flags += words("--steps 7 --log-every 1 --learning-rate 0.01 --warmup-steps 0")
         assert train.main([*flags, "--sample-every", every]) == 0
-        rows = [
-            {k: v for k, v in r.items() if k not in MEASURED}
-            for r in read_metrics(out / "metrics.jsonl")
-        ]
+        rows = unmeasured(out)
         weights = (checkpoint.latest(out) / "model.safetensors").read_bytes()
         state = (checkpoint.latest(out) / "train_state.safetensors").read_bytes()
         outcomes.append((rows, weights, state))
@@ -392,7 +373,6 @@ def test_an_existing_run_is_never_overwritten(run_copy, tmp_path, text_file, cap
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(run_copy, capsys):
-    before = {p: p.read_bytes() for p in (run_copy / "checkpoints").rglob("*") if p.is_file()}
     argv = ("--resume", "--out", run_copy, "--steps", "60", "--save-every", "1")
     said = refused(capsys, *argv, "--learning-rate", "1e30", "--grad-clip", "0")
     assert re.search(r"diverged at step 4\d \(loss (nan|inf|\d)", said)
@@ -402,7 +382,6 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(run_copy, capsys):
     # What was saved holds finite weights only.
     weights = checkpoint.ModelFolder(newest).weights()
     assert all(abs(w).max() < float("inf") for w in weights.values())
-    assert before
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
@@ -546,7 +525,6 @@ def test_lines_of_a_killed_run_are_read_up_to_the_last_whole_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "los')
     assert read_metrics(path) == [{"step": 1}]
-    assert os.path.getsize(path) > 0
 
 
 def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, monkeypatch):
