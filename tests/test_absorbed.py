@@ -5,14 +5,7 @@ from unittest import mock
 
 import mlx.core as mx
 import pytest
-from helpers import (
-    TOLERANCE,
-    difference,
-    in_chunks,
-    model_configs,
-    random_weights,
-    token_ids,
-)
+from helpers import TOLERANCE, difference, in_chunks, model_configs, random_weights, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache

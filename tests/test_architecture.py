@@ -6,11 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SERVER = (
-    "mlx_mla/serve.py",
-    "mlx_mla/decoding/http_answer.py",
-    "mlx_mla/decoding/http_request.py",
-)
+SERVER = ("mlx_mla/serve.py", "mlx_mla/decoding/http_answer.py", "mlx_mla/decoding/http_request.py")
 """mlx-lm's own, with checks of requests in front: it has no other backend."""
 KERNELS = "mlx_mla/checks/metal.py"
 """What Metal's kernels take is asked of MLX itself."""

@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 from helpers import objects, refused, tiny_train, words
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import (
-    load_prompt_cache,
-    make_prompt_cache,
-    trim_prompt_cache,
-)
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlx_mla import checkpoint, generate
 from mlx_mla.backends import get_backend

@@ -66,11 +66,7 @@ SOURCES = {
     "a.parquet": parquet([f"row {i}" for i in range(60)]),
 }
 LLMC = np.array([20240520, 1, 900, *[0] * 253], "<i4").tobytes() + ids(900).tobytes()
-SHARDS = {
-    "a_train_1.npy": npy(ids(900)),
-    "a_train_1.bin": LLMC,
-    "train.bin": ids(900).tobytes(),
-}
+SHARDS = {"a_train_1.npy": npy(ids(900)), "a_train_1.bin": LLMC, "train.bin": ids(900).tobytes()}
 
 
 @pytest.fixture(scope="module")

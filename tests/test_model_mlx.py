@@ -20,12 +20,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import (
-    BatchKVCache,
-    KVCache,
-    RotatingKVCache,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.load import build_model
@@ -62,12 +57,7 @@ def test_model_args_are_the_configs_fields():
     assert mlx == fields
     parameters = inspect.signature(MLAGPT2Config).parameters.values()
     # Of transformers' own tools.
-    theirs = {
-        "initializer_range",
-        "use_cache",
-        "tokenizer_size",
-        "kwargs",
-    }
+    theirs = {"initializer_range", "use_cache", "tokenizer_size", "kwargs"}
     assert {p.name: p.default for p in parameters if p.name not in theirs} == fields
 
 

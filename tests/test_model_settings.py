@@ -20,11 +20,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.generate import (
-    batch_generate,
-    generate_step,
-    speculative_generate_step,
-)
+from mlx_lm.generate import batch_generate, generate_step, speculative_generate_step
 from mlx_lm.models.cache import (
     RotatingKVCache,
     load_prompt_cache,
