@@ -79,14 +79,10 @@ def edit_weights(folder, change):
          "layer_norm_epsilon = 'small' is not a value of type float"),
         ({"n_layer": 3}, r"missing tensors transformer\.h\.2\..* and 9 more"),
         ({"n_layer": 1}, r"unexpected tensors transformer\.h\.1\..*"),
-        (
-            {"n_inner": 64},
-            r"mlp\.c_fc\.weight has shape \(32, 128\), but the configuration requires \(32, 64\)",
-        ),
-        (
-            {"vocab_size": 301},
-            r"wte\.weight has shape \(300, 32\), but the configuration requires \(301, 32\)",
-        ),
+        ({"n_inner": 64},
+         r"mlp\.c_fc\.weight has shape \(32, 128\), but the configuration requires \(32, 64\)"),
+        ({"vocab_size": 301},
+         r"wte\.weight has shape \(300, 32\), but the configuration requires \(301, 32\)"),
     ],
 )  # fmt: skip
 def test_configurations_of_hugging_face(changes, message, folder, refused):
@@ -265,18 +261,12 @@ def test_llmc_files(change, message, refused, tmp_path):
         ({"model": [1]}, "holds no state dict"),
         ({"model": {"a": 1}}, "'a' is not a tensor"),
         ({"model": {"a": torch.zeros(2)}}, "no transformer.wte.weight"),
-        (
-            {"model": foreign.linear_state(foreign.gpt2())},
-            "does not record its heads and activation",
-        ),
-        (
-            {"model": foreign.linear_state(foreign.gpt2()), "config": {"n_layer": 2}},
-            "lacks n_head, n_embd, block_size",
-        ),
-        (
-            {"model": foreign.linear_state(foreign.gpt2()), "config": 3},
-            "the configuration is a value of type int",
-        ),
+        ({"model": foreign.linear_state(foreign.gpt2())},
+         "does not record its heads and activation"),
+        ({"model": foreign.linear_state(foreign.gpt2()), "config": {"n_layer": 2}},
+         "lacks n_head, n_embd, block_size"),
+        ({"model": foreign.linear_state(foreign.gpt2()), "config": 3},
+         "the configuration is a value of type int"),
         (foreign.Original().state_dict(), "and 32 is not a multiple of 64; give --n-head"),
     ],
 )  # fmt: skip

@@ -47,25 +47,19 @@ def test_unreadable_text_is_refused(content, message, tmp_path):
     [
         ("a.jsonl", b'{"text": "a"}\n', "is JSON lines, not text; turn it into token shards with"),
         ("a.json", b"{}", "is JSON lines, not text"),
-        (
-            "a.txt.gz",
-            gzip.compress(b"text"),
-            "is compressed, not text; .*python -m mlx_mla.prepare",
-        ),
+        ("a.txt.gz", gzip.compress(b"text"),
+         "is compressed, not text; .*python -m mlx_mla.prepare"),
         ("a", gzip.compress(b"text"), "is compressed, not text"),
         ("a.txt.xz", lzma.compress(b"text"), "is compressed, not text"),
         ("a.txt.zst", b"", "is compressed, not text"),
         ("a.parquet", b"PAR1", "is a parquet file, not text"),
-        (
-            "train.bin",
-            np.arange(99, dtype="<u2").tobytes(),
-            "is a token shard; give --data its folder",
-        ),
+        ("train.bin", np.arange(99, dtype="<u2").tobytes(),
+         "is a token shard; give --data its folder"),
         ("a", struct.pack("<3i", 20240520, 1, 0), "is a token shard"),
         ("tokens.npy", b"\x93NUMPY", "is a token shard"),
         ("a.dat", np.arange(99, dtype="<u2").tobytes(), "has NUL characters, so it is not text"),
     ],
-)
+)  # fmt: skip
 def test_files_that_are_no_text_are_named_with_what_reads_them(name, content, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)

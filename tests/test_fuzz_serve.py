@@ -21,11 +21,8 @@ FLAGS = {
     ),
     "--prompt-cache-bytes": (*NUMBERS, "1GB", "0.5M", "\xb2", "5XB"),
     "--chat-template-args": ("{}", "[]", '{"a": 1}', '{"tools": 1}', "[" * 5000, "9" * 5000, "x"),
-    "--log-level": ("DEBUG", "x", ""),
-    "--allowed-origins": TEXTS,
-    "--draft-model": ("", "x"),
-    "--adapter-path": ("", "."),
-    "--dtype": ("float32", "float8", ""),
+    "--log-level": ("DEBUG", "x", ""), "--allowed-origins": TEXTS, "--draft-model": ("", "x"),
+    "--adapter-path": ("", "."), "--dtype": ("float32", "float8", ""),
     "--device": ("cpu", "mps", "x"),
 }  # fmt: skip
 LENGTHS = (

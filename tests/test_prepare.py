@@ -310,14 +310,10 @@ def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, 
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
 
-    done = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=small_disk, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert (
-        "could not be written: File too large; free some space and run the command again"
-        in done.stderr
-    )
+    command = ("-m", "mlx_mla.prepare", many, "--out", tmp_path / "out", USUAL, *SHARDS)
+    done = ran(*command, code=2, preexec_fn=small_disk)
+    problem = "could not be written: File too large; free some space and run the command again"
+    assert problem in done.stderr
     assert run(many, tmp_path / "out", *SHARDS) == 0
     assert content(tmp_path / "out") == content(prepared)
 
@@ -424,38 +420,20 @@ def test_sources_that_are_not_there(tmp_path, capsys):
     ("name", "data", "message"),
     [
         ("a.txt", b"good\nna\xefve", "a.txt: not UTF-8 text (byte 0xef at offset 7); convert it"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n\n{"text": "\xff"}\n',
-            "a.jsonl, line 3: not UTF-8 text (byte 0xff at offset 10",
-        ),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"text": ',
-            "a.jsonl, line 2: not valid JSON (Expecting value",
-        ),
-        (
-            "a.json",
-            b'["a", "b"]',
-            "a.json, line 1: not a JSON object; every line must hold one object",
-        ),
-        (
-            "a.jsonl",
-            b'{"id": 1, "body": "x"}\n',
-            "line 1: has no 'text', but 'id', 'body'; choose one with --text-col",
-        ),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n',
+         "a.jsonl, line 3: not UTF-8 text (byte 0xff at offset 10"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ',
+         "a.jsonl, line 2: not valid JSON (Expecting value"),
+        ("a.json", b'["a", "b"]',
+         "a.json, line 1: not a JSON object; every line must hold one object"),
+        ("a.jsonl", b'{"id": 1, "body": "x"}\n',
+         "line 1: has no 'text', but 'id', 'body'; choose one with --text-col"),
         ("a.jsonl", b'{"text": 5}\n', "line 1: 'text' is not a string"),
-        (
-            "a.jsonl",
-            b'{"text": ""}\n{"text": " \\n"}\n{"text": null}\n',
-            "all of its 3 documents are empty",
-        ),
+        ("a.jsonl", b'{"text": ""}\n{"text": " \\n"}\n{"text": null}\n',
+         "all of its 3 documents are empty"),
         ("a.txt", b"", "all of its 0 documents are empty; give other text"),
-        (
-            "a.txt",
-            b"only one",
-            "none of its 1 documents were selected for validation; give a new --out and a larger ",
-        ),
+        ("a.txt", b"only one",
+         "none of its 1 documents were selected for validation; give a new --out and a larger "),
         ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz: cannot be read: damaged"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-20],
          "a.jsonl.xz: cannot be read: damaged"),
@@ -596,17 +574,11 @@ def test_impossible_settings(many, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "place",
-    [
-        {"open": [], "file": 99},
-        {"open": [[0, [0, 0]], [0, [0, 0]]], "file": 2},
-        {"open": [[5, None]], "file": 2},
-        {"open": [[0, [-1, 0]]], "file": 2},
-        {"open": [[0, "x"]], "file": 2},
-        {"open": [[i, {"rows": 3}] for i in range(8)], "file": 8},
-        {"open": {}, "file": 0},
-        None,
-    ],
-)
+    [{"open": [], "file": 99}, {"open": [[0, [0, 0]], [0, [0, 0]]], "file": 2},
+     {"open": [[5, None]], "file": 2}, {"open": [[0, [-1, 0]]], "file": 2},
+     {"open": [[0, "x"]], "file": 2}, {"open": [[i, {"rows": 3}] for i in range(8)], "file": 8},
+     {"open": {}, "file": 0}, None],
+)  # fmt: skip
 def test_a_manifest_with_an_impossible_position_is_refused(many, prepared, tmp_path, capsys, place):
     out = tmp_path / "out"
     shutil.copytree(prepared, out)

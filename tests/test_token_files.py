@@ -124,17 +124,11 @@ def npy(array) -> bytes:
         ("a_train_1.npy", npy(TOKENS)[:-3],
          r"truncated: 1,000 tokens need 2,128 bytes, it has 2,125"),
         ("a_train_1.npy", npy(TOKENS) + b"\0\0", "longer than its header says"),
-        (
-            "a_train_1.npy",
-            npy(TOKENS.astype(np.int32)),
-            "holds int32, but token shards hold uint16 or uint32; convert it",
-        ),
+        ("a_train_1.npy", npy(TOKENS.astype(np.int32)),
+         "holds int32, but token shards hold uint16 or uint32; convert it"),
         ("a_train_1.npy", npy(TOKENS.astype(">u2")), "holds >u2, but token shards hold uint16"),
-        (
-            "a_train_1.npy",
-            npy(TOKENS.reshape(10, 100)),
-            "has 2 dimensions, but token shards have one",
-        ),
+        ("a_train_1.npy", npy(TOKENS.reshape(10, 100)),
+         "has 2 dimensions, but token shards have one"),
         ("a_train_1.npy", npy(np.array([{}], object)), "holds object, but token shards"),
         ("a_train_1.npy", b"\x93NUMPY\x01\x00\x10", "not a NumPy array file"),
         ("a_train_1.npy", b"", "not a NumPy array file"),
@@ -143,21 +137,15 @@ def npy(array) -> bytes:
         ("a_train_000001.bin", llmc(TOKENS)[:-2],
          r"truncated: 1,000 tokens need 3,024 bytes, it has 3,022"),
         ("a_train_000001.bin", llmc(TOKENS, count=999), "longer than its header says"),
-        (
-            "a_train_000001.bin",
-            llmc(TOKENS, magic=1),
-            "does not begin with llm.c's magic number 20240520, and only nanoGPT's",
-        ),
+        ("a_train_000001.bin", llmc(TOKENS, magic=1),
+         "does not begin with llm.c's magic number 20240520, and only nanoGPT's"),
         ("a_train_000001.bin", llmc(TOKENS, version=2), "llm.c version 2 and 1000 tokens"),
         ("train.bin", TOKENS.astype("<i4").tobytes(), "every second 16-bit word is zero"),
         ("train.bin", TOKENS.astype("<u4").tobytes(), "so the token ids have 32 or 64 bits"),
         ("my_train.bin", TOKENS.astype("<i8").tobytes(), "every second 16-bit word"),
         ("train.bin", TOKENS.astype(">u4").tobytes(), "every second 16-bit word is zero"),
-        (
-            "train.bin",
-            TOKENS.tobytes()[:-1],
-            "truncated: 1,999 bytes are not a whole number of uint16 tokens",
-        ),
+        ("train.bin", TOKENS.tobytes()[:-1],
+         "truncated: 1,999 bytes are not a whole number of uint16 tokens"),
     ],
 )  # fmt: skip
 def test_shards_that_are_not_what_they_should_be_are_named(name, data, message, tmp_path, capsys):
@@ -180,18 +168,13 @@ def test_folders_that_cannot_be_trained_on(folders, tmp_path, capsys, shared_dat
     np.save(tmp_path / "data" / "a_train_1.npy", TOKENS[:10])
     assert "has 10 tokens in a shard, fewer than one context" in no("data", "--vocab-size 1000")
     gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
-    said = refused(capsys, *TINY, *out, "--data", folders / "npy", *gpt2)
-    assert (
-        "was prepared with --tokenizer bytes, but training has --tokenizer gpt2; give --tokenizer "
-        "bytes" in said
-    )
+    mismatch = "was prepared with --tokenizer bytes, but training has --tokenizer gpt2"
+    assert f"{mismatch}; give --tokenizer bytes" in no(folders / "npy", *gpt2)
     shutil.copytree(folders / "npy", tmp_path / "broken")
     manifest = tmp_path / "broken" / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "complete": False}))
-    assert "the preparation is not finished; run mlx_mla.prepare again" in refused(
-        capsys, *TINY, *out, "--data", tmp_path / "broken"
-    )
+    assert "the preparation is not finished; run mlx_mla.prepare again" in no("broken")
     values["shards"][1]["tokens"] += 1
     manifest.write_text(json.dumps(values))
     assert "manifest.json says" in no("broken")
