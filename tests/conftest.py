@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,18 @@ def folder(tiny_run) -> Path:
     last = checkpoint.latest(tiny_run)
     assert last is not None
     return last
+
+
+@pytest.fixture
+def run_copy(tiny_run, tmp_path) -> Path:
+    """That run, to change."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
+def folder_copy(folder, tmp_path) -> Path:
+    """That model folder, to change."""
+    return shutil.copytree(folder, tmp_path / folder.name)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -195,7 +195,7 @@ def test_a_batch_gives_each_prompt_its_own_text(tiny_run, tmp_path, capfd):
         assert answer["tokens"] == alone["tokens"] == 48 - len(prompt)
 
 
-def test_bad_input_gets_one_line(tiny_run, tmp_path, capsys):
+def test_bad_input_gets_one_line(tiny_run, folder_copy, capsys):
     argv = ("--model", tiny_run, "--prompt", "x", "--backend", "torch")
     assert "--kv-bits is mlx-lm's; use --backend mlx" in refused(
         capsys, *argv, "--kv-bits 8", command=generate.main
@@ -207,14 +207,12 @@ def test_bad_input_gets_one_line(tiny_run, tmp_path, capsys):
     said = refused(capsys, "--model", tiny_run, "--prompt x --device mps", command=generate.main)
     assert "goes with --backend torch" in said
 
-    folder = tmp_path / "quantised"
-    shutil.copytree(checkpoint.latest(tiny_run), folder)
-    (folder / "SHA256SUMS").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
+    (folder_copy / "SHA256SUMS").unlink()
+    config = json.loads((folder_copy / "config.json").read_text())
+    (folder_copy / "config.json").write_text(
         json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}})
     )
-    argv = ("--model", folder, "--prompt", "x", "--backend", "torch")
+    argv = ("--model", folder_copy, "--prompt", "x", "--backend", "torch")
     assert "which only MLX reads" in refused(capsys, *argv, command=generate.main)
 
 

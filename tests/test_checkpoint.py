@@ -68,11 +68,8 @@ def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkpoint.latest(tiny_run), folder)
     assert checkpoint.integrity_error(folder) is None
-    name = data.draw(
-        st.sampled_from(
-            ["model.safetensors", "train_state.safetensors", "config.json", "tokenizer.json"]
-        )
-    )
+    names = ["model.safetensors", "train_state.safetensors", "config.json", "tokenizer.json"]
+    name = data.draw(st.sampled_from(names))
     content = bytearray((folder / name).read_bytes())
     if data.draw(st.booleans()):
         at = data.draw(st.integers(0, len(content) * 8 - 1))
@@ -80,38 +77,35 @@ def test_a_flipped_bit_or_a_lost_tail_is_found(tiny_run, tmp_path, data):
     else:
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     (folder / name).write_bytes(content)
-    assert (
-        checkpoint.integrity_error(folder) == f"{name} is truncated or changed (its sha256 differs)"
-    )
+    changed = f"{name} is truncated or changed (its sha256 differs)"
+    assert checkpoint.integrity_error(folder) == changed
     # Only resuming reads the training state.
-    assert (checkpoint.integrity_error(folder, training=False) is None) == name.startswith(
-        "train_state"
-    )
+    sound = checkpoint.integrity_error(folder, training=False) is None
+    assert sound == name.startswith("train_state")
     (folder / name).unlink()
     assert checkpoint.integrity_error(folder) == f"{name} is missing"
 
 
-def test_a_list_of_checksums_that_was_cut_is_no_proof(tiny_run, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(checkpoint.latest(tiny_run), folder)
-    path = folder / "SHA256SUMS"
+def test_a_list_of_checksums_that_was_cut_is_no_proof(folder_copy):
+    path = folder_copy / "SHA256SUMS"
     lines = path.read_text().splitlines(keepends=True)
     for end in range(len(lines)):
         path.write_text("".join(lines[:end]))
-        assert "SHA256SUMS is truncated" in checkpoint.integrity_error(folder), end
+        assert "SHA256SUMS is truncated" in checkpoint.integrity_error(folder_copy), end
     path.write_bytes(b"\xff" * 100)
-    assert "SHA256SUMS: not UTF-8 text" in checkpoint.integrity_error(folder)
+    assert "SHA256SUMS: not UTF-8 text" in checkpoint.integrity_error(folder_copy)
     path.write_text("".join(lines) + "0" * 64 + "  ../../../etc/hostname\n")
-    assert "is not a checksum and a name" in checkpoint.integrity_error(folder)
+    assert "is not a checksum and a name" in checkpoint.integrity_error(folder_copy)
     path.write_text("".join([*lines, "0" * 64 + lines[0][64:]]))
-    assert f"line {len(lines) + 1}: repeats {lines[0][66:-1]}" in checkpoint.integrity_error(folder)
+    repeated = f"line {len(lines) + 1}: repeats {lines[0][66:-1]}"
+    assert repeated in checkpoint.integrity_error(folder_copy)
     path.unlink()
     path.symlink_to("nowhere")
-    assert "SHA256SUMS: no such file" in checkpoint.integrity_error(folder)
+    assert "SHA256SUMS: no such file" in checkpoint.integrity_error(folder_copy)
     path.unlink()
     path.write_text("".join(lines))
-    (folder / "notes.txt").write_text("of the user's own")
-    assert checkpoint.integrity_error(folder) is None
+    (folder_copy / "notes.txt").write_text("of the user's own")
+    assert checkpoint.integrity_error(folder_copy) is None
 
 
 def test_values_that_are_not_finite_are_found_wherever_they_are(rng):
@@ -142,53 +136,45 @@ STATE = {"format": 1, "step": 40, "val_loss": 2.5}
         ({"format": 10**400}, "format 1000"),
     ],
 )
-def test_a_training_state_that_no_run_writes_is_refused(tiny_run, tmp_path, values, problem):
-    folder = tmp_path / "step-000040"
-    shutil.copytree(checkpoint.latest(tiny_run), folder)
-    (folder / checkpoint.STATE_INFO).write_text(json.dumps(values))
+def test_a_training_state_that_no_run_writes_is_refused(folder_copy, values, problem):
+    (folder_copy / checkpoint.STATE_INFO).write_text(json.dumps(values))
     with pytest.raises(UserError) as raised:
-        checkpoint.read_train_state(folder, checkpoint.ModelFolder(folder).config)
-    assert str(raised.value).startswith(f"{folder / checkpoint.STATE_INFO}: {problem}")
+        checkpoint.read_train_state(folder_copy, checkpoint.ModelFolder(folder_copy).config)
+    assert str(raised.value).startswith(f"{folder_copy / checkpoint.STATE_INFO}: {problem}")
 
 
-def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(tiny_run, tmp_path):
-    folder = tmp_path / "step-000040"
-    shutil.copytree(checkpoint.latest(tiny_run), folder)
-    config = checkpoint.ModelFolder(folder).config
-    state, _ = checkpoint.read_train_state(folder, config)
+def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(folder_copy):
+    config = checkpoint.ModelFolder(folder_copy).config
+    state, _ = checkpoint.read_train_state(folder_copy, config)
     key = "exp_avg_sq.transformer.ln_f.bias"
-    save_file(state | {key: np.zeros(7, np.float32)}, folder / checkpoint.STATE)
+    save_file(state | {key: np.zeros(7, np.float32)}, folder_copy / checkpoint.STATE)
     with pytest.raises(UserError) as raised:
-        checkpoint.read_train_state(folder, config)
+        checkpoint.read_train_state(folder_copy, config)
     said = str(raised.value)
     assert said.startswith(f"{folder / checkpoint.STATE}: the optimizer state does not fit")
     assert f"tensor {key} has shape (7,), and the model needs (32,)" in said
-    save_file({k: v for k, v in state.items() if k != key}, folder / checkpoint.STATE)
+    save_file({k: v for k, v in state.items() if k != key}, folder_copy / checkpoint.STATE)
     with pytest.raises(UserError, match=r"ln_f\.bias is missing, and the model needs \(32,\)"):
-        checkpoint.read_train_state(folder, config)
+        checkpoint.read_train_state(folder_copy, config)
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_models_with_weights_that_are_not_finite_are_refused(tiny_run, tmp_path, backend):
+def test_models_with_weights_that_are_not_finite_are_refused(folder_copy, backend):
     from mlx_mla.backends import get_backend
 
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint.latest(tiny_run), folder)
-    weights = checkpoint.ModelFolder(folder).weights()
+    weights = checkpoint.ModelFolder(folder_copy).weights()
     weights["transformer.ln_f.bias"][3] = np.nan
-    save_file(weights, folder / "model.safetensors", {"format": "mlx"})
+    save_file(weights, folder_copy / "model.safetensors", {"format": "mlx"})
     for load in (get_backend(backend, "cpu").decoder, get_backend(backend, "cpu").scorer):
         with pytest.raises(UserError, match=r"transformer\.ln_f\.bias has values that are not"):
-            load(checkpoint.ModelFolder(folder))
+            load(checkpoint.ModelFolder(folder_copy))
 
 
 @pytest.mark.parametrize("text", ["../../elsewhere", "..", "", "step-000020-backup", "x" * 10_000])
-def test_latest_never_leads_out_of_the_run(tiny_run, tmp_path, text):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    shutil.copytree(run / "checkpoints" / "step-000020", run.parent / "elsewhere")
-    (run / "latest").write_text(text)
-    assert checkpoint.latest(run) == run / "checkpoints" / "step-000040"
+def test_latest_never_leads_out_of_the_run(run_copy, text):
+    shutil.copytree(run_copy / "checkpoints" / "step-000020", run_copy.parent / "elsewhere")
+    (run_copy / "latest").write_text(text)
+    assert checkpoint.latest(run_copy) == run_copy / "checkpoints" / "step-000040"
 
 
 def test_weights_come_back_bit_for_bit(tiny_run):
@@ -210,37 +196,27 @@ def test_weights_come_back_bit_for_bit(tiny_run):
         np.testing.assert_array_equal(w.view(np.uint32), again[name].view(np.uint32))
 
 
-def test_tensors_that_do_not_fit_are_named(tiny_run, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint.latest(tiny_run), folder)
-    config = checkpoint.ModelFolder(folder).config
+def test_tensors_that_do_not_fit_are_named(folder_copy):
+    config = checkpoint.ModelFolder(folder_copy).config
     wider = ModelConfig.from_dict({**config.to_dict(), "n_inner": 64}).resolved()
     with pytest.raises(UserError, match=r"mlp\.c_.* has shape .* config.json asks for"):
-        checkpoint.ModelFolder(folder).weights(wider)
+        checkpoint.ModelFolder(folder_copy).weights(wider)
     deeper = ModelConfig.from_dict({**config.to_dict(), "n_layer": 3}).resolved()
     with pytest.raises(UserError, match=r"tensor transformer\.h\.2\..* is missing from the file"):
-        checkpoint.ModelFolder(folder).weights(deeper)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+        checkpoint.ModelFolder(folder_copy).weights(deeper)
+    path = folder_copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="may be truncated"):
-        checkpoint.ModelFolder(folder).weights(config)
+        checkpoint.ModelFolder(folder_copy).weights(config)
 
 
 def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path):
     folder = tmp_path / "checkpoints"
-    for name in (
-        "step-000005",
-        "step-000010",
-        "step-1000000",
-        ".step-000015.tmp-1",
-        ".step-000005.old-1",
-    ):
+    kept = ["step-000005", "step-000010", "step-1000000"]
+    for name in (*kept, ".step-000015.tmp-1", ".step-000005.old-1"):
         (folder / name).mkdir(parents=True)
     checkpoint.prune(tmp_path, 0, newest=10)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "step-000005",
-        "step-000010",
-        "step-1000000",
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == kept
     # Resumed from an earlier step: what comes later does not count.
     checkpoint.prune(tmp_path, 1, newest=10)
     assert sorted(p.name for p in folder.iterdir()) == ["step-000010", "step-1000000"]
@@ -266,13 +242,11 @@ def test_model_folder_of_a_path(tiny_run, tmp_path):
         checkpoint.model_folder(tmp_path)
 
 
-def test_latest_survives_a_kill_between_rename_and_note(tiny_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    (run / "latest").unlink()
-    assert checkpoint.latest(run).name == "step-000040"
-    (run / "latest").write_text("step-000999\n")
-    assert checkpoint.latest(run).name == "step-000040"
+def test_latest_survives_a_kill_between_rename_and_note(run_copy):
+    (run_copy / "latest").unlink()
+    assert checkpoint.latest(run_copy).name == "step-000040"
+    (run_copy / "latest").write_text("step-000999\n")
+    assert checkpoint.latest(run_copy).name == "step-000040"
 
 
 def test_config_json_has_what_other_tools_look_for(tiny_run):

@@ -191,7 +191,7 @@ def test_bad_input_gets_one_line(folder, tiny_run, tmp_path, capsys):
     assert "hub cannot be reached" in no("--model", "someone/something", "--prompt", "x")
 
 
-def test_incomplete_and_foreign_folders_are_refused(folder, tiny_run, tmp_path, capsys):
+def test_incomplete_and_foreign_folders_are_refused(folder, run_copy, tmp_path, capsys):
     def no(path):
         return refused(capsys, "--model", path, "--prompt", "x", command=generate.main)
 
@@ -211,11 +211,9 @@ def test_incomplete_and_foreign_folders_are_refused(folder, tiny_run, tmp_path, 
     (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     assert "model_type 'llama'" in no(copy)
 
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    path = run / "checkpoints" / "step-000040" / "model.safetensors"
+    path = run_copy / "checkpoints" / "step-000040" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    said = no(run)
+    said = no(run_copy)
     assert "model.safetensors is truncated or changed" in said
     assert "the one before is" in said
     assert "step-000020" in said

@@ -60,44 +60,38 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
         pass
 
 
-def test_every_command_refuses_what_another_writes(tiny_run, tmp_path, text_file, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    before = contents(run)
+def test_every_command_refuses_what_another_writes(run_copy, tmp_path, text_file, capsys):
+    before = contents(run_copy)
     me = f"process {os.getpid()} on"
-    with locked(run, inside=True):
+    with locked(run_copy, inside=True):
         for argv in (("--resume", "--steps", "45"), ("--auto-resume", "--steps", "45")):
-            assert me in refused(capsys, *argv, "--out", run)
-    assert contents(run) == before
+            assert me in refused(capsys, *argv, "--out", run_copy)
+    assert contents(run_copy) == before
     (tmp_path / "empty").mkdir()
     with locked(tmp_path / "empty", inside=True):
         assert me in refused(capsys, *TINY, "--data", text_file, "--out", tmp_path / "empty")
         argv = (text_file, "--out", tmp_path / "empty", "--tokenizer", "bytes")
         assert me in refused(capsys, *argv, command=prepare.main)
     with locked(tmp_path / "r.json"):
-        argv = ("--model", run, "--tasks", "speed", "--out", tmp_path / "r.json")
+        argv = ("--model", run_copy, "--tasks", "speed", "--out", tmp_path / "r.json")
         assert me in refused(capsys, *argv, command=evaluate.main)
 
 
-def test_what_killed_processes_left_is_cleared_and_a_replaced_checkpoint_is_put_back(
-    tiny_run, tmp_path
-):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    kept = contents(run)
-    folder = run / "checkpoints"
+def test_what_killed_processes_left_is_cleared_and_a_replaced_checkpoint_is_put_back(run_copy):
+    kept = contents(run_copy)
+    folder = run_copy / "checkpoints"
     # Killed between the two renames by which a checkpoint is replaced.
     os.rename(folder / "step-000040", folder / ".step-000040.old-77")
     shutil.copytree(folder / "step-000020", folder / ".step-000040.tmp-77")
     shutil.copytree(folder / "step-000020", folder / ".step-000020.old-77")
     for name in (".config.toml.tmp-77", ".latest.tmp-77", ".loss.png.tmp-0123456789abcdef"):
-        (run / name).write_text("half")
-    (run / ".mine.tmp-1").write_text("of somebody else")
-    with locked_run(run):
+        (run_copy / name).write_text("half")
+    (run_copy / ".mine.tmp-1").write_text("of somebody else")
+    with locked_run(run_copy):
         pass
-    assert (run / ".mine.tmp-1").exists()
-    (run / ".mine.tmp-1").unlink()
-    assert contents(run) == kept
+    assert (run_copy / ".mine.tmp-1").exists()
+    (run_copy / ".mine.tmp-1").unlink()
+    assert contents(run_copy) == kept
 
 
 def test_a_run_killed_as_it_made_its_folder_starts_again(tmp_path, text_file):

@@ -242,13 +242,6 @@ def test_samples_on_the_way_change_nothing_of_the_training(tmp_path, text_file, 
 # --- resuming ---
 
 
-@pytest.fixture
-def run_copy(tiny_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    return run
-
-
 def test_a_finished_run_goes_on_with_more_steps(run_copy):
     so_far = read_metrics(run_copy / "metrics.jsonl")[-1]["seconds"]
     assert train.main(["--resume", "--out", str(run_copy), "--steps", "45"]) == 0
