@@ -278,7 +278,7 @@ def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--to", "mla"), "needs --rank R or --rank-budget R, from 1 to 32"),
+        (("--to", "mla"), "needs --rank R or --rank-budget R, from 1 to the model's n_embd, 32"),
         (("--to", "mla", "--rank-budget", "33"), "--rank-budget must be from 1 to the model's "
                                                  "n_embd, 32"),
         (("--to", "mla", "--rank", "4", "--rank-budget", "4"), "exclude each other"),

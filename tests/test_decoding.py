@@ -246,7 +246,9 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
     assert "no such file; --save-prompt-cache writes one" in no(
         "--prompt-cache", tmp_path / "none.safetensors"
     )
-    assert "does not say what model" in no("--prompt-cache", folder / "model.safetensors")
+    assert "has no fingerprint, with which it can" in no(
+        "--prompt-cache", folder / "model.safetensors"
+    )
     assert "must end in .safetensors" in no("--save-prompt-cache", tmp_path / "x.bin")
     assert "is not a folder" in no("--save-prompt-cache", tmp_path / "none" / "x.safetensors")
     assert "files keep latents" in no("--prompt-cache", file, "--cache", "materialized")
