@@ -94,13 +94,17 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
 def _multi_head(
     path: Path, kind: str, settings: Mapping[str, Any], tensors: Tensors, tied: bool
 ) -> ForeignCheckpoint:
-    bias = bool(settings.get("bias", True))
+    bias = settings.get("bias", True)
+    if not isinstance(bias, int):
+        raise UserError(
+            f"{path}: its bias is a value of type {type(bias).__name__}, not True or False"
+        )
     activation = "gelu" if kind == "nanoGPT" else "gelu_new"
     config = _config(
         path,
         settings,
         attention="mha",
-        attention_bias=bias,
+        attention_bias=bool(bias),
         activation_function=activation,
         tie_word_embeddings=tied,
     )
