@@ -151,7 +151,7 @@ def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(folder_
     with pytest.raises(UserError) as raised:
         checkpoint.read_train_state(folder_copy, config)
     said = str(raised.value)
-    assert said.startswith(f"{folder / checkpoint.STATE}: the optimizer state does not fit")
+    assert said.startswith(f"{folder_copy / checkpoint.STATE}: the optimizer state does not fit")
     assert f"tensor {key} has shape (7,), and the model needs (32,)" in said
     save_file({k: v for k, v in state.items() if k != key}, folder_copy / checkpoint.STATE)
     with pytest.raises(UserError, match=r"ln_f\.bias is missing, and the model needs \(32,\)"):

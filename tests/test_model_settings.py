@@ -258,7 +258,7 @@ def test_what_gpt2_cannot_say_is_refused_by_name_and_the_rest_comes_back(
     assert difference(model(x), original(x)) <= TOLERANCE  # a bias of 0 rounds otherwise
 
 
-def test_folders_and_runs_from_before_these_settings(tiny_run, tmp_path):
+def test_folders_and_runs_from_before_these_settings(tiny_run, run_copy):
     """Without the new keys they are the same model, and the run resumes."""
     new = ("position_embedding_type", "head_dim", "num_key_value_heads", "num_kv_shared_layers")
     new += ("attention_k_eq_v", "attention_out_bias", "mlp_bias", "norm")
