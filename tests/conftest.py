@@ -120,6 +120,21 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_mla(smollm2, shared_corpus, tmp_path_factory) -> Path:
+    """That model converted to MLA at half its cache, on a quarter of the default calibration."""
+    from convert.__main__ import main
+
+    place = tmp_path_factory.mktemp("smollm2")
+    sample = shared_corpus / "fineweb_edu_sample" / "fineweb_sample.txt"
+    text = place / "text.txt"
+    text.write_text(sample.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    flags = "--to mla --rank 128 --calibration-tokens 4096 --held-out-tokens 1024"
+    argv = words(smollm2, "--out", place / "mla", "--calibration", text, flags)
+    assert main(argv) == 0
+    return place / "mla"
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """About 20 KB of English."""
     from mlx_mla.data.corpus import read_documents

@@ -279,13 +279,8 @@ def test_bad_input_leaves_nothing(llama, text_file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_smollm2_at_half_its_cache(smollm2, shared_corpus, tmp_path):
-    text = tmp_path / "text.txt"
-    sample = shared_corpus / "fineweb_edu_sample" / "fineweb_sample.txt"
-    text.write_text(sample.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
-    flags = ["--rank", 128, "--calibration", text, "--calibration-tokens", 4096]
-    out = converted(smollm2, tmp_path / "out", *flags, "--held-out-tokens", 1024)
-    report = json.loads((out / "conversion.json").read_text())
+def test_smollm2_at_half_its_cache(smollm2_mla):
+    report = json.loads((smollm2_mla / "conversion.json").read_text())
     cache = report["cache_bytes_per_token"]
     assert (cache["before"], cache["after"]) == (30 * 2 * 384, 30 * 2 * 192)
     assert min(report["rope_energy"]) > 0.9
