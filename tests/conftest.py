@@ -32,7 +32,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fetch_data import DOWNLOADS, FOLDER
-from helpers import tiny_train
+from helpers import tiny_train, words
 from hypothesis import settings
 
 from mlx_mla import checkpoint

@@ -130,7 +130,7 @@ def test_the_tokenizer_its_chat_template_and_every_end_of_text_come_along(source
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [256, 10]
     tokenizer = checkpoint.ModelFolder(out).tokenizer
     assert end_ids(tokenizer) == [256, 10]
-    decoder = get_backend("mlx").decoder(out)
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(out))
     assert generate.encode(decoder, "as it is") == [256, *b"as it is"]
     assert TextWriter(tokenizer, []).add(10) == "stop"
     _, wrapped = mlx_lm_load(str(out), {"trust_remote_code": True}, trust_remote_code=True)[:2]

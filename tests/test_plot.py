@@ -120,13 +120,13 @@ def test_bad_input_is_one_line(copies, tmp_path, capsys):
     metrics = other / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
     for damage, why in (
-        (b"\x00\xff\n", "no JSON object with a step"),
-        (b'["step"]\n', "no JSON object with a step"),
-        (lines[2].replace(b'"tokens"', b'"tokenz"'), "no number 'tokens'"),
+        (b"\x00\xff\n", "not UTF-8 text"),
+        (b'["step"]\n', "is not a table of names"),
+        (lines[2].replace(b'"tokens"', b'"tokenz"'), "damaged"),
     ):
         metrics.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
         text = said(good, other, *out)
-        assert f"{metrics}, line 3: damaged" in text
+        assert f"{metrics}, line 3: " in text
         assert why in text
     metrics.write_bytes(b"")
     assert "is empty; the run has logged nothing yet" in said(other, *out)
