@@ -176,7 +176,7 @@ def _check_flags(command: ConvertCommand) -> None:
     if command.to != "mla":
         for name in ("rank", "rank_budget", "method", "calibration"):
             if getattr(command, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} goes with --to mla; leave it out")
+                raise UserError(f"--{name.replace('_', '-')} requires --to mla; leave it out")
     if command.method in ("balanced", "whitened") and command.calibration is None:
         raise UserError(
             f"--method {command.method} needs --calibration TEXT; without one there is --method svd"

@@ -109,13 +109,13 @@ def _run(command: TrainCommand, world: World) -> int:
         return 0
     if world.engine is None and command.distributed_backend != "auto":
         raise UserError(
-            "--distributed-backend goes with a launcher, mlx.launch or torchrun; see "
+            "--distributed-backend requires a launcher, mlx.launch or torchrun; see "
             "docs/distributed.md"
         )
     if world.engine is not None and config.backend != launched_by():
         raise UserError(
             f"--backend {config.backend}: this launcher starts --backend {launched_by()}; "
-            "mlx.launch goes with mlx (give its own options, then --), torchrun with torch"
+            "use mlx.launch for mlx (give its own options, then --), and torchrun for torch"
         )
 
     from mlx_mla.training.loop import train  # imports the framework, which --help does not need
@@ -228,7 +228,7 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
             raise UserError("--auto-resume decides on --resume by itself; leave that out")
         command.resume = (command.out / CONFIG).is_file()
     if command.from_step is not None and (not command.resume or command.auto_resume):
-        raise UserError("--from-step goes with --resume")
+        raise UserError("--from-step requires --resume; add it, or leave out --from-step")
     if command.resume:
         from mlx_mla.training.run_folder import run_config
 

@@ -205,7 +205,7 @@ def test_bad_input_gets_one_line(tiny_run, folder_copy, capsys):
         assert "--device cuda: PyTorch has" in said
         assert "cpu here" in said
     said = refused(capsys, "--model", tiny_run, "--prompt x --device mps", command=generate.main)
-    assert "goes with --backend torch" in said
+    assert "requires --backend torch" in said
 
     (folder_copy / "SHA256SUMS").unlink()
     config = json.loads((folder_copy / "config.json").read_text())

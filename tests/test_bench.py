@@ -431,7 +431,7 @@ def test_a_document_names_what_the_frameworks_found_on_the_devices_that_were_mea
     assert found["PyTorch device"] == "cpu"
     alone = {"system", "processor", "memory", "python", "threads", "numpy"}
     assert set(harness.machine({}, ("numpy",))) == alone < set(found)
-    with pytest.raises(UserError, match="--device cuda goes with --backend torch"):
+    with pytest.raises(UserError, match="--device cuda requires --backend torch"):
         harness.machine({"mlx": "cuda"})
 
 

@@ -149,7 +149,7 @@ def test_impossible_models_are_refused(values, message):
         ({"beta1": 1.0}, "--beta1 must be at least 0 and below 1, not 1.0"),
         ({"min_lr_ratio": 1.5}, "--min-lr-ratio must be from 0 to 1, not 1.5"),
         ({"seq_len": 2000}, r"--seq-len must be from 1 to --n-positions \(1024\)"),
-        ({"bpe_dir": "x"}, "--bpe-dir goes with --tokenizer gpt2"),
+        ({"bpe_dir": "x"}, "--bpe-dir requires --tokenizer gpt2"),
     ],
 )
 def test_impossible_training_is_refused(values, message):

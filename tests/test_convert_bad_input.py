@@ -282,11 +282,11 @@ def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
         (("--to", "mla", "--rank-budget", "33"), "--rank-budget must be from 1 to the model's "
                                                  "n_embd, 32"),
         (("--to", "mla", "--rank", "4", "--rank-budget", "4"), "exclude each other"),
-        (("--rank-budget", "4"), "--rank-budget goes with --to mla"),
+        (("--rank-budget", "4"), "--rank-budget requires --to mla"),
         (("--to", "mla", "--rank", "33"), "--rank must be from 1 to the model's n_embd, 32"),
         (("--to", "mla", "--rank", "0"), "--rank must be from 1"),
         (("--to", "mla", "--rank", "-4"), "--rank must be from 1"),
-        (("--rank", "4"), "--rank goes with --to mla"),
+        (("--rank", "4"), "--rank requires --to mla"),
         (("--to", "mla", "--rank", "4", "--method", "whitened"), "--method whitened needs "
                                                                  "--calibration"),
         (("--to", "mla", "--rank", "4", "--calibration", "nowhere.txt"), "nowhere.txt: cannot be "

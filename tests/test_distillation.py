@@ -156,8 +156,8 @@ def test_a_resumed_run_keeps_its_teacher(tiny_run, tmp_path, text_file, backend)
 def test_what_cannot_teach_is_refused(tiny_run, tmp_path, text_file, capsys):
     out = tmp_path / "run"
     base = (*TINY, "--data", text_file, "--out", out)
-    assert "--teacher-weight goes with --teacher" in refused(capsys, *base, "--teacher-weight 0.5")
-    assert "--teacher-temperature goes with --teacher" in refused(
+    assert "--teacher-weight requires --teacher" in refused(capsys, *base, "--teacher-weight 0.5")
+    assert "--teacher-temperature requires --teacher" in refused(
         capsys, *base, "--teacher-temperature 2"
     )
     given_teacher = (*base, "--teacher", tiny_run)

@@ -393,4 +393,4 @@ def test_auto_resume_refuses_when_nothing_is_whole(broken, capsys):
 
 def test_an_engine_without_a_launcher_is_refused(capsys):
     assert train.main(["--distributed-backend", "ring"]) == 2
-    assert "goes with a launcher" in capsys.readouterr().err
+    assert "requires a launcher" in capsys.readouterr().err

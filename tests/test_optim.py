@@ -167,8 +167,8 @@ def test_settings_that_contradict_each_other(capsys):
     assert "use 2048, or another --batch-size" in refused(capsys, "--tokens-per-step", "2000")
     said = refused(capsys, "--tokens-per-step", "2048", "--grad-accum-steps", "3")
     assert "asks for --grad-accum-steps 2, not 3" in said
-    assert "goes with --optimizer muon" in refused(capsys, "--muon-learning-rate", "0.1")
-    assert "goes with --lr-schedule wsd" in refused(capsys, "--decay-fraction", "0.1")
+    assert "requires --optimizer muon" in refused(capsys, "--muon-learning-rate", "0.1")
+    assert "requires --lr-schedule wsd" in refused(capsys, "--decay-fraction", "0.1")
     assert "--loss-chunk must not be negative" in refused(capsys, "--loss-chunk", "-1")
-    with pytest.raises(UserError, match="does not go with --teacher"):
+    with pytest.raises(UserError, match="cannot be combined with --teacher"):
         dataclasses.replace(preset("nano"), teacher="x", loss_chunk=5).resolved()

@@ -384,7 +384,7 @@ def test_places_that_are_given_are_found_from_any_folder(tmp_path, monkeypatch, 
         assert Path(cell.config.bpe_dir) == tmp_path / "bpe"
     assert [settings(cell.config) for cell in read.cells] == meant
     err = refused(capsys, written(tmp_path), "--bpe-dir", "bpe", "--dry-run", command=command.main)
-    assert "--bpe-dir goes with --tokenizer gpt2" in err
+    assert "--bpe-dir requires --tokenizer gpt2" in err
 
 
 def test_the_file_that_the_guide_shows_is_one(tmp_path):

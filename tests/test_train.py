@@ -280,7 +280,7 @@ def test_resume_refuses_what_would_be_another_run(run_copy, tmp_path, text_file,
     )
     assert "needs --out" in refused(capsys, "--resume")
     assert "holds no run to resume" in refused(capsys, "--resume", "--out", tmp_path / "none")
-    assert "--from-step goes with --resume" in refused(capsys, "--from-step", "3")
+    assert "--from-step requires --resume" in refused(capsys, "--from-step", "3")
     assert "has checkpoints of steps 20, 40" in refused(capsys, *resume, "--from-step", "30")
 
 
@@ -349,7 +349,7 @@ def test_impossible_settings(tmp_path, text_file, capsys):
         capsys, "--out", tmp_path / "run", "--data", tmp_path / "nothing"
     )
     assert "no such model folder" in refused(capsys, *out, "--init", tmp_path / "nothing")
-    assert "goes with --backend torch" in refused(capsys, *out, "--device", "mps")
+    assert "requires --backend torch" in refused(capsys, *out, "--device", "mps")
     assert not (tmp_path / "run").exists()
 
 

@@ -66,5 +66,5 @@ def test_mistakes_are_told_before_the_run_folder_is_made(text_file, data, tmp_pa
     assert "no such file" in no("--eval-tasks", "lambada", "--eval-data-dir", str(tmp_path))
     assert "--eval-data-dir in training" in no("--eval-tasks", "lambada")
     assert "does not fit this model's n_positions=48" in no("--eval-tasks", "hellaswag", *there)
-    assert "--eval-data-dir goes with --eval-tasks" in no(*there)
+    assert "--eval-data-dir requires --eval-tasks" in no(*there)
     assert "--eval-limit must be at least 1" in no("--eval-tasks lambada --eval-limit 0", *there)

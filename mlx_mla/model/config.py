@@ -433,9 +433,9 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
         """A copy with defaults filled in and every value checked; a UserError names the option."""
         check_bounds(self, TRAIN_BOUNDS)
         if self.bpe_dir is not None and self.tokenizer != "gpt2":
-            raise UserError("--bpe-dir goes with --tokenizer gpt2; leave it out")
+            raise UserError("--bpe-dir requires --tokenizer gpt2; leave out --bpe-dir")
         if self.eval_data_dir is not None and not self.eval_tasks:
-            raise UserError("--eval-data-dir goes with --eval-tasks; leave it out")
+            raise UserError("--eval-data-dir requires --eval-tasks; leave out --eval-data-dir")
         weight, temperature = self._distillation()
         muon_rate = self._only_with("muon_learning_rate", 0.02, "optimizer", "muon")
         decay = self._only_with("decay_fraction", 0.2, "lr_schedule", "wsd")
@@ -463,7 +463,8 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
             resolved.loss_chunk = 1024 if logits > LARGE_LOGITS and self.teacher is None else 0
         if resolved.loss_chunk and self.teacher is not None:
             raise UserError(
-                "--loss-chunk does not go with --teacher, whose loss needs all logits; leave it out"
+                "--loss-chunk cannot be combined with --teacher, whose loss needs all logits; "
+                "leave out --loss-chunk"
             )
         return resolved
 
@@ -474,7 +475,7 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
         if getattr(self, option) == choice:
             return default if value is None else value
         if value is not None:
-            raise UserError(f"{flag(name)} goes with {flag(option)} {choice}; leave it out")
+            raise UserError(f"{flag(name)} requires {flag(option)} {choice}; leave it out")
         return None
 
     def _passes(self) -> int:
@@ -501,7 +502,7 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
         if self.teacher is None:
             for name in ("teacher_weight", "teacher_temperature"):
                 if getattr(self, name) is not None:
-                    raise UserError(f"{flag(name)} goes with --teacher DIR; leave it out")
+                    raise UserError(f"{flag(name)} requires --teacher DIR; leave it out")
             return None, None
         weight = 0.5 if self.teacher_weight is None else self.teacher_weight
         temperature = 1.0 if self.teacher_temperature is None else self.teacher_temperature

@@ -30,9 +30,7 @@ S = TypeVar("S", bound=HasDevice)
 def find_device(name: str) -> mx.Device:
     """Return the device of a --device value; UserError if it is not available."""
     if name in ("mps", "cuda"):
-        raise UserError(
-            f"--device {name} goes with --backend torch; for MLX's GPU use --device gpu"
-        )
+        raise UserError(f"--device {name} requires --backend torch; for MLX's GPU use --device gpu")
     has_gpu = mx.is_available(mx.gpu)
     if name == "gpu" and not has_gpu:
         raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
