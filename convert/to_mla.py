@@ -180,9 +180,9 @@ def _layer_by_layer(
     from .rope import spectrum
 
     text, tokens = calibration.text, calibration.max_tokens
+    windows = text.windows(tokens)
     model = build_model(config, weights, calibration.device)
     before, scored = perplexity(model, text, calibration.held_out_tokens)
-    windows = text.windows(tokens)
     ranks = [rank.width] * config.n_layer
     if rank.shared:
         moments, _ = collect_moments(model, text, tokens, False, console)
