@@ -125,7 +125,7 @@ def test_help_shows_the_common_settings_and_help_all_every_one(capsys, monkeypat
         "run and machine",
     ]  # fmt: skip
     defaults = " ".join(shown("--preset", "mla-124m", "--help").split())
-    assert "Optimiser steps in all. (default: 19073)" in defaults
+    assert "Optimizer steps in all. (default: 19073)" in defaults
 
 
 def test_the_file_decides_between_tokens_and_passes_of_a_step(tmp_path):
