@@ -60,12 +60,9 @@ ALLOWED = {"float32": 1e-3, "bfloat16": 0.5}  # differences of logits
 FRESH = 10.0  # seconds
 CHUNKS = (2, 8, 32)
 MLA_MODELS = ("mla-124m", "mla-124m-r256", "mla-124m-r128")
-Measure = Literal[
-    "forward", "first-token", "decoding", "training", "loops", "chunks", "overhead", "save"
-]
+Measure = Literal["forward", "first-token", "decoding", "training", "loops", "chunks", "save"]
 """`loops` times other ways to train beside this project's: its eager step in MLX, and a plain
-PyTorch loop. `chunks` are calls with several tokens on a latent cache. `overhead` is what Python
-takes to describe a step in MLX."""
+PyTorch loop. `chunks` are calls with several tokens on a latent cache."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -139,7 +136,7 @@ class Decode(Compare):
     """Time decoding by kind of cache, batch and context."""
 
     models: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
-    measures: tuple[Measure, ...] = ("overhead", "decoding", "chunks")
+    measures: tuple[Measure, ...] = ("decoding", "chunks")
     batch: tuple[int, ...] = (1, 4, 16, 64)
     context: tuple[int, ...] = (128, 512, 1000, 4096, 16384)
     references: bool = False
@@ -304,17 +301,6 @@ class Bench:
                 for path, absorb in (("absorbed", True), ("expanded", False), ("chosen", None))
             ]  # fmt: skip
 
-    def overhead(self) -> Iterator[list[Case]]:
-        """Python's time and MLX's for a step at batch 1, eager and compiled."""
-        for c in (c for c in self._latent() if c.backend == "mlx"):
-            yield [
-                self._case("overhead", c, how, 1, context)(
-                    "overhead", context, 20, how == "compiled"
-                )
-                for context in self._contexts() if context + 20 <= min(1024, c.config.n_positions)
-                for how in ("eager", "compiled")
-            ]  # fmt: skip
-
     def _contexts(self) -> list[int]:
         return [max(1, c // 16) if self.s.quick else c for c in self.s.context]
 
@@ -362,9 +348,8 @@ class Bench:
             "weight_bytes": weights, "cache_bytes_per_token": width, "bytes": float(steps * moved),
             "flops": costs.flops(measure, c.config, str(kind), batch, context, steps), **fields,
         })  # fmt: skip
-        tokens = {"decoding": batch * steps, "chunk": steps, "save": 0, "overhead": 0}.get(
-            measure, batch * context
-        )
+        counts = {"decoding": batch * steps, "chunk": steps, "save": 0}
+        tokens = counts.get(measure, batch * context)
         return lambda method, *args: Case(
             row, load or c.load, operator.methodcaller(method, *args), tokens
         )

@@ -39,7 +39,6 @@ def body(document: Document, plots: Mapping[str, str]) -> list[str]:
                 lines += [f"![{name}]({file})", ""]
     lines += _section("Other ways to run the same model", _ways(rows))
     lines += _section("Several tokens on a latent cache", _chunks(rows))
-    lines += _section("Python's share of a step", _overhead(rows))
     lines += _section("Saving a checkpoint", _saves(rows))
     lines += _section("Context that fits", _room(rows))
     if "cache" in plots:
@@ -151,22 +150,6 @@ def _chunks(rows: list[Row]) -> list[str]:
             if all(p in c for p in paths)
         ],
     )
-
-
-def _overhead(rows: list[Row]) -> list[str]:
-    own = [r for r in rows if r.measure == "overhead" and r.python_ms is not None]
-    if not own:
-        return []
-    return [
-        "MLX, batch 1, each step waited for. While text is generated, Python describes the next",
-        "step as this one is computed. The compiled graph reads a cache of fixed size, a multiple",
-        "of 256 tokens.",
-        "",
-        *markdown_table(
-            ("model", "context", "step", "Python, ms", "MLX, ms"),
-            [(r.model, r.context, r.cache, _n(r.python_ms), _n(r.ms)) for r in own],
-        ),
-    ]
 
 
 def _saves(rows: list[Row]) -> list[str]:

@@ -21,7 +21,6 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Optional, get_origin
 import tyro
 
 from bench.reading import Document, checked, read_document
-from bench.rows import upgraded
 from mlx_mla import cli, files
 from mlx_mla.backends import get_backend
 from mlx_mla.errors import UserError, flag
@@ -256,7 +255,7 @@ def find(name: str) -> Benchmark:
 
 def read(path: Path) -> tuple[Benchmark, Document]:
     """A stored document with typed rows, and its benchmark; UserError if it is none."""
-    document = upgraded(read_document(path), path)
+    document = read_document(path)
     name = document.get("benchmark")
     if not isinstance(name, str) or name not in REGISTRY or name == "reduction":
         raise UserError(f"{path}: does not name its benchmark; measure it again")

@@ -1,14 +1,12 @@
-"""The rows of compare_backends, and what earlier versions wrote in their place."""
+"""The rows of compare_backends."""
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
 from typing_extensions import NotRequired, TypedDict
 
-from bench.reading import REMEDY, Document, Figure, Positive, Positives, Whole, record
-from mlx_mla.fields import value_of
+from bench.reading import Figure, Positive, Positives, Whole
 
 ORIGINAL, EAGER, PLAIN = "original's decoding", "eager step", "plain PyTorch loop"
 """Ways to decode or to train that are not this project's; such a row's model is "WAY (MODEL)"."""
@@ -51,10 +49,11 @@ class Row:
     """One measurement of one subject. Where the framework does not report a value, it is None."""
 
     measure: Literal["forward", "first token", "decoding", "training", "chunk", "overhead", "save"]
+    """`overhead` is in the results of earlier versions only; no report shows it."""
     backend: Literal["mlx", "torch"]
     model: str
     cache: Optional[str] = None
-    """latent, materialized or none; of overhead, eager or compiled."""
+    """latent, materialized or none."""
     batch: Whole
     context: Whole
     """Tokens of a sequence: read, cached or trained on."""
@@ -69,8 +68,6 @@ class Row:
     """Median of the whole call."""
     waited_ms: Optional[Figure] = None
     """The same steps, each waited for before the next is described."""
-    python_ms: Optional[Figure] = None
-    """Of overhead: what Python takes to describe a step; `ms` is what MLX takes to compute it."""
     peak_bytes: Optional[Whole] = None
     """Most that the subject held while it was timed: weights, cache and working memory."""
     cache_bytes: Optional[Whole] = None
@@ -111,45 +108,3 @@ class Row:
                 (self.bytes or 0.0) / self.rates["memory_bytes"],
             )
             self.roofline = need / (self.ms / 1e3)
-
-
-NAMES = {"convert_mla": "convert", "decode_trained": "trained"}
-OLD = record({
-    "what": str, "preset": str, **dict.fromkeys(("case", "dtype"), NotRequired[str]),
-    **dict.fromkeys(("median", "min", "max"), NotRequired[Positive]),
-    **dict.fromkeys(("context", "tokens", "cache_bytes", "bytes"), NotRequired[Whole]),
-})  # fmt: skip
-
-
-def upgraded(document: Document, path: Path) -> Document:
-    """A document of an earlier version in today's form; UserError names what is damaged."""
-    report = str(document.pop("report", "")).removeprefix("bench.").removesuffix("_report")
-    if report and "benchmark" not in document:
-        document["benchmark"] = NAMES.get(report, report)
-        if report in ("core", "training"):
-            parts: dict[str, list[Any]] = {"rows": []}
-            for row in value_of(list[OLD], document.get("rows"), str(path), REMEDY, at="rows"):  # type: ignore[valid-type]
-                part = row["what"] if row["what"] in ("memory", "plan") else "rows"
-                parts.setdefault(part, []).append(_row(row) if part == "rows" else row)
-            document |= parts
-    return document
-
-
-def _row(old: dict[str, Any]) -> dict[str, Any]:
-    """A row of `core`, or of the speeds of `training`, as one of today's."""
-    what, model, case = old["what"], old["preset"], old.get("case", "")
-    ways = {"eager": f"{EAGER} ({model})", PLAIN: f"{PLAIN} ({model})"}
-    row = {
-        "measure": {"decoding": "decoding", "checkpoint": "save"}.get(what, "training"),
-        "backend": "torch" if case in ("torch", PLAIN) else "mlx", "batch": 1,
-        "model": ways.get(case, model), "context": old.get("context", old.get("tokens", 0)),
-        "cache": case if what == "decoding" else None,
-        "cache_bytes": old.get("cache_bytes"), "bytes": old.get("bytes"),
-    }  # fmt: skip
-    speed = {k: old[k] for k in ("median", "min", "max") if k in old}
-    if what == "checkpoint":  # in seconds
-        return {**row, "ms": 1e3 * speed["median"]} if speed else row
-    if what == "training step":  # of `nano`, in steps a second
-        row |= {"batch": 4, "context": 256}
-        speed = {k: 4 * 256 * v for k, v in speed.items()}
-    return {**row, "tokens_per_sec": speed}

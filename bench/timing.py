@@ -130,7 +130,6 @@ class _Run:
         seconds = [t.seconds for t in self._timed]
         row.ms = _median_ms(seconds)
         row.waited_ms = _median_ms([t.waited for t in self._timed])
-        row.python_ms = _median_ms([t.described for t in self._timed])
         row.peak_bytes = max(self._peaks, default=None)
         row.cache_bytes = self._timed[-1].cache_bytes
         if tokens:

@@ -477,11 +477,8 @@ def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, cap
     paths = {(r["context"], r["new"], r["path"]) for r in found if r["measure"] == "chunk"}
     ways = ("absorbed", "expanded", "chosen")
     assert paths == {(c, n, p) for c in (16, 48) for n in (2, 8, 32) for p in ways}
-    apart = [r for r in found if r["measure"] == "overhead"]
-    assert {r["cache"] for r in apart} == {"eager", "compiled"}
-    assert all(r["python_ms"] > 0 < r["ms"] for r in apart)
     text = (out / "report.md").read_text()
-    for part in ("On latents a step takes at most", "Python, ms", "gain over expanded"):
+    for part in ("On latents a step takes at most", "gain over expanded"):
         assert part in text
     assert run(*argv, "--resume") == 0
     assert document(out)["rows"] == found

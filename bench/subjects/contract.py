@@ -32,13 +32,11 @@ class Timed:
         cache_bytes: What the decoding cache holds, with the room it keeps for tokens to come.
         waited: Seconds of the same steps, each waited for before Python describes the next one;
             None where `seconds` is that already.
-        described: Seconds that Python took to describe the steps, before `seconds`.
     """
 
     seconds: float
     cache_bytes: int | None = None
     waited: float | None = None
-    described: float | None = None
 
 
 class Memory(Protocol):

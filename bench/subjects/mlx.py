@@ -101,41 +101,6 @@ class MLXSubject(Subject):
         mx.clear_cache()
         return Timed(seconds)
 
-    def overhead(self, context: int, steps: int, compiled: bool) -> Timed:
-        """A step at batch 1 on latents: the mean seconds that Python takes to describe it, and that
-        MLX then takes to compute it; eager, or as one compiled graph on a cache of fixed size, the
-        next multiple of 256."""
-        self.use("latent")
-        if compiled:
-            advance = self._compiled(context, -(-(context + steps) // 256) * 256)
-        else:
-            cache = self._filled(1, context, steps)
-            advance = lambda y: self._step(y, cache)  # noqa: E731
-        y, described, computed = mx.zeros((1, 1), mx.int32), 0.0, 0.0
-        for _ in range(steps):
-            began = time.perf_counter()
-            y = advance(y)
-            between = time.perf_counter()
-            mx.eval(y)
-            described += between - began
-            computed += time.perf_counter() - between
-        return Timed(computed / steps, described=described / steps)
-
-    def _compiled(self, context: int, size: int) -> Callable[[mx.array], mx.array]:
-        state = [mx.array([context]), *(c.keys for c in self._filled(1, size - 1, 1))]
-
-        def step(y: mx.array, offset: mx.array, *keys: mx.array) -> tuple[mx.array, ...]:
-            caches = [FixedCache(k, offset) for k in keys]
-            return self._step(y, caches), offset + 1, *(c.keys for c in caches)
-
-        compiled = mx.compile(step)
-
-        def advance(y: mx.array) -> mx.array:
-            y, *state[:] = compiled(y, *state)
-            return y
-
-        return advance
-
     def _step(self, y: mx.array, cache: Any) -> mx.array:
         """The next greedy tokens (B, 1), not evaluated."""
         return mx.argmax(self.network(y, cache=cache)[:, -1], axis=-1, keepdims=True)
@@ -182,24 +147,6 @@ class MLXSubject(Subject):
             cache.append(c)
         mx.eval([(c.keys, c.values, c.offset) for c in cache])
         return cache
-
-
-class FixedCache:
-    """A latent cache of fixed size whose length is an array, so that a compiled graph serves every
-    length."""
-
-    def __init__(self, keys: mx.array, offset: mx.array):
-        self.keys, self.offset = keys, offset
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
-        return self.keys, values
-
-    def make_mask(self, *_: Any, **__: Any) -> mx.array:
-        return (mx.arange(self.keys.shape[2]) <= self.offset)[None, None, None]
-
-    def size(self) -> int:
-        return 0  # the table has room: the benchmark sees to it
 
 
 def _generated(
