@@ -119,7 +119,7 @@ class Pool:
         here = sum(_work(trainer, trainer.step) for trainer in self._active)
         left = sum(map(flops, [*plan.ready, *plan.later])) - here
         done, eta = self._done + here, "not known yet"
-        if self._finished:
+        if self._finished and done:  # a run that another process trained is none of our work
             hours = max(0.0, left) * (time.monotonic() - self._began) / done / 3600
             eta = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
         self._console.print(
