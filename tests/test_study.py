@@ -757,11 +757,11 @@ ONE_SEED = ONE_RATE.replace("[1, 2]", "[1]")
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_and_another_machine_needs_results_json_alone(tmp_path):
     pytest.importorskip("torch")
-    study = written(tmp_path, ONE_RATE.replace("tokens = 1280", "tokens = 64_000"))  # 500 steps
+    study = written(tmp_path, ONE_RATE.replace("tokens = 1280", "tokens = 128_000"))  # 1,000 steps
     out = tmp_path / "out"
     asked = [study, "--out", out, "--jobs", "2"]
     first = start(*asked)
-    metrics = out / "runs" / "mha" / "tiny" / "64000" / "0.004-1" / "metrics.jsonl"
+    metrics = out / "runs" / "mha" / "tiny" / "128000" / "0.004-1" / "metrics.jsonl"
     until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5)
     second = start(*asked)
     assert second.wait(60) == 2
@@ -777,10 +777,10 @@ def test_killed_at_any_moment_it_resumes_and_another_machine_needs_results_json_
         ("mha", 1), ("mha", 2), ("mla", 1), ("mla", 2)
     ]  # fmt: skip
     for record in records:
-        assert record["curve"][-1] == [64_000, pytest.approx(record["loss"], abs=1e-5)]
+        assert record["curve"][-1] == [128_000, pytest.approx(record["loss"], abs=1e-5)]
     # The weights of the first seed stay.
-    kept = [p.parent.parent.name for p in out.glob("runs/*/tiny/64000/*/latest")]
-    assert kept == ["64000", "64000"]
+    kept = [p.parent.parent.name for p in out.glob("runs/*/tiny/128000/*/latest")]
+    assert kept == ["128000", "128000"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / RESULTS).write_bytes((out / RESULTS).read_bytes())
