@@ -7,6 +7,24 @@ from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.estimate import cache_bytes_per_token
 from mlx_mla.model.weights import num_parameters
 
+_FRONT_MATTER = """---
+library_name: mlx
+pipeline_tag: text-generation
+tags: [mlx, mla_gpt2]
+---
+"""
+
+_USE = """## Use
+
+    python -m mlx_mla.generate --model THIS_FOLDER --prompt "The "
+    mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "The "
+
+`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with
+`model_torch.py`:
+
+    AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+"""
+
 
 def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
     """Return the card of a trained model: its architecture, its training data, how to load it.
@@ -16,12 +34,7 @@ def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
     m = config.model
     data = "Python's built-in documentation" if config.data == BUILTIN else Path(config.data).name
     loss = "not measured yet" if val_loss is None else f"{val_loss:.4f} nats per token"
-    return f"""---
-library_name: mlx
-pipeline_tag: text-generation
-tags: [mlx, mla_gpt2]
----
-# {config.preset}, step {step:,}
+    return f"""{_FRONT_MATTER}# {config.preset}, step {step:,}
 
 A {m.family}-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_head} heads,
 {m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size} ({Path(config.tokenizer).name}),
@@ -35,16 +48,7 @@ A {m.family}-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_h
 | tokens seen | {step * config.step_tokens:,} |
 | validation loss (held-out part of the data) | {loss} |
 
-## Use
-
-    python -m mlx_mla.generate --model THIS_FOLDER --prompt "The "
-    mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "The "
-
-`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with
-`model_torch.py`:
-
-    AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
-"""
+{_USE}"""
 
 
 def converted_card(
@@ -76,12 +80,7 @@ def converted_card(
         "".join(f"- {step}\n" for step in steps)
         or "- Nothing: the weights equal the source's, bit for bit.\n"
     )
-    return f"""---
-library_name: mlx
-pipeline_tag: text-generation
-tags: [mlx, mla_gpt2]
----
-# {name}, converted
+    return f"""{_FRONT_MATTER}# {name}, converted
 
 A {c.family}-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_head} heads,
 {c.n_embd} wide, context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding},
@@ -91,13 +90,4 @@ A {c.family}-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_h
 Converted from {kind} (`{name}`). Changes to the weights:
 
 {done}
-## Use
-
-    python -m mlx_mla.generate --model THIS_FOLDER --prompt "The "
-    mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "The "
-
-`--trust-remote-code` lets mlx-lm run `model_mlx.py` from this folder. In PyTorch, with
-`model_torch.py`:
-
-    AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
-"""
+{_USE}"""
