@@ -38,8 +38,8 @@ from mlx_mla.files import (
     read_text,
     sha256,
 )
-from mlx_mla.model.config import InferenceDType, ModelConfig
-from mlx_mla.model.weights import not_finite, parameter_shapes
+from mlx_mla.model.config import InferenceDType, ModelConfig, TrainableName
+from mlx_mla.model.weights import is_trained, not_finite, parameter_shapes
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -231,7 +231,9 @@ class TrainState:
     """None: written by a version that kept no samples of the data."""
 
 
-def read_train_state(folder: Path, config: ModelConfig) -> tuple[dict[str, np.ndarray], TrainState]:
+def read_train_state(
+    folder: Path, config: ModelConfig, trainable: TrainableName = "all"
+) -> tuple[dict[str, np.ndarray], TrainState]:
     """Optimizer tensors and `train_state.json` of a training checkpoint.
 
     Raises:
@@ -257,6 +259,8 @@ def read_train_state(folder: Path, config: ModelConfig) -> tuple[dict[str, np.nd
     if bad := not_finite(tensors):
         raise UserError(f"{folder / STATE}: tensor {bad} has values that are not finite")
     for name, shape in parameter_shapes(config).items():
+        if not is_trained(name, trainable):
+            continue
         muon = f"momentum_buffer.{name}"
         for key in [muon] if muon in tensors else [f"exp_avg.{name}", f"exp_avg_sq.{name}"]:
             if key not in tensors or tensors[key].shape != shape:

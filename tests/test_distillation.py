@@ -131,11 +131,13 @@ def flags(tiny_run, text_file, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["all", "attention"])
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_a_resumed_run_keeps_its_teacher(tiny_run, tmp_path, text_file, backend):
+def test_a_resumed_run_keeps_its_teacher(tiny_run, tmp_path, text_file, backend, trainable):
     argv = flags(
-        tiny_run, text_file, "--save-every", 2, "--keep", 0, "--log-every", 1, "--backend", backend
-    )
+        tiny_run, text_file, "--save-every", 2, "--keep", 0, "--log-every", 1, "--backend", backend,
+        "--trainable", trainable,
+    )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main([str(a) for a in (*argv, "--steps", 4, "--out", whole)]) == 0
     assert train.main([str(a) for a in (*argv, "--steps", 4, "--out", parts)]) == 0

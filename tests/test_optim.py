@@ -48,6 +48,27 @@ def muon(w, gradients, rate, decay, momentum=0.95):
     return w
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_attention_alone_is_trained_by_its_own_gradient(backend, dtype, biases):
+    model = dataclasses.replace(BASE.model, attention_bias=biases, attention_out_bias=biases)
+    whole = dataclasses.replace(BASE, model=model, dtype=dtype, grad_clip=0.0)
+    part = dataclasses.replace(whole, trainable="attention", activation_checkpointing=1)
+    full, attention = (session(backend, config) for config in (whole, part))
+    before = attention.weights()
+    losses = [s.step(0, 1e-2, [batch(0), batch(1)]).loss for s in (full, attention)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    expected, moments = (s.optimizer_state() for s in (full, attention))
+    assert moments.keys() == {name for name in expected if ".attn." in name}
+    for name, moment in moments.items():
+        assert moment == pytest.approx(expected[name], rel=0.02, abs=1e-6), name
+    after = attention.weights()
+    assert after.keys() == before.keys()
+    for name in after:
+        assert np.array_equal(after[name], before[name]) == (".attn." not in name), name
+
+
 def test_muon_is_its_formula_with_decoupled_decay():
     s = session()
     before, gradients = s.weights()[MATRIX].astype(np.float64), []

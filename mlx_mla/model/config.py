@@ -12,6 +12,7 @@ from mlx_mla.fields import Bounds, at_least_1, check_bounds, fraction, not_negat
 from mlx_mla.model.attention import KINDS, Attention, AttentionName, meaningless_fields
 
 InitializerName = Literal["normal", "fan_in"]
+TrainableName = Literal["all", "attention"]
 BackendName = Literal["mlx", "torch"]
 DeviceName = Literal["auto", "cpu", "gpu", "mps", "cuda"]
 DType = Literal["float32", "bfloat16"]
@@ -277,6 +278,9 @@ class OptimizerSettings:
     """AdamW's epsilon."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
+    trainable: TrainableName = "all"
+    """Parameters to train. "attention": those of the attention alone, in less time and memory, such
+    as after a conversion to MLA."""
     teacher: Optional[str] = None
     """Model folder to distil from: adds the divergence from its predictions to the loss. None:
     off."""

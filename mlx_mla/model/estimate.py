@@ -1,12 +1,13 @@
 """The cost of a configuration, from its shapes only: parameters, FLOPs, memory, cache bytes."""
 
 import dataclasses
+import math
 
 from mlx_mla.errors import UserError
 from mlx_mla.machine import physical_memory
 from mlx_mla.model.config import ModelConfig, TrainConfig
 from mlx_mla.model.fusion import Device, fused_by_mlx
-from mlx_mla.model.weights import is_hidden_matrix, num_parameters, parameter_shapes
+from mlx_mla.model.weights import is_hidden_matrix, is_trained, num_parameters, parameter_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 BEYOND = 4
@@ -19,7 +20,7 @@ class Estimate:
     """The figures that `train --dry-run` prints."""
 
     parameters: int
-    """Number of trainable parameters; a tied head counts once."""
+    """Number of parameters; a tied head counts once."""
     forward_flops_per_token: int
     """FLOPs with multiply-adds counted as 2, averaged over the positions of a sequence, including
     the head."""
@@ -56,10 +57,13 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
     m, T = config.model, config.context
     n = num_parameters(m)
     flops = forward_flops_per_token(m, T)
-    shapes = parameter_shapes(m).items()
-    of_muon = sum(s[0] * s[1] for name, s in shapes if is_hidden_matrix(name, len(s)))
-    moments = 2 * n - (of_muon if config.optimizer == "muon" else 0)
-    gradients = 4 * n * (2 if config.passes_per_step > 1 else 1)
+    moments, trained = 0, 0
+    for name, shape in parameter_shapes(m).items():
+        if is_trained(name, config.trainable):
+            trained += math.prod(shape)
+            of_muon = config.optimizer == "muon" and is_hidden_matrix(name, len(shape))
+            moments += (1 if of_muon else 2) * math.prod(shape)
+    gradients = 4 * trained * (2 if config.passes_per_step > 1 else 1)
     return Estimate(
         parameters=n,
         forward_flops_per_token=flops,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mlx_mla.model.config import InitializerName, ModelConfig
+from mlx_mla.model.config import InitializerName, ModelConfig, TrainableName
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -55,6 +55,11 @@ def not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
         if not np.isfinite(total) and not np.isfinite(values).all():
             return name
     return None
+
+
+def is_trained(name: str, trainable: TrainableName) -> bool:
+    """True if --trainable lets a parameter change."""
+    return trainable == "all" or ".attn." in name
 
 
 def is_hidden_matrix(name: str, ndim: int) -> bool:

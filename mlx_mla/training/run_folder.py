@@ -33,6 +33,7 @@ FIXED_ON_RESUME = (
     "initializer_range",
     "initializer",
     "optimizer",
+    "trainable",
     "teacher",
     "teacher_weight",
     "teacher_temperature",
@@ -139,7 +140,7 @@ def resume_point(
             else "there is no older one"
         )
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
-    optimizer_state, info = checkpoint.read_train_state(folder, config.model)
+    optimizer_state, info = checkpoint.read_train_state(folder, config.model, config.trainable)
     samples = info.data_samples_sha256 or data.samples
     if info.data_sha256 != data.fingerprint or samples != data.samples:
         raise UserError(

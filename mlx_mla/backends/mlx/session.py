@@ -48,6 +48,10 @@ class MLXTrainSession:
         config = self.config
         mx.reset_peak_memory()
         self.model = build_model(config.model, start.weights)
+        if config.trainable == "attention":
+            self.model.freeze()
+            for block in self.model.transformer.h:
+                block.attn.unfreeze()
         self.optimizer = optim.make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
         self._average = self.world.gradient_average([])
@@ -163,8 +167,10 @@ class MLXTrainSession:
         return (1 - weight) * cross_entropy(logits, y).mean() + weight * divergence
 
     def _loss_and_grad(self, x: mx.array, y: mx.array) -> tuple[mx.array, dict]:
-        master = self.model.trainable_parameters()
+        master, trained = self.model.parameters(), self.model.trainable_parameters()
         taught = None if self._teacher is None else self._teacher(x)
+
+        self.model.update(self._cast(master))
 
         def loss_fn(params: dict) -> mx.array:
             self.model.update(self._cast(params))
@@ -172,7 +178,7 @@ class MLXTrainSession:
                 return self._distillation_loss(x, y, taught)
             return self._cross_entropy(x, y, gradient=True) * (1 / y.size)
 
-        loss, grads = mx.value_and_grad(loss_fn)(master)
+        loss, grads = mx.value_and_grad(loss_fn)(trained)
         self.model.update(master)
         return loss, grads
 
@@ -186,7 +192,7 @@ class MLXTrainSession:
         return norm
 
     def _summed_loss(self, x: mx.array, y: mx.array) -> mx.array:
-        master = self.model.trainable_parameters()
+        master = self.model.parameters()
         self.model.update(self._cast(master))
         loss = self._cross_entropy(x, y, gradient=False)
         self.model.update(master)

@@ -16,6 +16,7 @@ from mlx_mla.backends.torch.optim import Optimizers
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.data.windows import Batch
 from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.weights import is_trained
 from mlx_mla.world import SOLO, World
 
 
@@ -43,7 +44,10 @@ class TorchTrainSession:
                 build_model(teacher.config, teacher.weights, device),
                 teacher.vocabulary,
             )
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad_(is_trained(name, config.trainable)).requires_grad:
+                self.parameters[name] = p
         self._average = world.gradient_average(self.parameters.values())
         self.optimizers = Optimizers(config, self.parameters)
         if start.optimizer_state is not None:
@@ -88,7 +92,7 @@ class TorchTrainSession:
             return all(ok or bool(t.isfinite().all()) for ok, t in zip(sums, tensors))
 
     def weights(self) -> dict[str, np.ndarray]:
-        return {name: p.detach().cpu().numpy().copy() for name, p in self.parameters.items()}
+        return {name: p.detach().cpu().numpy().copy() for name, p in self.model.named_parameters()}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         return self.optimizers.state_tensors()
