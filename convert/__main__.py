@@ -64,7 +64,7 @@ class ConvertCommand:
     perplexity. Needed for a model with RoPE or grouped queries."""
     calibration_tokens: Optional[int] = None
     """Tokens of the text to calibrate on, from its beginning. 0: all. None: 131072 for GPT-2's
-    attention, 16384 for other attention, whose layers are converted one after the other."""
+    attention, 65536 for other attention, whose layers are converted one after the other."""
     held_out_tokens: int = 32768
     """Tokens of its last tenth to measure perplexity on. 0: all."""
     dtype: Optional[InferenceDType] = None

@@ -41,7 +41,8 @@ class LayerResult:
     singular_values: np.ndarray
     error_before_refit: float
     error_after_refit: float
-    """Of the stream after the attention on the calibration text, relative to its size, squared."""
+    """Of the stream after the attention on the calibration text: squared, relative to each token's
+    stream, mean over tokens."""
 
 
 @torch.no_grad()
@@ -125,28 +126,31 @@ def _refit(
 ) -> tuple[float, float]:
     """Set the output projection such that the converted stream becomes the source's.
 
+    Each token's error counts relative to its stream, since the norms that read the stream divide by
+    its size. The first token of a window has a stream hundreds of times as large as the others.
+
     Args:
         joined: What the projection reads, (N, T, H d).
         after: The source's stream after the attention, (N, T, D).
         ours: The converted model's before it.
 
     Returns:
-        The squared error relative to the stream, with the old projection and with the new one.
+        The squared relative error, with the old projection and with the new one.
     """
-    gram, cross, missing, size = Sum(), Sum(), Sum(), Sum()
+    gram, cross, missing = Sum(), Sum(), Sum()
     start = _matrix(old)
     for b in batches:
-        o = _with_one(joined[b].flatten(0, 1), start.shape[1])
         stream = after[b].flatten(0, 1)
-        target = stream - ours[b].flatten(0, 1)
+        size = torch.linalg.vector_norm(stream, dim=1, keepdim=True).clamp(min=1e-30)
+        o = _with_one(joined[b].flatten(0, 1), start.shape[1]) / size
+        target = (stream - ours[b].flatten(0, 1)) / size
         gram.add(o.T @ o)
         cross.add(target.T @ o)
         missing.add(target.square().sum())
-        size.add(stream.square().sum())
 
     def error(W: np.ndarray) -> float:
         left = missing.total - 2 * (W * cross.total).sum() + ((W @ gram.total) * W).sum()
-        return max(0.0, float(left / size.total))
+        return max(0.0, float(left) / ours[..., 0].numel())
 
     W = refit(gram.total, cross.total, start, REFIT_RIDGE)
     _set(new, W)

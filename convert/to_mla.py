@@ -90,7 +90,7 @@ def default_method(config: ModelConfig, calibration: Calibration | None) -> Meth
 def calibration_defaults(config: ModelConfig) -> tuple[int, int]:
     """Tokens of a calibration window, and of all that are calibrated on."""
     return (
-        (min(512, config.n_positions), 2**14) if config.beyond_gpt2 else (config.n_positions, 2**17)
+        (min(512, config.n_positions), 2**16) if config.beyond_gpt2 else (config.n_positions, 2**17)
     )
 
 

@@ -121,7 +121,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_mla(smollm2, shared_corpus, tmp_path_factory) -> Path:
-    """That model converted to MLA at half its cache, on a quarter of the default calibration."""
+    """That model converted to MLA at half its cache, on a sixteenth of the default calibration."""
     from convert.__main__ import main
 
     place = tmp_path_factory.mktemp("smollm2")
