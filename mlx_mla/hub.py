@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mlx_mla import checkpoint
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, first_line
 from mlx_mla.files import is_hub_id
 
 FILES = ["*.json", "*.safetensors", "*.py", "SHA256SUMS"]
@@ -65,6 +65,4 @@ def _download(name: str, revision: str | None) -> Path:
             "path or the network (and HF_HUB_OFFLINE)"
         ) from None
     except (HfHubHTTPError, HFValidationError) as e:
-        raise UserError(
-            f"{name}: no such folder here, and the hub says: {str(e).strip().splitlines()[0]}"
-        ) from None
+        raise UserError(f"{name}: no such folder here, and the hub says: {first_line(e)}") from None

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from mlx_mla import cli, plot, prepare, train
 from mlx_mla.checkpoint import ModelFolder, TrainState
+from mlx_mla.data import preparation
 from mlx_mla.data.manifest import MANIFEST, read_manifest
 from mlx_mla.evaluation.item_store import ItemStore
 from mlx_mla.evaluation.report import read_results
@@ -96,7 +97,7 @@ def prepared(tmp_path_factory):
     argv = [str(root / "in"), "--tokenizer", "bytes", "--val-fraction", "0.3"]
     argv += ["--shard-tokens", "9000", "--out"]
     assert prepare.main([*argv, str(root / "whole")]) == 0
-    write, left = prepare.write_shard, [3]
+    write, left = preparation.write_shard, [3]
 
     def some(*args):
         left[0] -= 1
@@ -105,7 +106,7 @@ def prepared(tmp_path_factory):
         return write(*args)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
-        patch.setattr(prepare, "write_shard", some)
+        patch.setattr(preparation, "write_shard", some)
         prepare.main([*argv, str(root / "part")])
     assert not json.loads((root / "part" / MANIFEST).read_text())["complete"]
     return root, argv

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mla import prepare
-from mlx_mla.data import documents
+from mlx_mla.data import documents, preparation
 from mlx_mla.data.tokenizer import get_tokenizer
 
 SPLITS = ("train", "val")
@@ -268,8 +268,8 @@ def test_stopped_between_any_two_writes_it_goes_on_to_the_same_bytes(
 
         return call
 
-    monkeypatch.setattr(prepare, "write_shard", counting(prepare.write_shard))
-    monkeypatch.setattr(prepare, "write_text", counting(prepare.write_text))
+    monkeypatch.setattr(preparation, "write_shard", counting(preparation.write_shard))
+    monkeypatch.setattr(preparation, "write_text", counting(preparation.write_text))
     for lives in range(1, 60):
         writes["left"] = at + lives
         try:
@@ -359,7 +359,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with(
         == f"{src}@c0ffee#00001"
     )
 
-    real, left = prepare.write_shard, {"n": 0}
+    real, left = preparation.write_shard, {"n": 0}
 
     def stopping(*args):
         left["n"] -= 1
@@ -367,7 +367,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with(
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(prepare, "write_shard", stopping)
+    monkeypatch.setattr(preparation, "write_shard", stopping)
     for left["n"] in (3, 4, 5, 1000):
         try:
             assert run(src, tmp_path / "b", "--shard-tokens", "5000") == 0

@@ -23,7 +23,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, first_line
 from mlx_mla.model.config import TOKENIZER_IDS
 
 END_OF_TEXT = "<|endoftext|>"
@@ -241,8 +241,7 @@ def as_user_error(what: str) -> Iterator[None]:
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{what} ({reason[:150]})") from None
+        raise UserError(f"{what} ({first_line(e):.150})") from None
 
 
 def end_ids(tokenizer: Any) -> list[int]:

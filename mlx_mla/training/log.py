@@ -51,7 +51,7 @@ class MetricsLog:
 
 
 class Pace:
-    """The speed of training, without validation and saving, and the remaining time.
+    """The speed of training, without validation and saving.
 
     Args:
         config: Resolved settings.
@@ -62,15 +62,11 @@ class Pace:
     def __init__(self, config: TrainConfig, flops_per_token: int, peak_flops: float):
         self._config, self._flops, self._peak = config, flops_per_token, peak_flops
         self._seconds, self._tokens = 0.0, 0
-        self._timed_seconds, self._timed_steps = 0.0, -1
 
     def step(self, seconds: float) -> None:
         """Count a step."""
         self._seconds += seconds
         self._tokens += self._config.step_tokens
-        if self._timed_steps >= 0:  # the first step includes compilation, unlike the later ones
-            self._timed_seconds += seconds
-        self._timed_steps += 1
 
     def logged(self) -> None:
         """Start a new mean."""
@@ -85,9 +81,3 @@ class Pace:
     def mfu(self) -> float:
         """Fraction of the device's peak; see `mlx_mla.backends.peak.mfu`."""
         return mfu(self._flops, self.tokens_per_sec, self._peak)
-
-    def eta(self, step: int) -> float | None:
-        """Estimated seconds until the last step; None before the second step."""
-        if self._timed_steps < 1:
-            return None
-        return (self._config.steps - step) * self._timed_seconds / self._timed_steps

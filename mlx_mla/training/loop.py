@@ -84,7 +84,7 @@ def train(
             writes it.
         resume: Resume from the newest checkpoint of `out`.
         from_step: With `resume`, resume from the checkpoint of this step instead.
-        console: Where to show progress.
+        console: A `plain_console`, for progress.
         world: The ranks that train together.
 
     Raises:
@@ -110,7 +110,7 @@ def train(
         if resume:
             began = f"resuming {out} after step {start.step}"
         ranks = "" if world.size == 1 else f" with {world.size} ranks"
-        console.print(began + ranks, highlight=False, soft_wrap=True)
+        console.print(began + ranks)
         expected = _expected_memory(config, backend, console)
         peak_flops = _peak_flops(config.backend, config.device, config.dtype) if lead else math.inf
         pace = Pace(config, expected.train_flops_per_token, peak_flops)
@@ -215,7 +215,7 @@ class _Loop:
             raise UserError(self._diverged(f"loss {result.loss}, gradient norm {result.grad_norm}"))
         self.pace.step(time.perf_counter() - began)
         speed, share = self.pace.tokens_per_sec, self.pace.mfu
-        self.display.step(self.done, result.loss, speed, share, self.pace.eta(self.done))
+        self.display.step(self.done, result.loss, speed, share)
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
             self._log_loss("train", result.loss, lr, speed, mfu=round(share, 4))
             self.pace.logged()
@@ -418,9 +418,8 @@ def _expected_memory(config: TrainConfig, backend: Backend, console: Console) ->
         console.print(
             f"warning: a step needs about {expected.total_bytes / 2**30:.1f} GiB, but the device "
             f"has {limit / 2**30:.1f}: training will swap (many times slower) or fail; to fit: "
-            f"{advice}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"{advice}"
+        )
     return expected
 
 

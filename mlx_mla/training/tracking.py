@@ -210,8 +210,7 @@ class Tracking:
 
     def _warn(self, name: str, error: Exception) -> None:
         reason = " ".join(str(error).split())
-        text = f"warning: --track {name} failed and is left out from here: {reason}"
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"warning: --track {name} failed and is left out from here: {reason}")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 from mlx_mla.backends.mlx.device import DTYPES
 from mlx_mla.checkpoint import ModelFolder
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, first_line
 from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.model_mlx import Model, ModelArgs
 
@@ -46,7 +46,7 @@ def load(folder: ModelFolder, dtype: InferenceDType | None = None) -> Model:
                 get_model_classes=lambda config: (Model, ModelArgs),
             )
     except (ValueError, RuntimeError, KeyError) as e:
-        raise UserError(f"{folder}: the weights do not fit config.json: {_first_line(e)}") from e
+        raise UserError(f"{folder}: the weights do not fit config.json: {first_line(e)}") from e
     assert isinstance(model, Model)
     if name := not_finite(model.parameters()):
         raise UserError(
@@ -79,7 +79,3 @@ def _without_wildcards(folder: Path) -> Iterator[Path]:
         link = Path(place) / "model"
         link.symlink_to(folder.resolve(), target_is_directory=True)
         yield link
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

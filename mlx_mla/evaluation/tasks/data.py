@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, first_line
 from mlx_mla.files import encodable, parse_json_object, read_text
 
 # Of the published files. A file with other content is used, with a warning.
@@ -68,8 +68,8 @@ def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
     try:
         return load_dataset(name, config, split=split)
     except Exception as e:  # datasets passes through whatever its transports raise
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"dataset {name} cannot be loaded from the hub ({reason:.120}); check the network, or "
-            f"put {where} into a folder and give it as --data-dir (--eval-data-dir in training)"
+            f"dataset {name} cannot be loaded from the hub ({first_line(e):.120}); check the "
+            f"network, or put {where} into a folder and give it as --data-dir (--eval-data-dir in "
+            "training)"
         ) from None
