@@ -52,7 +52,8 @@ from bench.subjects.contract import Subject, Timed
 from bench.timing import Case, time_cases
 from mlx_mla import cli
 from mlx_mla.fields import at_least_1, positive
-from mlx_mla.model.config import BackendName, DeviceName, ModelConfig, TrainConfig
+from mlx_mla.model.config import BackendName, DeviceName, ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import num_parameters
 
 PROG = "python bench/compare_backends.py"

@@ -34,8 +34,8 @@ from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError
 from mlx_mla.files import write_text
-from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.estimate import cache_bytes_per_token
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import num_parameters
 
 PROG = "python -m bench.study"

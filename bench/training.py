@@ -24,9 +24,10 @@ from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.display import markdown_table
 from mlx_mla.fields import at_least_1, not_negative, positive
-from mlx_mla.model.config import BackendName, DeviceName, TrainConfig
+from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.model.estimate import Estimate, estimate
 from mlx_mla.model.presets import preset
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from mlx_mla.data.corpus import BUILTIN
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.estimate import cache_bytes_per_token
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import num_parameters
 
 _FRONT_MATTER = """---

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import numpy as np
 from rich.markup import escape
@@ -18,7 +18,7 @@ from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend
 from mlx_mla.checkpoint import ModelFolder
-from mlx_mla.decoding.request import GenerationOptions, outside
+from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation import report
@@ -34,8 +34,9 @@ from mlx_mla.evaluation.runner import (
 from mlx_mla.evaluation.scoring import RowBatch, Scorer
 from mlx_mla.evaluation.tasks import TASKS, Measured, Task
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
+from mlx_mla.fields import Bounds, PositiveInt, check_bounds
 from mlx_mla.locks import locked
-from mlx_mla.model.config import BackendName, DeviceName, InferenceDType
+from mlx_mla.model.config import BackendName, DeviceName, InferenceDType, Seed
 
 PROG = "python -m mlx_mla.evaluate"
 SPEED = "speed"
@@ -57,18 +58,18 @@ class EvaluateCommand:
     protocol: Literal["standard", "original"] = "standard"
     """standard: the field's definitions. original: what the original project measured, for its
     table."""
-    limit: Optional[int] = None
+    limit: Optional[PositiveInt] = None
     """Score a random sample of so many items of each task. None: all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of that sample."""
     data_dir: Optional[Path] = None
     """Folder with wikitext2/wiki.{test,valid}.raw, lambada/lambada_test.jsonl and
     hellaswag/hellaswag_val.jsonl.
     None: the Hugging Face hub."""
-    window: int = WINDOW
+    window: Annotated[int, Bounds("be at least 2", 2)] = WINDOW
     """Tokens of a WikiText window; another than 1024 gives perplexities that others' cannot be
     compared with."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Most rows scored at once. Lower it if memory runs out."""
     dtype: InferenceDType = "float32"
     """Type of weights and computation, also of speed; log-probabilities are float32."""
@@ -135,18 +136,11 @@ def _evaluate(
 
 
 def _check(command: EvaluateCommand) -> None:
-    for name in ("limit", "batch_size"):
-        value = getattr(command, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if command.window < 2:
-        raise UserError(f"--window must be at least 2, not {command.window}")
+    check_bounds(command)
     if len(set(command.model)) < len(command.model):
         raise UserError("--model names a model twice")
     if command.resume and command.out is None:
         raise UserError("--resume needs --out, the file of the interrupted run")
-    if problem := outside("seed", command.seed):
-        raise UserError(f"--seed {problem}")
     if command.out is not None:
         report.claim(command.out, command.resume)
     if command.data_dir is not None and not command.data_dir.is_dir():

@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, 
 
 from typing_extensions import NotRequired, Required, get_type_hints, is_typeddict
 
-from mlx_mla.errors import UserError, nearest, shown
+from mlx_mla.errors import UserError, flag, nearest, shown
 from mlx_mla.files import LARGEST_TEXT, encodable, parse_json, read_json, read_toml
 
 T = TypeVar("T")
@@ -106,6 +106,16 @@ def fraction(must: str = "be from 0 to 1", above_0: bool = False, below_1: bool 
     return Bounds(must, low, high, must)
 
 
+def between(low: float, high: float, hint: str = "") -> Bounds:
+    """Numbers from `low` to `high`.
+
+    Args:
+        hint: What a value means, such as "0 is off", for messages.
+    """
+    must = f"be from {low:.10g} to {high:.10g}" + (f" ({hint})" if hint else "")
+    return Bounds(must, low, high, must)
+
+
 Count = Annotated[int, not_negative()]
 PositiveInt = Annotated[int, at_least_1()]
 PositiveFloat = Annotated[float, positive()]
@@ -117,17 +127,30 @@ FileName = Annotated[
 Sha256 = Annotated[str, Form("be a sha256", "[0-9a-f]{64}")]
 
 
-def check_bounds(settings: Any, bounds: Mapping[str, Bounds]) -> None:
-    """Check the numbers of a settings object; None and each item of a list included.
+def check_bounds(settings: Any) -> None:
+    """Check the numbers of a settings dataclass, those in its lists included.
 
     Raises:
         UserError: Naming the flag of a field that is out of its bounds.
     """
-    for name, limit in bounds.items():
+    for name, limit in bounds_of(type(settings)).items():
         value = getattr(settings, name)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and (problem := limit.problem(number)):
-                raise UserError(f"--{name.replace('_', '-')} {problem}")
+                raise UserError(f"{flag(name)} {problem}")
+
+
+def bounds_of(cls: type) -> dict[str, Bounds]:
+    """The bounds of a dataclass's numbers, by field."""
+
+    def found(annotation: Any) -> Iterator[Bounds]:
+        if isinstance(annotation, Bounds):
+            yield annotation
+        for inner in get_args(annotation):
+            yield from found(inner)
+
+    limits = {name: next(found(annotation), None) for name, annotation in _kinds(cls).items()}
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def documentation(cls: type) -> list[tuple[type, dict[str, str]]]:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Annotated, Optional
 
 from rich.console import Console
 from tyro.conf import Positional
@@ -19,9 +19,9 @@ from mlx_mla.data.shards import Format
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.display import PrepareDisplay, plain_console
 from mlx_mla.errors import UserError
-from mlx_mla.fields import at_least_1, check_bounds, fraction, not_negative
+from mlx_mla.fields import at_least_1, check_bounds, fraction
 from mlx_mla.locks import locked
-from mlx_mla.model.config import MAX_SEED
+from mlx_mla.model.config import Seed
 
 PROG = "python -m mlx_mla.prepare"
 
@@ -45,18 +45,21 @@ class PrepareCommand:
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
     once."""
-    val_fraction: float = 0.01
+    val_fraction: Annotated[float, fraction("be between 0 and 1", above_0=True, below_1=True)] = (
+        0.01
+    )
     """Fraction of the documents to hold out for validation, selected by the hash of their text."""
     format: Format = "npy"
     """"npy" (build-nanogpt's format) or "llmc" (llm.c's .bin)."""
     prefix: str = "tokens"
     """Beginning of the shards' names: PREFIX_train_000001.npy."""
-    shard_tokens: int = 100_000_000
+    # llm.c's header counts in int32.
+    shard_tokens: Annotated[int, at_least_1(2**31 - 1)] = 100_000_000
     """Maximum tokens in a shard. A shard is shuffled in memory, at 2 bytes per token, or 4 if the
     tokenizer has more than 65,536 ids. Documents are never split."""
-    workers: Optional[int] = None
+    workers: Optional[Annotated[int, at_least_1(1024)]] = None
     """Threads that read and tokenize. None: one per core. The result does not depend on it."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Determines the order of files and documents."""
     text_column: str = "text"
     """Column (or key of a JSON line) that holds the text."""
@@ -122,16 +125,8 @@ def _make(out: Path) -> None:
         raise UserError(f"{out}: cannot be created: {e.strerror}; give --out another path") from e
 
 
-_BOUNDS = {
-    "val_fraction": fraction("be between 0 and 1", above_0=True, below_1=True),
-    "shard_tokens": at_least_1(2**31 - 1),  # llm.c's header counts in int32
-    "workers": at_least_1(1024),
-    "seed": not_negative(MAX_SEED),
-}
-
-
 def _check(command: PrepareCommand) -> int:
-    check_bounds(command, _BOUNDS)
+    check_bounds(command)
     if command.bpe_dir is not None and command.tokenizer != "gpt2":
         raise UserError("--bpe-dir requires --tokenizer gpt2; leave out --bpe-dir")
     if not command.separator:

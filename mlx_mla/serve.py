@@ -27,11 +27,12 @@ from mlx_mla.backends.mlx.load import load
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.http_answer import Generator
 from mlx_mla.decoding.http_request import RequestChecks, check_template_arguments
-from mlx_mla.decoding.request import GREEDY_BELOW, LARGEST_INT, outside
-from mlx_mla.errors import UserError
+from mlx_mla.decoding.request import GREEDY_BELOW, LARGEST_INT, GenerationOptions
+from mlx_mla.errors import UserError, flag
+from mlx_mla.fields import between, bounds_of
 from mlx_mla.files import parse_json_object
 from mlx_mla.hub import find_model
-from mlx_mla.model.config import InferenceDType, flag
+from mlx_mla.model.config import InferenceDType
 
 import mlx.core as mx  # isort: skip  (after the backend, which loads its BLAS)
 from mlx_lm import server  # isort: skip
@@ -44,11 +45,15 @@ LARGEST_BODY = 2**20
 CLIENT_TIMEOUT = 120
 DRAIN_SECONDS, DRAIN_BYTES = 5, 64 << 20
 DTYPE_HELP = "type of weights, computation and cache; default: float32 on a CPU, bfloat16 on a GPU"
-LOWEST = {
-    "max_tokens": 1, "num_draft_tokens": 1, "decode_concurrency": 1, "prompt_concurrency": 1,
-    "prefill_step_size": 1, "prompt_cache_size": 0, "quantized_kv_start": 0,
-}  # fmt: skip
-"""Flags of mlx-lm's that are whole numbers, and their lowest values."""
+_COUNTS = ("max_tokens", "num_draft_tokens", "decode_concurrency", "prompt_concurrency",
+           "prefill_step_size")  # fmt: skip
+LIMITS = {
+    **{name: bounds_of(GenerationOptions)[name] for name in ("temp", "top_p", "min_p")},
+    **dict.fromkeys(_COUNTS, between(1, LARGEST_INT)),
+    **dict.fromkeys(("prompt_cache_size", "quantized_kv_start"), between(0, LARGEST_INT)),
+    "port": between(1, 2**16 - 1),
+}
+"""The bounds of mlx-lm's flags."""
 KV_BITS, KV_GROUP_SIZES = (4, 8), (32, 64, 128)
 
 
@@ -225,16 +230,11 @@ def check_flags(args: argparse.Namespace) -> ModelFolder:
     for name in ("adapter_path", "draft_model", "use_default_chat_template", "pipeline"):
         if getattr(args, name):
             raise UserError(f"{flag(name)} is for mlx_lm.server; leave it out")
-    for name in ("temp", "top_p", "min_p"):
-        if problem := outside(name, getattr(args, name)):
+    for name, limit in LIMITS.items():  # some are flags of mlx-lm from 0.32 alone
+        if problem := limit.problem(getattr(args, name, limit.low)):
             raise UserError(f"{flag(name)} {problem}")
     if args.temp < GREEDY_BELOW:
         args.temp = 0
-    for name, lowest in LOWEST.items():
-        if not lowest <= (value := getattr(args, name, lowest)) <= LARGEST_INT:
-            raise UserError(f"{flag(name)} must be from {lowest} to {LARGEST_INT}, not {value}")
-    if not 0 < args.port < 2**16:
-        raise UserError(f"--port must be from 1 to 65535, not {args.port}")
     if not isinstance(args.chat_template_args, dict):
         raise UserError("--chat-template-args must be a JSON object")
     check_template_arguments("--chat-template-args", args.chat_template_args)

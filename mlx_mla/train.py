@@ -19,8 +19,9 @@ from mlx_mla.fields import documentation
 from mlx_mla.files import read_toml
 from mlx_mla.model import estimate
 from mlx_mla.model.attention import meaningless_fields
-from mlx_mla.model.config import RENAMED, TOKENIZER_IDS, ModelConfig, TrainConfig
+from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig
 from mlx_mla.model.presets import overlay, preset
+from mlx_mla.model.train_config import RENAMED, TrainConfig
 from mlx_mla.training.metrics import perplexity_text
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
@@ -241,12 +242,14 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
             base = preset(name)
     else:
         base = preset(name or "nano")
-    base = _overlaid(base, file, str(command.config))
+    base = _exclusive(overlay(base, file, str(command.config)), base, file)
     if "tokens_per_step" in file:
         base.grad_accum_steps = None  # a run's config.toml has both
     of_model = {n: v for n, v in given.items() if n in ModelConfig.__dataclass_fields__}
     others = {n: v for n, v in given.items() if n not in _OWN and n not in of_model}
-    config = _overlaid(base, {**others, "model": of_model}, "flags")
+    model = dataclasses.replace(base.model, **of_model)
+    config = dataclasses.replace(base, model=model, **others)
+    config = _exclusive(config, base, {**others, "model": of_model})
     if config.init is not None and not command.resume:
         for name, value in of_model.items():
             if name != "dropout" and value != getattr(base.model, name):
@@ -266,9 +269,8 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
 _OWN = TrainCommand.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
 
 
-def _overlaid(base: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
-    """`overlay`, where a value also replaces what the base has in its place under other names."""
-    config = overlay(base, values, where)
+def _exclusive(config: TrainConfig, base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """The config that `values` made of `base`, without the settings of `base` that they exclude."""
     if config.model.attention != base.model.attention:
         # Every comparison is one flag apart: the base's settings of its own kind of attention go.
         others = meaningless_fields(config.model.attention)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends.mlx.session import MLXTrainSession
 from mlx_mla.data.tokenizer import GPT2Tokenizer
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 from mlx_mla.training.metrics import read_metrics
 

@@ -332,7 +332,7 @@ def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, cap
     GPT2Tokenizer(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(other))
     assert "has another vocabulary (50257 tokens, the model 257)" in no("--draft-model", other)
     assert "no such folder" in no("--draft-model", tmp_path / "none")
-    assert "--num-draft-tokens must be from 1 to" in no(
+    assert "--num-draft-tokens must be at least 1" in no(
         "--draft-model", draft, "--num-draft-tokens 0"
     )
     assert "need a cache" in no("--draft-model", draft, "--cache", "none")

@@ -26,8 +26,8 @@ from mlx_mla.checks.commands import free_ports
 from mlx_mla.data import corpus
 from mlx_mla.data.windows import TokenWindows
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.presets import preset
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training import loop
 from mlx_mla.training.metrics import read_metrics
 from mlx_mla.world import AgreedError, World, same_everywhere, share_of

@@ -18,7 +18,8 @@ from mlx_mla.backends.mlx import caches
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.decoding.request import GenerationOptions
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 quantize = mx.quantize

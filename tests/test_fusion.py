@@ -10,7 +10,7 @@ from mlx_mla import train
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.model import model_mlx
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.fusion import (
     CPU_SHORTEST,
     METAL_SHORTEST,
@@ -20,6 +20,7 @@ from mlx_mla.model.fusion import (
 )
 from mlx_mla.model.model_mlx import FUSED_PAIR, FUSED_SHARED_HEAD, FUSED_WIDTHS, NO_FUSED_GRADIENT
 from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 

@@ -35,9 +35,10 @@ from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
-from mlx_mla.training.starting_models import first_weights
+from mlx_mla.training.starting_models import initial_weights_of
 
 KINDS = {
     "mha-rope": {"attention": "mha", "position_embedding_type": "rope"},
@@ -293,7 +294,7 @@ def test_fan_in_initialization_makes_the_values_of_mla_as_large_as_those_of_mha(
     for name, model in models.items():
         for initializer in ("normal", "fan_in"):
             run = TrainConfig(model=model, initializer_range=1 / 16, initializer=initializer)
-            w = weights[name, initializer] = first_weights(run.resolved())
+            w = weights[name, initializer] = initial_weights_of(run.resolved())
             rows = w["transformer.h.0.attn.c_attn.weight"]
             if name == "mha":
                 values = x @ rows[512:].T

@@ -18,9 +18,9 @@ from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.optim import Muon
 from mlx_mla.backends.torch.optim import fuses
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.presets import preset
 from mlx_mla.model.schedule import learning_rate
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 from mlx_mla.training.metrics import read_metrics
 

@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_mla import checkpoint, files, generate, train
 from mlx_mla.backends.mlx.backend import MLXBackend
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.presets import preset, to_toml
 from mlx_mla.model.schedule import learning_rate
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training.metrics import read_metrics
 
 

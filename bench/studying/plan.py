@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from bench.studying.settings import Settings, differences, key, settings
 from mlx_mla.fields import PositiveFloat
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.train_config import TrainConfig
 
 RateName = Literal["learning_rate", "muon_learning_rate"]
 Keep = Literal["best", "all", "none"]

@@ -20,9 +20,9 @@ from mlx_mla.fields import (
     read,
     value_of,
 )
-from mlx_mla.model.config import MAX_SEED, TOKENIZER_IDS, TrainConfig
+from mlx_mla.model.config import TOKENIZER_IDS, Seed
 from mlx_mla.model.presets import overlay, preset
-from mlx_mla.training.starting_models import with_rows
+from mlx_mla.model.train_config import TrainConfig
 
 PAIRED = (
     *("tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len"),
@@ -34,7 +34,6 @@ QUICK_STEPS, QUICK_VALUES, QUICK_SEEDS = 20, 3, 2
 
 _Rates = list[PositiveFloat]
 _Stds = list[Annotated[float, positive(100)]]
-_Seed = Annotated[int, not_negative(MAX_SEED)]
 _Share = fraction("be a share such as 0.005", above_0=True, below_1=True)
 
 # The tables of the file; fields without a default are required.
@@ -70,13 +69,13 @@ class _Tuned:
     tokens: Union[PositiveInt, list[PositiveInt]]
     learning_rates: _Rates
     initializer_ranges: Optional[_Stds] = None
-    seeds: list[_Seed]
+    seeds: list[Seed]
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Size:
     tune_tokens: Optional[PositiveInt] = None
-    tuning_seed: Optional[_Seed] = None
+    tuning_seed: Optional[Seed] = None
     arms: Optional[list[str]] = None
 
 
@@ -343,9 +342,9 @@ def _split(cls: type, values: Mapping[str, Any], where: str) -> tuple[Any, dict[
 
 def _resolved(config: TrainConfig, where: str) -> TrainConfig:
     try:
-        if config.model.vocab_size is None and config.tokenizer not in TOKENIZER_IDS:
-            config = with_rows(config, get_tokenizer(config.tokenizer))
-        return config.resolved()
+        if config.tokenizer in TOKENIZER_IDS:  # "gpt2" may be a download
+            return config.resolved()
+        return config.resolved(get_tokenizer(config.tokenizer).size)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
 

@@ -22,7 +22,7 @@ from mlx_mla.fields import (
     value_of,
 )
 from mlx_mla.files import write_text
-from mlx_mla.model.config import MAX_SEED
+from mlx_mla.model.config import Seed
 
 RESULTS = "results.json"
 LARGEST_LOSS = 100.0
@@ -36,7 +36,7 @@ class Record:
     arm: str
     size: str
     rate: PositiveFloat
-    seed: Annotated[int, not_negative(MAX_SEED)]
+    seed: Seed
     tokens: PositiveInt
     loss: Optional[Annotated[float, not_negative(LARGEST_LOSS)]]
     """Final held-out loss in nats a token; None for a run that diverged."""

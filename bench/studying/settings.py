@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 
 Settings = dict[str, Any]
 """Names (`model.n_embd` for the model's own) to values, of a resolved configuration."""

@@ -18,8 +18,9 @@ from bench.rows import EAGER, PLAIN
 from bench.subjects.contract import Subject, Trainer, Weights
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 OUTSIDE = {"mlx": "mlx-lm gpt2", "torch": "transformers GPT-2"}

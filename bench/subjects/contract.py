@@ -11,7 +11,8 @@ import numpy as np
 
 from mlx_mla import checkpoint, files
 from mlx_mla.data.tokenizer import ByteTokenizer
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 
 Weights = dict[str, np.ndarray]
 

@@ -16,7 +16,8 @@ from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.decode import WithoutCache
 from mlx_mla.backends.mlx.device import stream_of
 from mlx_mla.backends.mlx.load import build_model
-from mlx_mla.model.config import DType, ModelConfig, TrainConfig
+from mlx_mla.model.config import DType, ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 

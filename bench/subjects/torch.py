@@ -16,7 +16,8 @@ from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.backends.torch.caches import GrowingCache
 from mlx_mla.backends.torch.load import build_model
 from mlx_mla.backends.torch.session import TorchTrainSession
-from mlx_mla.model.config import DType, ModelConfig, TrainConfig
+from mlx_mla.model.config import DType, ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 

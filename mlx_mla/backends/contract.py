@@ -12,7 +12,8 @@ from mlx_mla.data.windows import Batch
 from mlx_mla.decoding.request import CacheChoice, CacheName, GenerationOptions
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Scorer
-from mlx_mla.model.config import DType, InferenceDType, ModelConfig, TrainConfig
+from mlx_mla.model.config import DType, InferenceDType, ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.world import SOLO, World
 
 

@@ -18,9 +18,10 @@ from mlx_mla.checks import commands
 from mlx_mla.checks.row import Outcome, at_most, together
 from mlx_mla.data.corpus import BUILTIN, read_documents
 from mlx_mla.data.windows import Batch
-from mlx_mla.model.config import BackendName, DeviceName, DType, TrainConfig
+from mlx_mla.model.config import BackendName, DeviceName, DType
 from mlx_mla.model.estimate import estimate
 from mlx_mla.model.presets import preset
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 from mlx_mla.training.metrics import METRICS, read_metrics
 

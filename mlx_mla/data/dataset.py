@@ -8,8 +8,7 @@ from mlx_mla.data import corpus
 from mlx_mla.data.shards import Shard, open_folder, training_part
 from mlx_mla.data.tokenizer import Tokenizer
 from mlx_mla.data.windows import TokenWindows
-from mlx_mla.errors import UserError
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.train_config import TrainConfig
 
 
 class TrainingData:
@@ -26,11 +25,6 @@ class TrainingData:
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer):
         rows = config.model.vocab_size
         assert rows
-        if rows < tokenizer.size:
-            raise UserError(
-                f"--vocab-size {rows} is smaller than the tokenizer's {tokenizer.size} ids; use at "
-                f"least {tokenizer.size}, or leave it out"
-            )
         self.tokenizer = tokenizer
         self.fast_tokenizer = tokenizer.fast_tokenizer()
         train: np.ndarray | list[Shard]

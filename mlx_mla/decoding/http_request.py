@@ -7,25 +7,32 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from mlx_mla.decoding.request import GREEDY_BELOW, LARGEST_INT, outside
+from mlx_mla.decoding.request import (
+    GREEDY_BELOW,
+    LARGEST_INT,
+    GenerationOptions,
+    check_prompt,
+    check_room,
+)
 from mlx_mla.errors import UserError
+from mlx_mla.fields import between, bounds_of
 from mlx_mla.files import encodable
 
-OPTIONS = {
-    "temperature": "temp", "top_p": "top_p", "min_p": "min_p", "seed": "seed",
-    "repetition_penalty": "repetition_penalty",
-}  # fmt: skip
-"""Fields with the bounds of an option of ours."""
+OPTIONS = bounds_of(GenerationOptions)
 NUMBERS = {
-    "presence_penalty": (-100, 100), "frequency_penalty": (-100, 100),
-    "xtc_probability": (0, 1), "xtc_threshold": (0, 0.5),
-}  # fmt: skip
+    "temperature": OPTIONS["temp"],
+    **{name: OPTIONS[name] for name in ("top_p", "min_p", "repetition_penalty")},
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), between(-100, 100)),
+    "xtc_probability": between(0, 1),
+    "xtc_threshold": between(0, 0.5),
+}
 CONTEXT_SIZES = ("repetition_context_size", "presence_context_size", "frequency_context_size")
 WHOLE_NUMBERS = {
-    "max_tokens": (1, LARGEST_INT), "max_completion_tokens": (1, LARGEST_INT),
-    "num_draft_tokens": (0, LARGEST_INT), "top_logprobs": (-1, 11),
-    **dict.fromkeys(CONTEXT_SIZES, (0, LARGEST_INT)),
-}  # fmt: skip
+    "seed": OPTIONS["seed"],
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), between(1, LARGEST_INT)),
+    **dict.fromkeys((*CONTEXT_SIZES, "num_draft_tokens", "top_k"), between(0, LARGEST_INT)),
+    "top_logprobs": between(-1, 11),
+}
 TYPES = {
     "stream": bool, "logprobs": bool, "tools": list, "role_mapping": dict, "stream_options": dict,
     "chat_template_kwargs": dict, "logit_bias": dict, "messages": list, "prompt": str,
@@ -91,32 +98,20 @@ class RequestChecks:
         Raises:
             UserError: If there is no prompt, or the context has no room for it and the answer.
         """
-        if not prompt:
-            raise UserError("the prompt has no tokens; give some text")
-        if max(prompt) >= self.vocab_size:
-            raise UserError("the tokenizer has more tokens than the model; the server's folder has "
-                            "another model's tokenizer")  # fmt: skip
-        room = self.n_positions - len(prompt)
-        if room < (asked or 1):
-            answer = "" if asked is None else f" and max_tokens {asked}"
-            raise UserError(
-                f"{len(prompt)} prompt tokens{answer} exceed the model's "
-                f"n_positions={self.n_positions}"
-            )
+        check_prompt(prompt, self.vocab_size)
+        room = check_room(len(prompt), asked, self.n_positions, "max_tokens")
         return min(self.max_tokens, room) if asked is None else asked
 
     def _check_numbers(self, body: dict[str, Any]) -> None:
-        for name in body.keys() & {*OPTIONS, *NUMBERS, *WHOLE_NUMBERS, "top_k"}:
-            value, whole = body[name], name in WHOLE_NUMBERS or name in ("top_k", "seed")
+        for name in body.keys() & {**NUMBERS, **WHOLE_NUMBERS}.keys():
+            value, whole = body[name], name in WHOLE_NUMBERS
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise UserError(f"{name} must be a {'whole ' if whole else ''}number")
             off = name == "repetition_penalty" and value == 0  # to mlx-lm
-            if name in OPTIONS and not off and (problem := outside(OPTIONS[name], value)):
-                raise UserError(f"{name} {problem.split('; ')[0]}")
-            low, high = {**NUMBERS, **WHOLE_NUMBERS}.get(name, (value, value))
-            if not low <= value <= high:  # not so for NaN
-                raise UserError(f"{name} must be from {low} to {high}")
-            if name in NUMBERS:
+            problem = (WHOLE_NUMBERS if whole else NUMBERS)[name].problem(value)
+            if problem and not off:
+                raise UserError(f"{name} {problem}")
+            if not whole:
                 body[name] = float(value)  # mlx-lm takes no int for some
         if not 0 <= body.get("top_k", 0) < self.vocab_size:
             raise UserError(f"top_k must be from 0 (off) to {self.vocab_size - 1}")

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import MAX_SEED, ModelConfig, flag
+from mlx_mla.fields import PositiveInt, at_least_1, between, check_bounds
+from mlx_mla.model.config import ModelConfig, Seed
 
 CacheName = Literal["latent", "materialized", "none"]
 CacheChoice = Literal["latent", "materialized", "none", "auto"]
@@ -16,17 +17,6 @@ and mostly nothing (docs/measured.md)."""
 DEFAULT_MAX_TOKENS = 200
 
 LARGEST_INT = 2**31 - 1
-BOUNDS: dict[str, tuple[float, float, str]] = {
-    "temp": (0, 100, "0 is greedy"),
-    # Below, float32 has no share of the probability that small.
-    "top_p": (1e-6, 1, "1 is off; --temp 0 takes the likeliest token"),
-    "min_p": (0, 1, "0 is off"),
-    "repetition_penalty": (0.01, 100, "1 is off"),
-    "repetition_context_size": (1, LARGEST_INT, "64 is usual"),
-    "num_draft_tokens": (1, LARGEST_INT, "3 is usual"),
-    "seed": (0, MAX_SEED, "any such number will do"),
-}
-"""Lowest and highest value of each number of a request, and a word of advice. NaN is none."""
 
 OVERFLOWS = (
     "the model's scores are not finite for this text: its weights are damaged, or too large for "
@@ -42,21 +32,22 @@ GREEDY_BELOW = 1e-30
 class GenerationOptions:
     """How to continue a prompt."""
 
-    max_tokens: Optional[int] = None
+    max_tokens: Optional[PositiveInt] = None
     """Most tokens to generate for each prompt. None: 200, or as many as fit in n_positions."""
-    temp: float = 0.8
+    temp: Annotated[float, between(0, 100, "0 is greedy")] = 0.8
     """Sampling temperature, up to 100. 0: greedy, always the likeliest token."""
     top_k: int = 0
     """Sample among the k likeliest tokens. 0: off."""
-    top_p: float = 1.0
+    # Below 1e-6, float32 has no share of the probability that small.
+    top_p: Annotated[float, between(1e-6, 1, "1 is off")] = 1.0
     """Sample among the likeliest tokens that together have this probability. 1: off."""
-    min_p: float = 0.0
+    min_p: Annotated[float, between(0, 1, "0 is off")] = 0.0
     """Sample among tokens with at least this share of the likeliest one's probability. 0: off."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, between(0.01, 100, "1 is off")] = 1.0
     """Divide the scores of recent tokens by this. 1: off."""
-    repetition_context_size: int = 64
+    repetition_context_size: Annotated[int, at_least_1(LARGEST_INT)] = 64
     """Tokens that count as recent for --repetition-penalty."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling. The text depends on it, the prompt and the options, and not on the
     prompts of the same batch."""
     stop: tuple[str, ...] = ()
@@ -74,7 +65,7 @@ class GenerationOptions:
     draft_model: Optional[str] = None
     """A small model with the same tokenizer that guesses tokens for the model to check, several at
     a time: run folder, model folder or hub id. The greedy text stays the same in float32."""
-    num_draft_tokens: int = 3
+    num_draft_tokens: Annotated[int, at_least_1(LARGEST_INT)] = 3
     """Tokens that --draft-model guesses at a time."""
     max_kv_size: Optional[int] = None
     """Continue past this many tokens of context (at most n_positions) by dropping all but the
@@ -99,6 +90,26 @@ def check_request(
     Raises:
         UserError: Naming the option and its remedy.
     """
+    check_prompt(prompt, vocab_size)
+    check_bounds(options)
+    if not 0 <= options.top_k < vocab_size:
+        raise UserError(f"--top-k must be from 0 (off) to {vocab_size - 1}, not {options.top_k}")
+    if "" in options.stop:
+        raise UserError("--stop takes strings that are not empty")
+    if options.max_kv_size is not None:
+        if not 2 <= options.max_kv_size <= n_positions:
+            raise UserError(
+                f"--max-kv-size must be from 2 to n_positions ({n_positions}), not "
+                f"{options.max_kv_size}"
+            )
+        return DEFAULT_MAX_TOKENS if options.max_tokens is None else options.max_tokens
+    way_out = f", or give --max-kv-size {n_positions}"
+    room = check_room(len(prompt), options.max_tokens, n_positions, "--max-tokens", way_out)
+    return min(DEFAULT_MAX_TOKENS, room) if options.max_tokens is None else options.max_tokens
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Refuse an empty prompt, or token ids that the model does not have; raises UserError."""
     if len(prompt) == 0:
         raise UserError("the prompt has no tokens; give some text")
     if max(prompt) >= vocab_size or min(prompt) < 0:
@@ -107,29 +118,30 @@ def check_request(
             f"the prompt has token id {bad}, outside the model's vocabulary of {vocab_size}; the "
             "tokenizer in the folder does not belong to this model"
         )
-    _check_sampling(options, vocab_size)
-    if options.max_kv_size is not None:
-        if not 2 <= options.max_kv_size <= n_positions:
-            raise UserError(
-                f"--max-kv-size must be from 2 to n_positions ({n_positions}), not "
-                f"{options.max_kv_size}"
-            )
-        return DEFAULT_MAX_TOKENS if options.max_tokens is None else options.max_tokens
-    room = n_positions - len(prompt)
-    if room < 1:
+
+
+def check_room(
+    prompt_tokens: int, asked: Optional[int], n_positions: int, option: str, way_out: str = ""
+) -> int:
+    """How many tokens the model can generate after a prompt.
+
+    Args:
+        asked: Tokens that the request asks for, if it says so.
+        option: Name of that option, for messages.
+        way_out: Further advice, to end the message with.
+
+    Raises:
+        UserError: If there is no room, or less than the request asks for.
+    """
+    room = n_positions - prompt_tokens
+    if room < (asked or 1):
+        wanted = "" if asked is None else f" and {option} {asked}"
+        remedy = f"use {option} {room}" if room > 0 else f"shorten the prompt to {n_positions - 1}"
         raise UserError(
-            f"the prompt has {len(prompt)} tokens and the model n_positions={n_positions}; shorten "
-            f"it to {n_positions - 1}, or give --max-kv-size {n_positions}"
+            f"{prompt_tokens} prompt tokens{wanted} exceed the model's n_positions={n_positions}; "
+            f"{remedy}{way_out}"
         )
-    if options.max_tokens is None:
-        return min(DEFAULT_MAX_TOKENS, room)
-    if options.max_tokens > room:
-        raise UserError(
-            f"{len(prompt)} prompt tokens and --max-tokens {options.max_tokens} exceed the model's "
-            f"n_positions={n_positions}; use --max-tokens {room}, or give --max-kv-size "
-            f"{n_positions}"
-        )
-    return options.max_tokens
+    return room
 
 
 def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
@@ -152,23 +164,3 @@ def fit_context(context: list[int], limit: int) -> list[int]:
 def is_greedy(options: GenerationOptions) -> bool:
     """Whether the likeliest token is always taken."""
     return options.temp < GREEDY_BELOW
-
-
-def outside(name: str, value: float) -> str | None:
-    """What is wrong with a number of BOUNDS, in words; None where nothing is."""
-    low, high, advice = BOUNDS[name]
-    if low <= value <= high:  # not so for NaN
-        return None
-    return f"must be from {low:.10g} to {high:.10g}, not {value}; {advice}"
-
-
-def _check_sampling(options: GenerationOptions, vocab_size: int) -> None:
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise UserError(f"--max-tokens must be at least 1, not {options.max_tokens}")
-    for name in BOUNDS:
-        if problem := outside(name, getattr(options, name)):
-            raise UserError(f"{flag(name)} {problem}")
-    if not 0 <= options.top_k < vocab_size:
-        raise UserError(f"--top-k must be from 0 (off) to {vocab_size - 1}, not {options.top_k}")
-    if "" in options.stop:
-        raise UserError("--stop takes strings that are not empty")

@@ -5,8 +5,9 @@ import math
 
 from mlx_mla.errors import UserError
 from mlx_mla.machine import physical_memory
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.fusion import Device, fused_by_mlx
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import is_hidden_matrix, is_trained, num_parameters, parameter_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}

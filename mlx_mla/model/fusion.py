@@ -5,7 +5,7 @@ The rules come from the sources of MLX 0.32 and PyTorch 2.13. This module import
 
 from typing import Literal
 
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.train_config import TrainConfig
 
 Device = Literal["metal", "cuda", "cpu"]
 

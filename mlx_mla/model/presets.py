@@ -8,7 +8,8 @@ import tomli_w
 
 from mlx_mla.errors import UserError, nearest, shown
 from mlx_mla.fields import typed
-from mlx_mla.model.config import RENAMED, TOKENIZER_IDS, ModelConfig, TrainConfig
+from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig
+from mlx_mla.model.train_config import RENAMED, TrainConfig
 
 _MLA_124M: dict[str, Any] = {
     "tokenizer": "gpt2",

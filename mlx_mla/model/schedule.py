@@ -2,7 +2,7 @@
 
 import math
 
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.train_config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_mla.backends.peak import mfu
 from mlx_mla.errors import UserError
 from mlx_mla.files import finite
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training.metrics import METRICS, SAMPLES, read_metrics
 from mlx_mla.training.tracking import Tracking
 

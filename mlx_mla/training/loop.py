@@ -32,19 +32,19 @@ from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names, t
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 from mlx_mla.files import atomic_folder, parse_toml, write_text
-from mlx_mla.model.config import BackendName, DeviceName, DType, TrainConfig
+from mlx_mla.model.config import BackendName, DeviceName, DType
 from mlx_mla.model.estimate import Estimate, check_memory, estimate, memory_advice
 from mlx_mla.model.presets import overlay, to_toml
 from mlx_mla.model.schedule import learning_rate
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training import run_folder
 from mlx_mla.training.log import MetricsLog, Pace
 from mlx_mla.training.metrics import METRICS, plot_loss, read_metrics
 from mlx_mla.training.recovery import catch_signals
 from mlx_mla.training.run_folder import LATEST, PLOT
 from mlx_mla.training.starting_models import (
-    first_weights,
+    initial_weights_of,
     teacher,
-    with_rows,
     with_shape_of_init,
 )
 from mlx_mla.training.tracking import tracker_names, tracking
@@ -388,7 +388,7 @@ def _resolved(config: TrainConfig, resume: bool) -> tuple[Tokenizer, TrainConfig
     tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
     if config.init is not None and not resume:
         config = with_shape_of_init(config, tokenizer)
-    return tokenizer, with_rows(config, tokenizer).resolved()
+    return tokenizer, config.resolved(tokenizer.size)
 
 
 def _start(
@@ -396,7 +396,7 @@ def _start(
 ) -> Start:
     """Return the checkpoint to resume from, or the initial weights."""
     point = run_folder.resume_point(config, out, from_step, data) if resume else None
-    return Start(first_weights(config)) if point is None else point
+    return Start(initial_weights_of(config)) if point is None else point
 
 
 def _shared(world: World, start: Start | None) -> Start:

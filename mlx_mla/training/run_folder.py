@@ -13,8 +13,9 @@ from mlx_mla.data.dataset import TrainingData
 from mlx_mla.errors import UserError, flag
 from mlx_mla.files import clear_leftovers, read_toml, write_text
 from mlx_mla.locks import LOCK, locked
-from mlx_mla.model.config import ModelConfig, TrainConfig
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.presets import overlay, to_toml
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training.metrics import METRICS, SAMPLES, plot_loss, read_metrics, read_samples
 
 CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"

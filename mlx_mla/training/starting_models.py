@@ -11,7 +11,8 @@ from mlx_mla.backends.contract import Teacher
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data.tokenizer import FolderTokenizer, Tokenizer
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig, TrainConfig
+from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 LONGEST = 1024
@@ -19,7 +20,7 @@ LONGEST = 1024
 positions than a machine has memory for."""
 
 
-def first_weights(config: TrainConfig) -> dict[str, np.ndarray]:
+def initial_weights_of(config: TrainConfig) -> dict[str, np.ndarray]:
     """The weights before the first step, float32 by name."""
     if config.init is None:
         return initial_weights(
@@ -59,15 +60,6 @@ def with_shape_of_init(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig
         model=dataclasses.replace(folder.config, dropout=config.model.dropout),
         seq_len=config.seq_len or min(folder.config.n_positions, LONGEST),
     )
-
-
-def with_rows(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """Give the embedding as many rows as the tokenizer has ids, unless the settings say how
-    many."""
-    if config.model.vocab_size is not None:
-        return config
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.size)
-    return dataclasses.replace(config, model=model)
 
 
 def own_tokenizer(config: TrainConfig) -> str:

@@ -22,7 +22,7 @@ from rich.console import Console
 from mlx_mla.errors import UserError, nearest
 from mlx_mla.fields import Form, read
 from mlx_mla.files import write_text
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training.run_folder import TRACKING
 
 PROJECT = "mlx_mla"

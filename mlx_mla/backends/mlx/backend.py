@@ -16,8 +16,9 @@ from mlx_mla.backends.peak import measure_peak
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import CacheChoice
 from mlx_mla.machine import physical_memory
-from mlx_mla.model.config import DType, InferenceDType, TrainConfig
+from mlx_mla.model.config import DType, InferenceDType
 from mlx_mla.model.fusion import Device, fused_by_mlx
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.world import SOLO, World
 
 GIB = 2**30

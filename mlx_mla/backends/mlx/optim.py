@@ -9,8 +9,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_mla.backends.contract import stored_moment
-from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.schedule import muon_rate
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import is_hidden_matrix
 
 

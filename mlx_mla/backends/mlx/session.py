@@ -17,8 +17,8 @@ from mlx_mla.backends.mlx.load import build_model, not_finite
 from mlx_mla.backends.mlx.loss import cross_entropy, head_loss, hidden_states
 from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.data.windows import Batch
-from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.model_mlx import Model
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.world import SOLO, World
 
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")

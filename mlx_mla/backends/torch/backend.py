@@ -16,8 +16,9 @@ from mlx_mla.backends.torch.session import TorchTrainSession
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import CacheChoice
 from mlx_mla.machine import physical_memory
-from mlx_mla.model.config import DType, InferenceDType, TrainConfig
+from mlx_mla.model.config import DType, InferenceDType
 from mlx_mla.model.fusion import fused_by_torch
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.world import SOLO, World
 
 

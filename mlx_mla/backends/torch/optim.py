@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from mlx_mla.backends.contract import stored_moment
-from mlx_mla.model.config import TrainConfig
 from mlx_mla.model.schedule import muon_rate
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import is_hidden_matrix
 
 MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}

@@ -15,7 +15,7 @@ from mlx_mla.backends.torch.loss import head_loss, hidden_states
 from mlx_mla.backends.torch.optim import Optimizers
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.data.windows import Batch
-from mlx_mla.model.config import TrainConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import is_trained
 from mlx_mla.world import SOLO, World
 
