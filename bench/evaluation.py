@@ -41,7 +41,7 @@ from mlx_mla.backends.torch.backend import TorchBackend
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names, task_setup
+from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names
 from mlx_mla.evaluation.scoring import Request, RowBatch, Scorer, Scores
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.base import Definition, Measured, TaskSetup
@@ -188,7 +188,7 @@ def timed(
 
 def setup(scorer: Scorer) -> TaskSetup:
     """What a task's requests depend on."""
-    return task_setup(scorer.tokenizer, scorer.n_positions, 1024, None, 0)
+    return TaskSetup(scorer.tokenizer, scorer.n_positions, 1024)
 
 
 def needed_tokens(scorer: Scorer, name: str, data: Path) -> int:

@@ -1,12 +1,11 @@
 """`mlx-mla COMMAND ...` and `python -m mlx_mla COMMAND ...`: every command by its name."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from mlx_mla import cli
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, nearest
 
 COMMANDS = {
     "train": "train a model, or resume a run",
@@ -33,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _help(argv: Sequence[str]) -> int:
     if argv and argv[0] not in ("-h", "--help"):
-        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command {argv[0]!r}; {hint}")
+        raise UserError(f"unknown command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
     print("usage: mlx-mla COMMAND [flags]; each command explains its flags with --help\n")
     for name, purpose in COMMANDS.items():
         print(f"  {name:<10}{purpose}")

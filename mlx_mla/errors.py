@@ -38,6 +38,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
+def names_in(text: str, known: Iterable[str], option: str) -> list[str]:
+    """The names in a comma-separated list, each once; UserError if one is not known."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}: unknown name {name!r}; {nearest(name, known)}")
+    return names
+
+
 def flag(name: str) -> str:
     """The command-line spelling of a setting, for messages."""
     return "--" + name.replace("_", "-")

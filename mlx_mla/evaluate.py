@@ -29,10 +29,9 @@ from mlx_mla.evaluation.runner import (
     load,
     metrics,
     task_names,
-    task_setup,
 )
 from mlx_mla.evaluation.scoring import RowBatch, Scorer
-from mlx_mla.evaluation.tasks import TASKS, Measured, Task
+from mlx_mla.evaluation.tasks import TASKS, Measured, Task, TaskSetup
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 from mlx_mla.fields import Bounds, PositiveInt, check_bounds
 from mlx_mla.locks import locked
@@ -169,7 +168,7 @@ class Evaluation:
     def add(self, task: Task, documents: Sequence[Any], scorer: Scorer) -> None:
         """Run a task on the current model, and compare it with the first one."""
         command, row = self.command, self.document["models"][-1]
-        setup = task_setup(
+        setup = TaskSetup(
             scorer.tokenizer, scorer.n_positions, command.window, command.limit, command.seed
         )
         prepared = PreparedTask(task, documents, command.protocol, setup)

@@ -510,7 +510,7 @@ def test_evaluation_refuses(shared_data, capsys):
 
     assert "wikitext2 has too few items" in no("--tasks", "wikitext2")
     assert "must be at least 1" in no("--limit", "0")
-    assert "did you mean lambada?" in no("--tasks", "lamda")
+    assert "did you mean 'lambada'?" in no("--tasks", "lamda")
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def test_a_command_gets_its_arguments(folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (["trian"], "unknown command 'trian'; did you mean train?"),
-        (["--steps", "5"], "unknown command '--steps'; known are train, generate, "),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["--steps", "5"], "unknown command '--steps'; known: train, generate, "),
     ],
 )
 def test_an_unknown_command_names_the_nearest(capsys, argv, hint):

@@ -15,7 +15,7 @@ from mlx_mla.backends.torch.load import build_model as build_torch
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.scoring import Request, RowBatch, encode_choices, encode_pair, score
+from mlx_mla.evaluation.scoring import Request, RowBatch, encode_choices, score
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import initial_weights
 
@@ -155,5 +155,5 @@ def test_blanks_before_the_ending_belong_to_it():
     def encode(text: str) -> list[int]:
         return list(text.encode())
 
-    assert encode_pair(encode, 256, "a  ", "b") == Request((97,), ((32, 32, 98),))
+    assert encode_choices(encode, 256, "a  ", ["b"]) == Request((97,), ((32, 32, 98),))
     assert encode_choices(encode, 256, "", [" b", " c"]) == Request((256,), ((32, 98), (32, 99)))

@@ -173,7 +173,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, text_file, wandb, m
 def test_what_cannot_track_is_said_before_training(tmp_path, text_file, wandb, monkeypatch, capsys):
     run = tmp_path / "run"
     flags = (*TINY, *STEPS, "--data", text_file, "--out", run, "--track")
-    assert "unknown tracker 'tensorbord'; did you mean 'tensorboard'?" in refused(
+    assert "unknown name 'tensorbord'; did you mean 'tensorboard'?" in refused(
         capsys, *flags, "tensorbord"
     )
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed

@@ -59,7 +59,7 @@ def test_mistakes_are_told_before_the_run_folder_is_made(text_file, data, tmp_pa
         return error
 
     there = ["--eval-data-dir", str(data)]
-    assert "--eval-tasks: unknown task 'lamb'; did you mean lambada?" in no(
+    assert "--eval-tasks: unknown name 'lamb'; did you mean 'lambada'?" in no(
         "--eval-tasks lamb", *there
     )
     assert "--eval-tasks names no task" in no("--eval-tasks", ",", *there)

@@ -3,14 +3,14 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data.windows import Batch
 from mlx_mla.decoding.request import CacheChoice, CacheName, GenerationOptions
-from mlx_mla.errors import UserError
+from mlx_mla.decoding.text import Piece
 from mlx_mla.evaluation.scoring import Scorer
 from mlx_mla.model.config import DType, InferenceDType, ModelConfig
 from mlx_mla.model.train_config import TrainConfig
@@ -100,20 +100,6 @@ class TrainSession(Protocol):
     def scorer(self, tokenizer: Any) -> Scorer:
         """Return a scorer that uses the current weights."""
         ...
-
-
-@dataclasses.dataclass
-class Piece:
-    """A piece of generated text, with the figures so far."""
-
-    text: str
-    token_ids: list[int]
-    """The tokens since the last piece."""
-    figures: dict[str, Any]
-    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes and peak_memory_bytes;
-    with a draft model also accepted_draft_tokens."""
-    finish_reason: Optional[str] = None
-    """"stop" or "length" on the last piece, else None."""
 
 
 class Decoder(Protocol):
@@ -225,17 +211,3 @@ def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
     It is a function of the arguments only, so a checkpoint needs no RNG state.
     """
     return int(np.random.SeedSequence([seed, step] + ([rank] if rank else [])).generate_state(1)[0])
-
-
-def stored_moment(
-    tensors: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Return a tensor of a checkpoint's optimizer state; UserError if it does not fit the model."""
-    stored = tensors.get(key)
-    if stored is None or stored.shape != shape:
-        found = "is missing" if stored is None else f"has shape {stored.shape}"
-        raise UserError(
-            f"the checkpoint's optimizer state does not fit the model: tensor {key} {found}, but "
-            f"the model needs {shape}; start a new run with --init"
-        )
-    return stored

@@ -1,8 +1,9 @@
 """Text from tokens, and the figures of a generation, for both backends and the server."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 from mlx_mla.data.tokenizer import end_ids
 
@@ -80,37 +81,59 @@ class TextWriter:
         return bool(found)
 
 
-class Meter:
-    """Speeds and sizes of one generation.
+@dataclasses.dataclass
+class Piece:
+    """A piece of generated text, with the figures so far."""
+
+    text: str
+    token_ids: list[int]
+    """The tokens since the last piece."""
+    figures: dict[str, Any]
+    """prompt_tokens, prompt_tps, generation_tps, ttft_ms, kv_cache_bytes and peak_memory_bytes;
+    with a draft model also accepted_draft_tokens."""
+    finish_reason: Optional[str] = None
+    """"stop" or "length" on the last piece, else None."""
+
+
+class Continuation:
+    """The text that follows one prompt, up to a number of tokens, and its speeds and sizes.
 
     Args:
+        tokenizer: See `TextWriter`.
+        stop: Texts at which to stop.
         prompt_tokens: Number of tokens of the prompt.
+        max_tokens: Number of tokens after which to stop.
         peak_memory: Returns the framework's peak memory in bytes.
     """
 
-    def __init__(self, prompt_tokens: int, peak_memory: Callable[[], int]):
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        prompt_tokens: int,
+        max_tokens: int,
+        peak_memory: Callable[[], int],
+    ):
         self.tokens = 0
-        self._prompt_tokens = prompt_tokens
+        self._writer = TextWriter(tokenizer, stop)
+        self._prompt_tokens, self._max_tokens = prompt_tokens, max_tokens
         self._peak_memory = peak_memory
-        self._start = self._now = self._first = time.perf_counter()
+        self._start = self._first = time.perf_counter()
         self._cache_bytes = 0
 
-    def count(self, cache_bytes: int) -> None:
-        """Count a token.
-
-        Args:
-            cache_bytes: Size of the cache with it.
-        """
-        self._now = time.perf_counter()
+    def add(self, token: int, cache_bytes: int) -> Piece:
+        """Take a token, with the size of the cache that holds it; returns the text it completes."""
+        now = time.perf_counter()
         if self.tokens == 0:
-            self._first = self._now
+            self._first = now
         self.tokens += 1
         self._cache_bytes = max(self._cache_bytes, cache_bytes)
-
-    def figures(self) -> dict[str, Any]:
-        """Tokens per second, milliseconds to the first token, and bytes."""
-        ttft, rest = self._first - self._start, self._now - self._first
-        return {
+        reason = self._writer.add(token)
+        if reason is None and self.tokens == self._max_tokens:
+            reason = "length"
+        text = self._writer.take(final=reason == "length")
+        ttft, rest = self._first - self._start, now - self._first
+        figures = {
             "prompt_tokens": self._prompt_tokens,
             "prompt_tps": self._prompt_tokens / ttft if ttft else 0.0,
             # The first token comes with the prompt; the others took `rest`.
@@ -119,3 +142,4 @@ class Meter:
             "kv_cache_bytes": self._cache_bytes,
             "peak_memory_bytes": self._peak_memory(),
         }
+        return Piece(text, [token], figures, reason)

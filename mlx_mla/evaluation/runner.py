@@ -1,15 +1,12 @@
 """Run tasks on a model, for `python -m mlx_mla.evaluate` and for training with --eval-tasks."""
 
-import difflib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_mla.data.tokenizer import encode
-from mlx_mla.errors import UserError, add_hint
+from mlx_mla.errors import UserError, add_hint, names_in
 from mlx_mla.evaluation.item_store import ItemStore
 from mlx_mla.evaluation.scoring import Scorer, Scores, check_lengths, score
 from mlx_mla.evaluation.tasks import TASKS, Measured, Task, TaskSetup
@@ -29,15 +26,10 @@ def task_names(tasks: str, option: str = "--tasks", also: Sequence[str] = ()) ->
         UserError: If a task is unknown; the message names the closest match.
     """
     known = [*TASKS, *also]
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = names_in(tasks, known, option)
     if not names:
-        raise UserError(f"{option} names no task; known are {', '.join(known)}")
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name.lower(), known, 1, 0.3)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise UserError(f"{option}: unknown task {name!r}; {hint}")
-    return list(dict.fromkeys(names))
+        raise UserError(f"{option} names no task; known: {', '.join(known)}")
+    return names
 
 
 def load(
@@ -77,31 +69,6 @@ def check_tokenizer(scorer: Scorer, folder: object) -> None:
         )
 
 
-def task_setup(
-    tokenizer: Any, n_positions: int, window: int, limit: int | None, seed: int
-) -> TaskSetup:
-    """Describe how to turn documents into requests for a model.
-
-    Args:
-        tokenizer: The model's transformers tokenizer.
-        n_positions: The model's number of positions.
-        window: Tokens of a WikiText window.
-        limit: Number of windows to sample from a text. None: all.
-        seed: Seed of the sample.
-
-    Raises:
-        UserError: If the tokenizer has no end-of-text token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the model's tokenizer has no end-of-text token, which every task needs to start a "
-            "document"
-        )
-    return TaskSetup(
-        partial(encode, tokenizer), tokenizer.eos_token_id, n_positions, window, limit, seed
-    )
-
-
 class PreparedTask:
     """A task's documents as requests for one tokenizer and one number of positions.
 
@@ -112,12 +79,8 @@ class PreparedTask:
     def __init__(
         self, task: Task, documents: Sequence[Any], protocol: Definition, setup: TaskSetup
     ):
-        self.task, self._documents, self._protocol, self._setup = (
-            task,
-            documents,
-            protocol,
-            setup,
-        )
+        self.task, self._setup = task, setup
+        self._documents, self._protocol = documents, protocol
         self._requests = task.requests(documents, protocol, setup)
         self._flat = [request for own in self._requests for request in own]
         check_lengths(self._flat, setup.n_positions)
@@ -156,18 +119,9 @@ class PreparedTask:
 
 
 def metrics(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Return the metrics by name.
-
-    Every metric NAME has `NAME_stderr` and `NAME_count`. A proportion also has `NAME_low` and
-    `NAME_high`, the ends of its 95 % interval. `n` is the number of items.
-    """
+    """The figures of every metric (`Measured.figures`), and `n`, the number of items."""
     row: dict[str, Any] = {}
     for quantity in measured:
-        metric = quantity.metric()
-        row[metric.name] = metric.value
-        row[f"{metric.name}_stderr"] = metric.stderr
-        if metric.interval is not None:
-            row[f"{metric.name}_low"], row[f"{metric.name}_high"] = metric.interval
-        row[f"{metric.name}_count"] = {metric.unit: metric.count}
-        row.setdefault("n", metric.n)
+        row |= quantity.figures()
+        row.setdefault("n", len(quantity.amounts))
     return row

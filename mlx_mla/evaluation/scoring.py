@@ -171,21 +171,14 @@ def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
         )
 
 
-def encode_pair(
-    encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, ending: str
+def encode_choices(
+    encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, endings: Sequence[str]
 ) -> Request:
-    """Encode a context and one ending, split as lm-evaluation-harness splits them.
+    """Encode a context and its endings, split as lm-evaluation-harness splits them.
 
     Both are encoded together, since a tokenizer may join characters across the boundary. Blanks at
     the end of the context belong to the ending. An empty context becomes the end-of-text token.
     """
-    return encode_choices(encode, end_of_text, context, [ending])
-
-
-def encode_choices(
-    encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, endings: Sequence[str]
-) -> Request:
-    """Like `encode_pair`, for several endings of one context."""
     stem = context.rstrip()
     blanks = context[len(stem) :]
     head = encode(stem)

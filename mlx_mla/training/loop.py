@@ -28,8 +28,8 @@ from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
 from mlx_mla.data.windows import Batch
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names, task_setup
-from mlx_mla.evaluation.tasks import TASKS
+from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names
+from mlx_mla.evaluation.tasks import TASKS, TaskSetup
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
 from mlx_mla.files import atomic_folder, parse_toml, write_text
 from mlx_mla.model.config import BackendName, DeviceName, DType
@@ -374,7 +374,7 @@ def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
     # Windows as long as the model allows: they show the run's progress, and need not be comparable
     # with published values.
     window = min(WINDOW, n_positions)
-    setup = task_setup(data.fast_tokenizer, n_positions, window, config.eval_limit, config.seed)
+    setup = TaskSetup(data.fast_tokenizer, n_positions, window, config.eval_limit, config.seed)
     folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
     prepared = []
     for name in task_names(config.eval_tasks, "--eval-tasks"):

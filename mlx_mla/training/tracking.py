@@ -19,7 +19,7 @@ from typing import Annotated, Any, Protocol
 
 from rich.console import Console
 
-from mlx_mla.errors import UserError, nearest
+from mlx_mla.errors import UserError, names_in
 from mlx_mla.fields import Form, read
 from mlx_mla.files import write_text
 from mlx_mla.model.train_config import TrainConfig
@@ -118,10 +118,8 @@ def tracker_names(text: str) -> list[str]:
     Raises:
         UserError: For an unknown name, or one whose package is not installed.
     """
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = names_in(text, NAMES, "--track")
     for name in names:
-        if name not in NAMES:
-            raise UserError(f"--track: unknown tracker {name!r}; {nearest(name, NAMES)}")
         try:
             # A plain folder of that name, such as the ./wandb that wandb writes, imports too.
             if getattr(importlib.import_module(name), "__file__", "") is None:

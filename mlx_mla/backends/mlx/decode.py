@@ -23,7 +23,7 @@ from mlx_lm.sample_utils import (
 )
 from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
-from mlx_mla.backends.contract import Piece, decoding_dtype
+from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import UnusedCache, make_cache
 from mlx_mla.backends.mlx.device import DTYPES, device_type, on_device, stream_of
@@ -39,7 +39,7 @@ from mlx_mla.decoding.request import (
     fit_context,
     is_greedy,
 )
-from mlx_mla.decoding.text import Meter, TextWriter
+from mlx_mla.decoding.text import Continuation, Piece
 from mlx_mla.errors import UserError
 from mlx_mla.hub import find_model
 from mlx_mla.model.config import InferenceDType
@@ -150,22 +150,18 @@ class MLXDecoder:
         context = self._new_context(prompt, options)
         max_tokens = self.check(context.tokens, options)
         mx.reset_peak_memory()
-        meter = Meter(len(prompt), mx.get_peak_memory)
-        writer = TextWriter(self.tokenizer, options.stop)
+        text = self._continuation(prompt, max_tokens, options)
         accepted = 0
         with self._wired():
             with contextlib.closing(self._tokens(context, max_tokens, options)) as tokens:
                 for token, from_draft in tokens:
-                    meter.count(0 if self.cache == "none" else sum(c.nbytes for c in context.cache))
+                    held = 0 if self.cache == "none" else sum(c.nbytes for c in context.cache)
+                    piece = text.add(token, held)
                     accepted += from_draft
-                    reason = writer.add(token)
-                    if reason is None and meter.tokens == max_tokens:
-                        reason = "length"
-                    figures = meter.figures()
                     if options.draft_model:
-                        figures["accepted_draft_tokens"] = accepted
-                    yield Piece(writer.take(final=reason == "length"), [token], figures, reason)
-                    if reason:
+                        piece.figures["accepted_draft_tokens"] = accepted
+                    yield piece
+                    if piece.finish_reason:
                         break
             if options.save_prompt_cache:
                 self._save(context, options.save_prompt_cache)
@@ -192,8 +188,7 @@ class MLXDecoder:
         samplers = [make_sampler(options) for _ in prompts]
         uids = generator.insert([list(p) for p in prompts], limits, samplers=samplers)
         index = {uid: i for i, uid in enumerate(uids)}
-        meters = [Meter(len(p), mx.get_peak_memory) for p in prompts]
-        writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
+        texts = [self._continuation(p, n, options) for p, n in zip(prompts, limits)]
         unfinished = set(uids)
         try:
             while unfinished and (responses := generator.next_generated()):
@@ -201,21 +196,23 @@ class MLXDecoder:
                     if response.uid not in unfinished:
                         continue
                     i = index[response.uid]
-                    if meters[i].tokens == 0:
+                    if texts[i].tokens == 0:
                         _check_finite(response.token, response.logprobs)
-                    meters[i].count(generator.prompt_cache_nbytes)
-                    reason = writers[i].add(response.token)
-                    if reason:
+                    piece = texts[i].add(response.token, generator.prompt_cache_nbytes)
+                    if piece.finish_reason:
+                        unfinished.discard(response.uid)
                         if response.finish_reason is None:
                             generator.remove([response.uid])
-                    elif response.finish_reason:
-                        reason = "length"
-                    if reason:
-                        unfinished.discard(response.uid)
-                    text = writers[i].take(final=reason == "length")
-                    yield i, Piece(text, [response.token], meters[i].figures(), reason)
+                    yield i, piece
         finally:
             generator.close()
+
+    def _continuation(
+        self, prompt: Sequence[int], max_tokens: int, options: GenerationOptions
+    ) -> Continuation:
+        return Continuation(
+            self.tokenizer, options.stop, len(prompt), max_tokens, mx.get_peak_memory
+        )
 
     def check(self, prompt: Sequence[int], options: GenerationOptions) -> int:
         """Refuse what the model cannot do; returns how many tokens to generate."""
@@ -292,15 +289,11 @@ class MLXDecoder:
                 **stream_of(self.device),
                 **({"kv_group_size": self._group_size()} if options.kv_bits else {}),
             }
+            steps: Iterator[Any]
             prompt = mx.array(context.unseen)
             if draft is None:
-                for i, (token, logprobs) in enumerate(
-                    generate_step(prompt, self.model, prompt_cache=context.cache, **common)
-                ):
-                    if i == 0:
-                        _check_finite(token, logprobs)
-                    context.tokens.append(int(token))
-                    yield int(token), False
+                undrafted = generate_step(prompt, self.model, prompt_cache=context.cache, **common)
+                steps = ((token, logprobs, False) for token, logprobs in undrafted)
             else:
                 draft_cache = make_cache(draft)
                 if seen := context.tokens[: context.cache[0].offset]:
@@ -316,11 +309,11 @@ class MLXDecoder:
                     prompt_cache=caches,
                     **common,
                 )
-                for i, (token, logprobs, guessed) in enumerate(steps):
-                    if i == 0:
-                        _check_finite(token, logprobs)
-                    context.tokens.append(int(token))
-                    yield int(token), guessed
+            for i, (token, logprobs, guessed) in enumerate(steps):
+                if i == 0:
+                    _check_finite(token, logprobs)
+                context.tokens.append(int(token))
+                yield int(token), guessed
             left -= n
 
     def _draft_model(self, options: GenerationOptions, context: int) -> Model | None:

@@ -8,7 +8,6 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_mla.backends.contract import stored_moment
 from mlx_mla.model.schedule import muon_rate
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import is_hidden_matrix
@@ -67,13 +66,12 @@ def state_tensors(optimizer: optim.MultiOptimizer) -> dict[str, np.ndarray]:
 def load_state(
     optimizer: optim.MultiOptimizer, tensors: Mapping[str, np.ndarray], steps_done: int
 ) -> None:
-    """Restore the result of `state_tensors` into an optimizer after `init`; UserError if it does
-    not fit."""
+    """Restore the result of `state_tensors` into an optimizer after `init`."""
     # Written into the dictionaries that init created, so each optimizer keeps its own tensors.
     for part in optimizer.state["states"]:
         part["step"] = mx.array(steps_done, mx.uint64)
-    for key, state, path, value in list(_moments(optimizer)):
-        _set_path(state, path, mx.array(stored_moment(tensors, key, value.shape)))
+    for key, state, path, _ in list(_moments(optimizer)):
+        _set_path(state, path, mx.array(tensors[key]))
 
 
 def _moments(optimizer: optim.MultiOptimizer) -> Iterator[tuple[str, dict, str, mx.array]]:

@@ -1,13 +1,14 @@
 """Generation in PyTorch, on transformers' caches and logits processors."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
-from mlx_mla.backends.contract import Piece, decoding_dtype
+from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
@@ -21,8 +22,8 @@ from mlx_mla.decoding.request import (
     fit_context,
     is_greedy,
 )
-from mlx_mla.decoding.text import Meter, TextWriter
-from mlx_mla.errors import UserError
+from mlx_mla.decoding.text import Continuation, Piece
+from mlx_mla.errors import UserError, flag
 from mlx_mla.model.config import InferenceDType
 
 SHAPE_STEP = 256
@@ -81,30 +82,20 @@ class TorchDecoder:
     ) -> Iterator[tuple[int, Piece]]:
         for name in ("kv_bits", "prompt_cache", "save_prompt_cache", "draft_model"):
             if getattr(options, name) is not None:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is mlx-lm's; use --backend mlx, or leave it out"
-                )
+                raise UserError(f"{flag(name)} is mlx-lm's; use --backend mlx, or leave it out")
         limits = [check_request(p, options, self.vocab_size, self.n_positions) for p in prompts]
-        meters = [Meter(len(p), lambda: peak_memory_bytes(self.device)) for p in prompts]
-        writers = [TextWriter(self.tokenizer, options.stop) for _ in prompts]
+        peak = partial(peak_memory_bytes, self.device)
+        texts = [
+            Continuation(self.tokenizer, options.stop, len(prompt), limit, peak)
+            for prompt, limit in zip(prompts, limits)
+        ]
         unfinished = set(range(len(prompts)))
         for tokens, cache_bytes in self._tokens(prompts, max(limits), options):
             for i in sorted(unfinished):
-                meters[i].count(cache_bytes)
-                reason = writers[i].add(tokens[i])
-                if reason is None and meters[i].tokens == limits[i]:
-                    reason = "length"
-                if reason:
+                piece = texts[i].add(tokens[i], cache_bytes)
+                if piece.finish_reason:
                     unfinished.discard(i)
-                yield (
-                    i,
-                    Piece(
-                        writers[i].take(final=reason == "length"),
-                        [tokens[i]],
-                        meters[i].figures(),
-                        reason,
-                    ),
-                )
+                yield i, piece
             if not unfinished:
                 return
 
@@ -113,7 +104,7 @@ class TorchDecoder:
     ) -> Iterator[tuple[list[int], int]]:
         """The next token of every prompt, and the bytes of the cache, step by step."""
         limit = options.max_kv_size or self.n_positions
-        processors = self._processors(options)
+        processors = None if is_greedy(options) else self._processors(options)
         # Each prompt has its own, so that none depends on the others of the batch.
         random = [torch.Generator(self.device).manual_seed(options.seed) for _ in prompts]
         contexts, done = [list(p) for p in prompts], 0
@@ -167,7 +158,7 @@ class TorchDecoder:
         self,
         logits: torch.Tensor,
         contexts: list[list[int]],
-        processors: LogitsProcessorList,
+        processors: LogitsProcessorList | None,
         options: GenerationOptions,
         random: Sequence[torch.Generator],
     ) -> torch.Tensor:
@@ -180,13 +171,12 @@ class TorchDecoder:
                 for c in contexts
             ]
             logits = torch.cat([penalty(r, row[None]) for r, row in zip(recent, logits)])
-        greedy = is_greedy(options)
-        if not greedy:
+        if processors is not None:
             logits = processors(torch.empty(0, device=self.device), logits)
         shares = logits.softmax(-1)
         if not shares.isfinite().all():
             raise UserError(OVERFLOWS)
-        if greedy:
+        if processors is None:
             return logits.argmax(-1)
         return torch.cat([torch.multinomial(s, 1, generator=g) for s, g in zip(shares, random)])
 
@@ -194,14 +184,13 @@ class TorchDecoder:
         """The sampling options in mlx-lm's order: filters on the model's own distribution,
         temperature last."""
         chain = LogitsProcessorList()
-        if 0 < options.top_p < 1:
+        if options.top_p < 1:
             chain.append(logits_process.TopPLogitsWarper(options.top_p))
         if options.min_p > 0:
             chain.append(logits_process.MinPLogitsWarper(options.min_p))
         if options.top_k > 0:
             chain.append(logits_process.TopKLogitsWarper(options.top_k))
-        if not is_greedy(options):
-            chain.append(logits_process.TemperatureLogitsWarper(float(options.temp)))
+        chain.append(logits_process.TemperatureLogitsWarper(float(options.temp)))
         return chain
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_mla.backends.contract import stored_moment
 from mlx_mla.model.schedule import muon_rate
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import is_hidden_matrix
@@ -88,12 +87,12 @@ class Optimizers:
         }
 
     def load_state(self, tensors: Mapping[str, np.ndarray], steps_done: int) -> None:
-        """Restore the result of `state_tensors`; UserError if it does not fit."""
+        """Restore the result of `state_tensors`."""
         for optimizer, p in self._owned():
-            state: dict[str, Any] = {}
-            for moment in MOMENTS[type(optimizer)]:
-                stored = stored_moment(tensors, f"{moment}.{self._names[p]}", tuple(p.shape))
-                state[moment] = torch.tensor(stored, device=p.device)
+            state: dict[str, Any] = {
+                moment: torch.tensor(tensors[f"{moment}.{self._names[p]}"], device=p.device)
+                for moment in MOMENTS[type(optimizer)]
+            }
             if optimizer is self._adamw:
                 # Fused AdamW keeps its step count on the device.
                 state["step"] = torch.tensor(

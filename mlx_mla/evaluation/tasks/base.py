@@ -2,31 +2,50 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from mlx_mla.data.tokenizer import encode
+from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores
 
 Definition = Literal["standard", "original"]
-PROTOCOLS: tuple[Definition, ...] = ("standard", "original")
 Z95 = 1.959964
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSetup:
-    """Everything besides the documents that affects the requests."""
+    """Everything besides the documents that affects the requests.
 
-    encode: Callable[[str], list[int]]
-    """Text to token ids, without special tokens."""
-    end_of_text: int
+    Raises:
+        UserError: If the tokenizer has no end-of-text token.
+    """
+
+    tokenizer: Any
+    """The model's transformers tokenizer."""
     n_positions: int
     window: int
     """Tokens of a WikiText window."""
     limit: int | None = None
     """Number of windows to sample from a text that is a single document. None: all."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "the model's tokenizer has no end-of-text token, which every task needs to start "
+                "a document"
+            )
+
+    @property
+    def end_of_text(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Text to token ids, without special tokens."""
+        return encode(self.tokenizer, text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,47 +65,28 @@ class Measured:
     proportion: bool = False
     """True if the amounts are 0 or 1 and the metric is a proportion."""
 
-    def metric(self) -> "Metric":
-        """Compute the value with its standard error, treating items as independent draws.
+    def figures(self) -> dict[str, Any]:
+        """The metric NAME with its standard error, treating items as independent draws.
 
         The error is that of a ratio of sums; for equal weights, this is the usual sample standard
         error. For a perplexity, the delta method multiplies the error of the logarithm by the
         perplexity.
+
+        Returns:
+            NAME; `NAME_stderr`, which is NaN for a single item; `NAME_count`, what the value is
+            averaged over; and for a proportion `NAME_low` and `NAME_high`, the ends of its 95 %
+            interval, which is not empty even at 0 or 1.
         """
         ratio = self.amounts.sum() / self.weights.sum()
-        error = _ratio_error(self.amounts - ratio * self.weights, self.weights)
+        value, error = float(ratio), _ratio_error(self.amounts - ratio * self.weights, self.weights)
         if self.perplexity:
             value = _exp(ratio)
-            return Metric(
-                self.name,
-                value,
-                value * error,
-                len(self.amounts),
-                float(self.weights.sum()),
-                self.unit,
-            )
-        n = len(self.amounts)
-        interval = wilson(int(self.amounts.sum()), n) if self.proportion and n else None
-        return Metric(
-            self.name, float(ratio), error, n, float(self.weights.sum()), self.unit, interval
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """A value with its uncertainty."""
-
-    name: str
-    value: float
-    stderr: float
-    """One standard error; NaN for a single item."""
-    n: int
-    """Number of items."""
-    count: float
-    """Number of tokens, words, bytes or items that the value is averaged over."""
-    unit: str
-    interval: tuple[float, float] | None = None
-    """95 % confidence interval of a proportion. It is not empty even at 0 or 1."""
+            error = value * error
+        row: dict[str, Any] = {self.name: value, f"{self.name}_stderr": error}
+        if self.proportion and len(self.amounts):
+            low, high = wilson(int(self.amounts.sum()), len(self.amounts))
+            row |= {f"{self.name}_low": low, f"{self.name}_high": high}
+        return {**row, f"{self.name}_count": {self.unit: float(self.weights.sum())}}
 
 
 @dataclasses.dataclass(frozen=True)

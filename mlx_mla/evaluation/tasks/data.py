@@ -1,12 +1,12 @@
 """Read evaluation files, with clear errors that name file, line and field."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_mla.errors import UserError, first_line
-from mlx_mla.files import encodable, parse_json_object, read_text
+from mlx_mla.files import parse_json_object, read_text
 
 # Of the published files. A file with other content is used, with a warning.
 SHA256 = {
@@ -23,20 +23,6 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}, line {number}"
         yield where, parse_json_object(line, where)
-
-
-def field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    """Return a field of a row; UserError if it is missing or has another type."""
-    if name not in row:
-        raise UserError(f"{where}: field {name!r} is missing; it has {', '.join(map(repr, row))}")
-    if not isinstance(row[name], kind):
-        raise UserError(f"{where}: field {name!r} must be {kind.__name__}, not {row[name]!r:.60}")
-    texts = row[name] if kind is list else [row[name]]
-    if not all(encodable(t) for t in texts if isinstance(t, str)):
-        raise UserError(
-            f"{where}: field {name!r} has half a character (a lone surrogate); fetch the file again"
-        )
-    return row[name]
 
 
 def unpublished(path: Path) -> str | None:

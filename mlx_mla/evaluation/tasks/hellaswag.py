@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores, encode_choices
 from mlx_mla.evaluation.tasks.base import Definition, Measured, Task, TaskSetup, accuracy
-from mlx_mla.evaluation.tasks.data import field, load_hub, read_jsonl
+from mlx_mla.evaluation.tasks.data import load_hub, read_jsonl
+from mlx_mla.fields import value_of
 
 
 class HellaSwag(Task):
@@ -99,20 +102,22 @@ def _equal(chosen: Sequence[int], labels: Sequence[int]) -> list[bool]:
     return [c == label for c, label in zip(chosen, labels)]
 
 
+class _Row(TypedDict):
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    ctx: str
+    endings: list[str]
+    label: Any
+
+
 def _checked(rows: list[tuple[str, dict[str, Any]]], source: str) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{source}: has no examples")
-    checked = []
     for where, row in rows:
-        texts = {
-            name: field(row, name, str, where)
-            for name in ("activity_label", "ctx_a", "ctx_b", "ctx")
-        }
-        endings = field(row, "endings", list, where)
-        if len(endings) != 4 or not all(isinstance(e, str) and e.strip() for e in endings):
-            raise UserError(f"{where}: field 'endings' must be four texts")
-        label = row.get("label")
-        if str(label) not in ("0", "1", "2", "3"):
-            raise UserError(f"{where}: field 'label' must be 0, 1, 2 or 3, not {label!r}")
-        checked.append({**texts, "endings": endings, "label": int(str(label))})
-    return checked
+        value_of(_Row, row, where)
+        if len(row["endings"]) != 4 or not all(e.strip() for e in row["endings"]):
+            raise UserError(f"{where}: endings must be four texts")
+        if str(row["label"]) not in ("0", "1", "2", "3"):
+            raise UserError(f"{where}: label must be 0, 1, 2 or 3, not {row['label']!r}")
+    return [{**row, "label": int(str(row["label"]))} for _, row in rows]

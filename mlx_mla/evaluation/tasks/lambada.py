@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.scoring import Request, Scores, encode_pair
+from mlx_mla.evaluation.scoring import Request, Scores, encode_choices
 from mlx_mla.evaluation.tasks.base import Definition, Measured, Task, TaskSetup, accuracy
-from mlx_mla.evaluation.tasks.data import field, load_hub, read_jsonl
+from mlx_mla.evaluation.tasks.data import load_hub, read_jsonl
+from mlx_mla.fields import value_of
 
 
 class Lambada(Task):
@@ -30,14 +32,13 @@ class Lambada(Task):
     )
 
     def documents_from_file(self, path: Path, protocol: Definition) -> list[Any]:
-        return _checked(
-            [(where, field(row, "text", str, where)) for where, row in read_jsonl(path)], str(path)
-        )
+        return _checked(list(read_jsonl(path)), str(path))
 
     def documents_from_hub(self, protocol: Definition) -> list[Any]:
         rows = load_hub(self.hub, "default", "test", self.files[protocol])
         return _checked(
-            [(f"{self.hub}, row {i}", text) for i, text in enumerate(rows["text"])], self.hub
+            [(f"{self.hub}, row {i}", {"text": text}) for i, text in enumerate(rows["text"])],
+            self.hub,
         )
 
     def requests(
@@ -47,7 +48,9 @@ class Lambada(Task):
         for text in documents:
             if protocol == "standard":
                 before, _, word = text.rpartition(" ")
-                requests.append([encode_pair(setup.encode, setup.end_of_text, before, " " + word)])
+                requests.append(
+                    [encode_choices(setup.encode, setup.end_of_text, before, [" " + word])]
+                )
             else:
                 ids = setup.encode(text)
                 requests.append([Request(tuple(ids[:-1]), ((ids[-1],),))] if len(ids) > 1 else [])
@@ -67,12 +70,17 @@ class Lambada(Task):
         ]
 
 
-def _checked(texts: list[tuple[str, str]], source: str) -> list[str]:
-    if not texts:
+class _Row(TypedDict):
+    text: str
+
+
+def _checked(rows: list[tuple[str, dict[str, Any]]], source: str) -> list[str]:
+    if not rows:
         raise UserError(f"{source}: has no passages")
-    for where, text in texts:
+    texts = []
+    for where, row in rows:
+        text = value_of(_Row, row, where)["text"]
         if " " not in text.strip() or text != text.rstrip():
-            raise UserError(
-                f"{where}: field 'text' must be several words without a blank at the end"
-            )
-    return [text for _, text in texts]
+            raise UserError(f"{where}: text must be several words without a blank at the end")
+        texts.append(text)
+    return texts
