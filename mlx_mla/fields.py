@@ -9,24 +9,22 @@ bounds. Types are checked at every depth; numbers are finite, and whole numbers 
         tokens: Count
         loss: Optional[float] = None         # None also where the file says null
 
-    class Row(TypedDict):                    # rows that stay dicts
+    class Line(TypedDict):                   # records that stay dicts
         step: Count
         part: NotRequired[Part]
 
     read(Part, folder / "part.json")                    # a JSON object, or TOML by the suffix
-    read_lines(Row, folder / "rows.jsonl")              # JSON lines, one record each
     value_of(list[Part], values, f"{path}: parts")      # values that were parsed already
+    [value_of(Line, v, where) for where, v in json_lines(folder / "lines.jsonl")]
 
-An error names the file, the line and the field: `rows.jsonl, line 3: part.tokens must not be
+An error names the file, the line and the field: `lines.jsonl, line 3: part.tokens must not be
 negative, not -1; remove the line`. A dataclass drops keys that it has no field for; a TypedDict
 keeps them and checks them as `Any`; with `known_only` both refuse them, which suits files that
 users write. A `__post_init__` may raise ValueError for fields that contradict each other.
 """
 
-import ast
 import dataclasses
 import functools
-import inspect
 import itertools
 import math
 import re
@@ -42,6 +40,7 @@ from mlx_mla.files import LARGEST_TEXT, encodable, parse_json, read_json, read_t
 
 T = TypeVar("T")
 _NONE = type(None)
+_JSON_TYPES = (dict, list, str, bool, int, float, _NONE)
 REMEDY = "remove the line"
 """What to do about a damaged line of a log."""
 
@@ -143,33 +142,14 @@ def check_bounds(settings: Any) -> None:
 def bounds_of(cls: type) -> dict[str, Bounds]:
     """The bounds of a dataclass's numbers, by field."""
 
-    def found(annotation: Any) -> Iterator[Bounds]:
-        if isinstance(annotation, Bounds):
-            yield annotation
-        for inner in get_args(annotation):
+    def found(wanted: Any) -> Iterator[Bounds]:
+        if isinstance(wanted, Bounds):
+            yield wanted
+        for inner in get_args(wanted):
             yield from found(inner)
 
-    limits = {name: next(found(annotation), None) for name, annotation in _kinds(cls).items()}
+    limits = {name: next(found(wanted), None) for name, wanted in _annotations(cls).items()}
     return {name: limit for name, limit in limits.items() if limit is not None}
-
-
-def documentation(cls: type) -> list[tuple[type, dict[str, str]]]:
-    """Every class that a dataclass takes fields from, in their order, with the docstrings of its
-    own fields by name."""
-    found = []
-    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        (definition,) = ast.parse(inspect.getsource(base)).body
-        assert isinstance(definition, ast.ClassDef)
-        texts = {
-            field.target.id: " ".join(str(after.value.value).split())
-            for field, after in itertools.pairwise(definition.body)
-            if isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-        }
-        found.append((base, texts))
-    return found
 
 
 def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -184,18 +164,20 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         UserError: For a value of another type.
     """
-    kinds = {name: kind for name, kind in _kinds(cls).items() if name in values}
-    with_nul = next((n for n in kinds if isinstance(values[n], str) and "\0" in values[n]), None)
-    if with_nul is not None:
-        raise UserError(f"{where}: {with_nul} = {shown(values[with_nul])} must hold no NUL")
-    return {name: value_of(kind, values[name], where, at=name) for name, kind in kinds.items()}
+    found = {}
+    for name, wanted in _annotations(cls).items():
+        if name in values:
+            found[name] = value_of(wanted, values[name], where, at=name)
+            if isinstance(found[name], str) and "\0" in found[name]:
+                raise UserError(f"{where}: {name} = {shown(found[name])} must hold no NUL")
+    return found
 
 
-def read(kind: type[T], path: Path, remedy: str = "", *, known_only: bool = False) -> T:
+def read(record: type[T], path: Path, remedy: str = "", *, known_only: bool = False) -> T:
     """The record in a JSON file, or in a TOML file by its suffix.
 
     Args:
-        kind: A dataclass or a TypedDict.
+        record: A dataclass or a TypedDict.
         remedy: What to do about a damaged file, to end the message with.
         known_only: Refuse keys that the record has no field for.
 
@@ -203,17 +185,8 @@ def read(kind: type[T], path: Path, remedy: str = "", *, known_only: bool = Fals
         UserError: If the file cannot be read or parsed, or does not hold such a record.
     """
     values = read_toml(path) if path.suffix == ".toml" else read_json(path)
-    found: T = value_of(kind, values, str(path), remedy, known_only=known_only)
+    found: T = value_of(record, values, str(path), remedy, known_only=known_only)
     return found
-
-
-def read_lines(kind: type[T], path: Path, remedy: str = REMEDY) -> list[T]:
-    """The records of a JSON-lines file, one a line; see `json_lines`.
-
-    Raises:
-        UserError: As `read`; the message names the line.
-    """
-    return [value_of(kind, value, where, remedy) for where, value in json_lines(path, remedy)]
 
 
 def json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[str, Any]]:
@@ -245,13 +218,19 @@ def json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[str, Any]]:
 
 
 def value_of(
-    kind: Any, value: Any, where: str, remedy: str = "", *, at: str = "", known_only: bool = False
+    wanted: Any,
+    value: Any,
+    where: str,
+    remedy: str = "",
+    *,
+    at: str = "",
+    known_only: bool = False,
 ) -> Any:
     """A parsed value as a type: JSON's lists become tuples and its objects dataclasses where the
     type says so, and whole numbers become floats where a float belongs.
 
     Args:
-        kind: Any annotation made of bool, int, float, str, None, Any, Literal, Optional, Union,
+        wanted: Made of bool, int, float, str, None, Any, Literal, Optional, Union,
             list, tuple, dict of str, dataclasses, TypedDicts, and Annotated with Bounds or Form.
         value: As JSON or TOML gives it.
         where: Name of its source, for messages.
@@ -263,7 +242,7 @@ def value_of(
         UserError: If it is of another type, or outside its bounds.
     """
     try:
-        return _Reader(known_only).convert(kind, value)
+        return _Reader(known_only).convert(wanted, value)
     except _Mismatch as e:
         problem = e.message(at)
     except RecursionError:
@@ -287,51 +266,54 @@ class _Reader:
     def __init__(self, known_only: bool):
         self.known_only = known_only
 
-    def convert(self, kind: Any, value: Any) -> Any:
-        origin, args = get_origin(kind), get_args(kind)
+    def convert(self, wanted: Any, value: Any) -> Any:
+        origin, args = get_origin(wanted), get_args(wanted)
         if origin is Annotated:
             return self._bounded(args[0], args[1:], value)
         if origin in (Required, NotRequired):
             return self.convert(args[0], value)
         if origin in (Union, UnionType):
-            return self._one_of(kind, args, value)
+            return self._one_of(wanted, args, value)
         if origin is Literal:
             if any(type(value) is type(known) and value == known for known in args):
                 return value
-        elif origin is dict or kind is dict:
+        elif origin is dict or wanted is dict:
             if isinstance(value, dict):
                 inner = args[1] if args else Any
                 return {self._key(k): self._inside(k, inner, v) for k, v in value.items()}
-        elif origin in (list, tuple) or kind in (list, tuple):
+        elif origin in (list, tuple) or wanted in (list, tuple):
             if isinstance(value, list):
-                return self._items(origin or kind, args, value)
-        elif dataclasses.is_dataclass(kind) or is_typeddict(kind):
+                return self._items(origin or wanted, args, value)
+        elif dataclasses.is_dataclass(wanted) or is_typeddict(wanted):
             if isinstance(value, dict):
-                return self._record(kind, value)
-        elif kind is Any:
-            return self._plain(value)
-        elif kind in (int, float, str):
-            return _scalar(kind, value)
-        elif type(value) is (_NONE if kind is None else kind):
+                return self._record(wanted, value)
+        elif wanted is Any:
+            for known in _JSON_TYPES:
+                if isinstance(value, known):
+                    return self.convert(known, value)
+            raise _Mismatch(f"= {shown(value)} is not a value that JSON has")
+        elif wanted in (int, float, str):
+            return _scalar(wanted, value)
+        elif type(value) is (_NONE if wanted is None else wanted):
             return value
-        raise _Mismatch(f"= {shown(value)} is not {_describe(kind)}")
+        raise _Mismatch(f"= {shown(value)} is not {_describe(wanted)}")
 
-    def _inside(self, step: str | int, kind: Any, value: Any) -> Any:
+    def _inside(self, step: str | int, wanted: Any, value: Any) -> Any:
         try:
-            return self.convert(kind, value)
+            return self.convert(wanted, value)
         except _Mismatch as e:
             e.path.insert(0, step if isinstance(step, int) else shown_key(step))
             raise
 
-    def _bounded(self, kind: Any, limits: tuple[Any, ...], value: Any) -> Any:
-        found = self.convert(kind, value)
+    def _bounded(self, wanted: Any, limits: tuple[Any, ...], value: Any) -> Any:
+        found = self.convert(wanted, value)
         for limit in limits:
             checked = isinstance(limit, Bounds | Form) and found is not None
             if checked and (problem := limit.problem(found)):
                 raise _Mismatch(problem)
         return found
 
-    def _one_of(self, kind: Any, options: tuple[Any, ...], value: Any) -> Any:
+    def _one_of(self, wanted: Any, options: tuple[Any, ...], value: Any) -> Any:
         others = [option for option in options if option is not _NONE]
         if value is None and len(others) < len(options):
             return None
@@ -342,64 +324,56 @@ class _Reader:
                 return self.convert(option, value)
             except _Mismatch:
                 continue
-        raise _Mismatch(f"= {shown(value)} is not {_describe(kind)}")
+        raise _Mismatch(f"= {shown(value)} is not {_describe(wanted)}")
 
-    def _items(self, kind: type, args: tuple[Any, ...], value: list[Any]) -> Any:
-        if kind is tuple and args and args[-1] is not Ellipsis:
+    def _items(self, wanted: type, args: tuple[Any, ...], value: list[Any]) -> Any:
+        if wanted is tuple and args and args[-1] is not Ellipsis:
             if len(value) != len(args):
                 raise _Mismatch(f"= {shown(value)} must have {len(args)} items")
             kinds = args
         else:
             kinds = (args[0] if args else Any,) * len(value)
-        return kind(self._inside(i, k, v) for i, (k, v) in enumerate(zip(kinds, value)))
+        return wanted(self._inside(i, k, v) for i, (k, v) in enumerate(zip(kinds, value)))
 
-    def _record(self, kind: Any, values: dict[str, Any]) -> Any:
-        kinds, needed = _kinds(kind), _needed(kind)
-        if missing := next((name for name in kinds if name in needed and name not in values), None):
+    def _record(self, record: Any, values: dict[str, Any]) -> Any:
+        fields, needed = _annotations(record), _needed(record)
+        if missing := next(
+            (name for name in fields if name in needed and name not in values), None
+        ):
             raise _Mismatch("is missing", missing)
-        others = [self._key(key) for key in values if key not in kinds]
+        others = [self._key(key) for key in values if key not in fields]
         if others and self.known_only:
-            raise _Mismatch(f"is an unknown key; {nearest(others[0], kinds)}", shown_key(others[0]))
-        if is_typeddict(kind):
-            return {key: self._inside(key, kinds.get(key, Any), v) for key, v in values.items()}
-        found = {k: self._inside(k, kinds[k], v) for k, v in values.items() if k in kinds}
+            raise _Mismatch(
+                f"is an unknown key; {nearest(others[0], fields)}", shown_key(others[0])
+            )
+        if is_typeddict(record):
+            return {key: self._inside(key, fields.get(key, Any), v) for key, v in values.items()}
+        found = {k: self._inside(k, fields[k], v) for k, v in values.items() if k in fields}
         try:
-            return kind(**found)
+            return record(**found)
         except ValueError as e:
             if isinstance(e, _Mismatch):
                 raise
             raise _Mismatch(str(e)) from None
 
-    def _plain(self, value: Any) -> Any:
-        """A value of any type that JSON has, its numbers finite and its texts encodable."""
-        if isinstance(value, dict):
-            return {self._key(k): self._inside(k, Any, v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self._inside(i, Any, v) for i, v in enumerate(value)]
-        if value is None or isinstance(value, bool):
-            return value
-        if isinstance(value, int | float | str):
-            return _scalar(type(value), value)
-        raise _Mismatch(f"= {shown(value)} is not a value that JSON has")
-
     def _key(self, key: Any) -> str:
         return str(_scalar(str, key))
 
 
-def _scalar(kind: type, value: Any) -> Any:
-    if kind is str and isinstance(value, str):
+def _scalar(wanted: type, value: Any) -> Any:
+    if wanted is str and isinstance(value, str):
         if encodable(value):
             return value
         raise _Mismatch(f"= {shown(value)} holds half a character (a lone surrogate)")
-    if kind is not str and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is not str and isinstance(value, int) and not isinstance(value, bool):
         if not -(2**63) <= value < 2**63:
             raise _Mismatch(f"must be a number of at most 64 bits, not {shown(value)}")
-        return kind(value)
-    if kind is float and isinstance(value, float):
+        return wanted(value)
+    if wanted is float and isinstance(value, float):
         if math.isfinite(value):
             return value
         raise _Mismatch(f"must be a finite number, not {value}")
-    raise _Mismatch(f"= {shown(value)} is not {_describe(kind)}")
+    raise _Mismatch(f"= {shown(value)} is not {_describe(wanted)}")
 
 
 def shown_key(key: str) -> str:
@@ -408,7 +382,7 @@ def shown_key(key: str) -> str:
 
 
 @functools.cache
-def _kinds(cls: Any) -> dict[str, Any]:
+def _annotations(cls: Any) -> dict[str, Any]:
     """Annotations of a record's fields."""
     hints = get_type_hints(cls, include_extras=True)
     if is_typeddict(cls):
@@ -429,16 +403,16 @@ def _needed(cls: Any) -> frozenset[str]:
     )
 
 
-def _describe(kind: Any) -> str:
-    origin, args = get_origin(kind), get_args(kind)
+def _describe(wanted: Any) -> str:
+    origin, args = get_origin(wanted), get_args(wanted)
     if origin is Annotated:
         return _describe(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
-    if dataclasses.is_dataclass(kind) or is_typeddict(kind) or origin is dict or kind is dict:
+    if dataclasses.is_dataclass(wanted) or is_typeddict(wanted) or origin is dict or wanted is dict:
         return "a table of names and values"
-    options = [t for t in (args if origin in (Union, UnionType) else (kind,)) if t is not _NONE]
-    if len(options) == 1 and options[0] is not kind:
+    options = [t for t in (args if origin in (Union, UnionType) else (wanted,)) if t is not _NONE]
+    if len(options) == 1 and options[0] is not wanted:
         return _describe(options[0])
     return "a value of type " + " or ".join(
         str(t) if get_origin(t) else t.__name__ for t in options

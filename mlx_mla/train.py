@@ -1,6 +1,8 @@
 """Train a model: `python -m mlx_mla.train`."""
 
+import ast
 import dataclasses
+import inspect
 import itertools
 import json
 import shlex
@@ -15,7 +17,6 @@ from mlx_mla import cli
 from mlx_mla.backends import get_engine
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError, flag
-from mlx_mla.fields import documentation
 from mlx_mla.files import read_toml
 from mlx_mla.model import estimate
 from mlx_mla.model.attention import meaningless_fields
@@ -198,13 +199,32 @@ def _flags(defaults: TrainCommand) -> dict[str, dict[str, cli.Flag]]:
     groups: dict[str, dict[str, cli.Flag]] = {"common": {}, "model": {}}
     for settings in (defaults.model, defaults):
         types = {f.name: f.type for f in dataclasses.fields(settings)}
-        for owner, texts in documentation(type(settings)):
+        for owner, texts in _documentation(type(settings)):
             title = "model" if owner is ModelConfig else str(owner.__doc__).rstrip(".").lower()
             for name, text in texts.items():
                 group = groups.setdefault("common" if name in COMMON else title, {})
                 group[name] = cli.Flag(types[name], text, getattr(settings, name))
     groups["common"] = {name: groups["common"][name] for name in COMMON}
     return groups
+
+
+def _documentation(cls: type) -> list[tuple[type, dict[str, str]]]:
+    """Every class that a dataclass takes fields from, in their order, with the docstrings of its
+    own fields by name."""
+    found = []
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        (definition,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(definition, ast.ClassDef)
+        texts = {
+            field.target.id: " ".join(str(after.value.value).split())
+            for field, after in itertools.pairwise(definition.body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        }
+        found.append((base, texts))
+    return found
 
 
 def configure(given: Mapping[str, Any]) -> TrainCommand:

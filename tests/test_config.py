@@ -10,6 +10,7 @@ from mlx_mla import files
 from mlx_mla.errors import UserError
 from mlx_mla.model import config as c
 from mlx_mla.model import presets
+from mlx_mla.model.train_config import TrainConfig
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -17,7 +18,7 @@ def test_presets_survive_a_round_trip_through_toml(name, tmp_path):
     config = presets.preset(name).resolved()
     path = tmp_path / "config.toml"
     path.write_text(presets.to_toml(config))
-    assert presets.overlay(c.TrainConfig(), files.read_toml(path), "x") == config
+    assert presets.overlay(TrainConfig(), files.read_toml(path), "x") == config
 
 
 @given(
@@ -26,9 +27,9 @@ def test_presets_survive_a_round_trip_through_toml(name, tmp_path):
     data=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])),
 )
 def test_any_value_survives_a_round_trip_through_toml(steps, learning_rate, data):
-    config = c.TrainConfig(steps=steps, learning_rate=learning_rate, data=data)
+    config = TrainConfig(steps=steps, learning_rate=learning_rate, data=data)
     assert (
-        presets.overlay(c.TrainConfig(), files.parse_toml(presets.to_toml(config), "x"), "x")
+        presets.overlay(TrainConfig(), files.parse_toml(presets.to_toml(config), "x"), "x")
         == config
     )
 
@@ -154,7 +155,7 @@ def test_impossible_models_are_refused(values, message):
 )
 def test_impossible_training_is_refused(values, message):
     with pytest.raises(UserError, match=message):
-        c.TrainConfig(**values).resolved()
+        TrainConfig(**values).resolved()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_mistakes_in_toml_are_named(text, message, tmp_path):
     path = tmp_path / "config.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
-        presets.overlay(c.TrainConfig(), files.read_toml(path), str(path))
+        presets.overlay(TrainConfig(), files.read_toml(path), str(path))
 
 
 def test_unknown_preset_names_the_nearest():
@@ -200,7 +201,7 @@ def test_unknown_preset_names_the_nearest():
         ({"attention": ["mla"]}, "attention = .* is not one of 'mla', 'mha'"),
         ({"kv_lora_ranks": [8, "8"]}, "kv_lora_ranks.1. = .8. is not a value of type"),
         ({"rope_theta": 10**400}, "rope_theta must be a number of at most 64 bits"),
-        ({"n_layer": 3_000_000}, "m/config.json: --n-layer must be at most 1,000"),
+        ({"n_layer": 3_000_000}, "m/config.json: n_layer must be at most 1,000"),
     ],
 )
 def test_wrong_values_of_a_model_file_are_named(values, message):

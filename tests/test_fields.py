@@ -9,7 +9,7 @@ import pytest
 from typing_extensions import NotRequired, TypedDict
 
 from mlx_mla.errors import UserError
-from mlx_mla.fields import Count, FileName, read, read_lines, typed, value_of
+from mlx_mla.fields import REMEDY, Count, FileName, json_lines, read, typed, value_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,10 @@ class Row(TypedDict):
     parts: NotRequired[list[Part]]
     ends: NotRequired[tuple[int, float]]
     either: NotRequired[int | str | None]
+
+
+def read_lines(path):
+    return [value_of(Row, value, where, REMEDY) for where, value in json_lines(path)]
 
 
 PART = {"file": "a.npy", "tokens": 1}
@@ -93,9 +97,9 @@ def test_files_are_read_by_their_suffix_and_lines_by_number(tmp_path):
     (tmp_path / "a.toml").write_text('file = "a.npy"\ntokens = 1\n')
     assert read(Part, tmp_path / "a.json") == read(Part, tmp_path / "a.toml") == Part(**PART)
     lines = tmp_path / "rows.jsonl"
-    assert read_lines(Row, lines) == []
+    assert read_lines(lines) == []
     lines.write_text('{"step": 1}\n{"step": 2}\n{"step": 3')
-    assert read_lines(Row, lines) == [{"step": 1}, {"step": 2}]
+    assert read_lines(lines) == [{"step": 1}, {"step": 2}]
     for line, problem in (
         ("{", "not valid JSON"),
         ("[]", "[] is not a table"),
@@ -103,7 +107,7 @@ def test_files_are_read_by_their_suffix_and_lines_by_number(tmp_path):
     ):
         lines.write_text('{"step": 1}\n' + line + "\n")
         with pytest.raises(UserError) as raised:
-            read_lines(Row, lines)
+            read_lines(lines)
         assert str(raised.value).startswith(f"{lines}, line 2: {problem}")
         assert str(raised.value).endswith("; remove the line")
 
