@@ -312,7 +312,7 @@ class Bench:
         return [c for c in self._timed() if c.backend == backend and c.model == c.weights]
 
     def _latent(self) -> list[Candidate]:
-        return [c for c in self._timed() if c.config.kind.latent_widths]
+        return [c for c in self._timed() if c.config.attention_spec.latent_widths]
 
     def _decoders(self) -> list[tuple[Candidate, str]]:
         """Subjects with each kind of cache, and without one as the original decodes."""

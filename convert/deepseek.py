@@ -154,7 +154,7 @@ def write_deepseek(
         "num_key_value_heads": c.n_head,
         "q_lora_rank": q_lora_rank,
         "kv_lora_rank": c.kv_lora_rank,
-        "qk_nope_head_dim": c.kind.head_dim,
+        "qk_nope_head_dim": c.attention_spec.head_dim,
         "qk_rope_head_dim": c.qk_rope_head_dim,
         "v_head_dim": c.v_head_dim,
         "intermediate_size": c.n_inner,
@@ -245,8 +245,8 @@ def _attention(
     dtype: InferenceDType,
 ) -> dict[str, np.ndarray]:
     """Norm and attention of a layer under their names, without the output projection."""
-    assert c.kv_lora_rank and isinstance(c.kind, MultiHeadLatent)
-    gain, rank = block["ln_1.weight"], c.kind.latent_ranks[layer]
+    assert c.kv_lora_rank and isinstance(c.attention_spec, MultiHeadLatent)
+    gain, rank = block["ln_1.weight"], c.attention_spec.latent_ranks[layer]
     bias = block.get("attn.c_attn.bias", np.zeros(len(block["attn.c_attn.weight"]), np.float32))
     at = np.cumsum([len(bias) - rank - c.qk_rope_head_dim, rank])
     q, kv, k_rope = np.split(block["attn.c_attn.weight"], at)

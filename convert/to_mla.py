@@ -99,7 +99,7 @@ def widest_latent(config: ModelConfig) -> int:
     is one."""
     if not config.beyond_gpt2:
         return config.n_embd
-    width = config.kind.head_dim
+    width = config.attention_spec.head_dim
     groups = config.num_key_value_heads or config.n_head
     keys = groups - (config.position_embedding_type == "rope")
     return min(config.n_embd + bool(config.attention_bias), (keys + groups) * width)

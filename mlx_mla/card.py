@@ -32,15 +32,12 @@ def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
 
     The text contains no dates or paths, so identical checkpoints have identical cards.
     """
-    m = config.model
     data = "Python's built-in documentation" if config.data == BUILTIN else Path(config.data).name
     loss = "not measured yet" if val_loss is None else f"{val_loss:.4f} nats per token"
+    vocabulary = f"vocabulary {config.model.vocab_size} ({Path(config.tokenizer).name})"
     return f"""{_FRONT_MATTER}# {config.preset}, step {step:,}
 
-A {m.family}-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_head} heads,
-{m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size} ({Path(config.tokenizer).name}),
-{num_parameters(m):,} parameters. Decoding caches
-{cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types.
+{_architecture(config.model, vocabulary)}
 
 | | |
 |---|---|
@@ -53,42 +50,37 @@ A {m.family}-style language model with {m.kind.text}: {m.n_layer} layers, {m.n_h
 
 
 def converted_card(
-    config: ModelConfig, name: str, kind: str, tokens: int, has_end: bool, steps: list[str]
+    config: ModelConfig, name: str, source: str, tokens: int, has_end: bool, steps: list[str]
 ) -> str:
     """Return the card of a converted model. Like every card, it contains no dates or paths.
 
     Args:
         config: The configuration of the converted model.
         name: Name of the source.
-        kind: Format that the source was recognized as.
+        source: Format that the source was recognized as.
         tokens: Number of ids of the tokenizer; the embedding may have more rows.
         has_end: True if the tokenizer has an end-of-text token.
         steps: One sentence for each change to the weights beyond renaming.
     """
-    c = config
-    assert c.vocab_size
-    padding = (
-        f" (of which {c.vocab_size - tokens} pad the {tokens} tokens)"
-        if c.vocab_size > tokens
-        else ""
-    )
-    endless = (
-        ""
-        if has_end
-        else "\nThe tokenizer has no end-of-text token: text ends only at its maximum length.\n"
-    )
-    done = (
-        "".join(f"- {step}\n" for step in steps)
-        or "- Nothing: the weights equal the source's, bit for bit.\n"
-    )
+    rows = config.vocab_size
+    assert rows
+    padding = f" (of which {rows - tokens} pad the {tokens} tokens)" if rows > tokens else ""
+    endless = "\nThe tokenizer has no end-of-text token: text ends only at its maximum length.\n"
+    unchanged = "- Nothing: the weights equal the source's, bit for bit.\n"
+    done = "".join(f"- {step}\n" for step in steps) or unchanged
     return f"""{_FRONT_MATTER}# {name}, converted
 
-A {c.family}-style language model with {c.kind.text}: {c.n_layer} layers, {c.n_head} heads,
-{c.n_embd} wide, context {c.n_positions}, vocabulary of {c.vocab_size} rows{padding},
-{num_parameters(c):,} parameters. Decoding caches
-{cache_bytes_per_token(c, 2):,} bytes per token of context in 16-bit types.
-{endless}
-Converted from {kind} (`{name}`). Changes to the weights:
+{_architecture(config, f"vocabulary of {rows} rows{padding}")}
+{"" if has_end else endless}
+Converted from {source} (`{name}`). Changes to the weights:
 
 {done}
 {_USE}"""
+
+
+def _architecture(m: ModelConfig, vocabulary: str) -> str:
+    shape = f"{m.n_layer} layers, {m.n_head} heads,\n{m.n_embd} wide, context {m.n_positions}"
+    model = f"A {m.family}-style language model with {m.attention_spec.text}"
+    return f"""{model}: {shape}, {vocabulary},
+{num_parameters(m):,} parameters. Decoding caches
+{cache_bytes_per_token(m, 2):,} bytes per token of context in 16-bit types."""

@@ -39,6 +39,7 @@ from mlx_mla.files import (
     sha256,
 )
 from mlx_mla.model.config import InferenceDType, ModelConfig, TrainableName
+from mlx_mla.model.configuration_mla_gpt2 import AUTO_MAP, CODE, MLX_FILE
 from mlx_mla.model.weights import is_trained, not_finite, parameter_shapes
 
 WEIGHTS = "model.safetensors"
@@ -47,11 +48,6 @@ MODEL_FILES = Path(__file__).with_name("model")
 STATE = "train_state.safetensors"
 STATE_INFO = "train_state.json"
 STATE_FORMAT = 1
-MLX_FILE, TORCH_FILE, CONFIGURATION_FILE = (
-    "model_mlx.py",
-    "model_torch.py",
-    "configuration_mla_gpt2.py",
-)
 _OURS = ("config.json", "model*.safetensors", "model_*.py", "configuration_*.py", "tokenizer*.json",
          "train_state.*")  # fmt: skip
 """Files of a model folder without which, in its SHA256SUMS, that list is not whole."""
@@ -78,7 +74,7 @@ def write_model(
     values = {**model_config_json(config, tokenizer), "dtype": dtype}
     _write_json(folder / "config.json", values)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    for name in (MLX_FILE, TORCH_FILE, CONFIGURATION_FILE):
+    for name in CODE:
         shutil.copyfile(MODEL_FILES / name, folder / name)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(str(folder))
@@ -94,10 +90,7 @@ def model_config_json(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -
         "model_type": "mla_gpt2",
         "architectures": ["MLAGPT2LMHeadModel"],
         "model_file": MLX_FILE,
-        "auto_map": {
-            "AutoConfig": f"{Path(CONFIGURATION_FILE).stem}.MLAGPT2Config",
-            "AutoModelForCausalLM": f"{Path(TORCH_FILE).stem}.MLAGPT2LMHeadModel",
-        },
+        "auto_map": AUTO_MAP,
         **config.to_dict(),
         # The names under which transformers and mlx-lm look for the same facts.
         "num_hidden_layers": config.n_layer,

@@ -176,8 +176,8 @@ def run(
 @contextlib.contextmanager
 def _streams(needs_reader: bool) -> Iterator[None]:
     """Print what a terminal lacks as escapes, and libraries' warnings not at all."""
-    out = Output(sys.stdout, "standard output", go_on=not needs_reader)
-    err = Output(sys.stderr, "standard error", go_on=True)
+    out = Output(sys.stdout, "standard output", may_fail=not needs_reader)
+    err = Output(sys.stderr, "standard error", may_fail=True)
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -234,12 +234,13 @@ class Output:
     Args:
         stream: The stream to write to. None (a process started without it): discard the text.
         name: Its name in error messages.
-        go_on: True if the command continues silently once the stream cannot be written. Otherwise,
-            a reader that has gone raises BrokenPipeError, and any other failure a UserError.
+        may_fail: True if the command continues without the stream once that cannot be written.
+            Otherwise, a reader that has gone raises BrokenPipeError, and any other failure a
+            UserError.
     """
 
-    def __init__(self, stream: Optional[TextIO], name: str, go_on: bool):
-        self._stream, self._name, self._go_on = stream, name, go_on
+    def __init__(self, stream: Optional[TextIO], name: str, may_fail: bool):
+        self._stream, self._name, self._may_fail = stream, name, may_fail
         with contextlib.suppress(AttributeError, ValueError):
             cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
@@ -272,9 +273,9 @@ class Output:
             yield
         except OSError as e:
             self._silence()
-            if isinstance(e, BrokenPipeError) and not self._go_on:
+            if isinstance(e, BrokenPipeError) and not self._may_fail:
                 raise
-            if not self._go_on:
+            if not self._may_fail:
                 raise UserError(
                     f"{self._name} cannot be written: {e.strerror}; give it another place"
                 ) from None

@@ -330,10 +330,10 @@ class _Reader:
         if wanted is tuple and args and args[-1] is not Ellipsis:
             if len(value) != len(args):
                 raise _Mismatch(f"= {shown(value)} must have {len(args)} items")
-            kinds = args
+            inner = args
         else:
-            kinds = (args[0] if args else Any,) * len(value)
-        return wanted(self._inside(i, k, v) for i, (k, v) in enumerate(zip(kinds, value)))
+            inner = (args[0] if args else Any,) * len(value)
+        return wanted(self._inside(i, own, v) for i, (own, v) in enumerate(zip(inner, value)))
 
     def _record(self, record: Any, values: dict[str, Any]) -> Any:
         fields, needed = _annotations(record), _needed(record)

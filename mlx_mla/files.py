@@ -205,9 +205,9 @@ def give_usual_mode(path: Path) -> None:
     path.chmod(stat.S_IMODE(mode))
 
 
-def _temporary(path: Path, kind: str = "tmp") -> Path:
+def _temporary(path: Path, role: str = "tmp") -> Path:
     """An unpredictable name beside a path, for a file that will become that path or that was it."""
-    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(8)}")
+    return path.with_name(f".{path.name}.{role}-{secrets.token_hex(8)}")
 
 
 def sha256(path: Path) -> str:

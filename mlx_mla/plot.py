@@ -1,8 +1,8 @@
 """Compare runs in a figure and a table: `python -m mlx_mla.plot`."""
 
 import dataclasses
-import itertools
 import math
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from typing_extensions import TypedDict
 
 from mlx_mla import cli
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
+from mlx_mla.fields import REMEDY, value_of
 from mlx_mla.files import read_toml
 from mlx_mla.pictures import draw, loss_axis, plain
 from mlx_mla.training.metrics import METRICS, read_metrics
@@ -68,8 +70,8 @@ class RunMetrics:
     """The metrics of one run."""
 
     name: str
-    """Name of the run folder, with as many parents as needed to make it unique."""
-    kind: Any
+    """Path of the run folder from the folder that all runs have in common."""
+    settings: Any
     """The settings without the seed, which are equal for repetitions of a run."""
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
@@ -92,8 +94,12 @@ class RunMetrics:
         )
 
 
-# Keys of every row with a loss. `seconds` and `mfu` were added later and may be missing.
-REQUIRED = ("loss", "tokens", "tokens_per_sec", "peak_memory_bytes")
+class _LossLine(TypedDict):
+    """What every line with a loss has; `seconds` and `mfu` were added later and may be missing."""
+
+    tokens: float
+    tokens_per_sec: float
+    peak_memory_bytes: float
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
@@ -103,8 +109,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
         UserError: If a folder holds no run, no metrics or a damaged line, or is given twice.
     """
     resolved = [folder.resolve() for folder in folders]
+    common = os.path.commonpath([folder.parent for folder in resolved])
     runs = []
-    for i, (folder, name) in enumerate(zip(folders, _unique_names(resolved))):
+    for i, folder in enumerate(folders):
         if resolved[i] in resolved[:i]:
             raise UserError(f"{folder}: is given twice; give each run once")
         path = folder / METRICS
@@ -123,39 +130,17 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
             raise UserError(f"{path}: is empty; the run has logged nothing yet")
         for number, row in enumerate(rows, 1):
             if row.get("split") in ("train", "val"):
-                for key in REQUIRED:
-                    if not isinstance(row.get(key), (int, float)):
-                        raise UserError(
-                            f"{path}, line {number}: damaged, has no number {key!r}; remove the "
-                            "line"
-                        )
+                value_of(_LossLine, row, f"{path}, line {number}", REMEDY)
         train, val = (
             [row for row in rows if row.get("split") == split] for split in ("train", "val")
         )
         if not train and not val:
             raise UserError(f"{path}: holds no loss; the run has logged nothing yet")
+        name = os.path.relpath(resolved[i], common)
         settings = read_toml(folder / CONFIG) if (folder / CONFIG).is_file() else {"run": name}
-        runs.append(
-            RunMetrics(name, {k: v for k, v in settings.items() if k != "seed"}, train, val)
-        )
+        settings.pop("seed", None)
+        runs.append(RunMetrics(name, settings, train, val))
     return runs
-
-
-def _unique_names(paths: Sequence[Path]) -> list[str]:
-    """For each path, its shortest suffix that no other path has."""
-
-    def end(path: Path, parts: int) -> str:
-        return "/".join(path.parts[-parts:])
-
-    def name(path: Path) -> str:
-        others = set(paths) - {path}
-        lengths = range(1, len(path.parts))
-        return next(
-            (end(path, n) for n in lengths if end(path, n) not in {end(o, n) for o in others}),
-            str(path),
-        )
-
-    return [name(path) for path in paths]
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
@@ -273,21 +258,16 @@ def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
 
 
 def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
-    """Color and dashes of each run: one color per kind, different dashes for its repetitions."""
+    """Color and dashes of each run: repetitions have the color of the first, and other dashes."""
     import matplotlib
 
     colormap: Any = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
-    colors = colormap.colors
     dashes = ("-", "--", ":", "-.")
-    kinds: list[Any] = []
-    counts: list[Any] = []
+    settings = [run.settings for run in runs]
     styles = []
-    for run in runs:
-        if run.kind not in kinds:
-            kinds.append(run.kind)
-            counts.append(itertools.count())
-        kind = kinds.index(run.kind)
-        styles.append((colors[kind % len(colors)], dashes[next(counts[kind]) % len(dashes)]))
+    for i, own in enumerate(settings):
+        color = colormap.colors[settings.index(own) % len(colormap.colors)]
+        styles.append((color, dashes[settings[:i].count(own) % len(dashes)]))
     return styles
 
 

@@ -244,7 +244,9 @@ def check_flags(args: argparse.Namespace) -> ModelFolder:
     if not 0 <= args.top_k < config.vocab_size:
         raise UserError(f"--top-k must be from 0 (off) to {config.vocab_size - 1}")
     if getattr(args, "kv_bits", None) is not None:  # a flag of mlx-lm from 0.32
-        widths = {w for i in range(config.n_layer) for _, w in config.kind.cached(i, False)}
+        widths = {
+            w for i in range(config.n_layer) for _, w in config.attention_spec.cached(i, False)
+        }
         if args.kv_bits not in KV_BITS or args.kv_group_size not in KV_GROUP_SIZES:
             raise UserError("--kv-bits must be 4 or 8, and --kv-group-size 32, 64 or 128")
         if any(width % args.kv_group_size for width in widths):

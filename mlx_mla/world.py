@@ -165,7 +165,7 @@ class World:
         return self
 
     def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.engine is None:
             return

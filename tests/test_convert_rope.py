@@ -248,7 +248,7 @@ def test_report_and_budget(llama, text_file, tmp_path):
     out = converted(llama, tmp_path / "out", *flags)
     report = json.loads((out / "conversion.json").read_text())
     assert sum(report["kv_lora_ranks"]) == 18
-    assert checkpoint.ModelFolder(out).config.kind.latent_ranks == report["kv_lora_ranks"]
+    assert checkpoint.ModelFolder(out).config.attention_spec.latent_ranks == report["kv_lora_ranks"]
     assert len(report["rope_energy"]) == 2
     for before, after in zip(*report["residual_error"].values(), strict=True):
         assert 0 < after < before

@@ -74,7 +74,7 @@ def test_where_pytorch_keeps_no_scores_on_the_cpu(context, shape, dtype, monkeyp
     from mlx_mla.model import model_torch
 
     config = settings(context=context, **shape)
-    keys, values = config.model.kind.head_widths
+    keys, values = config.model.attention_spec.head_widths
     q, k, v = (
         torch.randn(2, 2, context, w, dtype=getattr(torch, dtype), requires_grad=True)
         for w in (keys, keys, values)
@@ -189,7 +189,7 @@ def test_metal_is_given_widths_that_it_fuses_and_learns_the_same(
     assert steps(context, 0, **shape) == pytest.approx(expected, rel=1e-6)
     own = TrainConfig(model=ModelConfig(n_head=2, n_embd=32, **shape)).resolved()
     few = context <= NO_FUSED_GRADIENT
-    assert seen == {widths if widths and not few else own.model.kind.head_widths}
+    assert seen == {widths if widths and not few else own.model.attention_spec.head_widths}
 
 
 # --- decoding ---
@@ -197,7 +197,7 @@ def test_metal_is_given_widths_that_it_fuses_and_learns_the_same(
 
 def decoded_widths(name: str) -> set[tuple[int, int]]:
     """Widths of the keys and the values that a preset's steps read."""
-    kind = preset(name).resolved().model.kind
+    kind = preset(name).resolved().model.attention_spec
     if not kind.latent_widths:
         return {kind.head_widths}
     return {(width, rank) for width, rank in zip(kind.latent_widths, kind.latent_ranks)}

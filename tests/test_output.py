@@ -86,7 +86,7 @@ def test_generating_ends_quietly_with_its_reader(tiny_run):
 def test_output_without_a_stream_is_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.run(lambda _: print("x") or 0, []) == 0
-    silent = Output(None, "nothing", go_on=False)
+    silent = Output(None, "nothing", may_fail=False)
     assert silent.write("text") == 4
     assert not silent.isatty()
 
@@ -259,8 +259,8 @@ def test_output_passes_on_what_it_is_not_asked_to_survive():
             raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="results cannot be written: No space left"):
-        Output(Full(), "results", go_on=False).write("x")
-    assert Output(Full(), "results", go_on=True).write("x") == 1
+        Output(Full(), "results", may_fail=False).write("x")
+    assert Output(Full(), "results", may_fail=True).write("x") == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

@@ -29,8 +29,7 @@ def figure(monkeypatch):
 
 @pytest.fixture
 def copies(tiny_run, tmp_path):
-    """Copies of a run: two that differ in the seed, and one of another kind, two of them with the
-    same name."""
+    """Copies of a run: two of one name that differ in the seed, and one with another attention."""
 
     def copy(name: str, setting: str, value: str):
         run = tmp_path / name
@@ -77,7 +76,7 @@ def test_the_picture_shows_every_run_in_every_panel(copies, tmp_path, figure):
     assert [bar.get_width() for bar in memory.patches] == [
         max(r["peak_memory_bytes"] for r in rows) / 2**20
     ] * 3
-    # Names are unique; seeds of one kind share a colour and differ in dashes.
+    # Names are unique; repetitions share a colour and differ in dashes.
     (legend,) = figure[0].legends
     assert [text.get_text() for text in legend.get_texts()][:3] == ["a/mla", "b/mla", "mha"]
     lines = by_tokens.lines[::2]
@@ -122,7 +121,7 @@ def test_bad_input_is_one_line(copies, tmp_path, capsys):
     for damage, why in (
         (b"\x00\xff\n", "not UTF-8 text"),
         (b'["step"]\n', "is not a table of names"),
-        (lines[2].replace(b'"tokens"', b'"tokenz"'), "damaged"),
+        (lines[2].replace(b'"tokens"', b'"tokenz"'), "tokens is missing"),
     ):
         metrics.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
         text = said(good, other, *out)

@@ -142,7 +142,7 @@ def test_the_file_decides_between_tokens_and_passes_of_a_step(tmp_path):
 def test_a_file_may_name_another_attention_than_its_preset(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[model]\nattention = "mha"\n')
-    kind = train_command(["--config", str(path)]).resolved().model.kind
+    kind = train_command(["--config", str(path)]).resolved().model.attention_spec
     assert kind.text.startswith("multi-head")
 
 
@@ -155,7 +155,7 @@ def test_multi_head_attention_is_one_flag_apart(capsys):
     rope = train_command(["--preset", "mla-124m-rope", "--attention", "mha"]).resolved().model
     assert rope == preset("gpt2-124m-rope").resolved().model
     grouped = ["--attention", "mha", "--num-key-value-heads", "1", "--n-embd", "126"]
-    assert train_command(grouped).resolved().model.kind.cached_values() == 3 * 2 * 63
+    assert train_command(grouped).resolved().model.attention_spec.cached_values() == 3 * 2 * 63
     assert "no meaning with --attention mha" in refused(capsys, "--attention mha --kv-lora-rank 8")
 
 

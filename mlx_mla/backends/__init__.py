@@ -30,11 +30,11 @@ def get_backend(name: BackendName, device: DeviceName = "auto") -> Backend:
         ) from None
 
 
-def get_engine(name: BackendName, kind: str = "auto") -> Engine:
+def get_engine(name: BackendName, engine: str = "auto") -> Engine:
     """A framework's communication between the processes that its launcher has started.
 
     Args:
-        kind: A value of --distributed-backend.
+        engine: A value of --distributed-backend.
 
     Raises:
         UserError: If the framework has no such engine, or it cannot start.
@@ -42,7 +42,7 @@ def get_engine(name: BackendName, kind: str = "auto") -> Engine:
     if name == "torch":
         from mlx_mla.backends.torch.ranks import TorchEngine
 
-        return TorchEngine(kind)
+        return TorchEngine(engine)
     from mlx_mla.backends.mlx.ranks import MLXEngine
 
-    return MLXEngine(kind)
+    return MLXEngine(engine)

@@ -51,7 +51,7 @@ def decoding(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
     for name, folder in preset_models(place):
         reference = _reference(folder)
         prompts = [list(map(int, _random_ids(1, n)[0])) for n in (PROMPT, 7, 19)]
-        for kind in CACHES if folder.config.kind.latent_widths else CACHES[1:]:
+        for kind in CACHES if folder.config.attention_spec.latent_widths else CACHES[1:]:
             decoder = _decoder(there, folder, kind)
             tokens: list[list[int]] = [[] for _ in prompts]
             for i, piece in decoder.batch(prompts, _greedy()):
@@ -69,7 +69,7 @@ def absorbed(place: Path) -> Outcome:
     draft = None
     for name, folder in preset_models(place):
         draft = draft or folder  # the first preset's model, whose guesses are mostly wrong
-        if not folder.config.kind.latent_widths:
+        if not folder.config.attention_spec.latent_widths:
             continue
         reference, decoder = _reference(folder), _decoder(there, folder)
         prompt, more = (list(map(int, ids)) for ids in (_random_ids(1, PROMPT)[0], [5, 80, 9]))

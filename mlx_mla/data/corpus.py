@@ -18,7 +18,7 @@ TEXT, JSON_LINES, PARQUET = (".txt", ".text"), (".jsonl", ".ndjson", ".json"), (
 COMPRESSED = (".gz", ".xz", ".zst")
 """Suffixes of the files that `mlx_mla.prepare` reads."""
 
-_KINDS = (
+_FORMATS = (
     ("JSON lines", JSON_LINES, ()),
     ("a parquet file", PARQUET, (b"PAR1",)),
     ("compressed", COMPRESSED, (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")),
@@ -72,9 +72,9 @@ def _no_text(path: Path, data: bytes) -> str | None:
         f"turn it into token shards with python -m mlx_mla.prepare {shlex.quote(str(path))} --out "
         "DIR, and give --data DIR"
     )
-    for kind, suffixes, starts in _KINDS:
+    for name, suffixes, starts in _FORMATS:
         if path.suffix.lower() in suffixes or data.startswith(starts):
-            return f"is {kind}, not text; {prepare}"
+            return f"is {name}, not text; {prepare}"
     if path.suffix in SUFFIXES.values() or data.startswith(_SHARDS):
         return "is a token shard; give --data its folder"
     if b"\0" in data:

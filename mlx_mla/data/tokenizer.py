@@ -22,6 +22,7 @@ import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mlx_mla.errors import UserError, first_line
 from mlx_mla.model.config import TOKENIZER_IDS
@@ -334,18 +335,10 @@ def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-@lru_cache(maxsize=1)
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte (openai/gpt-2, tokenizer.py)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
-
-
 def _fast_tokenizer(
     tokens: list[bytes], merges: list[tuple[bytes, bytes]], use_regex: bool
 ) -> PreTrainedTokenizerFast:
-    alphabet = _byte_alphabet()
+    alphabet = bytes_to_unicode()
 
     def spell(token: bytes) -> str:
         return "".join(alphabet[b] for b in token)

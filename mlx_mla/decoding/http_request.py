@@ -70,9 +70,9 @@ class RequestChecks:
             if type(found) is not type(value) or found != value:
                 raise UserError(f"{name} must be {value!r} or left out; this server has no other")
         self._check_numbers(body)
-        for name, kind in TYPES.items():
-            if not isinstance(body.get(name, kind()), kind):
-                raise UserError(f"{name} must be of type {kind.__name__}")
+        for name, expected in TYPES.items():
+            if not isinstance(body.get(name, expected()), expected):
+                raise UserError(f"{name} must be of type {expected.__name__}")
         if body.get("model", self.names[0]) not in self.names:
             raise UserError(f"model must be {self.names[-1]} or {self.names[0]}; {ONLY}")
         if "adapters" in body or body.get("draft_model", "default_model") != "default_model":

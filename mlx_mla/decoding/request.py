@@ -77,7 +77,7 @@ def cache_of(config: ModelConfig, cache: CacheChoice) -> CacheName:
     those without an up-projection are keys and values already."""
     if cache == "none":
         return cache
-    if config.attention_k_eq_v or (config.kind.latent_widths and cache != "materialized"):
+    if config.attention_k_eq_v or (config.attention_spec.latent_widths and cache != "materialized"):
         return "latent"
     return "materialized"
 

@@ -24,7 +24,7 @@ class _Model(TypedDict):
     """Metrics by task: NAME, NAME_stderr, NAME_count and so on, and n, the number of items."""
 
 
-class Results(TypedDict):
+class ResultsFile(TypedDict):
     """The file that `mlx_mla.evaluate --out` writes."""
 
     protocol: str
@@ -32,9 +32,9 @@ class Results(TypedDict):
     comparisons: list[dict[str, Any]]
 
 
-def read_results(path: Path) -> Results:
+def read_results(path: Path) -> ResultsFile:
     """Read a results file that `write` wrote; UserError if it holds anything else."""
-    return read(Results, path, "give --out a new name")
+    return read(ResultsFile, path, "give --out a new name")
 
 
 def compare_models(

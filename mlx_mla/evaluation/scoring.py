@@ -223,7 +223,7 @@ def _grouped(items: Iterable[T], fits: Callable[[list[T], T], bool]) -> Iterator
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class _ScoredRow:
     unit: int
     """Index of its unit in the batch, whose prefix the row follows."""
     k: int
@@ -232,16 +232,16 @@ class _Row:
     target: tuple[int, ...]
 
 
-def _blocks(batch: Sequence[_Unit], batch_size: int) -> Iterator[list[_Row]]:
+def _blocks(batch: Sequence[_Unit], batch_size: int) -> Iterator[list[_ScoredRow]]:
     """Group the rows of a batch by padded length."""
     rows = [
-        _Row(i, k, ids, target)
+        _ScoredRow(i, k, ids, target)
         for i, unit in enumerate(batch)
         for k, (ids, target) in enumerate(zip(unit.rows, unit.targets))
     ]
     rows.sort(key=lambda row: len(row.ids), reverse=True)
 
-    def fits(block: list[_Row], row: _Row) -> bool:
+    def fits(block: list[_ScoredRow], row: _ScoredRow) -> bool:
         n, longest = len(block) + 1, _padded(len(block[0].ids))
         small = n <= batch_size and n * (len(batch[0].prefix) + longest) <= PASS_TOKENS
         return small and _padded(len(row.ids)) == longest
@@ -249,7 +249,7 @@ def _blocks(batch: Sequence[_Unit], batch_size: int) -> Iterator[list[_Row]]:
     return _grouped(rows, fits)
 
 
-def _row_batch(rows: Sequence[_Row], room: int) -> RowBatch:
+def _row_batch(rows: Sequence[_ScoredRow], room: int) -> RowBatch:
     length = min(_padded(len(rows[0].ids)), room)
     ids = np.zeros((len(rows), length), np.int32)
     where: list[int] = []

@@ -1,9 +1,9 @@
 """The kinds of attention, and everything that follows from their settings, without a framework.
 
 A kind of attention is a class in this module, with its own fields in `ModelConfig`, and a module in
-each of the two model files. Everything else asks `ModelConfig.kind`, an instance of one of these
-classes. Widths use the letters of the model files: N for queries and keys, P for their decoupled
-RoPE part, V for values, R for the latent.
+each of the two model files. Everything else asks `ModelConfig.attention_spec`, an instance of one
+of these classes. Widths use the letters of the model files: N for queries and keys, P for their
+decoupled RoPE part, V for values, R for the latent.
 """
 
 from __future__ import annotations
@@ -317,13 +317,13 @@ class MultiHeadLatent(Attention):
         return 2 * self.c.n_head * sum(2 * r + self.c.qk_rope_head_dim for r in self.latent_ranks)
 
 
-KINDS: dict[AttentionName, type[Attention]] = {"mla": MultiHeadLatent, "mha": MultiHead}
+ATTENTIONS: dict[AttentionName, type[Attention]] = {"mla": MultiHeadLatent, "mha": MultiHead}
 
 
 def meaningless_fields(attention: AttentionName) -> list[str]:
     """Fields of the other kinds, which do not apply to this one."""
-    names = dict.fromkeys(name for kind in KINDS.values() for name in kind.fields)
-    return [name for name in names if name not in KINDS[attention].fields]
+    names = dict.fromkeys(name for own in ATTENTIONS.values() for name in own.fields)
+    return [name for name in names if name not in ATTENTIONS[attention].fields]
 
 
 def _head_dim(c: ModelConfig) -> int:

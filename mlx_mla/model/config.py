@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Optional
 
 from mlx_mla.errors import UserError, flag
 from mlx_mla.fields import Bounds, at_least_1, check_bounds, fraction, not_negative, typed
-from mlx_mla.model.attention import KINDS, Attention, AttentionName, meaningless_fields
+from mlx_mla.model.attention import ATTENTIONS, Attention, AttentionName, meaningless_fields
 
 InitializerName = Literal["normal", "fan_in"]
 TrainableName = Literal["all", "attention"]
@@ -131,7 +131,7 @@ class ModelConfig:
             )
         of_gpt2 = c.norm == "layer_norm"
         if c.attention_bias is None:
-            c.attention_bias = of_gpt2 and KINDS[c.attention].biased
+            c.attention_bias = of_gpt2 and ATTENTIONS[c.attention].biased
         if c.attention_out_bias is None:
             c.attention_out_bias = of_gpt2
         if c.mlp_bias is None:
@@ -141,13 +141,13 @@ class ModelConfig:
                 raise UserError(
                     f"{flag(name)} has no meaning with --attention {c.attention}; leave it out"
                 )
-        KINDS[c.attention].resolve(c)
+        ATTENTIONS[c.attention].resolve(c)
         return c
 
     @property
-    def kind(self) -> Attention:
+    def attention_spec(self) -> Attention:
         """The attention of a resolved configuration: its shapes, widths, costs and description."""
-        return KINDS[self.attention](self)
+        return ATTENTIONS[self.attention](self)
 
     @property
     def family(self) -> str:
@@ -157,7 +157,7 @@ class ModelConfig:
     @property
     def beyond_gpt2(self) -> list[str]:
         """The flags of a resolved configuration that a GPT-2 has no name for; empty for a GPT-2."""
-        beyond = self.kind.beyond_gpt2
+        beyond = self.attention_spec.beyond_gpt2
         if self.norm != "layer_norm":
             beyond.append(f"--norm {self.norm}")
         if self.activation_function == "swiglu":

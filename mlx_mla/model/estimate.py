@@ -107,8 +107,9 @@ def report(config: TrainConfig) -> str:
     m = config.model
     tokens = config.steps * config.step_tokens
     rows = {
-        "model": f"{config.preset}: {m.kind.text}, {m.family}'s blocks, {m.n_layer} layers, "
-        f"{m.n_head} heads, {m.n_embd} wide, context {m.n_positions}, vocabulary {m.vocab_size}",
+        "model": f"{config.preset}: {m.attention_spec.text}, {m.family}'s blocks, "
+        f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {m.n_positions}, "
+        f"vocabulary {m.vocab_size}",
         "parameters": f"{unfused.parameters:,}",
         "FLOPs per token": f"{unfused.forward_flops_per_token:,} forward, "
         f"{unfused.train_flops_per_token:,} training",
@@ -188,12 +189,12 @@ def forward_flops_per_token(m: ModelConfig, context: int) -> int:
         if len(shape) == 2 and not any(part in name for part in looked_up)
     )
     mean_keys = (context + 1) / 2
-    return int(2 * matrices + m.kind.score_flops() * mean_keys)
+    return int(2 * matrices + m.attention_spec.score_flops() * mean_keys)
 
 
 def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:
     """Bytes that decoding caches for one token of context, over all layers."""
-    return m.kind.cached_values() * bytes_per_value
+    return m.attention_spec.cached_values() * bytes_per_value
 
 
 def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
@@ -213,7 +214,7 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     scores = 0 if fused else m.n_head * config.context
     gated = m.activation_function == "swiglu"
     mlp = (4.5 if gated else 3.75) * m.n_inner
-    kept = (8.5 * m.n_embd + m.kind.kept_values() + mlp + scores) * width * tokens
+    kept = (8.5 * m.n_embd + m.attention_spec.kept_values() + mlp + scores) * width * tokens
     # MLP, attention.
     mlp = (12 if gated else 5) * m.n_inner
     working = max(mlp + scores, 22 * m.n_embd + 2 * scores) * width * tokens

@@ -17,7 +17,7 @@ CPU_SHORTEST = 32  # minimum queries for which the PyTorch model pads keys and v
 def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
     """True if MLX fuses attention in the forward and backward passes of a resolved
     configuration."""
-    widths = config.model.kind.head_widths
+    widths = config.model.attention_spec.head_widths
     if device == "metal":
         return max(widths) in METAL_WIDTHS and config.context >= METAL_SHORTEST
     if device == "cuda":  # by cuDNN
@@ -29,6 +29,6 @@ def fused_by_mlx(device: Device, config: TrainConfig) -> bool:
 def fused_by_torch(device: str, config: TrainConfig) -> bool:
     """True if PyTorch fuses attention in the forward and backward passes."""
     if device == "cpu":  # for few queries with keys wider than values, a copy does not pay off
-        keys, values = config.model.kind.head_widths
+        keys, values = config.model.attention_spec.head_widths
         return keys == values or config.context >= CPU_SHORTEST
     return device == "cuda"

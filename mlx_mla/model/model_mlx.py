@@ -560,8 +560,8 @@ class MLP(nn.Module):
 
 def norm(args: ModelArgs) -> nn.Module:
     """A norm of the residual stream."""
-    kind = nn.LayerNorm if args.norm == "layer_norm" else nn.RMSNorm
-    return kind(args.n_embd, eps=args.layer_norm_epsilon)
+    norm_class = nn.LayerNorm if args.norm == "layer_norm" else nn.RMSNorm
+    return norm_class(args.n_embd, eps=args.layer_norm_epsilon)
 
 
 class Block(nn.Module):

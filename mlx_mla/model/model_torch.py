@@ -345,8 +345,8 @@ class MLP(nn.Module):
 
 def norm(config: MLAGPT2Config) -> nn.Module:
     """A norm of the residual stream."""
-    kind = nn.LayerNorm if config.norm == "layer_norm" else nn.RMSNorm
-    return kind(config.n_embd, eps=config.layer_norm_epsilon)
+    norm_class = nn.LayerNorm if config.norm == "layer_norm" else nn.RMSNorm
+    return norm_class(config.n_embd, eps=config.layer_norm_epsilon)
 
 
 class Block(nn.Module):

@@ -35,7 +35,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for i in range(c.n_layer):
         block = f"transformer.h.{i}"
         norm(f"{block}.ln_1")
-        shapes.update((f"{block}.attn.{name}", shape) for name, shape in c.kind.tensors(i))
+        shapes.update(
+            (f"{block}.attn.{name}", shape) for name, shape in c.attention_spec.tensors(i)
+        )
         norm(f"{block}.ln_2")
         linear(f"{block}.mlp.c_fc", c.n_embd, width_up)
         linear(f"{block}.mlp.c_proj", c.n_inner, c.n_embd)

@@ -120,7 +120,7 @@ def train(
         if lead:
             rows = read_metrics(out / METRICS)
             trackers = stack.enter_context(tracking(config, out, rows, console))
-            log = MetricsLog(out, trackers, run.how_to_go_on)
+            log = MetricsLog(out, trackers, run.resume_advice)
         return _Loop(run, session, start, console, log, pace).run()
 
 
@@ -135,7 +135,7 @@ class _Run:
     world: World
     share: Share
 
-    def how_to_go_on(self) -> str:
+    def resume_advice(self) -> str:
         newest = checkpoint.latest(self.out)
         if newest is None:
             return "no checkpoint has been saved yet"
@@ -159,7 +159,7 @@ class _Loop:
         self.config, self.out, self.data, self.world = run.config, run.out, run.data, run.world
         self.lead = log is not None
         if self.lead:
-            self.world.advice = run.how_to_go_on
+            self.world.advice = run.resume_advice
         self.done = self.saved = start.step
         self.val_loss = start.val_loss
         self.display = TrainDisplay(console, self.done, self.config.steps)
@@ -297,13 +297,13 @@ class _Loop:
                 checkpoint.write_train_state(folder, self.session.optimizer_state(), info)
             write_text(self.out / LATEST, target.name + "\n")
         except UserError as e:
-            raise UserError(f"{e}; {self.parts.how_to_go_on()}") from e
+            raise UserError(f"{e}; {self.parts.resume_advice()}") from e
         self.saved = self.done
         checkpoint.prune(self.out, config.keep, self.done)
         try:
             plot_loss(self.out / METRICS, self.out / PLOT, self.out.name)
         except UserError as e:
-            raise UserError(f"{e}; {self.parts.how_to_go_on()}") from e
+            raise UserError(f"{e}; {self.parts.resume_advice()}") from e
 
     def _sample(self) -> str | None:
         """Generate a text with the current weights, and append it to samples.jsonl.
@@ -332,13 +332,13 @@ class _Loop:
             yield
         except (OSError, UserError) as e:
             # Rank 0 adds its advice to another rank's error.
-            advice = f"; {self.parts.how_to_go_on()}" if self.lead else ""
+            advice = f"; {self.parts.resume_advice()}" if self.lead else ""
             raise UserError(f"{what} cannot be read: {e}{advice}") from e
 
     def _diverged(self, sign: str) -> str:
         return (
             f"training diverged at step {self.done} ({sign}) and was stopped; use a lower "
-            f"--learning-rate or a larger --adam-epsilon; {self.parts.how_to_go_on()}"
+            f"--learning-rate or a larger --adam-epsilon; {self.parts.resume_advice()}"
         )
 
 

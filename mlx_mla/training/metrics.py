@@ -13,7 +13,7 @@ from mlx_mla.pictures import draw, loss_axis, plain
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
-class _Row(TypedDict):
+class _Line(TypedDict):
     """A line of metrics.jsonl; that of a task holds its metrics beside these."""
 
     step: Count
@@ -27,7 +27,7 @@ class _Row(TypedDict):
     seconds: NotRequired[NonNegativeFloat]
 
 
-class _LossRow(_Row):
+class _LossLine(_Line):
     loss: float
 
 
@@ -47,9 +47,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for where, row in json_lines(path):
         if isinstance(row, dict) and row.get("split") in ("train", "val"):
-            rows.append(value_of(_LossRow, row, where, REMEDY))
+            rows.append(value_of(_LossLine, row, where, REMEDY))
         else:  # of a task on one item: the error is NaN, and a perplexity can be infinite
-            rows.append(value_of(_Row, finite(row), where, REMEDY))
+            rows.append(value_of(_Line, finite(row), where, REMEDY))
     return rows
 
 

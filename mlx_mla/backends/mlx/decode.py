@@ -354,9 +354,9 @@ class MLXDecoder:
         layer's cache."""
         if self.cache == "none":
             raise UserError("--kv-bits needs a cache; leave out --cache none")
-        kind, materialized = self.config.kind, self.cache == "materialized"
+        spec, materialized = self.config.attention_spec, self.cache == "materialized"
         layers = range(self.config.n_layer)
-        widths = {width for i in layers for _, width in kind.cached(i, materialized)}
+        widths = {width for i in layers for _, width in spec.cached(i, materialized)}
         for group_size in GROUP_SIZES:
             if all(width % group_size == 0 for width in widths):
                 return group_size

@@ -188,7 +188,7 @@ def fingerprint(folder: ModelFolder) -> str:
 def _shape(folder: ModelFolder) -> str:
     """The layers and widths of a model's cache, in words."""
     config = folder.config
-    return f"{config.n_layer} layers, {config.kind.cache_text}"
+    return f"{config.n_layer} layers, {config.attention_spec.cache_text}"
 
 
 def check_target(path: Path) -> None:

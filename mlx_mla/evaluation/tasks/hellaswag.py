@@ -102,7 +102,7 @@ def _equal(chosen: Sequence[int], labels: Sequence[int]) -> list[bool]:
     return [c == label for c, label in zip(chosen, labels)]
 
 
-class _Row(TypedDict):
+class _Example(TypedDict):
     activity_label: str
     ctx_a: str
     ctx_b: str
@@ -115,7 +115,7 @@ def _checked(rows: list[tuple[str, dict[str, Any]]], source: str) -> list[dict[s
     if not rows:
         raise UserError(f"{source}: has no examples")
     for where, row in rows:
-        value_of(_Row, row, where)
+        value_of(_Example, row, where)
         if len(row["endings"]) != 4 or not all(e.strip() for e in row["endings"]):
             raise UserError(f"{where}: endings must be four texts")
         if str(row["label"]) not in ("0", "1", "2", "3"):

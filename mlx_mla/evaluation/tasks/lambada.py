@@ -70,7 +70,7 @@ class Lambada(Task):
         ]
 
 
-class _Row(TypedDict):
+class _Passage(TypedDict):
     text: str
 
 
@@ -79,7 +79,7 @@ def _checked(rows: list[tuple[str, dict[str, Any]]], source: str) -> list[str]:
         raise UserError(f"{source}: has no passages")
     texts = []
     for where, row in rows:
-        text = value_of(_Row, row, where)["text"]
+        text = value_of(_Passage, row, where)["text"]
         if " " not in text.strip() or text != text.rstrip():
             raise UserError(f"{where}: text must be several words without a blank at the end")
         texts.append(text)

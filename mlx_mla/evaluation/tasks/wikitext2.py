@@ -92,7 +92,7 @@ class WikiText2(Task):
                 f"n_positions={setup.n_positions}; --window {setup.n_positions} measures a "
                 "different perplexity, which is not comparable"
             )
-        return [self._requests(kind, text, setup) for kind, text in documents]
+        return [self._requests(part, text, setup) for part, text in documents]
 
     def sample(
         self, documents: Sequence[Any], limit: int, random: np.random.Generator
@@ -101,12 +101,12 @@ class WikiText2(Task):
         whole = [d for d in documents if d[0] == "text"]
         return whole + super().sample([d for d in documents if d[0] != "text"], limit, random)
 
-    def _requests(self, kind: str, text: str, setup: TaskSetup) -> list[Request]:
+    def _requests(self, part: str, text: str, setup: TaskSetup) -> list[Request]:
         window = setup.window
-        if kind == "text":
+        if part == "text":
             ids = setup.encode(text)
             return [*_windows(ids, window, setup), *_windows(ids, window // 2, setup)]
-        if kind == "page":
+        if part == "page":
             ids = setup.encode(detokenize(text))
             requests = []
             for start in range(0, len(ids), setup.n_positions):
@@ -134,18 +134,18 @@ class WikiText2(Task):
             keep = [i for i, t in enumerate(tokens) if len(t)]
             sums = np.array([nll[i].sum() for i in keep]), np.array([tokens[i].sum() for i in keep])
             return [Measured("token_ppl", *sums, perplexity=True, unit="token")]
-        for i, (kind, text) in enumerate(documents):
-            if kind == "text":
+        for i, (part, text) in enumerate(documents):
+            if part == "text":
                 n = len(_windows(setup.encode(text), setup.window, setup))
-                parts = {
+                windows = {
                     "token_ppl": slice(None, n),
                     f"token_ppl_stride{setup.window // 2}": slice(n, None),
                 }
-                for name, part in parts.items():
-                    measured.append(Measured(name, nll[i][part], tokens[i][part], True, "token"))
+                for name, own in windows.items():
+                    measured.append(Measured(name, nll[i][own], tokens[i][own], True, "token"))
         # The harness counts words by splitting, which counts the blank before the title as one.
         on_pages = [
-            (text, nll[i].sum()) for i, (kind, text) in enumerate(documents) if kind == "page"
+            (text, nll[i].sum()) for i, (part, text) in enumerate(documents) if part == "page"
         ]
         if on_pages:
             losses = np.array([loss for _, loss in on_pages])
