@@ -55,8 +55,6 @@ def converted_card(
     """Return the card of a converted model. Like every card, it contains no dates or paths.
 
     Args:
-        config: The configuration of the converted model.
-        name: Name of the source.
         source: Format that the source was recognized as.
         tokens: Number of ids of the tokenizer; the embedding may have more rows.
         has_end: True if the tokenizer has an end-of-text token.

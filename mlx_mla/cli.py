@@ -1,7 +1,6 @@
 """What every command shares: flags from dataclasses, errors as one line, exit codes."""
 
 import contextlib
-import dataclasses
 import difflib
 import io
 import os
@@ -11,12 +10,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Optional, TextIO, TypedDict, TypeVar, cast
+from typing import Any, Optional, TextIO, TypedDict, TypeVar, cast
 
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from mlx_mla.errors import UserError, drop_hints, flag, print_hints
+from mlx_mla.errors import UserError, drop_hints, print_hints
 from mlx_mla.files import encodable
 
 # What libraries have to say is not for the readers of our lines; whoever wants it sets these.
@@ -33,8 +32,6 @@ def parse(command: type[T], argv: Sequence[str], prog: str, about: str | None = 
 
     Args:
         command: The dataclass; its docstrings are the help.
-        argv: Arguments without the program's name.
-        prog: Name of the program in --help.
         about: The first lines of --help. None: the dataclass's docstring.
 
     Raises:
@@ -58,23 +55,14 @@ def parse(command: type[T], argv: Sequence[str], prog: str, about: str | None = 
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """A command-line flag."""
-
-    type: Any
-    help: str
-    default: Any
-    """What --help shows as the default."""
-
-
 def given(
-    groups: Mapping[str, Mapping[str, Flag]], argv: Sequence[str], prog: str, about: str
+    groups: Mapping[str, Mapping[str, Any]], argv: Sequence[str], prog: str, about: str
 ) -> dict[str, Any]:
     """The values of the flags that are in argv, and of no others, by name.
 
     Args:
-        groups: Flags by name, in the groups in which --help shows them.
+        groups: Types of the flags by name, annotated with their help (`tyro.conf.arg`), in the
+            groups in which --help shows them.
         about: The first lines of --help.
 
     Raises:
@@ -82,43 +70,10 @@ def given(
     """
     table: Any = TypedDict  # mypy knows it with literal keys only
     unprefixed: Any = OmitArgPrefixes
-    types = {
-        title: unprefixed[
-            # With total=False, what is not given stays out.
-            table(title, {name: _annotated(own) for name, own in flags.items()}, total=False)
-        ]
-        for title, flags in groups.items()
-    }
+    # With total=False, what is not given stays out.
+    types = {title: unprefixed[table(title, flags, total=False)] for title, flags in groups.items()}
     found = parse(table("Flags", types), argv, prog, about)
     return {name: value for values in found.values() for name, value in values.items()}
-
-
-def _annotated(own: Flag) -> Any:
-    hint = f"(default: {own.default})"
-    return Annotated[own.type, tyro.conf.arg(help=own.help, help_behavior_hint=hint)]
-
-
-def spelled_as_now(
-    argv: Sequence[str], renamed: Mapping[str, str], removed: Mapping[str, str]
-) -> list[str]:
-    """argv with former names of flags replaced by the present ones.
-
-    Args:
-        renamed: Present names of settings by their former names.
-        removed: What to do instead, by the name of a setting that is gone.
-
-    Raises:
-        UserError: For a setting that is gone.
-    """
-    current = []
-    for argument in argv:
-        spelling, *value = argument.split("=", 1)
-        name = spelling[2:].replace("-", "_") if spelling.startswith("--") else ""
-        if name in removed:
-            raise UserError(f"{spelling} was removed; {removed[name]}")
-        spelling = flag(renamed[name]) if name in renamed else spelling
-        current.append("=".join([spelling, *value]))
-    return current
 
 
 def run(

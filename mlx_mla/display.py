@@ -27,7 +27,6 @@ def markdown_table(
     """The lines of a Markdown table; an empty list if there are no rows.
 
     Args:
-        header: The column titles.
         rows: The cells of each row, converted with `str`.
         padded: Align the columns with spaces, for tables that are also read on a terminal.
     """

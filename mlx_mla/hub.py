@@ -35,12 +35,7 @@ def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder
             f"{name}: no such folder, and not a hub id of the form owner/name; {_near(path)}"
         )
     if problem := checkpoint.integrity_error(folder, training=False):
-        older = (
-            checkpoint.checkpoints(path)
-            if folder.parent.name == "checkpoints" and path != folder
-            else []
-        )
-        others = [p for p in older if p != folder]
+        others = [p for p in checkpoint.checkpoints(path) if p != folder]
         advice = f"the one before is {others[-1]}" if others else "restore it from a copy"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     return checkpoint.ModelFolder(folder)

@@ -9,8 +9,9 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+import tyro
 from rich.console import Console
 
 from mlx_mla import cli
@@ -176,7 +177,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Any]:
     --help and --help-all are answered here, with the defaults of the preset, file or run that the
     other flags name.
     """
-    argv = cli.spelled_as_now(argv, RENAMED, REMOVED)
+    argv = [_as_now(argument) for argument in argv]
     asked = {"-h", "--help", "--help-all"} & set(argv)
     if not asked:
         return cli.given(_flags(TrainCommand()), argv, PROG, ABOUT)
@@ -193,17 +194,28 @@ def given_flags(argv: Sequence[str]) -> dict[str, Any]:
     return cli.given(groups, ["--help"], PROG, about)
 
 
-def _flags(defaults: TrainCommand) -> dict[str, dict[str, cli.Flag]]:
+def _as_now(argument: str) -> str:
+    """An argument with the present name of a flag; raises UserError for a flag that is gone."""
+    spelling, equals, value = argument.partition("=")
+    name = spelling[2:].replace("-", "_") if spelling.startswith("--") else ""
+    if name in REMOVED:
+        raise UserError(f"{spelling} was removed; {REMOVED[name]}")
+    return (flag(RENAMED[name]) if name in RENAMED else spelling) + equals + value
+
+
+def _flags(defaults: TrainCommand) -> dict[str, dict[str, Any]]:
     """Every flag, in the groups of --help-all: the common ones, then by the class that a setting
     belongs to."""
-    groups: dict[str, dict[str, cli.Flag]] = {"common": {}, "model": {}}
+    groups: dict[str, dict[str, Any]] = {"common": {}, "model": {}}
     for settings in (defaults.model, defaults):
         types = {f.name: f.type for f in dataclasses.fields(settings)}
         for owner, texts in _documentation(type(settings)):
             title = "model" if owner is ModelConfig else str(owner.__doc__).rstrip(".").lower()
             for name, text in texts.items():
                 group = groups.setdefault("common" if name in COMMON else title, {})
-                group[name] = cli.Flag(types[name], text, getattr(settings, name))
+                default = f"(default: {getattr(settings, name)})"
+                arg = tyro.conf.arg(help=text, help_behavior_hint=default)
+                group[name] = Annotated[types[name], arg]
     groups["common"] = {name: groups["common"][name] for name in COMMON}
     return groups
 

@@ -232,7 +232,6 @@ def join(engine: EngineName, get_engine: Callable[[BackendName, str], Engine]) -
     """Join the world that a launcher made this process part of.
 
     Args:
-        engine: The value of --distributed-backend.
         get_engine: Creates the engine of that name for a framework.
 
     Returns:

@@ -162,7 +162,6 @@ class Backend(Protocol):
 
         Args:
             config: The resolved settings of the run.
-            start: The state in which training begins.
             teacher: A model to distill from. None: train on the text only.
             world: The ranks over which gradients are averaged.
         """
@@ -177,8 +176,6 @@ class Backend(Protocol):
         """Load a model folder for generation.
 
         Args:
-            folder: The model folder.
-            cache: Kind of cache to keep between tokens.
             dtype: Type of weights and computation. None: the default of `decoding_dtype`.
         """
         ...
@@ -199,7 +196,6 @@ def decoding_dtype(asked: InferenceDType | None, device: str) -> InferenceDType:
     most of which do not compute in half precision.
 
     Args:
-        asked: The type that was requested, if any.
         device: Type of the backend's device: cpu; gpu (mlx); cuda or mps (torch).
     """
     return asked or ("float32" if device == "cpu" else GPU_DTYPE)

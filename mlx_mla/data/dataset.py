@@ -16,7 +16,6 @@ class TrainingData:
 
     Args:
         config: The resolved settings of the run; `config.data` names a text or a folder of shards.
-        tokenizer: The tokenizer of the run.
 
     Raises:
         UserError: If the data cannot be read, is too short, or does not fit the tokenizer.

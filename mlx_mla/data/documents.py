@@ -35,7 +35,6 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
 
     Args:
         src: A file, a folder, or a dataset on the hub.
-        reading: Settings for reading the files.
 
     Returns:
         The readable sources, sorted by name, and the names of the files that were left out.

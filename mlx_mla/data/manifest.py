@@ -56,7 +56,6 @@ def read_manifest(folder: Path, to_resume: bool = False) -> dict[str, Any]:
     """Read the manifest of a folder that `mlx_mla.prepare` wrote.
 
     Args:
-        folder: The folder of token shards.
         to_resume: Also check the fields that are needed only to resume a preparation.
 
     Raises:

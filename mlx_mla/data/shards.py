@@ -49,7 +49,6 @@ class Shard:
     """A range of token ids in a file, memory-mapped.
 
     Attributes:
-        path: The file.
         tokens: Token ids, uint16 or uint32 of shape (n,).
         first: Index of `tokens[0]` among the file's tokens.
         size: Size of the file in bytes when it was opened.
@@ -191,9 +190,7 @@ def write_shard(
     """Write a shard atomically: its name appears only once the file is complete and on disk.
 
     Args:
-        path: The file.
         layout: "npy" or "llmc".
-        pieces: Arrays of token ids, `count` tokens in total.
         count: Number of tokens, which the header records.
         dtype: Type to store the ids in, uint16 or uint32.
 

@@ -77,7 +77,6 @@ class TokenWindows:
         """Yield disjoint windows in order, for validation. The last batch may be smaller.
 
         Args:
-            batch_size: Windows in a batch.
             max_batches: Maximum number of batches, whose windows are spread evenly over the tokens.
                 0: all.
         """

@@ -92,7 +92,6 @@ class RequestChecks:
         """How many tokens to generate at most.
 
         Args:
-            prompt: Its token ids.
             asked: The request's `max_tokens`, if it has one.
 
         Raises:

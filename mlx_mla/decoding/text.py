@@ -100,8 +100,6 @@ class Continuation:
 
     Args:
         tokenizer: See `TextWriter`.
-        stop: Texts at which to stop.
-        prompt_tokens: Number of tokens of the prompt.
         max_tokens: Number of tokens after which to stop.
         peak_memory: Returns the framework's peak memory in bytes.
     """

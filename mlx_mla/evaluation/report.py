@@ -96,7 +96,6 @@ def claim(out: Path, resume: bool) -> None:
     """Check that results can be written and that only results to resume are replaced.
 
     Args:
-        out: The results file.
         resume: True to allow results that exist already.
 
     Raises:

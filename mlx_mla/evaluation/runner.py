@@ -18,7 +18,6 @@ def task_names(tasks: str, option: str = "--tasks", also: Sequence[str] = ()) ->
     """Parse a comma-separated list of tasks.
 
     Args:
-        tasks: The list.
         option: The option that holds the list, for messages.
         also: Names to allow besides those of TASKS.
 
@@ -38,7 +37,6 @@ def load(
     """Load the documents of a task.
 
     Args:
-        task: The task.
         protocol: The protocol, which selects the documents.
         data_dir: Folder with the task's file. None: the Hugging Face hub.
         limit: Number of documents to sample. None: all.
@@ -92,7 +90,6 @@ class PreparedTask:
         """Score every request and compute the metrics.
 
         Args:
-            scorer: The model.
             batch_size: Maximum rows of one pass.
             store: Store from which finished items are read and to which new ones are added. None:
                 no store.

@@ -59,7 +59,6 @@ class Scorer(Protocol):
 
         Args:
             prefix: Token ids (B, P) that precede the rows of the blocks; None: no prefix.
-            blocks: The rows.
 
         Returns:
             The log-probabilities of the tokens of all blocks, in order, in nats, float32; and a
@@ -127,8 +126,6 @@ def score(
     the model loses its oldest tokens, as in lm-evaluation-harness.
 
     Args:
-        scorer: The model.
-        requests: The requests.
         batch_size: Maximum rows of one pass.
         done: Called with the index and the scores of each request when it is finished.
         only: Indices of the requests to score. None: all.

@@ -69,7 +69,6 @@ class Attention(ABC):
         """Return (heads, width) of each array that decoding caches for a layer.
 
         Args:
-            layer: Index of the layer.
             materialized: True for a cache of keys and values that are expanded from latents.
         """
 

@@ -52,7 +52,6 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
     """Estimate the cost of a resolved training configuration.
 
     Args:
-        config: The configuration.
         fused_attention: True if attention stores no matrix of scores (`mlx_mla.model.fusion`).
     """
     m, T = config.model, config.context
@@ -80,10 +79,6 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
 
 def check_memory(config: TrainConfig, fused_attention: bool) -> None:
     """Check that a resolved configuration does not need a multiple of this machine's memory.
-
-    Args:
-        config: The configuration.
-        fused_attention: See `estimate`.
 
     Raises:
         UserError: If it needs more than BEYOND times the memory. Even its initial weights could

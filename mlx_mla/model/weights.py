@@ -85,9 +85,6 @@ def initial_weights(
     values therefore do not depend on the model's other tensors.
 
     Args:
-        config: A resolved configuration.
-        seed: Seed of all streams.
-        std: Standard deviation.
         initializer: "normal" is GPT-2's initialization. With "fan_in", the std of a block's matrix
             is multiplied by sqrt(n_embd / inputs). W_up reads a latent narrower than n_embd; this
             makes its keys and values as large as those of a matrix that reads the residual stream.

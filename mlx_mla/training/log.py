@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,10 @@ from mlx_mla.training.tracking import Tracking
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl and samples.jsonl, and reports them to the trackers.
+    """Appends rows to metrics.jsonl and samples.jsonl, and reports them to the trackers."""
 
-    Args:
-        out: The run folder.
-        trackers: Trackers that also receive each row.
-        advice: Returns the advice on how to resume that is added to an error.
-    """
-
-    def __init__(self, out: Path, trackers: Tracking, advice: Callable[[], str]):
-        self._out, self._trackers, self._advice = out, trackers, advice
+    def __init__(self, out: Path, trackers: Tracking):
+        self._out, self._trackers = out, trackers
         # The time at which the run would have begun if it had never stopped.
         so_far = max((row.get("seconds", 0.0) for row in read_metrics(out / METRICS)), default=0.0)
         self._began = time.perf_counter() - so_far
@@ -45,9 +39,7 @@ class MetricsLog:
             with (self._out / name).open("a", encoding="utf-8") as f:
                 f.write(json.dumps(finite(row)) + "\n")
         except OSError as e:
-            raise UserError(
-                f"{self._out / name}: could not be written: {e.strerror}; {self._advice()}"
-            ) from e
+            raise UserError(f"{self._out / name}: could not be written: {e.strerror}") from e
 
 
 class Pace:

@@ -10,10 +10,10 @@ import dataclasses
 import functools
 import itertools
 import math
-import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,13 @@ from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Start, TrainSession
 from mlx_mla.card import model_card
-from mlx_mla.data.dataset import TrainingData
-from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
 from mlx_mla.data.windows import Batch
 from mlx_mla.display import TrainDisplay
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.runner import PreparedTask, load, metrics, task_names
-from mlx_mla.evaluation.tasks import TASKS, TaskSetup
-from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
-from mlx_mla.files import atomic_folder, parse_toml, write_text
+from mlx_mla.evaluation.runner import metrics
+from mlx_mla.files import atomic_folder, write_text
 from mlx_mla.model.config import BackendName, DeviceName, DType
 from mlx_mla.model.estimate import Estimate, check_memory, estimate, memory_advice
-from mlx_mla.model.presets import overlay, to_toml
 from mlx_mla.model.schedule import learning_rate
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training import run_folder
@@ -42,13 +37,10 @@ from mlx_mla.training.log import MetricsLog, Pace
 from mlx_mla.training.metrics import METRICS, plot_loss, read_metrics
 from mlx_mla.training.recovery import catch_signals
 from mlx_mla.training.run_folder import LATEST, PLOT
-from mlx_mla.training.starting_models import (
-    initial_weights_of,
-    teacher,
-    with_shape_of_init,
-)
-from mlx_mla.training.tracking import tracker_names, tracking
-from mlx_mla.world import SOLO, Share, World, same_everywhere, share_of
+from mlx_mla.training.setup import Run, prepare_run, shared_start
+from mlx_mla.training.starting_models import initial_weights_of, teacher
+from mlx_mla.training.tracking import tracking
+from mlx_mla.world import SOLO, AgreedError, World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +77,6 @@ def train(
         resume: Resume from the newest checkpoint of `out`.
         from_step: With `resume`, resume from the checkpoint of this step instead.
         console: A `plain_console`, for progress.
-        world: The ranks that train together.
 
     Raises:
         UserError: For any mistake in the input.
@@ -94,13 +85,17 @@ def train(
     with contextlib.ExitStack() as stack:
         if lead and out.is_dir():
             stack.enter_context(run_folder.locked_run(out))
-        run = _prepared(config, out, resume, world)
+        run = prepare_run(config, resume, world)
         config = run.config
         backend = get_backend(config.backend, config.device)
         check_memory(config, backend.fused_attention(config))
-        first = _start(config, out, run.data, resume, from_step) if lead else None
+        start = None
+        if lead and resume:
+            start = run_folder.resume_point(config, out, from_step, run.data)
+        if lead and start is None:
+            start = Start(initial_weights_of(config))
         taught_by = teacher(config, run.data.tokenizer)
-        start = _shared(world, first)
+        start = shared_start(world, start)
         # All input has been checked. From here on, the run folder is written.
         if lead and resume:
             run_folder.prepare_resume(out, config, start.step)
@@ -120,27 +115,15 @@ def train(
         if lead:
             rows = read_metrics(out / METRICS)
             trackers = stack.enter_context(tracking(config, out, rows, console))
-            log = MetricsLog(out, trackers, run.resume_advice)
-        return _Loop(run, session, start, console, log, pace).run()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """The checked parts of a run on this rank."""
-
-    config: TrainConfig
-    out: Path
-    data: TrainingData
-    tasks: Sequence[PreparedTask]
-    world: World
-    share: Share
-
-    def resume_advice(self) -> str:
-        newest = checkpoint.latest(self.out)
-        if newest is None:
-            return "no checkpoint has been saved yet"
-        remedy = f"fix the cause and add --resume --out {shlex.quote(str(self.out))}"
-        return f"the newest good checkpoint is {newest}; {remedy}"
+            log = MetricsLog(out, trackers)
+            world.advice = partial(run_folder.resume_advice, out)
+        loop = _Loop(run, out, session, start, console, log, pace)
+        try:
+            return loop.run()
+        except AgreedError:  # has the advice already
+            raise
+        except UserError as e:
+            raise UserError(f"{e}; {world.advice()}" if world.advice else str(e)) from e
 
 
 class _Loop:
@@ -148,18 +131,18 @@ class _Loop:
 
     def __init__(
         self,
-        run: _Run,
+        run: Run,
+        out: Path,
         session: TrainSession,
         start: Start,
         console: Console,
         log: MetricsLog | None,
         pace: Pace,
     ):
-        self.parts, self.session, self.log, self.pace = run, session, log, pace
-        self.config, self.out, self.data, self.world = run.config, run.out, run.data, run.world
+        self.session, self.log, self.pace, self.out = session, log, pace, out
+        self.config, self.data, self.world = run.config, run.data, run.world
+        self.tasks, self.share = run.tasks, run.share
         self.lead = log is not None
-        if self.lead:
-            self.world.advice = run.resume_advice
         self.done = self.saved = start.step
         self.val_loss = start.val_loss
         self.display = TrainDisplay(console, self.done, self.config.steps)
@@ -195,7 +178,7 @@ class _Loop:
     def _next(self, caught: Sequence[int]) -> tuple[list[Batch], int | None]:
         """Return this rank's batches of the next step, and the signal that stops the run before
         that step, if any rank received one."""
-        count, size = self.parts.share
+        count, size = self.share
         first = (self.done * self.world.size + self.world.rank) * count * size
         with self._reading(f"the batches of step {self.done + 1}"):
             batches = [self.data.train.rows(first + i * size, size) for i in range(count)]
@@ -253,7 +236,7 @@ class _Loop:
     def _run_tasks(self) -> None:
         """Run the tasks on rank 0, while the other ranks wait."""
         scorer = self.session.scorer(self.data.fast_tokenizer)
-        for prepared in self.parts.tasks:
+        for prepared in self.tasks:
             row = metrics(prepared.run(scorer, self.config.batch_size))
             self._log(prepared.task.name, row)
             self.display.task(self.done, prepared.task.name, row)
@@ -288,22 +271,16 @@ class _Loop:
             "data_sha256": self.data.fingerprint,
             "data_samples_sha256": self.data.samples,
         }
-        try:
-            with atomic_folder(target) as folder:
-                card = model_card(config, self.done, self.val_loss)
-                checkpoint.write_model(
-                    folder, config.model, self.session.weights(), self.data.fast_tokenizer, card
-                )
-                checkpoint.write_train_state(folder, self.session.optimizer_state(), info)
-            write_text(self.out / LATEST, target.name + "\n")
-        except UserError as e:
-            raise UserError(f"{e}; {self.parts.resume_advice()}") from e
+        with atomic_folder(target) as folder:
+            card = model_card(config, self.done, self.val_loss)
+            checkpoint.write_model(
+                folder, config.model, self.session.weights(), self.data.fast_tokenizer, card
+            )
+            checkpoint.write_train_state(folder, self.session.optimizer_state(), info)
+        write_text(self.out / LATEST, target.name + "\n")
         self.saved = self.done
         checkpoint.prune(self.out, config.keep, self.done)
-        try:
-            plot_loss(self.out / METRICS, self.out / PLOT, self.out.name)
-        except UserError as e:
-            raise UserError(f"{e}; {self.parts.resume_advice()}") from e
+        plot_loss(self.out / METRICS, self.out / PLOT, self.out.name)
 
     def _sample(self) -> str | None:
         """Generate a text with the current weights, and append it to samples.jsonl.
@@ -327,87 +304,17 @@ class _Loop:
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
-        """End the run with advice on how to resume if reading the data fails."""
+        """End the run with a UserError if reading the data fails."""
         try:
             yield
         except (OSError, UserError) as e:
-            # Rank 0 adds its advice to another rank's error.
-            advice = f"; {self.parts.resume_advice()}" if self.lead else ""
-            raise UserError(f"{what} cannot be read: {e}{advice}") from e
+            raise UserError(f"{what} cannot be read: {e}") from e
 
     def _diverged(self, sign: str) -> str:
         return (
             f"training diverged at step {self.done} ({sign}) and was stopped; use a lower "
-            f"--learning-rate or a larger --adam-epsilon; {self.parts.resume_advice()}"
+            "--learning-rate or a larger --adam-epsilon"
         )
-
-
-def _prepared(config: TrainConfig, out: Path, resume: bool, world: World) -> _Run:
-    """Prepare the settings of all ranks, and the data and tasks of this rank.
-
-    Raises:
-        UserError: If a setting is impossible, or the data differ between ranks.
-    """
-    if world.rank == 0:
-        tokenizer, config = _resolved(config, resume)
-    if world.size > 1:
-        config = overlay(
-            TrainConfig(), parse_toml(world.first(to_toml(config)), "rank 0"), "rank 0"
-        )
-    if world.rank:
-        tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
-    share = share_of(world.size, config.batch_size, config.passes_per_step)
-    data = TrainingData(config, tokenizer)
-    same_everywhere(
-        world, f"{data.fingerprint} {data.samples}", f"other tokens in --data {config.data}"
-    )
-    tasks = _tasks(config, data) if world.rank == 0 else []
-    tracker_names(config.track)
-    return _Run(config, out, data, tasks, world, share)
-
-
-def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:
-    """Prepare the tasks of --eval-tasks, with the samples that the whole run uses."""
-    if not config.eval_tasks:
-        return []
-    n_positions = config.model.n_positions
-    # Windows as long as the model allows: they show the run's progress, and need not be comparable
-    # with published values.
-    window = min(WINDOW, n_positions)
-    setup = TaskSetup(data.fast_tokenizer, n_positions, window, config.eval_limit, config.seed)
-    folder = None if config.eval_data_dir is None else Path(config.eval_data_dir)
-    prepared = []
-    for name in task_names(config.eval_tasks, "--eval-tasks"):
-        documents = load(TASKS[name], "standard", folder, config.eval_limit, config.seed)
-        prepared.append(PreparedTask(TASKS[name], documents, "standard", setup))
-    return prepared
-
-
-def _resolved(config: TrainConfig, resume: bool) -> tuple[Tokenizer, TrainConfig]:
-    """Return the tokenizer, and the settings with all defaults filled in."""
-    tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
-    if config.init is not None and not resume:
-        config = with_shape_of_init(config, tokenizer)
-    return tokenizer, config.resolved(tokenizer.size)
-
-
-def _start(
-    config: TrainConfig, out: Path, data: TrainingData, resume: bool, from_step: int | None
-) -> Start:
-    """Return the checkpoint to resume from, or the initial weights."""
-    point = run_folder.resume_point(config, out, from_step, data) if resume else None
-    return Start(initial_weights_of(config)) if point is None else point
-
-
-def _shared(world: World, start: Start | None) -> Start:
-    """Share rank 0's start with every rank."""
-    point = world.first(
-        None if start is None else [start.step, start.val_loss, start.optimizer_state is not None]
-    )
-    step, val_loss, has_state = point
-    weights = world.broadcast(None if start is None else start.weights)
-    state = None if start is None else start.optimizer_state
-    return Start(weights, step, world.broadcast(state) if has_state else None, val_loss)
 
 
 def _expected_memory(config: TrainConfig, backend: Backend, console: Console) -> Estimate:

@@ -74,6 +74,15 @@ def create_run(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> No
     write_text(out / CONFIG, to_toml(config))
 
 
+def resume_advice(out: Path) -> str:
+    """What to do about a run that has failed."""
+    newest = checkpoint.latest(out)
+    if newest is None:
+        return "no checkpoint has been saved yet"
+    remedy = f"fix the cause and add --resume --out {shlex.quote(str(out))}"
+    return f"the newest good checkpoint is {newest}; {remedy}"
+
+
 def finish(out: Path) -> None:
     """Complete the folder of a finished run that was killed while it drew its last picture."""
     with locked_run(out):
@@ -130,16 +139,11 @@ def resume_point(
         steps = ", ".join(str(checkpoint.step_of(p)) for p in checkpoint.checkpoints(out))
         raise UserError(f"--from-step {from_step}: {out} has checkpoints of steps {steps}")
     if problem := checkpoint.integrity_error(folder):
-        older = [
-            s
-            for p in checkpoint.checkpoints(out)
-            if (s := checkpoint.step_of(p)) < checkpoint.step_of(folder)
-        ]
-        advice = (
-            f"resume from the one before with --from-step {older[-1]}"
-            if older
-            else "there is no older one"
-        )
+        saved = map(checkpoint.step_of, checkpoint.checkpoints(out))
+        older = max((step for step in saved if step < checkpoint.step_of(folder)), default=None)
+        advice = f"resume from the one before with --from-step {older}"
+        if older is None:
+            advice = "there is no older one"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     optimizer_state, info = checkpoint.read_train_state(folder, config.model, config.trainable)
     samples = info.data_samples_sha256 or data.samples

@@ -218,10 +218,7 @@ def tracking(
     """The trackers of --track, open for the length of a run.
 
     Args:
-        config: Settings, which the trackers show.
-        out: The run folder.
         rows: The rows that metrics.jsonl holds already.
-        console: Console for warnings.
     """
     all_of_them = Tracking(out, console)
     failed = True

@@ -115,9 +115,7 @@ class MLXDecoder:
     """See `mlx_mla.backends.contract.Decoder`.
 
     Args:
-        device: Where to run.
         folder: The model, which mlx-lm may have quantized.
-        cache: What to keep between tokens.
         dtype: Type of weights, computation and cache. None: by device.
 
     Raises:

@@ -21,7 +21,6 @@ def hidden_states(
     Args:
         transformer: The transformer. Its embeddings are float32, so their gradients are summed in
             float32.
-        ids_BL: The token ids.
         dtype: Type of the other weights and of the computation.
         activation_checkpointing: Keep activations only between groups of this many blocks and
             recompute the others in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
@@ -73,7 +72,6 @@ def head_loss(
     Args:
         h_NLD: Hidden states in the type of the computation.
         w_VD: The head's matrix, in the same type.
-        y_NL: Targets.
         chunk: Number of tokens whose logits are held at a time. 0: all.
         gradient: True if a gradient will be computed. It is then computed together with the loss,
             chunk by chunk, so no logits are stored or computed twice (as in Liger Kernel's fused

@@ -33,7 +33,6 @@ def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: ModelF
     Args:
         path: File to write, complete or not at all; ends in .safetensors.
         cache: mlx-lm caches, one per layer, that hold `tokens` and nothing else.
-        folder: The model's folder.
 
     Raises:
         UserError: If it cannot be written.
@@ -107,7 +106,6 @@ def check_fits(path: Path, cache: Sequence[Any], tokens: Sequence[int], one: Seq
     """Check that a loaded cache holds its tokens in the shapes of the model's own caches.
 
     Args:
-        path: File of the cache, for the message.
         one: The model's own caches after one token.
 
     Raises:

@@ -16,7 +16,6 @@ class MLXScorer:
     """Scores tokens with a model in MLX; see `mlx_mla.evaluation.scoring.Scorer`.
 
     Args:
-        device: Where to run.
         model: The model, in its dtype.
         tokenizer: A transformers tokenizer.
     """

@@ -34,9 +34,6 @@ class TorchDecoder:
     """See `mlx_mla.backends.contract.Decoder`.
 
     Args:
-        folder: The model.
-        cache: What to keep between tokens.
-        device: Where to run.
         dtype: Type of weights, computation and cache. None: by device.
 
     Raises:

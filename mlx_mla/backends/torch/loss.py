@@ -16,8 +16,6 @@ def hidden_states(
     """Last hidden states (B, L, D) of token ids, without a cache.
 
     Args:
-        transformer: The transformer.
-        ids_BL: The token ids.
         activation_checkpointing: Keep activations only between groups of this many blocks and
             recompute the others in the backward pass (Chen et al., arXiv:1604.06174). 0: keep all.
     """
@@ -46,8 +44,6 @@ def look_up(w_VD: torch.Tensor, ids_BL: torch.Tensor, one_order: bool) -> torch.
     """Embeddings (B, L, D) of token ids.
 
     Args:
-        w_VD: The embedding matrix.
-        ids_BL: The token ids.
         one_order: True to look up on the CPU, which sums the gradient of a token that occurs
             several times in a fixed order. MPS sums it with atomics, in an order that varies.
     """
@@ -62,7 +58,6 @@ def head_loss(
     """Summed cross-entropy of the head, in nats, float32.
 
     Args:
-        h_BLD: Hidden states.
         w_VD: The head's matrix.
         y_N: Targets, N = B L.
         chunk: Number of tokens whose logits are held at a time. The gradient is computed together

@@ -82,7 +82,6 @@ class GradientAverage:
 
     Args:
         parameters: The model's parameters, in the same order on every rank.
-        size: Number of ranks.
         device: Device of the tensors that the engine sends.
     """
 

@@ -41,9 +41,7 @@ def load_hub(name: str, config: str | None, split: str, where: str) -> Any:
     """Load a split of a dataset on the hub.
 
     Args:
-        name: The dataset.
         config: Its configuration.
-        split: The split.
         where: Path of the file under --data-dir that replaces the download, for the message.
 
     Raises:
