@@ -167,9 +167,9 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {}
     for name, wanted in _annotations(cls).items():
         if name in values:
+            if isinstance(values[name], str) and "\0" in values[name]:
+                raise UserError(f"{where}: {name} = {shown(values[name])} must hold no NUL")
             found[name] = value_of(wanted, values[name], where, at=name)
-            if isinstance(found[name], str) and "\0" in found[name]:
-                raise UserError(f"{where}: {name} = {shown(found[name])} must hold no NUL")
     return found
 
 

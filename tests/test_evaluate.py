@@ -148,7 +148,7 @@ def test_users_mistakes_are_one_line(models, data, tmp_path, capsys, shared_data
         assert error.startswith("error: ")
         return error
 
-    assert "--tasks names no task; known are wikitext2, lambada, hellaswag, speed" in no(
+    assert "--tasks names no task; known: wikitext2, lambada, hellaswag, speed" in no(
         "--tasks ,"
     )
     assert "unknown name 'helaswag'; did you mean 'hellaswag'?" in no("--tasks", "helaswag")
