@@ -71,15 +71,16 @@ class MLAGPT2Config(PretrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ):
-        if attention not in ("mla", "mha"):
-            raise ValueError(f"attention must be 'mla' or 'mha', not {attention!r}")
-        if activation_function not in ("gelu_new", "gelu", "swiglu"):
-            raise ValueError(
-                "activation_function must be 'gelu_new', 'gelu' or 'swiglu', not "
-                f"{activation_function!r}"
-            )
-        if norm not in ("layer_norm", "rms_norm"):
-            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm', not {norm!r}")
+        if position_embedding_type is None:
+            position_embedding_type = "rope" if qk_rope_head_dim else "learned"
+        for name, value, known in (
+            ("attention", attention, ("mla", "mha")),
+            ("position_embedding_type", position_embedding_type, ("learned", "rope")),
+            ("norm", norm, ("layer_norm", "rms_norm")),
+            ("activation_function", activation_function, ("gelu_new", "gelu", "swiglu")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, not {value!r}")
         if head_dim is None and n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}")
         if num_key_value_heads and n_head % num_key_value_heads:
@@ -89,13 +90,6 @@ class MLAGPT2Config(PretrainedConfig):
         if not 0 <= num_kv_shared_layers < n_layer:
             raise ValueError(
                 f"num_kv_shared_layers must be from 0 to {n_layer - 1}, not {num_kv_shared_layers}"
-            )
-        if position_embedding_type is None:
-            position_embedding_type = "rope" if qk_rope_head_dim else "learned"
-        if position_embedding_type not in ("learned", "rope"):
-            raise ValueError(
-                "position_embedding_type must be 'learned' or 'rope', not "
-                f"{position_embedding_type!r}"
             )
         if attention == "mla" and (position_embedding_type == "rope") != bool(qk_rope_head_dim):
             raise ValueError(
@@ -107,18 +101,16 @@ class MLAGPT2Config(PretrainedConfig):
         self.n_embd = n_embd
         self.n_layer = n_layer
         self.n_head = n_head
-        if n_inner is None:
-            gated = activation_function == "swiglu"
-            n_inner = -(-8 * n_embd // 192) * 64 if gated else 4 * n_embd
-        self.n_inner = n_inner
+        gated = activation_function == "swiglu"
+        self.n_inner = n_inner or (-(-8 * n_embd // 192) * 64 if gated else 4 * n_embd)
         self.attention = attention
         self.position_embedding_type = position_embedding_type
         self.head_dim = head_dim or n_embd // n_head
         if attention == "mha":
             self.num_key_value_heads = num_key_value_heads or n_head
-        self.kv_lora_rank = (
-            n_embd // 2 if attention == "mla" and kv_lora_rank is None else kv_lora_rank
-        )
+        self.kv_lora_rank = kv_lora_rank
+        if attention == "mla" and kv_lora_rank is None:
+            self.kv_lora_rank = n_embd // 2
         self.kv_lora_ranks = kv_lora_ranks
         self.num_kv_shared_layers = num_kv_shared_layers
         self.q_lora_rank = q_lora_rank
@@ -132,9 +124,8 @@ class MLAGPT2Config(PretrainedConfig):
             )
         self.latent_norm = latent_norm
         of_gpt2 = norm == "layer_norm"
-        if attention_bias is None:
-            attention_bias = of_gpt2 and attention == "mha"
-        self.attention_bias = attention_bias
+        biased = of_gpt2 and attention == "mha"
+        self.attention_bias = biased if attention_bias is None else attention_bias
         self.attention_out_bias = of_gpt2 if attention_out_bias is None else attention_out_bias
         self.mlp_bias = of_gpt2 if mlp_bias is None else mlp_bias
         self.norm = norm

@@ -32,6 +32,7 @@ Shape legend, used as suffixes of array names:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import mlx.core as mx
@@ -59,6 +60,14 @@ FUSED_WIDTHS, FUSED_PAIR = {64, 72, 80, 96, 128, 192, 256}, (96, 64)
 # (docs/decoding.md); on GPUs the arithmetic that their data sheets give for every byte moved comes
 # to the same order.
 WRITTEN_VALUE = 100
+
+
+CHOICES = {
+    "attention": ("mla", "mha"),
+    "position_embedding_type": ("learned", "rope"),
+    "norm": ("layer_norm", "rms_norm"),
+    "activation_function": ("gelu_new", "gelu", "swiglu"),
+}
 
 
 def on_metal() -> bool:
@@ -104,15 +113,11 @@ class ModelArgs(BaseModelArgs):
     tokenizer_size: Optional[int] = None  # rows past it pad the vocabulary
 
     def __post_init__(self) -> None:
-        if self.attention not in ("mla", "mha"):
-            raise ValueError(f"attention must be 'mla' or 'mha', not {self.attention!r}")
-        if self.activation_function not in ("gelu_new", "gelu", "swiglu"):
-            raise ValueError(
-                "activation_function must be 'gelu_new', 'gelu' or 'swiglu', not "
-                f"{self.activation_function!r}"
-            )
-        if self.norm not in ("layer_norm", "rms_norm"):
-            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm', not {self.norm!r}")
+        if self.position_embedding_type is None:
+            self.position_embedding_type = "rope" if self.qk_rope_head_dim else "learned"
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -122,13 +127,6 @@ class ModelArgs(BaseModelArgs):
             raise ValueError(
                 f"n_head {self.n_head} is not divisible by num_key_value_heads "
                 f"{self.num_key_value_heads}"
-            )
-        if self.position_embedding_type is None:
-            self.position_embedding_type = "rope" if self.qk_rope_head_dim else "learned"
-        if self.position_embedding_type not in ("learned", "rope"):
-            raise ValueError(
-                "position_embedding_type must be 'learned' or 'rope', not "
-                f"{self.position_embedding_type!r}"
             )
         rope = self.position_embedding_type == "rope"
         if self.attention == "mla" and rope != bool(self.qk_rope_head_dim):
@@ -353,12 +351,8 @@ class LatentAttention(nn.Module):
         Counts, for a head, multiply-adds and the values written between two products. Softmax is
         the same for both, but on a GPU attention over expanded keys is fused and writes no scores.
         """
-        N, V, P, R = (
-            self.qk_nope_head_dim,
-            self.v_head_dim,
-            self.qk_rope_head_dim,
-            self.kv_lora_rank,
-        )
+        N, P = self.qk_nope_head_dim, self.qk_rope_head_dim
+        V, R = self.v_head_dim, self.kv_lora_rank
         if "kv_b_proj" not in self:
             return L == 1
         expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
@@ -380,25 +374,15 @@ class LatentAttention(nn.Module):
             w_uk, w_uv = w_HOR[:, : self.qk_nope_head_dim], w_HOR[:, self.qk_nope_head_dim :]
             return (lambda q: q @ w_uk), (lambda o: o @ w_uv.swapaxes(-1, -2))
         if type(proj) is nn.QuantizedLinear:
-            parts = [proj.weight, proj.scales, proj.get("biases")]
+            parts: list[Any] = [proj.weight, proj.scales, proj.get("biases")]
             parts = [None if p is None else p.reshape(H, -1, p.shape[-1]) for p in parts]
             uk = [None if p is None else p[:, : self.qk_nope_head_dim] for p in parts]
             uv = [None if p is None else p[:, self.qk_nope_head_dim :] for p in parts]
-
-            def apply(x: mx.array, w: list, transpose: bool) -> mx.array:
-                return mx.quantized_matmul(
-                    x,
-                    w[0],
-                    w[1],
-                    w[2],
-                    transpose,
-                    group_size=proj.group_size,
-                    bits=proj.bits,
-                    mode=proj.mode,
-                )
-
-            return (lambda q: apply(q, uk, transpose=False)), (
-                lambda o: apply(o, uv, transpose=True)
+            matmul: Any = partial(
+                mx.quantized_matmul, group_size=proj.group_size, bits=proj.bits, mode=proj.mode
+            )
+            return (lambda q: matmul(q, *uk, transpose=False)), (
+                lambda o: matmul(o, *uv, transpose=True)
             )
         return None
 

@@ -228,12 +228,8 @@ class LatentAttention(nn.Module):
         Counts, for a head, multiply-adds and the values written between two products, and for the
         fewer queries also the scores, which fused attention over expanded keys does not write.
         """
-        N, V, P, R = (
-            self.qk_nope_head_dim,
-            self.v_head_dim,
-            self.qk_rope_head_dim,
-            self.kv_lora_rank,
-        )
+        N, P = self.qk_nope_head_dim, self.qk_rope_head_dim
+        V, R = self.v_head_dim, self.kv_lora_rank
         if self.kv_b_proj is None:
             return L == 1
         expanded = T * (N + V) * (R + WRITTEN_VALUE) + L * T * (N + P + V)
@@ -310,11 +306,8 @@ def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torc
     """Rotate the pairs (2i, 2i + 1) of the last axis (RoFormer, arXiv:2104.09864)."""
     cos, sin = rotation
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return (
-        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-        .flatten(-2)
-        .to(x.dtype)
-    )
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
