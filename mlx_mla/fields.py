@@ -25,7 +25,6 @@ users write. A `__post_init__` may raise ValueError for fields that contradict e
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -36,13 +35,11 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, 
 from typing_extensions import NotRequired, Required, get_type_hints, is_typeddict
 
 from mlx_mla.errors import UserError, flag, nearest, shown
-from mlx_mla.files import LARGEST_TEXT, encodable, parse_json, read_json, read_toml
+from mlx_mla.files import encodable, read_json, read_toml
 
 T = TypeVar("T")
 _NONE = type(None)
 _JSON_TYPES = (dict, list, str, bool, int, float, _NONE)
-REMEDY = "remove the line"
-"""What to do about a damaged line of a log."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,34 +186,6 @@ def read(record: type[T], path: Path, remedy: str = "", *, known_only: bool = Fa
     return found
 
 
-def json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[str, Any]]:
-    """The values of a JSON-lines file, each after the place to name in messages.
-
-    A last line without its line break, which a killed process left, is left out. No file is no
-    lines.
-
-    Raises:
-        UserError: If the file cannot be read, or a line is not JSON or longer than any that is
-            written here.
-    """
-    try:
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            for number in itertools.count(1):
-                line, where = file.readline(LARGEST_TEXT), f"{path}, line {number}"
-                if len(line) == LARGEST_TEXT:
-                    raise UserError(f"{where}: is longer than {LARGEST_TEXT:,} bytes; {remedy}")
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    yield where, parse_json(line, where)
-                except UserError as e:
-                    raise UserError(f"{e}; {remedy}") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
-
-
 def value_of(
     wanted: Any,
     value: Any,
@@ -258,7 +227,11 @@ class _Mismatch(ValueError):
 
     def message(self, at: str) -> str:
         for step in self.path:
-            at += f"[{step}]" if isinstance(step, int) else f".{step}" if at else step
+            if isinstance(step, int):
+                at += f"[{step}]"
+            else:
+                name = step if re.fullmatch(r"[\w-]{1,60}", step) else shown(step)
+                at += f".{name}" if at else name
         return f"{at} {self.problem}" if at else self.problem.removeprefix("= ")
 
 
@@ -280,7 +253,7 @@ class _Reader:
         elif origin is dict or wanted is dict:
             if isinstance(value, dict):
                 inner = args[1] if args else Any
-                return {self._key(k): self._inside(k, inner, v) for k, v in value.items()}
+                return {_scalar(str, k): self._inside(k, inner, v) for k, v in value.items()}
         elif origin in (list, tuple) or wanted in (list, tuple):
             if isinstance(value, list):
                 return self._items(origin or wanted, args, value)
@@ -302,7 +275,7 @@ class _Reader:
         try:
             return self.convert(wanted, value)
         except _Mismatch as e:
-            e.path.insert(0, step if isinstance(step, int) else shown_key(step))
+            e.path.insert(0, step)
             raise
 
     def _bounded(self, wanted: Any, limits: tuple[Any, ...], value: Any) -> Any:
@@ -341,11 +314,9 @@ class _Reader:
             (name for name in fields if name in needed and name not in values), None
         ):
             raise _Mismatch("is missing", missing)
-        others = [self._key(key) for key in values if key not in fields]
+        others = [_scalar(str, key) for key in values if key not in fields]
         if others and self.known_only:
-            raise _Mismatch(
-                f"is an unknown key; {nearest(others[0], fields)}", shown_key(others[0])
-            )
+            raise _Mismatch(f"is an unknown key; {nearest(others[0], fields)}", others[0])
         if is_typeddict(record):
             return {key: self._inside(key, fields.get(key, Any), v) for key, v in values.items()}
         found = {k: self._inside(k, fields[k], v) for k, v in values.items() if k in fields}
@@ -355,9 +326,6 @@ class _Reader:
             if isinstance(e, _Mismatch):
                 raise
             raise _Mismatch(str(e)) from None
-
-    def _key(self, key: Any) -> str:
-        return str(_scalar(str, key))
 
 
 def _scalar(wanted: type, value: Any) -> Any:
@@ -374,11 +342,6 @@ def _scalar(wanted: type, value: Any) -> Any:
             return value
         raise _Mismatch(f"must be a finite number, not {value}")
     raise _Mismatch(f"= {shown(value)} is not {_describe(wanted)}")
-
-
-def shown_key(key: str) -> str:
-    """A key as a path in a message has it."""
-    return key if re.fullmatch(r"[\w-]{1,60}", key) else shown(key)
 
 
 @functools.cache

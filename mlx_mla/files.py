@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,9 @@ else:
     import tomli as tomllib
 
 SUMS = "SHA256SUMS"
+
+REMEDY = "remove the line"
+"""What to do about a damaged line of a log."""
 
 LARGEST_TEXT = 64 << 20
 """Bytes of a settings file, index or manifest; real ones are far smaller."""
@@ -80,6 +84,34 @@ def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a file that must hold a JSON object; UserError names the file and the problem."""
     return parse_json_object(read_text(path, LARGEST_TEXT), str(path))
+
+
+def json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON-lines file, each after the place to name in messages.
+
+    A last line without its line break, which a killed process left, is left out. No file is no
+    lines.
+
+    Raises:
+        UserError: If the file cannot be read, or a line is not JSON or longer than any that is
+            written here.
+    """
+    try:
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line, where = file.readline(LARGEST_TEXT), f"{path}, line {number}"
+                if len(line) == LARGEST_TEXT:
+                    raise UserError(f"{where}: is longer than {LARGEST_TEXT:,} bytes; {remedy}")
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield where, parse_json(line, where)
+                except UserError as e:
+                    raise UserError(f"{e}; {remedy}") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing_extensions import TypedDict
 from mlx_mla import cli
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
-from mlx_mla.fields import REMEDY, value_of
-from mlx_mla.files import read_toml
+from mlx_mla.fields import value_of
+from mlx_mla.files import REMEDY, read_toml
 from mlx_mla.pictures import draw, loss_axis, plain
 from mlx_mla.training.metrics import METRICS, read_metrics
 

@@ -148,9 +148,7 @@ def test_users_mistakes_are_one_line(models, data, tmp_path, capsys, shared_data
         assert error.startswith("error: ")
         return error
 
-    assert "--tasks names no task; known: wikitext2, lambada, hellaswag, speed" in no(
-        "--tasks ,"
-    )
+    assert "--tasks names no task; known: wikitext2, lambada, hellaswag, speed" in no("--tasks ,")
     assert "unknown name 'helaswag'; did you mean 'hellaswag'?" in no("--tasks", "helaswag")
     assert "--limit must be at least 1" in no("--limit", "0")
     assert "no such folder" in no("--data-dir", tmp_path / "missing")

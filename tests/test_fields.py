@@ -9,7 +9,8 @@ import pytest
 from typing_extensions import NotRequired, TypedDict
 
 from mlx_mla.errors import UserError
-from mlx_mla.fields import REMEDY, Count, FileName, json_lines, read, typed, value_of
+from mlx_mla.fields import Count, FileName, read, typed, value_of
+from mlx_mla.files import REMEDY, json_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

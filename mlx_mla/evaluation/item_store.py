@@ -10,8 +10,8 @@ from typing import Annotated
 
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores
-from mlx_mla.fields import REMEDY, Bounds, Count, value_of
-from mlx_mla.files import parse_json
+from mlx_mla.fields import Bounds, Count, value_of
+from mlx_mla.files import REMEDY, parse_json
 
 _LogProb = Annotated[float, Bounds("", -math.inf, 0.01)]  # 0, and a little for rounding
 

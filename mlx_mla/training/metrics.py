@@ -6,8 +6,8 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
-from mlx_mla.fields import REMEDY, Count, NonNegativeFloat, json_lines, value_of
-from mlx_mla.files import finite
+from mlx_mla.fields import Count, NonNegativeFloat, value_of
+from mlx_mla.files import REMEDY, finite, json_lines
 from mlx_mla.pictures import draw, loss_axis, plain
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
