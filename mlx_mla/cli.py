@@ -18,7 +18,7 @@ from tyro.conf import OmitArgPrefixes
 from mlx_mla.errors import UserError, drop_hints, print_hints
 from mlx_mla.files import encodable
 
-# What libraries have to say is not for the readers of our lines; whoever wants it sets these.
+# Silence the log messages of libraries. Setting these variables turns them back on.
 for _library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
@@ -89,7 +89,8 @@ def run(
     Args:
         main: The body, which is called with the arguments.
         argv: The arguments. None: those of the process.
-        needs_reader: True if the command ends once nobody reads its output. Training continues.
+        needs_reader: True if the command ends once nobody reads its output. Training and preparing
+            continue.
 
     Returns:
         0 done; 2 the user's input was wrong or the system refused a file, reported in one line on
@@ -120,7 +121,7 @@ def run(
         except UnicodeEncodeError as e:
             if encodable(e.object):
                 raise
-            problem = f"{_escaped(e.object)} is not text in UTF-8; give files names in UTF-8"
+            problem = f"{_escaped(e.object)} is not valid UTF-8; rename the file"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -130,7 +131,7 @@ def run(
 
 @contextlib.contextmanager
 def _streams(needs_reader: bool) -> Iterator[None]:
-    """Print what a terminal lacks as escapes, and libraries' warnings not at all."""
+    """Escape characters that the terminal cannot show, and hide the warnings of libraries."""
     out = Output(sys.stdout, "standard output", may_fail=not needs_reader)
     err = Output(sys.stderr, "standard error", may_fail=True)
     with (
@@ -144,13 +145,12 @@ def _streams(needs_reader: bool) -> Iterator[None]:
 
 
 def _check_text(argv: Sequence[str]) -> None:
-    """Refuse arguments that are no text: neither a tokenizer nor a settings file takes their
-    bytes."""
+    """Refuse arguments that are not valid UTF-8, which tokenizers and settings files need."""
     for argument in argv:
         if not encodable(argument):
             raise UserError(
-                f"the argument {_escaped(argument)} is not text in UTF-8; encode it anew, or give "
-                "the file a name in UTF-8"
+                f"the argument {_escaped(argument)} is not valid UTF-8; encode it as UTF-8, or "
+                "rename the file"
             )
 
 
@@ -162,7 +162,7 @@ def _known_flags(command: type, prog: str) -> list[str]:
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.suppress(SystemExit):
         tyro.cli(command, args=["--help"], prog=prog)
-    # Options begin their rows; their descriptions, which may name others' options, are indented.
+    # A line that begins with a flag defines it. Flags in descriptions are indented.
     rows = re.findall(r"^[^\w-]{0,2}(-.*?)(?:  |$)", stdout.getvalue(), re.MULTILINE)
     return sorted({flag for row in rows for flag in re.findall(r"--[a-z0-9][a-z0-9-]*", row)})
 
@@ -179,7 +179,7 @@ def _one_line(box: str) -> str:
 
 
 LONGEST_LINE = 200
-"""Characters of an error line that repeats long input."""
+"""Maximum length of an error line that repeats long input, in characters."""
 LONG_INPUT, SHOWN_INPUT = 160, 60
 
 
@@ -232,11 +232,11 @@ class Output:
                 raise
             if not self._may_fail:
                 raise UserError(
-                    f"{self._name} cannot be written: {e.strerror}; give it another place"
+                    f"{self._name} cannot be written: {e.strerror}; redirect it to another one"
                 ) from None
 
     def _silence(self) -> None:
-        """Send what is left, and what Python flushes at its end, nowhere."""
+        """Discard the remaining output, including what Python flushes when it exits."""
         assert self._stream is not None
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -245,14 +245,13 @@ class Output:
 
 
 def shortened(text: str, inputs: Sequence[str] = (), longest: int = LONGEST_LINE) -> str:
-    """A line without line breaks that shows the ends alone of long input, so that its own words
-    can be read.
+    """Put a message on one line, and shorten the long input that it repeats to its two ends.
 
     Args:
-        inputs: What the user has given, which the line may repeat. A word longer than any path is
-            taken for input, too.
-        longest: Characters of a line that repeats long input. Its remedy, after the last
-            semicolon, stays whole where it can.
+        inputs: The user's arguments, which the message may repeat. Any word longer than a path is
+            treated as input, too.
+        longest: Maximum length of a shortened message. The remedy after its last semicolon stays
+            whole if it fits.
     """
     line = " ".join(text.split())
     whole = line

@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint to end an error with: the known name closest to a mistyped one, else all of them."""
+    """A hint for the end of a message: the known name closest to a mistyped one, else all."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -55,10 +55,10 @@ class EvaluateCommand:
     """Tasks, separated by commas. speed: tokens per second of the forward pass and of
     generation."""
     protocol: Literal["standard", "original"] = "standard"
-    """standard: the field's definitions. original: what the original project measured, for its
-    table."""
+    """"standard" uses the usual definitions. "original" repeats what the original project
+    measured."""
     limit: Optional[PositiveInt] = None
-    """Score a random sample of so many items of each task. None: all."""
+    """Score a random sample of this many items per task. None: all."""
     seed: Seed = 0
     """Seed of that sample."""
     data_dir: Optional[Path] = None
@@ -66,17 +66,17 @@ class EvaluateCommand:
     hellaswag/hellaswag_val.jsonl.
     None: the Hugging Face hub."""
     window: Annotated[int, Bounds("be at least 2", 2)] = WINDOW
-    """Tokens of a WikiText window; another than 1024 gives perplexities that others' cannot be
-    compared with."""
+    """Tokens in a WikiText window. Only with 1024 are perplexities comparable with published
+    ones."""
     batch_size: PositiveInt = 32
-    """Most rows scored at once. Lower it if memory runs out."""
+    """Maximum rows that are scored at once. Lower it if memory runs out."""
     dtype: InferenceDType = "float32"
-    """Type of weights and computation, also of speed; log-probabilities are float32."""
+    """Type of weights and computation, also for speed. Log-probabilities are float32."""
     backend: BackendName = "mlx"
-    """Framework that does the computing."""
+    """Framework that runs the model."""
     device: DeviceName = "auto"
-    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
-    where there is one."""
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" uses a GPU if
+    there is one."""
     out: Optional[Path] = None
     """File for the results, ending in .json. None: only print."""
     resume: bool = False
@@ -129,7 +129,7 @@ def _evaluate(
                     evaluation.add(TASKS[task], documents[task], scorer)
                 if command.out is not None:
                     report.write(evaluation.document, command.out)
-    finally:  # what was finished is shown, whatever ended the run
+    finally:  # also show what was finished before an error
         if any(row["tasks"] for row in evaluation.document["models"]):
             print(report.tables(evaluation.document), flush=True)
 
@@ -161,7 +161,7 @@ class Evaluation:
         }
 
     def begin(self, model: str) -> None:
-        """Results that follow are this model's."""
+        """Start the results of a model."""
         row = {"model": model, "protocol": self.command.protocol, "backend": self.command.backend}
         self.document["models"].append({**row, "dtype": self.command.dtype, "tasks": {}})
 

@@ -23,25 +23,25 @@ PROG = "python -m mlx_mla.generate"
 class GenerateCommand(GenerationOptions):
     """Continue a prompt with a trained or converted model.
 
-    The text goes to stdout as it is made, and one line of figures to stderr.
+    The text goes to stdout as it is generated, then a line of speeds and sizes to stderr.
     """
 
     model: str
     """Run folder, model folder, or Hugging Face hub id."""
     prompt: Optional[str] = None
-    """Text to continue; "-" reads it from stdin. An empty one starts a new document."""
+    """Text to continue; "-" reads it from stdin. An empty prompt starts a new document."""
     prompts_file: Optional[Path] = None
-    """File with one prompt a line, all generated together as one batch."""
+    """File with one prompt per line. They are continued as one batch."""
     json: bool = False
-    """Print one JSON object for each prompt instead, with the text and the figures."""
+    """Print one JSON object per prompt instead, with the text, speeds and sizes."""
     backend: BackendName = "mlx"
-    """Framework that does the computing."""
+    """Framework that runs the model."""
     device: DeviceName = "auto"
-    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU
-    where there is one."""
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" uses a GPU if
+    there is one."""
     dtype: Optional[InferenceDType] = None
-    """Type of weights, computation and cache. None: float32 on a CPU, bfloat16 on a GPU, where a
-    token then takes half the bytes."""
+    """Type of weights, computation and cache. None: float32 on a CPU; bfloat16 on a GPU, where it
+    halves the bytes that are read per token."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def read_prompts(command: GenerateCommand) -> list[str]:
-    """The prompts that the flags name; raises UserError if there is none, or two sources."""
+    """The prompts of --prompt or --prompts-file. UserError unless exactly one is given."""
     if (command.prompt is None) == (command.prompts_file is None):
         raise UserError("give either --prompt TEXT or --prompts-file FILE")
     if command.prompt == "-":
@@ -82,7 +82,7 @@ def read_prompts(command: GenerateCommand) -> list[str]:
     path = command.prompts_file
     assert path is not None
     text = read_text(path)
-    # Lines as editors count them: Python's splitlines ends them at form feeds and U+2028, too.
+    # Not splitlines, which also splits at form feeds and U+2028.
     prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{path}: has no prompts; put one on each line")

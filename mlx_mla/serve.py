@@ -1,7 +1,8 @@
-"""mlx-lm's server behind checks of its requests and flags: `python -m mlx_mla.serve`.
+"""Serve a model over HTTP: `python -m mlx_mla.serve`.
 
-mlx-lm generates for all clients in one thread, which a request that it cannot take would end. Here
-such a request gets a 400; docs/decoding.md lists them.
+This is mlx-lm's server with stricter checks. mlx-lm generates for all clients in one thread, and a
+request that it cannot handle ends that thread. Here, such a request gets status 400 instead;
+docs/decoding.md lists the checks.
 """
 
 import argparse
@@ -44,7 +45,6 @@ PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
 LARGEST_BODY = 2**20
 CLIENT_TIMEOUT = 120
 DRAIN_SECONDS, DRAIN_BYTES = 5, 64 << 20
-DTYPE_HELP = "type of weights, computation and cache; default: float32 on a CPU, bfloat16 on a GPU"
 _COUNTS = ("max_tokens", "num_draft_tokens", "decode_concurrency", "prompt_concurrency",
            "prefill_step_size")  # fmt: skip
 LIMITS = {
@@ -58,14 +58,16 @@ KV_BITS, KV_GROUP_SIZES = (4, 8), (32, 64, 128)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers requests for as long as the generation thread lives."""
+    """Answers requests while the generation thread is alive."""
 
-    request_queue_size = 128  # the standard library's queue of 5 resets some of a burst of clients
+    request_queue_size = (
+        128  # the standard library's 5 would refuse some of many clients that come at once
+    )
     generator: Generator
 
     def service_actions(self) -> None:
         if not self.generator.is_healthy:
-            time.sleep(1.5)  # mlx-lm's handlers look once a second, and still answer
+            time.sleep(1.5)  # mlx-lm's handlers check once a second, and still answer
             raise RuntimeError("the generation thread died") from self.generator.problem
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -73,9 +75,10 @@ class Server(http.server.ThreadingHTTPServer):
         Handler(self.generator, request, client_address, self, system_fingerprint=fingerprint)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection once the client has sent all it wants to.
+        """Close a connection after reading what the client still sends.
 
-        Closing it with unread bytes would reset it, perhaps before the client has read its answer.
+        Closing a connection with unread bytes resets it, perhaps before the client has read the
+        answer.
         """
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
@@ -88,13 +91,13 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, (ConnectionError, TimeoutError)):
-            logging.info(f"The client at {client_address[0]} has gone: {error}")
+            logging.info(f"The client at {client_address[0]} disconnected: {error}")
         elif self.generator.is_healthy:
             super().handle_error(request, client_address)
 
 
 class Provider(server.ModelProvider):
-    """mlx-lm's, with the package's own model: no code of the folder is run."""
+    """mlx-lm's model provider, for the package's own model class: it runs no code of the folder."""
 
     def __init__(self, args: argparse.Namespace, folder: ModelFolder, dtype: InferenceDType):
         super().__init__(args)
@@ -102,7 +105,7 @@ class Provider(server.ModelProvider):
         self.problem: Exception | None = None
 
     def new_tokenizer(self) -> Any:
-        """mlx-lm's tokenizer, which is for one thread at a time."""
+        """A new tokenizer. Each thread needs its own."""
         end = self.folder.tokenizer.eos_token
         template = self.cli_args.chat_template
         settings = {
@@ -113,7 +116,7 @@ class Provider(server.ModelProvider):
         return load_tokenizer(self.folder.path, settings)
 
     def _load(self, *_: Any) -> None:
-        """Load the model, in the generation thread, which an exception would end."""
+        """Load the model. This runs in the generation thread, which an exception would end."""
         try:
             self.model = load(self.folder, self.dtype)
             count = len(make_prompt_cache(self.model))
@@ -127,7 +130,7 @@ class Provider(server.ModelProvider):
 
 
 class Handler(server.APIHandler):
-    """mlx-lm's, with requests checked before they reach the generation thread."""
+    """mlx-lm's request handler, which checks requests before they reach the generation thread."""
 
     checks: RequestChecks
     rfile: Any
@@ -154,7 +157,7 @@ class Handler(server.APIHandler):
             return self._refuse(400, str(e))
         except RecursionError:
             return self._refuse(400, "the request is nested too deeply")
-        # mlx-lm reads what was checked, and nothing else.
+        # mlx-lm then reads the checked body, and nothing else.
         self.headers.replace_header("Content-Length", str(len(data)))
         stream, self.rfile = self.rfile, io.BytesIO(data)
         try:
@@ -172,7 +175,7 @@ class Handler(server.APIHandler):
         return super().handle_completion(request, stop_words)
 
     def handle_models_request(self) -> None:
-        """List the one model; mlx-lm also lists the hub's cache, and fails where there is none."""
+        """List the served model only. mlx-lm also lists the hub's cache, and fails without one."""
         self._set_completion_headers(200)
         self.end_headers()
         models = [{"id": n, "object": "model", "created": self.created} for n in self.checks.names]
@@ -196,7 +199,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     args, device, dtype, folder = read_flags(argv)
-    # mlx-lm's generation thread asks for MLX's default, which is one for all threads.
+    # mlx-lm's generation thread uses MLX's default device, which all threads share.
     with mx.stream(device), _bound(args.host, args.port) as httpd:
         return _serve(args, folder, dtype, httpd)
 
@@ -204,10 +207,10 @@ def _main(argv: Sequence[str]) -> int:
 def read_flags(
     argv: Sequence[str],
 ) -> tuple[argparse.Namespace, mx.Device, InferenceDType, ModelFolder]:
-    """All flags, checked: mlx-lm's, where and in what to compute, and the model.
+    """Parse and check all flags: those of mlx-lm's server, the device, the type and the model.
 
     Raises:
-        UserError: Naming the flag.
+        UserError: If a flag is wrong; the message names it.
     """
     own, others = _own_flags(argv)
     args = _flags(others)
@@ -217,19 +220,19 @@ def read_flags(
 
 
 def check_flags(args: argparse.Namespace) -> ModelFolder:
-    """Refuse flags that mlx-lm would fail on, now or at some request.
+    """Refuse flags that would make mlx-lm fail, now or at a later request.
 
     Returns:
-        The model folder that they name.
+        The folder of --model.
 
     Raises:
-        UserError: Naming the flag.
+        UserError: If a flag is wrong; the message names it.
     """
     if args.model is None:
         raise UserError(f"--model is missing; see {PROG} --help")
     for name in ("adapter_path", "draft_model", "use_default_chat_template", "pipeline"):
         if getattr(args, name):
-            raise UserError(f"{flag(name)} is for mlx_lm.server; leave it out")
+            raise UserError(f"{flag(name)} is a flag of mlx_lm.server alone; leave it out")
     for name, limit in LIMITS.items():  # some are flags of mlx-lm from 0.32 alone
         if problem := limit.problem(getattr(args, name, limit.low)):
             raise UserError(f"{flag(name)} {problem}")
@@ -258,11 +261,13 @@ def check_flags(args: argparse.Namespace) -> ModelFolder:
 
 
 def _bound(host: str, port: int) -> Server:
-    """A server that has its address, and does not listen yet."""
+    """A server that is bound to its address but does not listen yet."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as e:
-        raise UserError(f"--host {host} does not resolve: {e}; 127.0.0.1 is this machine") from None
+        raise UserError(
+            f"--host {host} does not resolve: {e}; use 127.0.0.1 for this machine"
+        ) from None
     address: Any = found[0][4]
     Server.address_family = found[0][0]
     httpd = Server(address, Handler, bind_and_activate=False)
@@ -270,7 +275,7 @@ def _bound(host: str, port: int) -> Server:
         httpd.server_bind()
     except OSError as e:
         httpd.server_close()
-        raise UserError(f"--host {host} --port {port}: {e.strerror}; use another one") from None
+        raise UserError(f"--host {host} --port {port}: {e.strerror}; choose another") from None
     return httpd
 
 
@@ -300,7 +305,7 @@ def _serve(
 
 
 def _own_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """--device and --dtype, which mlx-lm's server has no flags for, and the other arguments."""
+    """Parse --device and --dtype, which mlx-lm's server lacks; also returns the other arguments."""
     own = argparse.ArgumentParser(
         usage=f"{PROG} --model MODEL [--device DEVICE] [--dtype DTYPE] [flags of mlx_lm.server, "
         "below]",
@@ -312,9 +317,13 @@ def _own_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--device",
         default="auto",
         choices=("auto", "cpu", "gpu"),
-        help='where to run; "auto" takes a GPU where there is one',
+        help='device to run on; "auto" uses a GPU if there is one',
     )
-    own.add_argument("--dtype", choices=get_args(InferenceDType), help=DTYPE_HELP)
+    own.add_argument(
+        "--dtype",
+        choices=get_args(InferenceDType),
+        help="type of weights, computation and cache; default: float32 on a CPU, bfloat16 on a GPU",
+    )
     if {"-h", "--help"} & set(argv):
         own.print_help()
     try:
@@ -324,7 +333,7 @@ def _own_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _flags(argv: Sequence[str]) -> argparse.Namespace:
-    """mlx-lm's own flags, as its main reads them before it calls `run`."""
+    """Parse the flags of mlx-lm's server with its own parser."""
     found: list[argparse.Namespace] = []
     run, arguments, stderr = server.run, sys.argv, io.StringIO()
     server.run = lambda host, port, provider: found.append(provider.cli_args)
@@ -349,7 +358,7 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
 def _process() -> None:
     """Run the command, and end the process with its exit code.
 
-    Python's own end would abort the process if a client's thread were inside MLX or a tokenizer.
+    Python's normal exit would abort if a client's thread were still inside MLX or a tokenizer.
     """
     code = cli.EXIT_INTERRUPTED
     try:

@@ -66,7 +66,7 @@ class TrainCommand(TrainConfig):
     Exits at once if the run has finished."""
     distributed_backend: EngineName = "auto"
     """Communication between the processes that mlx.launch (ring, jaccl, mpi, nccl) or torchrun
-    (gloo, nccl) started. "auto" takes what the launcher has set up."""
+    (gloo, nccl) started. "auto" uses what the launcher has set up."""
     dry_run: bool = False
     """Print the parameters, FLOPs, memory and cache bytes of these settings; train nothing."""
 

@@ -69,7 +69,7 @@ def test_a_full_disk_under_the_output(tmp_path, text_file, tiny_run):
         )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: standard output cannot be written: No space left on device; give it another place\n"
+        "error: standard output cannot be written: No space left on device; redirect it to another one\n"
     )
 
 
@@ -288,4 +288,4 @@ def test_a_working_folder_that_is_no_text(tmp_path, text_file):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = ran(*argv, code=2, cwd=folder, env=env)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "is not text in UTF-8" in done.stderr
+    assert "is not valid UTF-8" in done.stderr

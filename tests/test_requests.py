@@ -120,10 +120,10 @@ def test_bytes_that_are_no_text_are_refused(folder, tmp_path, capsys, monkeypatc
     model = ("--model", folder)
     half = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python hands such arguments on
     said = no(*model, "--prompt", half)
-    assert r"the argument caf\udce9 is not text in UTF-8" in said
-    assert "is not text in UTF-8" in no(*model, "--prompt", "x", "--stop", half)
+    assert r"the argument caf\udce9 is not valid UTF-8" in said
+    assert "is not valid UTF-8" in no(*model, "--prompt", "x", "--stop", half)
     run = (*TINY, "--data", text_file, "--out", tmp_path / "run", "--steps", "1")
-    assert "is not text in UTF-8" in no(*run, "--sample-prompt", half, command=train.main)
+    assert "is not valid UTF-8" in no(*run, "--sample-prompt", half, command=train.main)
     assert not (tmp_path / "run").exists()
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"good\ncaf\xe9\n")

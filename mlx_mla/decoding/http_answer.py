@@ -1,5 +1,5 @@
-"""The generation of mlx-lm's server, with what `mlx_mla.serve` changes in it: stop texts that are
-matched on text, cached prompts that come back, and an end that is noticed."""
+"""How `mlx_mla.serve` changes the generation of mlx-lm's server: stop strings are matched in the
+text, a cached prompt can be sent again, and the end of the generation thread is noticed."""
 
 import collections
 import threading
@@ -14,9 +14,10 @@ from mlx_mla.errors import UserError
 
 
 class PromptCache(LRUPromptCache):
-    """mlx-lm's, which leaves at least one token to compute, where the next one's logits come from.
+    """mlx-lm's cache of prompts, which always leaves at least one token to compute.
 
-    A prompt that equals a cached prompt and its answer would leave none.
+    The logits of the next token come from that token. A prompt that equals a cached prompt with its
+    answer would leave none.
     """
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
@@ -28,15 +29,16 @@ class PromptCache(LRUPromptCache):
 
 
 class Answer:
-    """The text of an answer; stands where mlx-lm keeps its stop sequences.
+    """The text of an answer, in the place of mlx-lm's stop sequences.
 
-    Those match whole tokens. This matches the text, and is asked once for every token.
+    mlx-lm's sequences match whole tokens. This object is called once for each token, and matches
+    the stop strings in the text.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int):
         self._writer, self._left = TextWriter(tokenizer, stop), max_tokens
         self.machine: Any = None
-        """mlx-lm 0.31's, which tells text, reasoning and tool calls apart by their tokens."""
+        """mlx-lm 0.31's state machine, which separates text, reasoning and tool calls."""
         self.pieces = collections.deque[str]()
         """The text that each token completes."""
 
@@ -44,7 +46,7 @@ class Answer:
         return self
 
     def advance(self, token: int) -> bool:
-        """Take a token; returns whether the answer ends with it."""
+        """Take a token. Returns True if the answer ends with it."""
         self._left -= 1
         ended = self._writer.add(token) is not None
         self.pieces.append(self._writer.take(final=not ended and self._left == 0))
@@ -59,7 +61,7 @@ class Answer:
 
 
 class Generator(server.ResponseGenerator):
-    """mlx-lm's, with answers as `generate` writes them, and prompts tokenized by the handlers."""
+    """mlx-lm's generator, with `generate`'s texts. The handlers' threads tokenize the prompts."""
 
     def __init__(self, provider: Any):
         self.problem: BaseException | None = None
@@ -72,7 +74,7 @@ class Generator(server.ResponseGenerator):
         return self.problem is None
 
     def tokenize(self, request: Any, args: Any) -> list[int]:
-        """The request's token ids, which the generation thread will use.
+        """Tokenize a request for the generation thread; also returns the token ids.
 
         Raises:
             UserError: If the chat template refuses the messages.
@@ -80,7 +82,7 @@ class Generator(server.ResponseGenerator):
         try:
             with self._tokenizer_lock:
                 request.tokenized = super()._tokenize(self._handlers_tokenizer, request, args)
-        except Exception as e:  # whatever the template of a model runs into
+        except Exception as e:  # a template can raise any type
             if request.request_type != "chat":
                 raise
             raise UserError(f"the messages do not fit the model's chat template: {e}") from None
@@ -98,7 +100,7 @@ class Generator(server.ResponseGenerator):
         for response in responses:
             response.text = answer.pieces.popleft()
             if response.finish_reason == "stop":
-                # The handler would drop the text; where there is no reason, it assumes this one.
+                # With a reason, the handler drops the text. Without one, it reports "stop".
                 response.finish_reason = None
                 response.state = "normal"  # to mlx-lm 0.31
             yield response

@@ -1,5 +1,5 @@
-"""The requests that `mlx_mla.serve` accepts: mlx-lm's fields, with the types and in the ranges that
-its generation thread survives."""
+"""The requests that `mlx_mla.serve` accepts: the fields of mlx-lm's server, limited to types and
+ranges with which its generation thread cannot fail."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ TYPES = {
     "chat_template_kwargs": dict, "logit_bias": dict, "messages": list, "prompt": str,
 }  # fmt: skip
 FIXED = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "response_format": {"type": "text"}}
-"""Fields of OpenAI's that mlx-lm ignores, and the one value that describes what it does."""
+"""OpenAI's fields that mlx-lm ignores, with the value that describes what it does."""
 LARGEST_BIAS, MOST_STOPS, LONGEST_STOP = 100, 16, 1000
 ONLY = "this server has no others"
 
@@ -50,19 +50,19 @@ class RequestChecks:
     n_positions: int
     vocab_size: int
     names: Sequence[str]
-    """What requests may call the model."""
+    """Names of the model in requests."""
     max_tokens: int
-    """Most tokens of an answer to a request without `max_tokens`."""
+    """Maximum tokens of an answer if the request has no `max_tokens`."""
 
     def check(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
-        """The request with every field checked, and its messages as mlx-lm normalizes them.
+        """Check every field of a request, and normalize its messages as mlx-lm does.
 
         Args:
             body: The JSON object of the request.
-            chat: Whether it has `messages`, else a `prompt`.
+            chat: True for a request with `messages`, False for one with a `prompt`.
 
         Raises:
-            UserError: Naming the field.
+            UserError: If a field is wrong; the message names it.
         """
         body = {name: value for name, value in body.items() if value is not None}
         for name, value in FIXED.items():
@@ -89,7 +89,7 @@ class RequestChecks:
         return body
 
     def room(self, prompt: Sequence[int], asked: Optional[int]) -> int:
-        """How many tokens to generate at most.
+        """Maximum number of tokens to generate.
 
         Args:
             asked: The request's `max_tokens`, if it has one.
@@ -131,12 +131,12 @@ class RequestChecks:
 
 
 def check_template_arguments(name: str, values: dict[str, Any]) -> None:
-    """Refuse variables of a chat template that are arguments of the function that fills it in.
+    """Refuse variables of a chat template that are arguments of `apply_chat_template`.
 
-    One of those is the template itself, which could be written to run for ever.
+    One of them is the template itself, and a template can run forever.
 
     Raises:
-        UserError: With the name of the field or flag.
+        UserError: If there are any; the message names the field or flag.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -159,7 +159,7 @@ def _stop_texts(stop: Any) -> list[str]:
 
 
 def _normalize_messages(body: dict[str, Any]) -> None:
-    """Turn the content of messages into text, as mlx-lm does before it fills in a template."""
+    """Turn the content of messages into text, as mlx-lm does before it applies a template."""
     from mlx_lm.server import process_message_content
 
     messages, roles = body.get("messages"), body.get("role_mapping", {})

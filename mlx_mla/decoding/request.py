@@ -1,4 +1,4 @@
-"""What a request for text may ask, and whether a model can do it."""
+"""The options of a request for text, and whether a model can fulfil it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from mlx_mla.model.config import ModelConfig, Seed
 
 CacheName = Literal["latent", "materialized", "none"]
 CacheChoice = Literal["latent", "materialized", "none", "auto"]
-"""What --cache takes. "auto" once chose by a cost model; it means "latent", which costs at most 4 %
-and mostly nothing (docs/measured.md)."""
+"""The values of --cache. "auto" means "latent"; it once chose by a cost model, but latents cost at
+most 4 % and mostly nothing (docs/measured.md)."""
 
 DEFAULT_MAX_TOKENS = 200
 
@@ -22,10 +22,10 @@ OVERFLOWS = (
     "the model's scores are not finite for this text: its weights are damaged, or too large for "
     "the type of the computation"
 )
-"""What is said where finite weights give no probabilities."""
+"""The message if a model gives no finite probabilities."""
 
 GREEDY_BELOW = 1e-30
-"""Temperature below which logits in float32 overflow; what is left is the likeliest token."""
+"""Temperature below which float32 logits overflow. Below it, decoding is greedy."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,48 +33,54 @@ class GenerationOptions:
     """How to continue a prompt."""
 
     max_tokens: Optional[PositiveInt] = None
-    """Most tokens to generate for each prompt. None: 200, or as many as fit in n_positions."""
+    """Maximum number of tokens to generate per prompt. None: 200, or as many as fit in
+    n_positions."""
     temp: Annotated[float, between(0, 100, "0 is greedy")] = 0.8
-    """Sampling temperature, up to 100. 0: greedy, always the likeliest token."""
+    """Sampling temperature, up to 100. 0: greedy, always the most likely token."""
     top_k: int = 0
-    """Sample among the k likeliest tokens. 0: off."""
+    """Sample from this many of the most likely tokens. 0: off."""
     # Below 1e-6, float32 has no share of the probability that small.
     top_p: Annotated[float, between(1e-6, 1, "1 is off")] = 1.0
-    """Sample among the likeliest tokens that together have this probability. 1: off."""
+    """Sample from the most likely tokens whose probabilities add up to this. 1: off."""
     min_p: Annotated[float, between(0, 1, "0 is off")] = 0.0
-    """Sample among tokens with at least this share of the likeliest one's probability. 0: off."""
+    """Sample from the tokens with at least this fraction of the most likely token's probability.
+    0: off."""
     repetition_penalty: Annotated[float, between(0.01, 100, "1 is off")] = 1.0
     """Divide the scores of recent tokens by this. 1: off."""
     repetition_context_size: Annotated[int, at_least_1(LARGEST_INT)] = 64
     """Tokens that count as recent for --repetition-penalty."""
     seed: Seed = 0
-    """Seed of the sampling. The text depends on it, the prompt and the options, and not on the
-    prompts of the same batch."""
+    """Seed of the sampling. A text depends on the seed, its prompt and the options, but not on the
+    other prompts of a batch."""
     stop: tuple[str, ...] = ()
-    """Texts at which to stop; they are not printed."""
+    """Strings that end the text. They are not printed."""
     cache: CacheChoice = "latent"
-    """What to keep between tokens: the latents (also "auto"), expanded keys and values, or nothing,
-    which recomputes the whole context for every token."""
+    """What to keep between tokens: the latents (also "auto"), expanded keys and values, or nothing.
+    "none" recomputes the whole context for every token."""
     kv_bits: Optional[Literal[4, 8]] = None
-    """Quantise the cache to so many bits. None: off."""
+    """Quantize the cache to this many bits. None: off."""
     prompt_cache: Optional[Path] = None
-    """Continue from the context in this .safetensors file of --save-prompt-cache; the prompt is the
-    text that follows it."""
+    """Continue from the context in this .safetensors file, which --save-prompt-cache wrote. The
+    prompt is appended to it."""
     save_prompt_cache: Optional[Path] = None
-    """Write the context, with what was generated, to this .safetensors file."""
+    """Write the context, including the generated text, to this .safetensors file."""
     draft_model: Optional[str] = None
-    """A small model with the same tokenizer that guesses tokens for the model to check, several at
-    a time: run folder, model folder or hub id. The greedy text stays the same in float32."""
+    """Speculative decoding: a small model with the same tokenizer proposes tokens, and the model
+    checks several at once. A run folder, model folder or hub id. In float32, greedy text stays the
+    same."""
     num_draft_tokens: Annotated[int, at_least_1(LARGEST_INT)] = 3
-    """Tokens that --draft-model guesses at a time."""
+    """Tokens that --draft-model proposes at a time."""
     max_kv_size: Optional[int] = None
-    """Continue past this many tokens of context (at most n_positions) by dropping all but the
-    newest half and reading it again. None: a context past n_positions is an error."""
+    """Maximum tokens of context, at most n_positions. At that length, the older half is dropped and
+    the newer half is read again. None: a context past n_positions is an error."""
 
 
 def cache_of(config: ModelConfig, cache: CacheChoice) -> CacheName:
-    """The cache that a model uses for a value of --cache: multi-head attention has no latents, and
-    those without an up-projection are keys and values already."""
+    """The cache that a model uses for a value of --cache.
+
+    Multi-head attention has no latents. Latents without an up-projection are keys and values
+    already.
+    """
     if cache == "none":
         return cache
     if config.attention_k_eq_v or (config.attention_spec.latent_widths and cache != "materialized"):
@@ -85,10 +91,10 @@ def cache_of(config: ModelConfig, cache: CacheChoice) -> CacheName:
 def check_request(
     prompt: Sequence[int], options: GenerationOptions, vocab_size: int, n_positions: int
 ) -> int:
-    """Refuse what a model cannot do; returns how many tokens to generate.
+    """Check a request against a model. Returns the number of tokens to generate.
 
     Raises:
-        UserError: Naming the option and its remedy.
+        UserError: If the model cannot fulfil it; the message names the option and a remedy.
     """
     check_prompt(prompt, vocab_size)
     check_bounds(options)
@@ -145,7 +151,7 @@ def check_room(
 
 
 def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
-    """Refuse a draft model whose token ids mean something else; raises UserError."""
+    """Raise a UserError if a draft model has other tokens."""
     if tokenizer.get_vocab() != draft_tokenizer.get_vocab():
         raise UserError(
             f"--draft-model {name}: has another vocabulary ({len(draft_tokenizer)} tokens, the "
@@ -154,13 +160,13 @@ def check_draft(name: str, tokenizer: Any, draft_tokenizer: Any) -> None:
 
 
 def fit_context(context: list[int], limit: int) -> list[int]:
-    """The context to continue with: all of it, or its newest half once it is full.
+    """The context to continue with: all of it, or its newer half once it is full.
 
-    Positions are absolute, so a full context cannot slide. Its newest half is read again.
+    Positions are absolute, so a full context cannot slide. Its newer half is read again.
     """
     return context if len(context) < limit else context[-max(1, limit // 2) :]
 
 
 def is_greedy(options: GenerationOptions) -> bool:
-    """Whether the likeliest token is always taken."""
+    """True if the most likely token is always taken."""
     return options.temp < GREEDY_BELOW

@@ -1,4 +1,4 @@
-"""Text from tokens, and the figures of a generation, for both backends and the server."""
+"""Turn generated tokens into text, for both backends and the server."""
 
 import dataclasses
 import time
@@ -8,30 +8,29 @@ from typing import Any, Optional
 from mlx_mla.data.tokenizer import end_ids
 
 LONGEST_WINDOW, SHORTEST_WINDOW = 64, 8
-"""Tokens that are decoded together: where this is too many, and how many of them then stay."""
+"""Maximum number of tokens that are decoded together, and how many of them then stay."""
 
 
 class TextWriter:
     """Turns token ids into text up to a stop string.
 
-    It holds back text that may turn out to be the beginning of a stop string, and characters of
-    which only some bytes are there.
+    It holds back text that may be the beginning of a stop string, and incomplete characters.
 
     Args:
         tokenizer: A transformers tokenizer, or mlx-lm's wrapper of one.
-        stop: Texts at which to stop. Their borders need not be borders of tokens.
+        stop: Strings at which to stop. They may begin and end within tokens.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
         self._tokenizer = tokenizer
         self._ends = end_ids(tokenizer)
         self._stop = list(stop)
-        self._tokens: list[int] = []  # the latest ones, enough to decode the next
+        self._tokens: list[int] = []  # the latest tokens, enough to decode the next one
         self._taken = 0  # characters of their text that were moved to _held
         self._held = ""
 
     def add(self, token: int) -> str | None:
-        """Take one token; returns "stop" at the end of text or at a stop string."""
+        """Take one token. Returns "stop" at the end of text or at a stop string, else None."""
         if token in self._ends:
             self._decode(final=True)
             self._cut()
@@ -42,7 +41,7 @@ class TextWriter:
         return "stop" if self._cut() else None
 
     def take(self, final: bool) -> str:
-        """The text that is safe to show; with `final`, all that is left."""
+        """The text that can be shown; with `final`, all that is left."""
         keep = 0
         if final:
             self._decode(final=True)
@@ -64,13 +63,13 @@ class TextWriter:
         text = self._tokenizer.decode(self._tokens)
         if not final:
             whole = len(text)
-            text = text.rstrip("\ufffd")  # perhaps the beginning of a character
+            text = text.rstrip("\ufffd")  # perhaps an incomplete character
             final = len(text) == whole
         self._held += text[self._taken :]
         self._taken = max(self._taken, len(text))
         if final and len(self._tokens) >= LONGEST_WINDOW:
-            # Decoding all tokens at every step would take ever longer. A few stay, since some
-            # decoders drop a space in front of the first.
+            # Decoding all tokens would take longer at every step. A few stay, since some decoders
+            # drop the space before the first token.
             self._tokens = self._tokens[-SHORTEST_WINDOW:]
             self._taken = len(self._tokenizer.decode(self._tokens))
 

@@ -15,14 +15,15 @@ output, so that the cached latents are read as they are:
 
     scores_h = (q_h W_uk,h) . c       output_h = (softmax(scores_h) c) W_uv,h
 
-So do a few queries over many cached latents (the next part of a prompt, the check of a draft),
-where that is cheaper than expanding all of those.
+A few queries over many cached latents (the next part of a prompt, the check of a draft) do the
+same if that is cheaper than expanding the latents.
 
-The last `num_kv_shared_layers` (Gemma 3n's name) have no W_down and cache nothing: each expands the
-latents of the last layer before them with a W_up of its own.
+The last `num_kv_shared_layers` (Gemma 3n's name) have no W_down and cache nothing. Each has its own
+W_up, which expands the latents of the last layer before them.
 
-With `attention_k_eq_v` (Gemma 4's name) there is no W_up: the latent is the value of every head and
-its key but for the RoPE part, as in Grouped-Tied Attention of one group (arXiv:2505.21487).
+With `attention_k_eq_v` (Gemma 4's name) there is no W_up. The latent is every head's value, and
+every head's key apart from the RoPE part, as in Grouped-Tied Attention with one group
+(arXiv:2505.21487).
 
 Shape legend, used as suffixes of array names:
     B batch   L query length   T key length (cached + new)   D n_embd   H n_head
@@ -45,20 +46,21 @@ from mlx_lm.models.base import (
 )
 from mlx_lm.models.cache import KVCache
 
-# (key, value) widths for which Metal's fused decode kernel takes many query heads on one shared key
-# head (MLX 0.32). Elsewhere the heads go in as rows of one matrix, so that unfused attention reads
-# the latents once and not once a head.
+# (key, value) widths for which Metal's fused decode kernel supports many query heads on one shared
+# key head (MLX 0.32). With other widths, the heads are passed as rows of one matrix, so that
+# unfused attention reads the latents once instead of once per head.
 FUSED_SHARED_HEAD = {(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)}
 
-# Queries for which Metal's fused attention has no gradient, and raises (MLX 0.32).
+# Up to this many queries, Metal's fused attention has no gradient and raises an error (MLX 0.32).
 NO_FUSED_GRADIENT = 8
 
-# For more queries its kernels take keys and values of one of these widths, or this pair (MLX 0.32).
+# For more queries, its kernels support keys and values of one of these widths, or this pair of
+# widths (MLX 0.32).
 FUSED_WIDTHS, FUSED_PAIR = {64, 72, 80, 96, 128, 192, 256}, (96, 64)
 
-# The cost of writing a value that the next product reads, in multiply-adds. Fitted on a CPU
-# (docs/decoding.md); on GPUs the arithmetic that their data sheets give for every byte moved comes
-# to the same order.
+# The cost of writing a value that the next product reads, in multiply-adds. It was fitted on a CPU
+# (docs/decoding.md). The ratio of arithmetic to memory bandwidth in the data sheets of GPUs is of
+# the same order.
 WRITTEN_VALUE = 100
 
 
@@ -71,8 +73,8 @@ CHOICES = {
 
 
 def on_metal() -> bool:
-    """Whether MLX computes on Metal now, and not on a Mac's CPU: the switch of all that is only for
-    Metal."""
+    """True if MLX now computes on Metal rather than on a CPU. Everything that is only for Metal
+    depends on this."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
@@ -212,13 +214,13 @@ class MultiHeadAttention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head Latent Attention over a stock mlx-lm cache.
 
-    The cache holds the latent, followed by the shared RoPE key where there is one, as keys of shape
-    (B, 1, T, R + P) beside values of width 0, so every mlx-lm cache and tool works unchanged.
+    The cache holds the latent, followed by the shared RoPE key if there is one, as keys of shape
+    (B, 1, T, R + P). Its values have width 0. Every cache and tool of mlx-lm works with that.
 
     Attributes:
         layer: This layer's number.
-        latent_layer: Number of the layer whose latents it reads: its own, or the last before the
-            layers that share.
+        latent_layer: Number of the layer whose latents it reads: its own number, or that of the
+            last layer before those that share.
     """
 
     def __init__(self, args: ModelArgs, layer: int):
@@ -259,7 +261,7 @@ class LatentAttention(nn.Module):
 
     @property
     def cache_index(self) -> int:
-        """Which of the model's caches is this layer's."""
+        """Index of this layer's cache among the model's caches."""
         return self.layer if self.materialize_cache else self.latent_layer
 
     def __call__(
@@ -274,11 +276,12 @@ class LatentAttention(nn.Module):
 
         Args:
             offset: Position of the first token, an int or one for each row.
-            latent: What the layer before returned, which a layer without its own latents reads.
+            latent: The latents that the previous layer returned. Only a layer without its own
+                latents reads them.
 
         Returns:
-            The output (B, L, D), and the latents (B, 1, T, R + P): with a cache of latents all that
-            are in it, as it returned them (quantised or not), else those of x.
+            The output (B, L, D), and latents (B, 1, T, R + P): all that are in a cache of latents,
+            as it returned them (quantized or not); without such a cache, those of x.
         """
         B, L, _ = x_BLD.shape
         q, latent_BLW = mx.split(self.c_attn(x_BLD), [self.q_width], axis=-1)
@@ -321,7 +324,7 @@ class LatentAttention(nn.Module):
         return self.c_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)), latent
 
     def _latent(self, latent_BLW: mx.array, offset: Any) -> mx.array:
-        """Latents and RoPE keys (B, 1, L, R + P) of what c_attn gives for them."""
+        """Latents and RoPE keys (B, 1, L, R + P), from their part of c_attn's output."""
         c_BLR, k_rope_BLP = mx.split(latent_BLW, [self.kv_lora_rank], axis=-1)
         if "kv_a_layernorm" in self:
             c_BLR = self.kv_a_layernorm(c_BLR)
@@ -331,8 +334,8 @@ class LatentAttention(nn.Module):
         return mx.concatenate([c_BLR[:, None], k_rope], axis=-1)
 
     def _expand(self, latent: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P); without W_up
-        one head of them for all."""
+        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P). Without W_up,
+        there is one head of both, shared by all queries."""
         B, _, T, _ = latent.shape
         c, k_rope = mx.split(latent, [self.kv_lora_rank], axis=-1)
         if "kv_b_proj" not in self:
@@ -345,11 +348,11 @@ class LatentAttention(nn.Module):
         return k, v
 
     def _absorbing_is_cheaper(self, L: int, T: int) -> bool:
-        """Whether L queries cost less on T latents as they are than on the keys and values these
-        expand to.
+        """True if L queries cost less on T latents than on the keys and values they expand to.
 
-        Counts, for a head, multiply-adds and the values written between two products. Softmax is
-        the same for both, but on a GPU attention over expanded keys is fused and writes no scores.
+        The cost of a head is its multiply-adds, and the values written between two products. The
+        softmax costs the same in both cases. On a GPU, attention over expanded keys is fused and
+        writes no scores.
         """
         N, P = self.qk_nope_head_dim, self.qk_rope_head_dim
         V, R = self.v_head_dim, self.kv_lora_rank
@@ -364,7 +367,7 @@ class LatentAttention(nn.Module):
     def _absorbable_weights(self) -> Optional[tuple[Any, Any]]:
         """Functions that apply W_uk and W_uv^T of each head to rows (H, rows, N or R).
 
-        None where kv_b_proj is wrapped (LoRA), which has no weight of its own to absorb.
+        None if kv_b_proj is wrapped (LoRA): it then has no single weight to absorb.
         """
         if "kv_b_proj" not in self:
             return _as_it_is, _as_it_is
@@ -399,7 +402,7 @@ class LatentAttention(nn.Module):
         V)."""
         B, H, L, _ = q.shape
         T, R = _length(latent), self.kv_lora_rank
-        # The rows of a batch go through a head's weights together, which are then read once.
+        # All rows of a batch go through a head's weights together, so the weights are read once.
         q_BHLR = _by_head(to_latent, q[..., : self.qk_nope_head_dim])
         if self.qk_rope_head_dim:
             q_BHLR = mx.concatenate([q_BHLR, q[..., self.qk_nope_head_dim :]], axis=-1)
@@ -433,8 +436,8 @@ class LatentAttention(nn.Module):
 
 
 def fusible(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
-    """Queries and keys (B, heads, L or T, K) and values (B, heads, T, V), on Metal all as wide as
-    the wider where its kernels take them so alone: zeros change neither scores nor values."""
+    """Pad queries and keys (B, heads, L or T, K) and values (B, heads, T, V) to one width on Metal,
+    if its kernels only support that. The zeros change neither scores nor values."""
     widths = k.shape[-1], v.shape[-1]
     widest = max(widths)
     taken = widths == FUSED_PAIR or widths == (widest, widest)
@@ -447,12 +450,13 @@ def fusible(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
 def attend_in_half(
     q_B1SW: mx.array, latent_B1TW: mx.array, scale: float, mask: Optional[mx.array]
 ) -> mx.array:
-    """Attention of bfloat16 or float16 queries on latents, as keys and as values; (B, 1, S, W).
+    """Attention (B, 1, S, W) of bfloat16 or float16 queries on latents, as both keys and values.
 
-    A product comes rounded to its inputs' type: a score of 37 in bfloat16 by up to 0.125, where a
-    fused kernel would keep float32. So the largest score of a row, found first, is subtracted
-    inside a second product, before the rounding: scores that matter to softmax are near 0 then, and
-    rounded by as little. Reading float32 copies of the latents would move twice the bytes.
+    A product is rounded to its inputs' type: in bfloat16, a score of 37 is off by up to 0.125,
+    where a fused kernel would keep float32. Therefore the largest score of each row is computed
+    first, and a second product subtracts it before rounding. The scores that matter to the softmax
+    are then near 0, where rounding is fine. Reading float32 copies of the latents would move twice
+    the bytes.
 
     Args:
         mask: True where a query sees a latent; broadcasts to (B, 1, S, T). None: everywhere.
@@ -490,18 +494,21 @@ def _by_head(apply: Callable, x_BHLN: mx.array) -> mx.array:
 
 
 def _length(cached: Any) -> int:
-    """Tokens in what a cache returned, quantised or not."""
+    """Number of tokens in what a cache returned, quantized or not."""
     return (cached if isinstance(cached, mx.array) else cached[0]).shape[2]
 
 
 def differentiable_mask(mask: Any, L: int) -> Any:
-    """The causal mask of L tokens without a cache, so that attention has a gradient: on Metal few
-    queries have none with any mask but an array, which is left to unfused attention."""
+    """A causal mask of L tokens, without a cache, for which attention has a gradient.
+
+    On Metal, few queries have a gradient only if the mask is an array, which unfused attention
+    handles.
+    """
     return create_causal_mask(L) if L <= NO_FUSED_GRADIENT and on_metal() else mask
 
 
 def _repeat_mask(mask: Any, H: int, L: int, T: int) -> Any:
-    """The mask of L queries over T keys for H x L rows, the queries of a head together."""
+    """The mask of L queries over T keys, repeated for H heads: H x L rows, head by head."""
     if L == 1 or mask is None:
         return mask
     if isinstance(mask, str):  # "causal"
@@ -514,7 +521,7 @@ def gelu_new(x: mx.array) -> mx.array:
     """GPT-2's GELU, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), by 1 + tanh(z) = 2
     sigmoid(2z).
 
-    A third faster than the tanh form on CPUs, where transcendental functions dominate.
+    On CPUs it is a third faster than the tanh form, since transcendental functions dominate.
     """
     return x * mx.sigmoid(1.5957691216057308 * (x + 0.044715 * (x * x * x)))
 
@@ -532,7 +539,7 @@ class MLP(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         assert args.n_inner  # ModelArgs fills it in
-        # One matmul reads x: of "swiglu" [gate | up].
+        # One matmul reads x; for "swiglu" it gives [gate | up].
         width = 2 * args.n_inner if args.activation_function == "swiglu" else args.n_inner
         self.c_fc = nn.Linear(args.n_embd, width, bias=args.mlp_bias)
         self.c_proj = nn.Linear(args.n_inner, args.n_embd, bias=args.mlp_bias)
@@ -567,7 +574,7 @@ class Block(nn.Module):
         offset: Any = 0,
         latent: Any = None,
     ) -> tuple[mx.array, Any]:
-        """The new x, and the latents for a next block that has none of its own."""
+        """Return the new x, and the latents for a following block without its own."""
         attended, latent = self.attn(self.ln_1(x), mask, cache, offset, latent)
         x = x + self.drop(attended)
         return x + self.drop(self.mlp(self.ln_2(x))), latent
@@ -598,7 +605,7 @@ class Transformer(nn.Module):
         if "wpe" in self:
             positions = mx.arange(L) + (offset if isinstance(offset, int) else offset[..., None])
             if not isinstance(offset, int):
-                # Outside the table are padding, whose results are masked away, and rows that
+                # Positions outside the table belong to padding, which is masked, and to rows that
                 # have become too long, which `Model` ends.
                 positions = mx.clip(positions, 0, self.n_positions - 1)
             h = h + self.wpe(positions)
@@ -613,7 +620,7 @@ class Transformer(nn.Module):
 
 
 def check_positions(end: int, n_positions: int) -> None:
-    """Refuse tokens past the position table, which MLX would read as garbage; raises ValueError."""
+    """Raise a ValueError for tokens past the position table. MLX would read garbage there."""
     if end > n_positions:
         raise ValueError(
             f"{end} tokens of context do not fit this model's n_positions={n_positions}; shorten "
@@ -622,8 +629,8 @@ def check_positions(end: int, n_positions: int) -> None:
 
 
 def past_positions(cache: Any, length: int, n_positions: int) -> Optional[mx.array]:
-    """Which of the next tokens of a batch stand past the position table, bool (B, L); None where
-    no row can be that long.
+    """Which of the next tokens of a batch are past the position table, bool (B, L); None if no row
+    can be that long.
 
     Args:
         cache: A layer's mlx-lm cache before the tokens, or None.
@@ -637,8 +644,8 @@ def past_positions(cache: Any, length: int, n_positions: int) -> Optional[mx.arr
 class Model(nn.Module):
     """The language model, by mlx-lm's contract: token ids (B, L) to logits (B, L, vocab_size).
 
-    Call `materialize_cache(True)` before making a cache to hold expanded keys and values in it, as
-    plain multi-head attention does; the default holds latents. The logits are the same.
+    The cache holds latents. To hold expanded keys and values, as multi-head attention does, call
+    `materialize_cache(True)` before making a cache. The logits are the same.
     """
 
     def __init__(self, args: ModelArgs):
@@ -649,14 +656,14 @@ class Model(nn.Module):
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
         if args.num_kv_shared_layers:
-            # Models without this method have a cache a layer, which mlx-lm can also let rotate.
+            # A model without this method has one cache per layer, which may also be a rotating one.
             self.make_cache = self._make_cache
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         past = past_positions(cache[0] if cache else None, inputs.shape[1], self.args.n_positions)
         logits = self.head(self.transformer(inputs, cache))
         if self.args.tokenizer_size is not None and not self.training:
-            # Rows that pad the vocabulary are never sampled, but a loss may use them.
+            # Rows that pad the vocabulary are never sampled, but a training loss may use them.
             padding = mx.arange(logits.shape[-1]) >= self.args.tokenizer_size
             logits = mx.where(padding, mx.finfo(logits.dtype).min, logits)
         return logits if past is None else self._end_of_text(past, logits)
@@ -666,9 +673,9 @@ class Model(nn.Module):
         return self.lm_head(h) if "lm_head" in self else self.transformer.wte.as_linear(h)
 
     def _end_of_text(self, past: mx.array, logits: mx.array) -> mx.array:
-        """Leave rows of a batch that are too long (past, (B, L)) one likely token, the end of text.
+        """Make the end of text the only likely token where rows are too long (`past`, (B, L)).
 
-        An exception would end the batch, and with it mlx-lm's server for all of its clients.
+        An exception would end the whole batch, and with it mlx-lm's server for all clients.
         """
         ends = self.args.eos_token_id
         end = ends[0] if isinstance(ends, (list, tuple)) else ends
@@ -685,11 +692,11 @@ class Model(nn.Module):
                 block.attn.materialize_cache = on
 
     def _make_cache(self) -> list[KVCache]:
-        """A cache for each layer that keeps something."""
+        """One cache for each layer that caches anything."""
         return [KVCache() for _ in {block.attn.cache_index for block in self.layers}]
 
     def sanitize(self, weights: dict) -> dict:
-        """Drop the output head where a file repeats it although it is tied to the embedding."""
+        """Drop the output head if a file repeats it although it is tied to the embedding."""
         tied = self.args.tie_word_embeddings
         return {k: w for k, w in weights.items() if k != "lm_head.weight" or not tied}
 
@@ -699,5 +706,5 @@ class Model(nn.Module):
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
-        """Keep the position table whole: it is small, and rounding it costs most."""
+        """Do not quantize the position table: it is small, and rounding it costs most."""
         return lambda path, _: not path.endswith("wpe")

@@ -179,7 +179,7 @@ class RunSettings:
     backend: BackendName = "mlx"
     """Framework that runs the model. A run started in one can be resumed in the other."""
     device: DeviceName = "auto"
-    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" takes a GPU if
+    """Device of the backend: cpu or gpu for mlx; cpu, mps or cuda for torch. "auto" uses a GPU if
     there is one."""
 
 
