@@ -60,10 +60,25 @@ def _main(argv: Sequence[str]) -> int:
     decoder = backend.decoder(folder, command.cache, command.dtype)
     # After a cached context an empty prompt adds nothing.
     encoded = [[] if command.prompt_cache and not p else encode(decoder, p) for p in prompts]
-    if len(prompts) == 1:
-        _one(command, decoder, encoded[0])
-    else:
-        _several(command, decoder, prompts, encoded)
+    alone = len(prompts) == 1
+    steps = (
+        ((0, piece) for piece in decoder.stream(encoded[0], command))
+        if alone
+        else decoder.batch(encoded, command)
+    )
+    pieces: list[list[Piece]] = [[] for _ in prompts]
+    for i, piece in steps:
+        pieces[i].append(piece)
+        if alone and not command.json:
+            print(piece.text, end="", flush=True)
+    for prompt, own in zip(prompts, pieces):
+        if command.json:
+            named = {} if alone else {"prompt": prompt}
+            print(json.dumps({**named, **_result(command, decoder, own)}))
+        else:
+            print("" if alone else f"=== {prompt}\n{''.join(p.text for p in own)}")
+    if not command.json:
+        print(_figures(command, decoder, pieces), file=sys.stderr)
     return 0
 
 
@@ -95,34 +110,6 @@ def encode(decoder: Decoder, prompt: str) -> list[int]:
     if not ids and decoder.tokenizer.eos_token_id is None:
         raise UserError("this model has no end-of-text token to start from; give a --prompt")
     return ids or [decoder.tokenizer.eos_token_id]
-
-
-def _one(command: GenerateCommand, decoder: Decoder, prompt: list[int]) -> None:
-    pieces = []
-    for piece in decoder.stream(prompt, command):
-        pieces.append(piece)
-        if not command.json:
-            print(piece.text, end="", flush=True)
-    if command.json:
-        print(json.dumps(_result(command, decoder, pieces)))
-        return
-    print()
-    print(_figures(command, decoder, [pieces]), file=sys.stderr)
-
-
-def _several(
-    command: GenerateCommand, decoder: Decoder, prompts: list[str], encoded: list[list[int]]
-) -> None:
-    pieces: list[list[Piece]] = [[] for _ in prompts]
-    for i, piece in decoder.batch(encoded, command):
-        pieces[i].append(piece)
-    for prompt, own in zip(prompts, pieces):
-        if command.json:
-            print(json.dumps({"prompt": prompt, **_result(command, decoder, own)}))
-        else:
-            print(f"=== {prompt}\n{''.join(p.text for p in own)}")
-    if not command.json:
-        print(_figures(command, decoder, pieces), file=sys.stderr)
 
 
 def _result(command: GenerateCommand, decoder: Decoder, pieces: list[Piece]) -> dict[str, object]:

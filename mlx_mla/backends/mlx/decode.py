@@ -146,7 +146,7 @@ class MLXDecoder:
     @on_device
     def stream(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[Piece]:
         context = self._new_context(prompt, options)
-        max_tokens = self.check(context.tokens, options)
+        max_tokens = check_request(context.tokens, options, self.vocab_size, self.n_positions)
         mx.reset_peak_memory()
         text = self._continuation(prompt, max_tokens, options)
         accepted = 0
@@ -168,7 +168,8 @@ class MLXDecoder:
     def batch(
         self, prompts: Sequence[Sequence[int]], options: GenerationOptions
     ) -> Iterator[tuple[int, Piece]]:
-        limits = [self.check(prompt, options) for prompt in prompts]
+        self._check_cache(options)
+        limits = [check_request(p, options, self.vocab_size, self.n_positions) for p in prompts]
         alone = (options.kv_bits, options.max_kv_size, options.draft_model, options.prompt_cache)
         if self.cache == "none" or any(alone):
             # mlx-lm batches none of these, so the prompts take turns.
@@ -211,11 +212,6 @@ class MLXDecoder:
         return Continuation(
             self.tokenizer, options.stop, len(prompt), max_tokens, mx.get_peak_memory
         )
-
-    def check(self, prompt: Sequence[int], options: GenerationOptions) -> int:
-        """Refuse what the model cannot do; returns how many tokens to generate."""
-        self._check_cache(options)
-        return check_request(prompt, options, self.vocab_size, self.n_positions)
 
     def _check_cache(self, options: GenerationOptions) -> None:
         if options.kv_bits is not None:
