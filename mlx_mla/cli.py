@@ -232,7 +232,7 @@ class Output:
                 raise
             if not self._may_fail:
                 raise UserError(
-                    f"{self._name} cannot be written: {e.strerror}; redirect it to another one"
+                    f"{self._name} cannot be written: {e.strerror}; redirect it elsewhere"
                 ) from None
 
     def _silence(self) -> None:

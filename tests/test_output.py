@@ -69,7 +69,7 @@ def test_a_full_disk_under_the_output(tmp_path, text_file, tiny_run):
         )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: standard output cannot be written: No space left on device; redirect it to another one\n"
+        "error: standard output cannot be written: No space left on device; redirect it elsewhere\n"
     )
 
 

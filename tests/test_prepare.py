@@ -241,6 +241,18 @@ def test_a_long_text_is_cut_at_line_breaks_and_characters(tmp_path, monkeypatch)
     assert max(len(p.encode()) for p in parts) <= 100
 
 
+def test_a_text_that_is_read_in_blocks_of_just_the_longest_is_cut_at_characters(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(documents.TextSource, "longest", 2 << 20)
+    path = tmp_path / "a.txt"
+    text = "x" + "é" * (2 << 20)
+    path.write_text(text, encoding="utf-8")
+    (source,), _ = documents.find_sources(str(path), documents.Reading())
+    parts = [d for block in source.blocks(None, 1 << 20) for d in block.documents()]
+    assert [len(part.encode()) for part in parts] == [(2 << 20) - 1, (2 << 20) - 0, 2]
+
+
 # --- killed, and gone on with ---
 
 
