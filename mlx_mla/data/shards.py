@@ -255,9 +255,8 @@ def _allow_open_files(folder: Path, shards: int) -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = shards + _OTHER_FILES
-    most = (
-        max(needed, 10_240) if hard == resource.RLIM_INFINITY else hard
-    )  # macOS does not accept infinity
+    # macOS does not accept infinity.
+    most = max(needed, 10_240) if hard == resource.RLIM_INFINITY else hard
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     try:

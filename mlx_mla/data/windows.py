@@ -53,10 +53,10 @@ class TokenWindows:
             self._tokens = [shard.tokens for shard in self._shards]
         longest = max((len(t) for t in (self._tokens or [s.tokens for s in tokens])), default=0)
         if longest < seq_len + 1:
+            where = "" if self._shards is None else " in a shard"
             raise UserError(
-                f"{name} has {longest:,} "
-                f"tokens{' in a shard' if self._shards is not None else ''}, fewer than one "
-                f"context of {seq_len} and its next token; give more text or a smaller --seq-len"
+                f"{name} has {longest:,} tokens{where}, fewer than one context of {seq_len} and "
+                "its next token; give more text or a smaller --seq-len"
             )
         self._look_at_ids()
         # The phase takes up to seq_len - 1 tokens from the front of a shard.
@@ -135,10 +135,8 @@ class TokenWindows:
         at = int(np.argmax(ids >= self.vocab_size))
         where, name = "", self.name
         if self._shards is not None:
-            name, where = (
-                str(self._shards[shard].path),
-                f" at token {self._shards[shard].first + start + at:,}",
-            )
+            own = self._shards[shard]
+            name, where = str(own.path), f" at token {own.first + start + at:,}"
         raise UserError(
             f"{name} has token id {int(ids[at])}{where}, outside the vocabulary of "
             f"{self.vocab_size}; check --tokenizer and --vocab-size"

@@ -151,10 +151,4 @@ def preset(name: str) -> TrainConfig:
 
 def to_toml(config: TrainConfig) -> str:
     """All settings as TOML; settings that are None are left out, as TOML has no such value."""
-
-    def without_none(d: dict[str, Any]) -> dict[str, Any]:
-        return {
-            k: without_none(v) if isinstance(v, dict) else v for k, v in d.items() if v is not None
-        }
-
-    return tomli_w.dumps(without_none(dataclasses.asdict(config)))
+    return tomli_w.dumps(config.to_dict())

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from tyro.conf import OmitArgPrefixes
 
@@ -226,6 +226,11 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
     def step_tokens(self) -> int:
         """Tokens of one optimizer step of a resolved configuration."""
         return self.batch_size * self.passes_per_step * self.context
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, the model's under `model`, without those that are None."""
+        values = {**dataclasses.asdict(self), "model": self.model.to_dict()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def make_paths_absolute(self) -> None:
         """Make the paths that exist absolute, so a run can be resumed from any directory."""

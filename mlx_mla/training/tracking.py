@@ -67,7 +67,16 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
+class _Hosted:
+    """A run of Weights & Biases or Trackio, which have the same methods."""
+
+    _run: Any
+
+    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
+        self._run.log(dict(values), step=step)
+
+
+class WandB(_Hosted):
     """A run of Weights & Biases, with its files in OUT/wandb; WANDB_PROJECT, WANDB_MODE and other
     variables of wandb apply. wandb itself ignores steps that it has already."""
 
@@ -84,14 +93,11 @@ class WandB:
             allow_val_change=True,  # a resumed run may have more --steps
         )
 
-    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
-        self._run.log(dict(values), step=step)
-
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
 
-class Trackio:
+class Trackio(_Hosted):
     """A run of Trackio, in its own folder (TRACKIO_DIR) or Space (TRACKIO_SPACE_ID). Steps that are
     trained again, after a kill, are there twice."""
 
@@ -101,9 +107,6 @@ class Trackio:
         # Trackio resumes by name, so the name has to be this run's alone.
         name = f"{out.resolve().name}-{identity}"
         self._run = trackio.init(project=PROJECT, name=name, config=settings, resume="allow")
-
-    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
-        self._run.log(dict(values), step=step)
 
     def close(self, failed: bool) -> None:
         self._run.finish()
@@ -162,7 +165,7 @@ class Tracking:
         Raises:
             UserError: If the tracker cannot start, for example without a login.
         """
-        out, settings, record = self._path.parent, _settings(config), self._record
+        out, settings, record = self._path.parent, config.to_dict(), self._record
         try:
             if name == "tensorboard":
                 tracker: Tracker = TensorBoard(out, rows)
@@ -238,8 +241,3 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
         for key, value in row.items()
         if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    return {**values, "model": {k: v for k, v in values["model"].items() if v is not None}}

@@ -60,18 +60,14 @@ class MLXTrainSession:
         self._dtype = DTYPES[config.dtype]
         self._teacher: Model | None = None
         if teacher is not None:
-            self._teacher, self._vocabulary = (
-                build_model(teacher.config, teacher.weights),
-                teacher.vocabulary,
-            )
+            self._teacher = build_model(teacher.config, teacher.weights)
+            self._vocabulary = teacher.vocabulary
             self._teacher.set_dtype(self._dtype)
         # Everything that the compiled functions read or change besides their arguments.
         state = [self.model.state, self.optimizer.state, mx.random.state]
         jit = partial(mx.compile, inputs=state, outputs=state) if config.compile else lambda f: f
-        frozen = [] if self._teacher is None else [self._teacher.state]
-        grad_jit = (
-            partial(mx.compile, inputs=state + frozen, outputs=state) if config.compile else jit
-        )
+        read = state if self._teacher is None else [*state, self._teacher.state]
+        grad_jit = partial(mx.compile, inputs=read, outputs=state) if config.compile else jit
         self._grad_step = grad_jit(self._loss_and_grad)
         self._apply_step = jit(self._clip_and_update)
         self._add = mx.compile(_tree_add) if config.compile else _tree_add

@@ -40,10 +40,8 @@ class TorchTrainSession:
         self.model = build_model(config.model, start.weights, device)
         self._teacher: Any = None
         if teacher is not None:
-            self._teacher, self._vocabulary = (
-                build_model(teacher.config, teacher.weights, device),
-                teacher.vocabulary,
-            )
+            self._teacher = build_model(teacher.config, teacher.weights, device)
+            self._vocabulary = teacher.vocabulary
         self.parameters = {}
         for name, p in self.model.named_parameters():
             if p.requires_grad_(is_trained(name, config.trainable)).requires_grad:
