@@ -143,30 +143,28 @@ class Preparation:
         number = len([s for s in m["shards"] if s["split"] == "train"]) + 1
         if held.ids["train"]:
             name = f"{command.prefix}_train_{number:06d}{SUFFIXES[command.format]}"
-            ids = _shuffled(held.ids["train"], [command.seed, number, 0])
-            m["shards"].append(self._write_shard(name, command.format, "train", ids))
+            pieces = _shuffled(held.ids["train"], [command.seed, number, 0])
+            counts = held.tokens["train"], len(held.ids["train"])
+            m["shards"].append(self._write_shard(name, command.format, "train", pieces, *counts))
         if held.ids["val"]:  # few documents, so they are merged into shards at the end
             name = f".val_{len(m['parts']):06d}.npy"
-            ids = _shuffled(held.ids["val"], [command.seed, number, 1])
-            m["parts"].append(self._write_shard(name, "npy", "val", ids))
+            pieces = _shuffled(held.ids["val"], [command.seed, number, 1])
+            counts = held.tokens["val"], len(held.ids["val"])
+            m["parts"].append(self._write_shard(name, "npy", "val", pieces, *counts))
         m["empty_documents"] += held.empty
         m["next"] = state
         self._write()
         self._held = _Documents()
 
     def _write_shard(
-        self, name: str, layout: Format, split: Split, documents: Sequence[np.ndarray]
-    ) -> dict[str, Any]:
-        """Write a shard; returns its row of the manifest."""
-        tokens, dtype = sum(map(len, documents)), id_type(self.tokenizer.size)
-        digest = write_shard(self.out / name, layout, documents, tokens, dtype)
-        return {
-            "file": name,
-            "split": split,
-            "tokens": tokens,
-            "documents": len(documents),
-            "sha256": digest,
-        }
+        self, name: str, layout: Format, split: Split, pieces: Iterator[np.ndarray],
+        tokens: int, documents: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Write a shard; returns its entry in the manifest."""
+        dtype = id_type(self.tokenizer.size)
+        digest = write_shard(self.out / name, layout, pieces, tokens, dtype)
+        about = {"file": name, "split": split, "tokens": tokens, "documents": documents}
+        return {**about, "sha256": digest}
 
     def _finish(self) -> None:
         m, command = self.manifest, self.command
@@ -204,9 +202,9 @@ class Preparation:
 
     def _merge(self, parts: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
         name = f"{self.command.prefix}_val_{number:06d}{SUFFIXES[self.command.format]}"
-        pieces = [open_listed(self.out, part).tokens for part in parts]
-        row = self._write_shard(name, self.command.format, "val", pieces)
-        return {**row, "documents": sum(part["documents"] for part in parts)}
+        pieces = (open_listed(self.out, part).tokens for part in parts)  # one open at a time
+        counts = (sum(part[unit] for part in parts) for unit in ("tokens", "documents"))
+        return self._write_shard(name, self.command.format, "val", pieces, *counts)
 
     def _claim(self) -> dict[str, Any]:
         """Return the manifest in --out, or create one; UserError if --out holds anything else."""
@@ -273,8 +271,8 @@ _SETTINGS = (
 )
 
 
-def _shuffled(documents: Sequence[np.ndarray], seed: Sequence[int]) -> list[np.ndarray]:
-    return [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+def _shuffled(documents: Sequence[np.ndarray], seed: Sequence[int]) -> Iterator[np.ndarray]:
+    return (documents[i] for i in np.random.default_rng(seed).permutation(len(documents)))
 
 
 class _Turn(NamedTuple):
