@@ -141,15 +141,15 @@ class Handler(server.APIHandler):
             return super().do_POST()  # answers 404
         lengths = self.headers.get_all("Content-Length", [])
         if not lengths or "Transfer-Encoding" in self.headers:
-            return self._refuse(411, "the body's length must be given in Content-Length")
+            return self._refuse(411, "the request needs a Content-Length header")
         length = lengths[0].strip(" \t")
         if len(lengths) > 1 or not length.isdecimal():
-            return self._refuse(400, "Content-Length must be one number, of decimal digits")
+            return self._refuse(400, "Content-Length must be one decimal number")
         if len(length) > 9 or int(length) > LARGEST_BODY:
             return self._refuse(413, f"the request is larger than {LARGEST_BODY} bytes")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
-            return self._refuse(400, f"the body has {len(data)} bytes of its Content-Length")
+            return self._refuse(400, f"the body ended after {len(data)} of {length} bytes")
         try:
             body = parse_json_object(data, "the request")
             data = json.dumps(self.checks.check(body, chat="chat" in self.path)).encode()

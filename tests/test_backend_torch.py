@@ -197,7 +197,7 @@ def test_a_batch_gives_each_prompt_its_own_text(tiny_run, tmp_path, capfd):
 
 def test_bad_input_gets_one_line(tiny_run, folder_copy, capsys):
     argv = ("--model", tiny_run, "--prompt", "x", "--backend", "torch")
-    assert "--kv-bits is mlx-lm's; use --backend mlx" in refused(
+    assert "--kv-bits works only with --backend mlx" in refused(
         capsys, *argv, "--kv-bits 8", command=generate.main
     )
     if not torch.cuda.is_available():

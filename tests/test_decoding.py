@@ -270,7 +270,7 @@ def test_bits_of_a_quantised_file_are_its_own(quantisable, tmp_path, capsys):
     base = ("--model", quantisable, "--prompt", "x", "--max-tokens", "2", "--kv-bits")
     assert generate.main([*map(str, base), "8", "--save-prompt-cache", str(file)]) == 0
     said = refused(capsys, *base, "4", "--prompt-cache", file, command=generate.main)
-    assert "has 8 bits a value; leave out --kv-bits 4" in said
+    assert "has 8 bits per value; leave out --kv-bits 4" in said
 
 
 def test_fingerprints_tell_models_apart(folder, quantisable):
@@ -346,7 +346,7 @@ def test_pytorch_says_what_only_mlx_lm_has(folder, draft, tmp_path, capsys):
         ("prompt-cache", "x.safetensors"),
         ("save-prompt-cache", "x"),
     ):
-        assert f"--{name} is mlx-lm's" in refused(
+        assert f"--{name} works only with --backend mlx" in refused(
             capsys, *base, f"--{name}", value, command=generate.main
         )
 

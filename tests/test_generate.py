@@ -178,7 +178,7 @@ def test_bad_input_gets_one_line(folder, tiny_run, tmp_path, capsys):
     assert "--top-p must be from 1e-06 to 1 (1 is off), not 2.0" in no(*prompt, "--top-p", "2")
     assert "--top-k must be from 0 (off) to 256" in no(*prompt, "--top-k", "257")
     assert "--repetition-penalty must be from 0.01 to 100" in no(*prompt, "--repetition-penalty 0")
-    assert "takes multiples of 32; a width of 32 would fit, in groups of 32" in no(
+    assert "needs multiples of 32; a width of 32 would fit, in groups of 32" in no(
         *prompt, "--kv-bits 4"
     )
     assert "--kv-bits needs a cache" in no(*prompt, "--kv-bits", "4", "--cache", "none")

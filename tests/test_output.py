@@ -112,7 +112,7 @@ def test_libraries_warnings_are_not_printed_among_our_lines(tiny_run, capfd, mon
     env = {k: v for k, v in os.environ.items() if not k.endswith("_VERBOSITY")}
     argv = ("-m", "mlx_mla.generate", "--model", tiny_run, "--prompt", "x" * 60)
     done = ran(*argv, code=2, env=env)
-    assert done.stderr.startswith("error: the prompt has 60 tokens")  # and no warning of the length
+    assert done.stderr.startswith("error: 60 prompt tokens exceed")  # and no warning of the length
     assert done.stderr.count("\n") == 1
 
 

@@ -40,7 +40,6 @@ TYPES = {
 FIXED = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "response_format": {"type": "text"}}
 """OpenAI's fields that mlx-lm ignores, with the value that describes what it does."""
 LARGEST_BIAS, MOST_STOPS, LONGEST_STOP = 100, 16, 1000
-ONLY = "this server has no others"
 
 
 @dataclasses.dataclass
@@ -68,15 +67,15 @@ class RequestChecks:
         for name, value in FIXED.items():
             found = body.pop(name, value)
             if type(found) is not type(value) or found != value:
-                raise UserError(f"{name} must be {value!r} or left out; this server has no other")
+                raise UserError(f"{name} must be {value!r} or left out")
         self._check_numbers(body)
         for name, expected in TYPES.items():
             if not isinstance(body.get(name, expected()), expected):
                 raise UserError(f"{name} must be of type {expected.__name__}")
         if body.get("model", self.names[0]) not in self.names:
-            raise UserError(f"model must be {self.names[-1]} or {self.names[0]}; {ONLY}")
+            raise UserError(f"model must be {self.names[-1]} or {self.names[0]}")
         if "adapters" in body or body.get("draft_model", "default_model") != "default_model":
-            raise UserError(f"adapters and draft_model must be left out; {ONLY}")
+            raise UserError("adapters and draft_model are not supported; leave them out")
         body["stop"] = _stop_texts(body.get("stop", []))
         if "stream_options" in body:
             body["stream_options"] = {"include_usage": body["stream_options"].get("include_usage")}
@@ -85,7 +84,7 @@ class RequestChecks:
         if chat:
             _normalize_messages(body)
         elif not _is_text(body.get("prompt")):
-            raise UserError("prompt must be one text")
+            raise UserError("prompt must be one string")
         return body
 
     def room(self, prompt: Sequence[int], asked: Optional[int]) -> int:
@@ -153,7 +152,7 @@ def _stop_texts(stop: Any) -> list[str]:
         or not all(_is_text(text) and 0 < len(text) <= LONGEST_STOP for text in texts)
     ):
         raise UserError(
-            f"stop must be a text, or up to {MOST_STOPS} texts, of 1 to {LONGEST_STOP} characters"
+            f"stop must be one string, or up to {MOST_STOPS}, of 1 to {LONGEST_STOP} characters"
         )
     return texts
 
@@ -164,7 +163,7 @@ def _normalize_messages(body: dict[str, Any]) -> None:
 
     messages, roles = body.get("messages"), body.get("role_mapping", {})
     if not messages or not all(isinstance(m, dict) and _is_text(m.get("role")) for m in messages):
-        raise UserError("messages must be a list of objects with a text as role")
+        raise UserError("messages must be a list of objects, each with a string as role")
     try:
         normal = copy.deepcopy(messages)  # mlx-lm parses the arguments of tool calls again
         process_message_content(normal)
@@ -173,9 +172,9 @@ def _normalize_messages(body: dict[str, Any]) -> None:
     for message, same in zip(messages, normal):
         message["content"] = same["content"]
         if not _is_text(message["content"]):
-            raise UserError("messages: content must be a text, a list of text parts, or null")
+            raise UserError("messages: content must be a string, a list of text parts, or null")
     if not all(_is_text(role) for role in roles.values()):
-        raise UserError("role_mapping must map each role to a text")
+        raise UserError("role_mapping must map each role to a string")
 
 
 def _is_text(value: Any) -> bool:

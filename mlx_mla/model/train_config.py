@@ -78,7 +78,7 @@ class OptimizerSettings:
     adam_epsilon: Annotated[float, not_negative(1e30)] = 1e-8
     """AdamW's epsilon."""
     grad_clip: Annotated[float, not_negative(1e30)] = 1.0
-    """Largest global norm of the gradient. 0: no clipping."""
+    """Maximum global norm of the gradient. 0: no clipping."""
     trainable: TrainableName = "all"
     """Parameters to train. "attention": those of the attention alone, in less time and memory, such
     as after a conversion to MLA."""
@@ -128,7 +128,7 @@ class EvaluationSettings:
     """Tasks to run at the same steps, separated by commas: wikitext2, lambada, hellaswag. Empty:
     none."""
     eval_limit: Positive = 100
-    """Items of each task: one random sample, fixed for the whole run."""
+    """Items per task: a random sample, the same for the whole run."""
     eval_data_dir: Optional[str] = None
     """Folder with the tasks' files, as --data-dir of mlx_mla.evaluate. None: the Hugging Face
     hub."""
@@ -143,7 +143,7 @@ class LoggingSettings:
     sample_prompt: str = "The "
     """Prompt of the printed samples."""
     sample_tokens: NotNegative = 200
-    """Length of a sample. 0: none."""
+    """Tokens of a sample. 0: no samples."""
     sample_every: NotNegative = 0
     """Steps between samples, which are also kept in samples.jsonl. 0: only at the end."""
     track: str = ""
@@ -163,7 +163,7 @@ class RunSettings:
     save_every: NotNegative = 200
     """Steps between checkpoints. 0: only at the end."""
     keep: NotNegative = 2
-    """Newest checkpoints to keep. 0: all."""
+    """Number of newest checkpoints to keep. 0: all."""
     dtype: DType = "float32"
     """Type of the computation; weights and optimizer state stay float32. bfloat16 is slow on
     CPUs."""

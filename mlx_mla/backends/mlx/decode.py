@@ -245,7 +245,7 @@ class MLXDecoder:
         bits = getattr(cache[0], "bits", None)
         if bits is not None and options.kv_bits not in (None, bits):
             raise UserError(
-                f"{options.prompt_cache}: has {bits} bits a value; leave out --kv-bits "
+                f"{options.prompt_cache}: has {bits} bits per value; leave out --kv-bits "
                 f"{options.kv_bits}"
             )
         return DecodingState([*tokens, *prompt], cache)
@@ -356,6 +356,6 @@ class MLXDecoder:
                 return group_size
         found = " or ".join(map(str, sorted(widths)))
         raise UserError(
-            f"--kv-bits: the cache is {found} wide, and the quantizer takes multiples of 32; a "
+            f"--kv-bits: the cache is {found} wide, but the quantizer needs multiples of 32; a "
             f"width of {-(-max(widths) // 32) * 32} would fit, in groups of 32"
         )

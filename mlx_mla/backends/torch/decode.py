@@ -79,7 +79,9 @@ class TorchDecoder:
     ) -> Iterator[tuple[int, Piece]]:
         for name in ("kv_bits", "prompt_cache", "save_prompt_cache", "draft_model"):
             if getattr(options, name) is not None:
-                raise UserError(f"{flag(name)} is mlx-lm's; use --backend mlx, or leave it out")
+                raise UserError(
+                    f"{flag(name)} works only with --backend mlx; use that, or leave it out"
+                )
         limits = [check_request(p, options, self.vocab_size, self.n_positions) for p in prompts]
         peak = partial(peak_memory_bytes, self.device)
         texts = [
