@@ -195,31 +195,25 @@ class Output:
     """
 
     def __init__(self, stream: Optional[TextIO], name: str, may_fail: bool):
-        self._stream, self._name, self._may_fail = stream, name, may_fail
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self._name, self._may_fail = name, may_fail
         with contextlib.suppress(AttributeError, ValueError):
-            cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+            cast(io.TextIOWrapper, self._stream).reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         with self._failures():
-            if self._stream is not None:
-                self._stream.write(text)
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with self._failures():
-            if self._stream is not None:
-                self._stream.flush()
+            self._stream.flush()
 
     def writelines(self, lines: Sequence[str]) -> None:
         for line in lines:
             self.write(line)
 
-    def isatty(self) -> bool:
-        return self._stream is not None and self._stream.isatty()
-
     def __getattr__(self, name: str) -> Any:
-        if self._stream is None:
-            raise AttributeError(name)
         return getattr(self._stream, name)
 
     @contextlib.contextmanager
@@ -237,7 +231,6 @@ class Output:
 
     def _silence(self) -> None:
         """Discard the remaining output, including what Python flushes when it exits."""
-        assert self._stream is not None
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

@@ -116,6 +116,7 @@ Count = Annotated[int, not_negative()]
 PositiveInt = Annotated[int, at_least_1()]
 PositiveFloat = Annotated[float, positive()]
 NonNegativeFloat = Annotated[float, not_negative()]
+OpenFraction = Annotated[float, fraction("be between 0 and 1", above_0=True, below_1=True)]
 Name = Annotated[str, Form("be text without control characters", r"[^\x00-\x1f]+")]
 FileName = Annotated[
     str, Form("be the name of a file in the same folder", r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -61,11 +61,11 @@ def _main(argv: Sequence[str]) -> int:
     # After a cached context an empty prompt adds nothing.
     encoded = [[] if command.prompt_cache and not p else encode(decoder, p) for p in prompts]
     alone = len(prompts) == 1
-    steps = (
-        ((0, piece) for piece in decoder.stream(encoded[0], command))
-        if alone
-        else decoder.batch(encoded, command)
-    )
+    steps: Iterator[tuple[int, Piece]]
+    if alone:
+        steps = ((0, piece) for piece in decoder.stream(encoded[0], command))
+    else:
+        steps = decoder.batch(encoded, command)
     pieces: list[list[Piece]] = [[] for _ in prompts]
     for i, piece in steps:
         pieces[i].append(piece)

@@ -19,7 +19,7 @@ from mlx_mla.data.shards import Format
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.display import PrepareDisplay, plain_console
 from mlx_mla.errors import UserError
-from mlx_mla.fields import at_least_1, check_bounds, fraction
+from mlx_mla.fields import OpenFraction, at_least_1, check_bounds
 from mlx_mla.locks import locked
 from mlx_mla.model.config import Seed
 
@@ -45,9 +45,7 @@ class PrepareCommand:
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe for --tokenizer gpt2. None: tiktoken downloads them
     once."""
-    val_fraction: Annotated[float, fraction("be between 0 and 1", above_0=True, below_1=True)] = (
-        0.01
-    )
+    val_fraction: OpenFraction = 0.01
     """Fraction of the documents to hold out for validation, selected by the hash of their text."""
     format: Format = "npy"
     """"npy" (build-nanogpt's format) or "llmc" (llm.c's .bin)."""

@@ -60,9 +60,8 @@ KV_BITS, KV_GROUP_SIZES = (4, 8), (32, 64, 128)
 class Server(http.server.ThreadingHTTPServer):
     """Answers requests while the generation thread is alive."""
 
-    request_queue_size = (
-        128  # the standard library's 5 would refuse some of many clients that come at once
-    )
+    # The standard library's 5 would refuse some of many clients that come at once.
+    request_queue_size = 128
     generator: Generator
 
     def service_actions(self) -> None:

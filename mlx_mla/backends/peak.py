@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable
 
 SMALLEST, LARGEST = 512, 8192
-LONG_ENOUGH = (
-    0.05  # seconds; longer than a time slice of a busy CPU, and than starting a kernel on a GPU
-)
+# Seconds: longer than a time slice of a busy CPU, and than starting a kernel on a GPU.
+LONG_ENOUGH = 0.05
 
 
 def measure_peak(product: Callable[[int], Callable[[], object]], seconds: float = 0.1) -> float:

@@ -216,11 +216,8 @@ def _peak_of_pass(config: TrainConfig, fused: bool) -> int:
     # Logits, their exponentials and their gradient in float32; with chunks, also three copies of
     # the head's gradient.
     head = (16 if half else 12) * m.vocab_size * min(config.loss_chunk or tokens, tokens)
-    head += (
-        (10 if half else 12) * m.vocab_size * m.n_embd
-        if 0 < (config.loss_chunk or 0) < tokens
-        else 0
-    )
+    if 0 < (config.loss_chunk or 0) < tokens:
+        head += (10 if half else 12) * m.vocab_size * m.n_embd
 
     weight = 2 if half else 4  # bytes of a weight that the pass reads, and of its gradient
     of_block = weight * (n - m.vocab_size * m.n_embd) / m.n_layer

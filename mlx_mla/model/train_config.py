@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal, Optional
 from tyro.conf import OmitArgPrefixes
 
 from mlx_mla.errors import UserError, flag
-from mlx_mla.fields import Bounds, at_least_1, check_bounds, fraction, not_negative, positive
+from mlx_mla.fields import (
+    Bounds,
+    OpenFraction,
+    at_least_1,
+    check_bounds,
+    fraction,
+    not_negative,
+    positive,
+)
 from mlx_mla.model.config import (
     TOKENIZER_IDS,
     BackendName,
@@ -41,7 +49,7 @@ class DataSettings:
     data: str = "builtin"
     """Training text: a UTF-8 text file, a folder of token shards (from mlx_mla.prepare,
     build-nanogpt, llm.c or nanoGPT), or "builtin", the documentation that comes with Python."""
-    val_fraction: Annotated[float, fraction("be between 0 and 1", above_0=True, below_1=True)] = 0.1
+    val_fraction: OpenFraction = 0.1
     """Share of the text, at its end, that is held out for validation. Not used if the folder has
     validation shards."""
     tokenizer: str = "bytes"

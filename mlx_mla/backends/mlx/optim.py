@@ -77,11 +77,9 @@ def load_state(
 def _moments(optimizer: optim.MultiOptimizer) -> Iterator[tuple[str, dict, str, mx.array]]:
     """Yield for each moment: its name on disk, its optimizer's state, its path there, its value."""
     for part in optimizer.optimizers:
-        names = (
-            {"v": "momentum_buffer"}
-            if isinstance(part, Muon)
-            else {"m": "exp_avg", "v": "exp_avg_sq"}
-        )
+        names = {"m": "exp_avg", "v": "exp_avg_sq"}
+        if isinstance(part, Muon):
+            names = {"v": "momentum_buffer"}
         for path, value in tree_flatten(part.state):
             name, _, moment = path.rpartition(".")
             if moment in names:

@@ -142,12 +142,8 @@ class TorchTrainSession:
         return self._hidden(self.model.transformer, x, every)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        bfloat16 = self.config.dtype == "bfloat16"
-        return (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if bfloat16
-            else contextlib.nullcontext()
-        )
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (B, L) and targets (B * L,) on the device."""
