@@ -81,11 +81,9 @@ def _load_packaged() -> str:
             ctypes.CDLL(str(copy), mode=ctypes.RTLD_GLOBAL)
             return f"scipy-openblas32 {version}"
         except OSError as e:
-            remedy = (
-                "set XDG_CACHE_HOME to a folder that can be written"
-                if e.errno
-                else "install its newest version"
-            )
+            remedy = "install its newest version"
+            if e.errno:
+                remedy = "set XDG_CACHE_HOME to a folder that can be written"
             problem = f"its copy {copy} cannot be made or loaded ({e.strerror or e}); {remedy}"
     raise _Unusable(problem)
 

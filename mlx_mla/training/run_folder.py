@@ -115,14 +115,10 @@ def resume_point(
         UserError: If the settings or the data differ, or the checkpoint is damaged.
     """
     before = run_config(out)
+    of_model = [field.name for field in dataclasses.fields(ModelConfig)]
     for where, old, new, names in (
-        (
-            "model",
-            before.model.resolved(),
-            config.model,
-            [f.name for f in dataclasses.fields(ModelConfig)],
-        ),
-        ("run", before, config, list(FIXED_ON_RESUME)),
+        ("model", before.model.resolved(), config.model, of_model),
+        ("run", before, config, FIXED_ON_RESUME),
     ):
         for name in names:
             if getattr(old, name) != getattr(new, name):
@@ -130,9 +126,9 @@ def resume_point(
                     f"--resume: {flag(name)} is {getattr(old, name)} in {out} and cannot become "
                     f"{getattr(new, name)}; leave it out, or start a new {where} with another --out"
                 )
-    folder = (
-        checkpoint.latest(out) if from_step is None else checkpoint.checkpoint_path(out, from_step)
-    )
+    folder = checkpoint.latest(out)
+    if from_step is not None:
+        folder = checkpoint.checkpoint_path(out, from_step)
     if folder is None:
         return None  # stopped before its first checkpoint: start over, in the same folder
     if not folder.is_dir():

@@ -119,15 +119,11 @@ class TorchTrainSession:
         weight, temperature = self.config.teacher_weight, self.config.teacher_temperature
         assert weight is not None and temperature is not None
         with torch.no_grad(), self._autocast():
-            taught = (
-                self._teacher(x, use_cache=False)
-                .logits[..., : self._vocabulary]
-                .float()
-                .flatten(0, 1)
-            )
+            taught = self._teacher(x, use_cache=False).logits[..., : self._vocabulary]
         with self._autocast():
             logits = self.model.lm_head(self._last_hidden(x)).float().flatten(0, 1)
-        divergence = distillation_divergence(logits[:, : self._vocabulary], taught, temperature)
+        student, taught = logits[:, : self._vocabulary], taught.float().flatten(0, 1)
+        divergence = distillation_divergence(student, taught, temperature)
         return (1 - weight) * F.cross_entropy(logits, y) + weight * divergence
 
     def _cross_entropy(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
