@@ -294,7 +294,7 @@ def test_a_row_past_the_table_ends_without_touching_its_batch(rope):
 def test_bad_shapes_are_refused_by_the_model_file_itself():
     for values, message in (
         ({"n_embd": 100, "n_head": 12}, "not divisible"),
-        ({"attention": "gqa"}, "'mla' or 'mha'"),
+        ({"attention": "gqa"}, "attention must be one of"),
         ({"activation_function": "relu"}, "gelu_new"),
         ({"position_embedding_type": "alibi"}, "'learned' or 'rope'"),
         ({"position_embedding_type": "rope"}, "does not go with qk_rope_head_dim 0"),
