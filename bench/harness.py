@@ -218,6 +218,11 @@ def run(benchmark: Benchmark, argv: Sequence[str], prog: str = "") -> int:
     return code
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def machine(
     devices: Mapping[BackendName, DeviceName], packages: Sequence[str] = PACKAGES
 ) -> dict[str, str]:

@@ -13,7 +13,6 @@ is also timed alone, on one core. Memory is the peak of a process of its own.
 import dataclasses
 import json
 import lzma
-import os
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import ClassVar, Optional
 from rich.console import Console
 from tyro.conf import Positional
 
-from bench.harness import Benchmark, Results, Row, Settings
+from bench.harness import Benchmark, Results, Row, Settings, cores
 from bench.reading import Document, Positive, Positives, Whole, rows
 from bench.timing import turns
 from mlx_mla import prepare
@@ -40,7 +39,7 @@ ALONE, PLAIN, XZ = "tiktoken alone", "prepare, .jsonl", "prepare, .jsonl.xz"
 UNPACK = "xz alone, one core"
 FILES = 8
 VAL_FRACTION = 0.2  # large, so that few whole books leave none out
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = cores()
 SPEED = rows({
     "documents": str, "count": Whole, "subject": str, "bytes": Positive, "seconds": Positives,
     "cpu_seconds": Positives,

@@ -7,6 +7,7 @@ command; finished runs are in results.json and are never repeated.
 """
 
 import dataclasses
+import itertools
 import shlex
 import shutil
 import signal
@@ -16,26 +17,24 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import tyro
-from rich.console import Console
 
-from bench.harness import machine
-from bench.studying.agenda import agenda, flops
-from bench.studying.intervals import student
+from bench.harness import cores, machine
 from bench.studying.pictures import draw
-from bench.studying.plan import Cell, Run, Study
-from bench.studying.pool import Pool, cores, only_one
+from bench.studying.plan import Study
+from bench.studying.pool import Pool, agenda, flops
 from bench.studying.reading import read_study
 from bench.studying.report import markdown
 from bench.studying.results import Outcome, Results
-from bench.studying.summary import Summary, summarise
+from bench.studying.summary import Summary, student, summarise
 from bench.studying.trainer import Trainer
 from mlx_mla import cli
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_tokenizer
+from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
 from mlx_mla.files import write_text
+from mlx_mla.locks import locked
 from mlx_mla.model.estimate import cache_bytes_per_token
-from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import num_parameters
 
 PROG = "python -m bench.study"
@@ -80,59 +79,50 @@ def _main(argv: Sequence[str]) -> int:
         raise UserError(f"--jobs must be at least 1, not {command.jobs}")
     study = read_study(command.study, command.data, command.bpe_dir, command.quick)
     student()
-    console = Console()
     if command.dry_run:
-        console.print(_costs(study), markup=False, highlight=False, soft_wrap=True)
+        print(_costs(study))
         return 0
     if command.out is None:
         raise UserError("--out DIR is needed, the folder for results, report and runs")
-    with only_one(command.out):
+    with locked(command.out, inside=True):
         results = Results(command.out)
         made_by = f"{PROG} {shlex.join(argv)}"
         ready = [] if command.report_only else agenda(study, results).ready
         if ready or command.data is not None:  # otherwise the data need not be on this machine
-            results.use_data(_fingerprint(study.cells[0].config))
+            config = study.cells[0].config
+            tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
+            results.use_data(TrainingData(config, tokenizer).fingerprint)
         results.check_data(study)
-        if not command.report_only:
-            stopped = _train(study, results, command, console)
-            if stopped is not None:
-                _report(study, results, command.out, made_by)
-                console.print(
-                    f"stopped by {signal.Signals(stopped).name}; all runs are saved, resume with:\n"
-                    f"  {made_by}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-                return 128 + stopped
+        stopped = None if command.report_only else _train(study, results, command.out, command.jobs)
         summary = _report(study, results, command.out, made_by)
-        for row in summary.rows:
-            print(f"{row.cell.arm}, {row.cell.size}, {row.cell.tokens:,} tokens: {row.verdict}")
-        if (c := summary.primary) is not None:
-            print(f"primary, {c.arm.arm} against {c.rival.arm}: {c.verdict}")
-        print(f"report: {command.out / REPORT}")
+    if stopped is not None:
+        name = signal.Signals(stopped).name
+        print(f"stopped by {name}; all runs are saved, resume with:\n  {made_by}")
+        return 128 + stopped
+    for row in summary.rows:
+        print(f"{row.cell.arm}, {row.cell.size}, {row.cell.tokens:,} tokens: {row.verdict}")
+    if (c := summary.primary) is not None:
+        print(f"primary, {c.arm.arm} against {c.rival.arm}: {c.verdict}")
+    print(f"report: {command.out / REPORT}")
     return 0
 
 
-def _train(study: Study, results: Results, command: StudyCommand, console: Console) -> int | None:
-    assert command.out is not None
+def _train(study: Study, results: Results, out: Path, jobs: int) -> int | None:
+    """Train what is left; the signal that stopped it, or None."""
     if others := len(results.others(study)):
         print(f"{others} runs in results.json are not the study's; the report lists them")
-    if command.jobs > cores():
-        console.print(
-            f"--jobs {command.jobs} on {cores()} cores: each run has one", highlight=False
-        )
-    config = study.cells[0].config
+    if jobs > cores():
+        print(f"--jobs {jobs} on {cores()} cores: each run has one")
+    config, runs = study.cells[0].config, out / "runs"
     facts = machine({} if config.device == "cpu" else {config.backend: config.device})
-    facts["threads"] = str(max(1, cores() // command.jobs))
-
-    runs = command.out / "runs"
+    facts["threads"] = str(max(1, cores() // jobs))
 
     def finished(trainer: Trainer, found: Outcome) -> None:
         results.add(trainer.run, found, facts)
         trainer.tidy()
         _remove_weights(study, results, runs)
 
-    stopped = Pool(runs, command.jobs, console).work(lambda: agenda(study, results), finished)
+    stopped = Pool(runs, jobs, plain_console()).work(lambda: agenda(study, results), finished)
     _remove_weights(study, results, runs)
     return stopped
 
@@ -141,7 +131,7 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
     """Remove the folders of finished runs that nothing needs any more."""
     if study.keep == "all":
         return
-    found = [results.tuning(cell, study.extensions) for cell in study.cells]
+    found = [results.tuning(cell) for cell in study.cells]
     best = {tuning.finals[0].key for tuning in found if tuning.finals}
     for tuning in found:
         if tuning.wanted and study.keep == "best":
@@ -160,27 +150,24 @@ def _report(study: Study, results: Results, out: Path, made_by: str) -> Summary:
     return summary
 
 
-def _fingerprint(config: TrainConfig) -> str:
-    return TrainingData(config, get_tokenizer(config.tokenizer, config.bpe_dir)).fingerprint
-
-
 def _costs(study: Study) -> str:
     """What the study costs, as text."""
     head = f"{'arm':<24}{'size':<10}{'tokens':>14}{'runs':>6}{'parameters':>13}{'cache B':>9}"
     lines = [study.title, "", head]
     tokens: dict[str, float] = {}
-    work = 0.0
+    work, total = 0.0, 0
     for cell in study.cells:
-        runs = _runs(cell)
+        runs = list(itertools.chain(*cell.least.values()))
         tokens[cell.size] = tokens.get(cell.size, 0) + sum(run.tokens for run in runs)
         work += sum(map(flops, runs))
+        total += len(runs)
         model = cell.config.model
         lines.append(
             f"{cell.arm:<24}{cell.size:<10}{cell.tokens:>14,}{len(runs):>6}"
             f"{num_parameters(model):>13,}{cache_bytes_per_token(model, 2):>9,}"
         )
-    total = sum(len(_runs(cell)) for cell in study.cells)
-    lines += ["", f"{total} runs at least, {work:.3g} FLOPs; an edge adds up to {study.extensions}"]
+    edge = f"an edge adds up to {study.cells[0].extensions}"
+    lines += ["", f"{total} runs at least, {work:.3g} FLOPs; {edge}"]
     if any(cell.tuning_seed is None for cell in study.cells):
         lines.append("no tuning_seed: tuning uses the first seed, which is also one of the results")
     lines += [f"  {size}: {count:,.0f} tokens in all" for size, count in tokens.items()]
@@ -189,14 +176,6 @@ def _costs(study: Study) -> str:
         said = ", ".join(f"{size} {h:,.1f} h" for size, h in hours.items())
         lines.append(f"{name}: {said} ({m.source})")
     return "\n".join([*lines, "dry run: nothing was trained"])
-
-
-def _runs(cell: Cell) -> list[Run]:
-    rate, std = cell.rates[0], cell.stds[0]
-    tuning = [cell.tuning(r) for r in cell.rates] if len(cell.rates) > 1 else []
-    tuning += [cell.tuning(rate, s) for s in cell.stds] if cell.tunes_std else []
-    tuning += [cell.tuning(rate)] * 3 if cell.tunes_rate_again else []
-    return [*tuning, *(cell.final(rate, std, seed) for seed in cell.seeds)]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.studying.plan import Place, Study
 from bench.studying.summary import Row
+from mlx_mla.model.estimate import cache_bytes_per_token
 from mlx_mla.pictures import draw as draw_picture
 from mlx_mla.pictures import plain
 
@@ -189,7 +190,7 @@ def _cache(
     for ax, (place, here) in zip(axes, places.items()):
         near, far = _near(here)
         rows, means, ends = [base[place], *near], list[float](), list[float]()
-        share = {row.cell.arm: row.cache_bytes / base[place].cache_bytes for row in rows}
+        share = {row.cell.arm: _bytes(row) / _bytes(base[place]) for row in rows}
         shares |= set(share.values())
         for row in rows:
             column = [r.cell.arm for r in rows if share[r.cell.arm] == share[row.cell.arm]]
@@ -220,6 +221,11 @@ def _cache(
     axes[-1].set_xlabel(f"cache, as a share of {study.baseline}'s")
 
 
+def _bytes(row: Row) -> int:
+    """Cached for a token, in 16 bits."""
+    return cache_bytes_per_token(row.cell.config.model, 2)
+
+
 def _chosen(study: Study, rows: Sequence[Row]) -> list[Row]:
     """At most MOST_CURVES rows: the arms of the primary comparison, then the nearest to the
     baseline, best first."""
@@ -236,12 +242,12 @@ def _gap(
     ax = figure.subplots()
     _style(ax, study, "y")
     for row in rows:
-        points = [(p.tokens / 1e6, _percent(p.value.mean)) for p in row.gap]
+        points = [(tokens / 1e6, _percent(mean)) for tokens, mean in row.gap]
         line = "-" if row.finished else "--"
         color = colors[row.cell.arm]
         ax.plot(*zip(*points), lw=1.6, ls=line, color=color, label=_label(row))
-    last = max(p.tokens for row in rows for p in row.gap)
-    late = [_percent(p.value.mean) for r in rows for p in r.gap if p.tokens >= 0.2 * last]
+    last = max(row.gap[-1][0] for row in rows)
+    late = [_percent(m) for row in rows for tokens, m in row.gap if tokens >= 0.2 * last]
     pad = 0.1 * (max([0, *late]) - min([0, *late])) + 0.1
     ax.set(
         xlim=(0, last / 1e6),

@@ -1,17 +1,58 @@
-"""A study: arms at sizes, their runs, and the rule of the verdict."""
+"""A study: arms at sizes, their runs, and what makes two runs one."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from bench.studying.settings import Settings, differences, key, settings
+from mlx_mla.errors import UserError
 from mlx_mla.fields import PositiveFloat
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.train_config import TrainConfig
+
+Settings = dict[str, Any]
+"""Names (`model.n_embd` for the model's own) to values, of a resolved configuration."""
+
+NEUTRAL = frozenset(
+    {
+        *("preset", "data", "bpe_dir", "device", "activation_checkpointing", "tokens_per_step"),
+        *("log_every", "eval_every", "save_every", "keep", "track"),
+        *("sample_prompt", "sample_tokens", "sample_every"),
+        *("eval_tasks", "eval_limit", "eval_data_dir"),
+    }
+)
+"""What does not change the resulting weights: paths, the device, logging. Data are identified by
+their fingerprint."""
 
 RateName = Literal["learning_rate", "muon_learning_rate"]
 Keep = Literal["best", "all", "none"]
 Place = tuple[str, int]
-"""A size and a budget of tokens."""
+"""A size and a budget of tokens, within which arms are compared."""
+
+
+def settings(config: TrainConfig) -> Settings:
+    """Everything that makes a run what it is; two runs of equal settings are one."""
+    values = dataclasses.asdict(config)
+    model = {f"model.{name}": value for name, value in values.pop("model").items()}
+    return {**{k: v for k, v in values.items() if k not in NEUTRAL}, **model}
+
+
+def filled(values: Mapping[str, Any]) -> Settings:
+    """Settings that were saved before a field existed, with that field at its default.
+
+    Settings that the present version does not have are returned as they are, and match no run.
+    """
+    model = {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
+    others = {k: v for k, v in values.items() if not k.startswith("model.")}
+    try:
+        return settings(TrainConfig(model=ModelConfig(**model), **others).resolved())
+    except (TypeError, UserError):  # a field that is gone, or a value that is refused by now
+        return dict(values)
+
+
+def key(values: Mapping[str, Any]) -> str:
+    """Settings as text that can be compared and looked up."""
+    return json.dumps(values, sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +84,7 @@ class Run:
         return key(settings(self.config))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
     """An arm at a size and a budget of tokens: what is tuned, then repeated over seeds."""
 
@@ -57,6 +98,8 @@ class Cell:
     rate_name: RateName
     stds: tuple[float, ...]
     """Values of `initializer_range` to try at the rate found; a single one is not tuned."""
+    extensions: int
+    """Values that may be added beyond the ends of either."""
     seeds: tuple[int, ...]
     tuning_seed: int | None
     """Seed of the tuning runs. None: the first of `seeds`, and rates are not tried again with the
@@ -69,7 +112,6 @@ class Cell:
 
     @property
     def place(self) -> Place:
-        """Size and budget, within which arms are compared."""
         return self.size, self.tokens
 
     @property
@@ -86,6 +128,18 @@ class Cell:
         """Settings that the study chooses, run by run."""
         std = {"initializer_range"} if self.tunes_std else set()
         return frozenset({"steps", "seed", self.rate_name, *std})
+
+    @property
+    def least(self) -> dict[str, list[Run]]:
+        """The runs that it takes at least, by the stage of tuning, then the final ones; rates and
+        stds that are to be found are placeholders."""
+        rate, std = self.rates[0], self.stds[0]
+        return {
+            "rate": [self.tuning(r) for r in self.rates] if len(self.rates) > 1 else [],
+            "std": [self.tuning(rate, s) for s in self.stds] if self.tunes_std else [],
+            "rate again": [self.tuning(rate)] * 3 if self.tunes_rate_again else [],
+            "final": [self.final(rate, std, seed) for seed in self.seeds],
+        }
 
     def final(self, rate: float, std: float, seed: int) -> Run:
         """The run of a seed at the rate and the std that were found."""
@@ -113,11 +167,10 @@ class Machine:
     source: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """A checked study."""
 
-    name: str
     title: str
     baseline: str
     primary: tuple[tuple[str, ...], str] | None
@@ -127,8 +180,6 @@ class Study:
     """Nats that an arm may lose and still count as not worse."""
     confidence: float
     """Of the intervals, such as 0.95."""
-    extensions: int
-    """Values that may be added beyond the ends of a grid."""
     keep: Keep
     """Runs whose weights are kept: the first seed's final runs, all, none."""
     arms: Mapping[str, str]
@@ -142,18 +193,14 @@ class Study:
     quick: bool
 
     @property
-    def sizes(self) -> list[str]:
-        return list(dict.fromkeys(cell.size for cell in self.cells))
-
-    @property
     def places(self) -> list[Place]:
-        """Sizes and budgets, within which arms are compared."""
         return list(dict.fromkeys(cell.place for cell in self.cells))
 
     def cell(self, arm: str, place: Place) -> Cell | None:
         return next((c for c in self.cells if (c.arm, c.place) == (arm, place)), None)
 
     def differences(self, cell: Cell) -> dict[str, tuple[Any, Any]]:
-        """Every setting in which an arm differs from the base at its size, defaults included."""
-        both = differences(self.bases[cell.size], settings(cell.config))
-        return {k: v for k, v in both.items() if k not in cell.owned}
+        """Every setting in which an arm differs from the base at its size, defaults included:
+        (base's, arm's)."""
+        base, own = self.bases[cell.size], settings(cell.config)
+        return {k: (base[k], own[k]) for k in base if base[k] != own[k] and k not in cell.owned}

@@ -1,44 +1,57 @@
-"""Runs side by side, with progress for the whole study."""
+"""What a study has still to run, and running it side by side, with progress for the whole study."""
 
-import contextlib
-import fcntl
-import os
-import sys
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from bench.studying.agenda import Agenda, flops
-from bench.studying.results import Outcome
+from bench.harness import cores
+from bench.studying.plan import Run, Study
+from bench.studying.results import Outcome, Results
 from bench.studying.trainer import Trainer
-from mlx_mla.errors import UserError
+from mlx_mla.model.estimate import forward_flops_per_token
 from mlx_mla.training.recovery import catch_signals
 
 POLL_SECONDS = 0.5
 
 
-@contextlib.contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Refuse a second study on the same folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written: {e.strerror}; give another --out") from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{out}: another study writes there; wait for it, or stop it") from None
-    finally:
-        os.close(lock)
+@dataclasses.dataclass(frozen=True)
+class Agenda:
+    """What to run next, and what will follow."""
+
+    ready: list[Run]
+    """Runs that wait for nothing, in the order to start them."""
+    later: list[Run]
+    """Runs that wait for others; their rates and stds are placeholders."""
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def agenda(study: Study, results: Results) -> Agenda:
+    """What the finished runs leave to do.
+
+    Sizes come in the order of the file; in each, all arms are tuned before any seed, then seed by
+    seed all arms, so that whatever has finished can be compared.
+    """
+    ready: list[Run] = []
+    later: list[Run] = []
+    for size in dict.fromkeys(cell.size for cell in study.cells):
+        repeated: list[tuple[int, Run]] = []
+        for cell in (cell for cell in study.cells if cell.size == size):
+            found = results.tuning(cell)
+            begun = [stage.what for stage in found.stages]
+            if found.wanted:
+                ready += found.wanted
+                later += [r for what, own in cell.least.items() if what not in begun for r in own]
+            repeated += [(i, r) for i, r in enumerate(found.finals) if results.get(r) is None]
+        ready += [run for _, run in sorted(repeated, key=lambda pair: pair[0])]
+    # Budgets that are tuned with the same tokens share their tuning runs.
+    return Agenda(list({run.key: run for run in ready}.values()), later)
+
+
+def flops(run: Run) -> float:
+    """Training FLOPs of a run, from which the remaining time is estimated."""
+    return 3.0 * forward_flops_per_token(run.config.model, run.config.context) * run.tokens
 
 
 class Pool:
@@ -52,7 +65,6 @@ class Pool:
 
     def __init__(self, runs: Path, jobs: int, console: Console):
         self._runs, self._jobs, self._console = runs, jobs, console
-        self._threads = max(1, cores() // jobs)
         self._active: list[Trainer] = []
         self._began = time.monotonic()
         self._done = 0.0
@@ -94,14 +106,14 @@ class Pool:
         active = {trainer.run.key for trainer in self._active}
         for run in plan.ready:
             if len(self._active) < self._jobs and run.key not in active:
-                trainer = Trainer(run, self._runs, self._threads)
+                trainer = Trainer(run, self._runs, max(1, cores() // self._jobs))
                 self._active.append(trainer)
                 waits = " (waits for a trainer that was left behind)" if trainer.waits else ""
                 self._say(f"started  {run.name}{waits}", plan)
 
     def _collect(self, plan: Agenda, finished: Callable[[Trainer, Outcome], None]) -> bool:
         """Whether any run has finished since the last call."""
-        any_finished = False
+        before = self._finished
         for trainer in list(self._active):
             outcome = trainer.poll()
             if outcome is not None:
@@ -111,8 +123,7 @@ class Pool:
                 finished(trainer, outcome)
                 loss = outcome.get("diverged") or f"loss {outcome['loss']:.4f}"
                 self._say(f"finished {trainer.run.name}  {loss}", plan)
-                any_finished = True
-        return any_finished
+        return self._finished > before
 
     def _say(self, text: str, plan: Agenda) -> None:
         """A line, with how long the rest takes at the speed so far."""
@@ -122,12 +133,7 @@ class Pool:
         if self._finished and done:  # a run that another process trained is none of our work
             hours = max(0.0, left) * (time.monotonic() - self._began) / done / 3600
             eta = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-        self._console.print(
-            f"{text}  [{self._finished} done, ETA {eta}]",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._console.print(f"{text}  [{self._finished} done, ETA {eta}]")
 
 
 def _work(trainer: Trainer, step: int) -> float:

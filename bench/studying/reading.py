@@ -3,12 +3,21 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Optional, Union
+from typing import Annotated, Any, Optional, TypeVar, Union
 
-from bench.studying.plan import Cell, Keep, Machine, Place, RateName, Study
-from bench.studying.settings import Settings, key, settings
+from bench.studying.plan import (
+    Cell,
+    Keep,
+    Machine,
+    Place,
+    RateName,
+    Settings,
+    Study,
+    key,
+    settings,
+)
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError, nearest
 from mlx_mla.fields import (
@@ -24,6 +33,7 @@ from mlx_mla.model.config import TOKENIZER_IDS, Seed
 from mlx_mla.model.presets import overlay, preset
 from mlx_mla.model.train_config import TrainConfig
 
+T = TypeVar("T")
 PAIRED = (
     *("tokenizer", "val_fraction", "batch_size", "grad_accum_steps", "seq_len"),
     *("eval_batches", "final_eval_batches"),
@@ -114,22 +124,8 @@ class _Reader:
     def __init__(self, path: Path, places: dict[str, str], quick: bool):
         self.path, self.where, self.quick = path, str(path), quick
         self.file = read(_File, path, known_only=True)
-        self.arms: dict[str, tuple[_Arm, dict[str, Any]]] = {}
-        self.sizes: dict[str, tuple[_Size, dict[str, Any]]] = {}
-        for kind, cls, tables, found in (
-            ("arms", _Arm, self.file.arms, self.arms),
-            ("sizes", _Size, self.file.sizes, self.sizes),
-        ):
-            for name, values in tables.items():
-                where = f"{self.where} [{kind}.{name}]"
-                if not name or "/" in name or name.startswith("."):
-                    raise UserError(f"{where}: names a folder; use letters, digits and -")
-                found[name] = _split(cls, values, where)
-            folded = [name.casefold() for name in tables]
-            if not tables or len(set(folded)) < len(folded):  # a Mac's folders are one then
-                raise UserError(
-                    f"{self.where}: {kind} must have names, which differ in more than capitals"
-                )
+        self.arms = self._tables(_Arm, self.file.arms, "arms")
+        self.sizes = self._tables(_Size, self.file.sizes, "sizes")
         base = {**self.file.base, **places}
         self._check_not_owned(base, "base", "learning_rate")
         self.given = set(base)
@@ -137,6 +133,25 @@ class _Reader:
         self.base = overlay(start, base, f"{self.where} [base]")
         self.base.make_paths_absolute()
         self.bases: dict[str, Settings] = {}
+
+    def _tables(
+        self, cls: type[T], tables: Mapping[str, dict[str, Any]], kind: str
+    ) -> dict[str, tuple[T, dict[str, Any]]]:
+        """Of each table the fields of `cls`, and the other keys, which are settings of runs."""
+        own = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        found = {}
+        for name, values in tables.items():
+            where = f"{self.where} [{kind}.{name}]"
+            if not name or "/" in name or name.startswith("."):
+                raise UserError(f"{where}: names a folder; use letters, digits and -")
+            mine, others = _split(values, own)
+            found[name] = (value_of(cls, mine, where), others)
+        if not tables or len({name.casefold() for name in tables}) < len(tables):
+            # On a Mac, folders whose names differ in capitals alone are one.
+            raise UserError(
+                f"{self.where}: {kind} must have names, which differ in more than capitals"
+            )
+        return found
 
     def study(self) -> Study:
         file = self.file
@@ -148,13 +163,11 @@ class _Reader:
         rivals = [self._names(pair, "rivals") for pair in file.rivals]
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
         return Study(
-            name=self.path.stem,
             title=file.title or self.path.stem,
             baseline=baseline,
             primary=self._primary(list(dict.fromkeys(cell.place for cell in cells))),
             margin=math.log1p(file.verdict.margin),
             confidence=file.verdict.confidence,
-            extensions=0 if self.quick else file.extensions,
             keep=file.keep,
             arms={name: arm.about for name, (arm, _) in self.arms.items()},
             pairs=tuple((a, b) for a, b in (*itertools.pairwise(stair), *rivals)),
@@ -179,8 +192,7 @@ class _Reader:
     def _cells_of(self, size: str, baseline: str) -> list[Cell]:
         where = f"{self.where} [sizes.{size}]"
         own, values = self.sizes[size]
-        tuned = {name: values[name] for name in _TUNED if name in values}
-        values = {k: v for k, v in values.items() if k not in tuned}
+        tuned, values = _split(values, _TUNED)
         self._check_not_owned(values, f"sizes.{size}", "learning_rate")
         config = overlay(self.base, values, where)
         config = self._logging(config, self.given | values.keys())
@@ -211,9 +223,7 @@ class _Reader:
         where = f"{self.where} [arms.{name}]"
         for other in arm.at:
             self._check_size(other, f"arms.{name}.at")
-        here = arm.at.get(size, {})
-        tuned = {**tuned, **{k: v for k, v in here.items() if k in _TUNED}}
-        here = {k: v for k, v in here.items() if k not in _TUNED}
+        changed, here = _split(arm.at.get(size, {}), _TUNED)
         for changes, place in ((values, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
             self._check_not_owned(changes, place, arm.rate)
             if changes.keys() & {"preset", "data"}:
@@ -230,7 +240,7 @@ class _Reader:
                     "held-out windows; set it under [base] or [sizes]"
                 )
         where = f"{self.where} [sizes.{size}]"
-        mine = value_of(_Tuned, tuned, where)
+        mine: _Tuned = value_of(_Tuned, {**tuned, **changed}, where)
         budgets = mine.tokens if isinstance(mine.tokens, list) else [mine.tokens]
         steps = [_steps(config, n, f"{where}: tokens") for n in budgets]
         if not steps or len(set(steps)) < len(steps):
@@ -261,8 +271,12 @@ class _Reader:
             if self.quick:
                 final.eval_every, final.save_every = QUICK_STEPS // 4, QUICK_STEPS // 2
             cells.append(
-                Cell(name, size, final, tuning, rates, arm.rate, stds, seeds, own.tuning_seed)
-            )
+                Cell(
+                    arm=name, size=size, config=final, tune_steps=tuning, rates=rates,
+                    rate_name=arm.rate, stds=stds, seeds=seeds, tuning_seed=own.tuning_seed,
+                    extensions=0 if self.quick else self.file.extensions,
+                )
+            )  # fmt: skip
         return cells
 
     def _grid(
@@ -298,7 +312,7 @@ class _Reader:
         """Refuse an arm that is another's twin, or changes nothing."""
         where = f"{self.where} [arms]"
         base = {**self.bases[size], "steps": 0}
-        seen = dict[str, str]()
+        seen: dict[str, str] = {}
         for cell in cells:
             own = {**settings(cell.config), "steps": 0}
             if cell.arm != baseline and own == base:
@@ -333,11 +347,12 @@ class _Reader:
         return tuple(values)
 
 
-def _split(cls: type, values: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
-    """The fields of a class of this file, and the other keys, which are settings of runs."""
-    names = {field.name for field in dataclasses.fields(cls)}
+def _split(
+    values: Mapping[str, Any], names: Container[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values under some names, and the others."""
     own = {k: v for k, v in values.items() if k in names}
-    return value_of(cls, own, where), {k: v for k, v in values.items() if k not in names}
+    return own, {k: v for k, v in values.items() if k not in own}
 
 
 def _resolved(config: TrainConfig, where: str) -> TrainConfig:

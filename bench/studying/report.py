@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.studying.intervals import Interval
-from bench.studying.plan import Cell, Study
+from bench.studying.plan import Study
 from bench.studying.results import Record, Results
-from bench.studying.search import Search
-from bench.studying.summary import Comparison, Row, Summary
+from bench.studying.summary import Comparison, Interval, Row, Summary
 from mlx_mla.display import markdown_table
+from mlx_mla.model.estimate import cache_bytes_per_token, forward_flops_per_token
+from mlx_mla.model.weights import parameter_shapes
 
 
 def markdown(
@@ -24,36 +24,25 @@ def markdown(
     """
     rows = summary.rows
     lines = [f"# {study.title}", "", *_head(study, results, summary, command), ""]
-    if study.primary is not None:
-        lines += ["## The primary comparison", "", *_primary(study, summary.primary), ""]
+    lines += _section("The primary comparison", _primary(study, summary.primary))
     for place in study.places:
         here = [r for r in rows if r.cell.place == place]
-        lines += [f"## {place[0]}: {place[1]:,} tokens", ""]
-        lines += [*_losses(study, here), "", *_costs(here), ""]
-    if summary.pairs:
-        lines += ["## Pairs of arms, the second against the first", "", *_pairs(summary.pairs), ""]
-    if pictures:
-        lines += ["## Pictures", ""]
-        for caption, name in pictures.items():
-            lines += [f"![{caption}]({name})", ""]
-    lines += ["## What each arm changes", "", *_changes(study), ""]
-    lines += ["## Tuning", "", *_tuned(rows), ""]
+        tables = [*_losses(here), "", *_costs(here)]
+        lines += _section(f"{place[0]}: {place[1]:,} tokens", tables)
+    lines += _section("Pairs of arms, the second against the first", _pairs(summary.pairs))
+    shown = "\n\n".join(f"![{caption}]({name})" for caption, name in pictures.items())
+    lines += _section("Pictures", [shown] if shown else [])
+    lines += _section("What each arm changes", _changes(study))
+    lines += _section("Tuning", _tuned(rows))
     if others := results.others(study):
-        lines += ["## Finished runs that the study does not ask for", ""]
-        lines += ["They are kept in results.json and count for nothing above.", ""]
-        lines += [f"- {r.name}: {_outcome(r)}" for r in others]
+        kept = "They are kept in results.json and count for nothing above."
+        named = [f"- {r.name}: {_outcome(r)}" for r in others]
+        lines += _section("Finished runs that the study does not ask for", [kept, "", *named])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def rule(study: Study) -> str:
-    """The rule of the verdicts, in a sentence."""
-    share = math.expm1(study.margin)
-    return (
-        f"an arm is *better* if the {study.confidence:.0%} interval of its paired difference lies "
-        f"below zero, *not worse* if its upper end is at most {share:.2%} of perplexity "
-        f"({study.margin:.5f} nats), *worse* if the interval lies above zero and reaches beyond "
-        "that margin, otherwise *not shown*"
-    )
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {title}", "", *lines, ""] if lines else []
 
 
 def _head(study: Study, results: Results, summary: Summary, command: str) -> list[str]:
@@ -68,7 +57,7 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
     tested = sum(c.holm is not None for c in (*(r.comparison for r in rows), *summary.pairs) if c)
     primary = "none was declared primary" if study.primary is None else "all but the primary one"
     lines += [
-        f"- rule, fixed in the study's file: {rule(study)}",
+        f"- rule, fixed in the study's file: {_rule(study)}",
         "- losses are held-out, in nats a token; at a seed all arms see the same data in the same "
         "order and the same held-out windows, so differences are paired by seed; an arm's loss is "
         f"{study.baseline}'s mean over its seeds plus the arm's paired difference",
@@ -92,62 +81,70 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
     return lines
 
 
+def _rule(study: Study) -> str:
+    """The rule of the verdicts, in a sentence."""
+    share = math.expm1(study.margin)
+    return (
+        f"an arm is *better* if the {study.confidence:.0%} interval of its paired difference lies "
+        f"below zero, *not worse* if its upper end is at most {share:.2%} of perplexity "
+        f"({study.margin:.5f} nats), *worse* if the interval lies above zero and reaches beyond "
+        "that margin, otherwise *not shown*"
+    )
+
+
 def _primary(study: Study, c: Comparison | None) -> list[str]:
-    assert study.primary is not None
+    if study.primary is None:
+        return []
     arms, rival = study.primary
     what = arms[0] if len(arms) == 1 else f"the arm of {', '.join(arms)} with the best tuning loss"
     said = f"Declared in the study's file: {what}, against {rival}."
+    return [said, "", *(_pairs([c]) if c else ["Tuning has not ended, so the arm is not known."])]
+
+
+COMPARED = ("difference", "in perplexity", "with pooled SD", "Holm's p", "verdict")
+
+
+def _compared(c: Comparison | None) -> list[str]:
+    """The cells of a comparison; the baseline's are empty."""
     if c is None:
-        return [said, "", "Tuning has not ended, so the arm is not known."]
-    return [said, "", *_pairs([c])]
+        return [*"----", "baseline"]
+    said = f"{c.verdict}{'' if c.agrees else '*'}"
+    if c.difference is None:
+        return [*"----", said]
+    p = "primary" if c.primary else "-" if c.holm is None else f"{c.holm:.3f}"
+    pooled = "-" if c.with_pooled_sd is None else _percent(c.with_pooled_sd)
+    return [f"{c.difference.mean:+.4f}", _percent(c.difference), pooled, p, said]
 
 
-def _losses(study: Study, rows: Sequence[Row]) -> list[str]:
-    with_std = any(row.cell.tunes_std for row in rows)
-    head = ["arm", "rate", *(["std"] if with_std else []), "seeds", "loss", "difference"]
-    head += ["in perplexity", "with pooled SD", "Holm's p", "verdict"]
-    cells = []
-    for row in sorted(rows, key=_by_difference):
-        tuning, c = row.tuning, row.comparison
-        std = tuning.std.best if tuning.std else None
-        cells.append(
-            [
-                row.cell.arm,
-                _number(tuning.best_rate),
-                *([_number(std)] if with_std else []),
-                _seeds(row),
-                "-" if row.loss is None else f"{row.loss:.4f}",
-                *_differences(c),
-                f"{row.verdict}{'' if c is None or c.agrees else '*'}",
-            ]
-        )
-    return markdown_table(head, cells)
+def _losses(rows: Sequence[Row]) -> list[str]:
+    """Rates, seeds and losses, the best arm first."""
+
+    def order(row: Row) -> float:
+        if row.comparison is None:
+            return 0.0
+        return math.inf if row.difference is None else row.difference.mean
+
+    std = ["std"] if any(row.cell.tunes_std for row in rows) else []
+    cells = [
+        [
+            row.cell.arm,
+            _number(row.tuning.rate),
+            *(_number(row.tuning.std) for _ in std),
+            _seeds(row),
+            "-" if row.loss is None else f"{row.loss:.4f}",
+            *_compared(row.comparison),
+        ]
+        for row in sorted(rows, key=order)
+    ]
+    return markdown_table(["arm", "rate", *std, "seeds", "loss", *COMPARED], cells)
 
 
 def _pairs(comparisons: Sequence[Comparison]) -> list[str]:
-    head = ["size, tokens", "from", "to", "seeds", "difference", "in perplexity"]
-    head += ["with pooled SD", "Holm's p", "verdict"]
     cells = [
-        [
-            f"{c.arm.size}, {c.arm.tokens:,}",
-            c.rival.arm,
-            c.arm.arm,
-            str(len(c.values)),
-            *_differences(c),
-            f"{c.verdict}{'' if c.agrees else '*'}",
-        ]
+        [f"{c.arm.size}, {c.arm.tokens:,}", c.rival.arm, c.arm.arm, len(c.values), *_compared(c)]
         for c in comparisons
     ]
-    return markdown_table(head, cells)
-
-
-def _differences(c: Comparison | None) -> list[str]:
-    """Difference, the same in perplexity, with the pooled SD, and the adjusted p value."""
-    if c is None or c.difference is None:
-        return ["-"] * 4
-    p = "primary" if c.primary else "-" if c.holm is None else f"{c.holm:.3f}"
-    pooled = "-" if c.with_pooled_sd is None else _percent(c.with_pooled_sd)
-    return [f"{c.difference.mean:+.4f}", _percent(c.difference), pooled, p]
+    return markdown_table(["size, tokens", "from", "to", "seeds", *COMPARED], cells)
 
 
 def _percent(d: Interval) -> str:
@@ -163,50 +160,42 @@ def _seeds(row: Row) -> str:
     return (done or "none") + missing + diverged
 
 
-def _by_difference(row: Row) -> float:
-    if row.comparison is None:
-        return 0.0
-    return math.inf if row.difference is None else row.difference.mean
-
-
 def _costs(rows: Sequence[Row]) -> list[str]:
     head = ["arm", "parameters", "non-embedding", "forward FLOPs a token", "cache bytes a token"]
     head += ["training tok/s", "minutes a run", "tokens to the baseline's loss"]
     cells = []
     for row in rows:
-        speeds = [r.tokens_per_second for r in row.finals.values() if r.tokens_per_second]
-        seconds = [r.seconds for r in row.finals.values() if r.loss is not None]
-        machines = sorted({r.machine for r in row.finals.values()})
-        reached = "never" if row.tokens_to_baseline is None else ""
-        reached = reached or f"{row.tokens_to_baseline / row.cell.tokens:.0%}"  # type: ignore[operator]
-        cells.append(
-            [
-                row.cell.arm,
-                f"{row.parameters:,}",
-                f"{row.non_embedding:,}",
-                f"{row.flops_per_token:,}",
-                f"{row.cache_bytes:,}",
-                f"{statistics.median(speeds):,.0f} ({', '.join(machines)})" if speeds else "-",
-                f"{statistics.median(seconds) / 60:.1f}" if seconds else "-",
-                "-" if row.comparison is None or not row.finals else reached,
-            ]
-        )
+        model, finals = row.cell.config.model, row.finals.values()
+        sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
+        embeddings = sum(n for name, n in sizes.items() if ".wte." in name or ".wpe." in name)
+        speeds = [r.tokens_per_second for r in finals if r.tokens_per_second]
+        seconds = [r.seconds for r in finals if r.loss is not None]
+        reached = "-"
+        if row.comparison is not None and finals:
+            tokens = row.tokens_to_baseline
+            reached = f"{tokens / row.cell.tokens:.0%}" if tokens is not None else "never"
+        machines = ", ".join(sorted({r.machine for r in finals}))
+        cells.append([
+            row.cell.arm, f"{sum(sizes.values()):,}", f"{sum(sizes.values()) - embeddings:,}",
+            f"{forward_flops_per_token(model, row.cell.config.context):,}",
+            f"{cache_bytes_per_token(model, 2):,}",
+            f"{statistics.median(speeds):,.0f} ({machines})" if speeds else "-",
+            f"{statistics.median(seconds) / 60:.1f}" if seconds else "-", reached,
+        ])  # fmt: skip
     return markdown_table(head, cells)
 
 
 def _changes(study: Study) -> list[str]:
     """Every difference of every arm from the base, including those that defaults bring along."""
-    lines, seen = [], set[tuple[str, str]]()
-    for cell in study.cells:
-        if (cell.arm, cell.size) in seen:
-            continue  # another budget
-        seen.add((cell.arm, cell.size))
-        changes = [
+    lines = []
+    # The budgets of a size have the same.
+    for (arm, size), cell in {(cell.arm, cell.size): cell for cell in study.cells}.items():
+        changes = "; ".join(
             f"`{k}` {_value(a)} -> {_value(b)}"
             for k, (a, b) in sorted(study.differences(cell).items())
-        ]
-        about = f" ({study.arms[cell.arm]})" if study.arms[cell.arm] else ""
-        lines.append(f"- {cell.arm}{about} at {cell.size}: {'; '.join(changes) or 'nothing'}")
+        )
+        about = f" ({study.arms[arm]})" if study.arms[arm] else ""
+        lines.append(f"- {arm}{about} at {size}: {changes or 'nothing'}")
     return lines
 
 
@@ -218,25 +207,21 @@ def _tuned(rows: Sequence[Row]) -> list[str]:
     """A line for every search: what was tried, and the result."""
     cells = []
     for row in rows:
-        cell, tuning = row.cell, row.tuning
-        searches = [("rate", tuning.rate)]
-        if tuning.std is not None and cell.tunes_std:
-            searches.append(("std", tuning.std))
-        if tuning.rate_again is not None:
-            searches.append(("rate again", tuning.rate_again))
-        for what, search in searches:
-            cells.append([cell.arm, f"{cell.size}, {cell.tokens:,}", what, *_search(cell, search)])
+        cell = row.cell
+        tokens = cell.tune_steps * cell.config.step_tokens
+        with_ = "" if tokens == cell.tokens else f", with {tokens:,} tokens"
+        for stage in row.tuning.stages:
+            found = stage.search
+            tried = ", ".join(
+                f"{value:g} ({loss:.4f})" if math.isfinite(loss) else f"{value:g} (diverged)"
+                for value, loss in found.losses.items()
+            )
+            how = (found.note or "unfinished") + with_
+            cells.append([
+                cell.arm, f"{cell.size}, {cell.tokens:,}", stage.what, tried or "-",
+                _number(found.best), how,
+            ])  # fmt: skip
     return markdown_table(["arm", "size, tokens", "what", "tried (loss)", "found", "how"], cells)
-
-
-def _search(cell: Cell, search: Search) -> list[str]:
-    tried = ", ".join(
-        f"{value:g} ({loss:.4f})" if math.isfinite(loss) else f"{value:g} (diverged)"
-        for value, loss in search.losses.items()
-    )
-    tuned = cell.tune_steps * cell.config.step_tokens
-    with_ = "" if tuned == cell.tokens else f", with {tuned:,} tokens"
-    return [tried or "-", _number(search.best), (search.note or "unfinished") + with_]
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """results.json of a study: every finished run, so that none is ever repeated, on any machine."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -8,9 +9,8 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
-from bench.studying.plan import Cell, Run, Study
+from bench.studying.plan import Cell, Run, Settings, Study, filled, key, settings
 from bench.studying.search import Search, around, search
-from bench.studying.settings import Settings, filled, key, settings
 from mlx_mla.errors import UserError
 from mlx_mla.fields import (
     Count,
@@ -65,9 +65,18 @@ class Record:
     def name(self) -> str:
         return f"{self.arm}/{self.size}/{self.tokens}/{self.rate:g}-{self.seed}"
 
-    def plain(self) -> dict[str, Any]:
-        """The record as JSON has it."""
-        return {k: v for k, v in vars(self).items() if k != "diverged" or v}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Document:
+    """What results.json holds."""
+
+    format: Literal[1] = 1
+    machines: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=dict)
+    """Those that all runs share."""
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Decoding speeds, which earlier versions measured."""
+    runs: list[dict[str, Any]]
 
 
 Outcome = dict[str, Any]
@@ -75,25 +84,36 @@ Outcome = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A search of a cell's tuning, which begins when the one before it has ended."""
+
+    what: str
+    """Such as `Cell.least` names it."""
+    search: Search
+    run: Callable[[float], Run]
+    """The run that tries a value."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuning:
     """What the finished runs say about a cell's learning rate and initialization std."""
 
     cell: Cell
-    rate: Search
-    std: Search | None = None
-    """At the rate found; None before there is one."""
-    rate_again: Search | None = None
-    """At the std found, where `Cell.tunes_rate_again`."""
+    stages: Sequence[Stage]
+    """Those that have begun."""
+    rate: float | None
+    std: float | None
+    """The values found so far."""
 
     @property
     def wanted(self) -> list[Run]:
         """Runs that must finish before the final runs are known."""
-        return self._runs(lambda search: search.wanted)
+        return [stage.run(value) for stage in self.stages for value in stage.search.wanted]
 
     @property
     def tried(self) -> list[Run]:
         """All tuning runs so far, including those that are wanted."""
-        return self._runs(lambda search: search.tried)
+        return [stage.run(value) for stage in self.stages for value in stage.search.tried]
 
     @property
     def diverged(self) -> bool:
@@ -101,35 +121,17 @@ class Tuning:
         return not self.wanted and not self.finals
 
     @property
-    def best_rate(self) -> float | None:
-        return (self.rate_again or self.rate).best
-
-    @property
     def loss(self) -> float:
         """Expected of a run of the tuning seed with what was found; infinite where it is not
         known."""
-        last = self.rate_again or (self.std if self.cell.tunes_std else self.rate)
-        return last.loss if last is not None and not self.wanted else math.inf
+        return math.inf if self.wanted else self.stages[-1].search.loss
 
     @property
     def finals(self) -> list[Run]:
         """The runs over seeds, in their order; empty before the tuning has ended."""
-        if self.wanted or self.best_rate is None or self.std is None or self.std.best is None:
+        if self.wanted or self.rate is None or self.std is None:
             return []
-        best = self.best_rate, self.std.best
-        return [self.cell.final(*best, seed) for seed in self.cell.seeds]
-
-    def _runs(self, values: Callable[[Search], Sequence[float]]) -> list[Run]:
-        cell, runs = self.cell, list[Run]()
-        if len(cell.rates) > 1:
-            runs += [cell.tuning(rate) for rate in values(self.rate)]
-        if self.std is not None and cell.tunes_std:
-            assert self.rate.best is not None
-            runs += [cell.tuning(self.rate.best, std) for std in values(self.std)]
-        if self.rate_again is not None:
-            assert self.std is not None
-            runs += [cell.tuning(rate, self.std.best) for rate in values(self.rate_again)]
-        return runs
+        return [self.cell.final(self.rate, self.std, seed) for seed in self.cell.seeds]
 
 
 class Results:
@@ -147,12 +149,20 @@ class Results:
 
     def __init__(self, out: Path):
         self.path = out / RESULTS
-        document = _read(self.path)
+        document = _Document(runs=[])
+        if self.path.exists():
+            document = read(_Document, self.path, "restore the file, or give another --out")
         self.machines, self._measured = document.machines, document.measured
-        self.records = [
-            _record(values, document, f"{self.path}: run {number}")
-            for number, values in enumerate(document.runs, 1)
-        ]
+        self.records: list[Record] = []
+        for number, values in enumerate(document.runs, 1):
+            where = f"{self.path}: run {number}"
+            record = value_of(Record, values, where, known_only=True)
+            if record.machine not in self.machines:
+                raise UserError(
+                    f"{where}: machine = {record.machine!r} is not in the file's machines"
+                )
+            common = {**document.settings, **record.settings}
+            self.records.append(dataclasses.replace(record, settings=filled(common)))
         self.data: str | None = None
         """Fingerprint of the data that count; None: those of any."""
         self._index()
@@ -174,23 +184,24 @@ class Results:
         if name is None:
             name = f"machine-{len(self.machines) + 1}"
             self.machines[name] = machine
-        where: dict[str, Any] = {"arm": run.arm, "size": run.size, "rate": run.rate}
-        where |= {"seed": run.seed, "tokens": run.tokens, "machine": name}
-        values = {**where, **found, "data_sha256": self.data}
-        self.records.append(Record(**values, settings=settings(run.config)))
+        record = Record(
+            arm=run.arm, size=run.size, rate=run.rate, seed=run.seed, tokens=run.tokens,
+            machine=name, data_sha256=self.data, settings=settings(run.config), **found,
+        )  # fmt: skip
+        self.records.append(record)
         self._index()
         self.save()
 
     def save(self) -> None:
         """Replace results.json in one step; settings that all runs share are written once."""
-        all_settings = [r.settings for r in self.records]
         common = {
             k: v
-            for k, v in (all_settings[0].items() if all_settings else ())
-            if all(s.get(k, k) == v for s in all_settings)
+            for k, v in (self.records[0].settings.items() if self.records else ())
+            if all(r.settings.get(k, k) == v for r in self.records)
         }
         rows = [
-            r.plain() | {"settings": {k: v for k, v in r.settings.items() if k not in common}}
+            {k: v for k, v in vars(r).items() if k != "diverged" or v}
+            | {"settings": {k: v for k, v in r.settings.items() if k not in common}}
             for r in self.records
         ]
         head = {"format": 1, "machines": self.machines, "settings": common}
@@ -215,22 +226,32 @@ class Results:
                 "with --data"
             )
 
-    def tuning(self, cell: Cell, extensions: int) -> Tuning:
+    def tuning(self, cell: Cell) -> Tuning:
         """What is known of a cell's learning rate and initialization std."""
-        rate = search(cell.rates, self._losses(cell.tuning(1.0), cell.rate_name), extensions)
-        if rate.best is None:
-            return Tuning(cell, rate)
-        losses = self._losses(cell.tuning(rate.best), "initializer_range")
-        std = search(cell.stds, losses, extensions)
-        if std.best is None or not cell.tunes_rate_again:
-            return Tuning(cell, rate, std)
-        losses = self._losses(cell.tuning(1.0, std.best), cell.rate_name)
-        again = search(around(rate.tried, rate.best), losses, extensions)
-        return Tuning(cell, rate, std, again)
+        stages: list[Stage] = []
 
-    def finals(self, cell: Cell, extensions: int) -> dict[int, Record]:
+        def best(
+            what: str, name: str, grid: Sequence[float], run: Callable[[float], Run]
+        ) -> float | None:
+            found = search(grid, self._losses(run(1.0), name), cell.extensions)
+            stages.append(Stage(what, found, run))
+            return found.best
+
+        rate, std = best("rate", cell.rate_name, cell.rates, cell.tuning), None
+        if rate is not None:
+            at_rate = functools.partial(cell.tuning, rate)
+            std = cell.stds[0]
+            if cell.tunes_std:
+                std = best("std", "initializer_range", cell.stds, at_rate)
+        if rate is not None and std is not None and cell.tunes_rate_again:
+            three = around(stages[0].search.tried, rate)
+            at_std = functools.partial(cell.tuning, std=std)
+            rate = best("rate again", cell.rate_name, three, at_std)
+        return Tuning(cell, stages, rate, std)
+
+    def finals(self, cell: Cell) -> dict[int, Record]:
         """Finished runs over seeds, with what was found, by seed."""
-        found = {run.seed: self.get(run) for run in self.tuning(cell, extensions).finals}
+        found = {run.seed: self.get(run) for run in self.tuning(cell).finals}
         return {seed: record for seed, record in found.items() if record is not None}
 
     def _asked(self, study: Study) -> Iterable[Record]:
@@ -284,29 +305,3 @@ def thinned(points: Sequence[Any], count: int = 64) -> list[Any]:
 def _without(values: dict[str, Any], names: Set[str]) -> str:
     """A run's settings as text, except for some."""
     return key({k: v for k, v in values.items() if k not in names})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Document:
-    """What results.json holds."""
-
-    format: Literal[1] = 1
-    machines: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
-    settings: Settings = dataclasses.field(default_factory=dict)
-    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Decoding speeds, which earlier versions measured."""
-    runs: list[dict[str, Any]]
-
-
-def _read(path: Path) -> _Document:
-    if not path.exists():
-        return _Document(runs=[])
-    return read(_Document, path, "restore the file, or give another --out")
-
-
-def _record(values: dict[str, Any], document: _Document, where: str) -> Record:
-    record: Record = value_of(Record, values, where, known_only=True)
-    if record.machine not in document.machines:
-        raise UserError(f"{where}: machine = {record.machine!r} is not in the file's machines")
-    common = {**document.settings, **record.settings}
-    return dataclasses.replace(record, settings=filled(common))

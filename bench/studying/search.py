@@ -12,7 +12,7 @@ class Search:
     wanted: tuple[float, ...]
     """Values that must be tried before a value can be chosen."""
     tried: tuple[float, ...]
-    """The grid, with the values added beyond its edges."""
+    """The grid, with the values added beyond its edges; empty for a value that is given."""
     losses: Mapping[float, float]
     """Losses of the values that have finished."""
     best: float | None
@@ -39,17 +39,18 @@ def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int
     """
     values = sorted(grid)
 
-    def found(
-        best: float | None, note: str, loss: float = math.inf, wanted: tuple[float, ...] = ()
-    ) -> Search:
-        known = {v: losses[v] for v in values if v in losses}
-        return Search(wanted, tuple(values), known, best, loss, note)
+    def found(best: float | None, note: str, loss: float = math.inf) -> Search:
+        tried = tuple(values) if len(grid) > 1 else ()
+        wanted = tuple(v for v in tried if v not in losses)
+        return Search(
+            wanted, tried, {v: losses[v] for v in values if v in losses}, best, loss, note
+        )
 
     if len(values) == 1:
         return found(values[0], "given, not tuned", losses.get(values[0], math.inf))
     for added in range(extensions + 1):
-        if missing := tuple(v for v in values if v not in losses):
-            return found(None, "", wanted=missing)
+        if any(v not in losses for v in values):
+            return found(None, "")
         at = min(range(len(values)), key=lambda i: losses[values[i]])
         if 0 < at < len(values) - 1 and math.isfinite(losses[values[at]]):
             break
@@ -64,10 +65,10 @@ def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int
         return found(None, "diverged at every one")
     if at in (0, len(values) - 1):
         return found(best, "at the edge of those tried", losses[best])
-    three = [losses[v] for v in values[at - 1 : at + 2]]
-    if not all(map(math.isfinite, three)):
+    three = values[at - 1 : at + 2]
+    if not all(math.isfinite(losses[v]) for v in three):
         return found(best, "the next one diverged", losses[best])
-    x, least = _vertex([math.log(v) for v in values[at - 1 : at + 2]], three)
+    x, least = _vertex([math.log(v) for v in three], [losses[v] for v in three])
     return found(float(f"{math.exp(x):.2g}"), "fitted", least)
 
 

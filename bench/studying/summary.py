@@ -1,27 +1,32 @@
-"""What a study's finished runs show: a row for every arm, and comparisons of pairs of arms."""
+"""What a study's finished runs show: a row for every arm, and comparisons of pairs of arms with
+their intervals, p values and verdicts."""
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from bench.studying import intervals
-from bench.studying.intervals import Interval, interval, p_value, pooled
 from bench.studying.plan import Cell, Study
 from bench.studying.results import Record, Results, Tuning
-from mlx_mla.model.estimate import cache_bytes_per_token, forward_flops_per_token
-from mlx_mla.model.weights import num_parameters, parameter_shapes
+from mlx_mla.errors import UserError
 
-CACHE_BYTES_PER_VALUE = 2
-BASELINE = "baseline"
+Curve = Sequence[tuple[int, float]]
+"""Tokens, and a mean over seeds after them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CurvePoint:
-    """A mean over seeds, after so many tokens."""
+class Interval:
+    """A mean with its interval; the ends are infinite for a single value."""
 
-    tokens: int
-    value: Interval
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
 
 
 @dataclasses.dataclass
@@ -65,7 +70,7 @@ class Row:
     tokens_to_baseline: float | None
     """Tokens after which the mean curve is at the baseline's final loss, on common seeds; None if
     it never is."""
-    gap: Sequence[CurvePoint]
+    gap: Curve
     """The paired difference along the run."""
 
     @property
@@ -74,7 +79,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        return self.comparison.verdict if self.comparison else BASELINE
+        return self.comparison.verdict if self.comparison else "baseline"
 
     @property
     def finished(self) -> bool:
@@ -92,26 +97,6 @@ class Row:
         tried = {run.key for run in self.tuning.tried}
         return [run.seed for run in self.tuning.finals if run.key in tried]
 
-    @property
-    def parameters(self) -> int:
-        return num_parameters(self.cell.config.model)
-
-    @property
-    def non_embedding(self) -> int:
-        """Parameters without the token and position embeddings."""
-        shapes = parameter_shapes(self.cell.config.model).items()
-        return sum(math.prod(s) for n, s in shapes if ".wte." not in n and ".wpe." not in n)
-
-    @property
-    def flops_per_token(self) -> int:
-        """Of the forward pass."""
-        return forward_flops_per_token(self.cell.config.model, self.cell.config.context)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes cached for one token in 16 bits, all layers."""
-        return cache_bytes_per_token(self.cell.config.model, CACHE_BYTES_PER_VALUE)
-
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -128,24 +113,23 @@ def summarise(study: Study, results: Results) -> Summary:
     """Compare what has finished."""
     rows = [_row(study, results, cell) for cell in study.cells]
     primary = _primary(study, results)
-    pairs = []
+    pairs = [
+        _compare(study, results, arm, rival)
+        for place in study.places
+        for before, after in study.pairs
+        if (rival := study.cell(before, place)) and (arm := study.cell(after, place))
+    ]
+    with_baseline = [row.comparison for row in rows if row.comparison]
+    exploratory = [*with_baseline, *pairs]
     for place in study.places:
-        for before, after in study.pairs:
-            rival, arm = study.cell(before, place), study.cell(after, place)
-            if rival is not None and arm is not None:
-                pairs.append(_compare(study, results, arm, rival))
-    exploratory = [*(row.comparison for row in rows if row.comparison), *pairs]
-    for place in study.places:
-        here = [c for c in exploratory if c.arm.place == place]
-        with_baseline = [row.comparison for row in rows if row.comparison]
         spread = pooled([c.values for c in with_baseline if c.arm.place == place and c.values])
-        for c in [*here, *([primary] if primary else [])]:
-            if c.values and spread is not None and c.arm.place == place:
+        for c in [*exploratory, *([primary] if primary else [])]:
+            if spread is not None and c.values and c.arm.place == place:
                 c.with_pooled_sd = interval(c.values, study.confidence, spread)
     if primary:  # the same comparison is not exploratory where it stands beside others
         exploratory = [c for c in exploratory if (c.arm, c.rival) != (primary.arm, primary.rival)]
     tested = [(c, c.p) for c in exploratory if c.p is not None]
-    for (c, _), adjusted in zip(tested, intervals.holm([p for _, p in tested])):
+    for (c, _), adjusted in zip(tested, holm([p for _, p in tested])):
         c.holm = adjusted
     return Summary(rows, primary, pairs)
 
@@ -156,10 +140,9 @@ def _primary(study: Study, results: Results) -> Comparison | None:
         return None
     (place,) = study.places
     arms, rival = study.primary
-    cells = [cell for arm in arms if (cell := study.cell(arm, place))]
+    tunings = [results.tuning(cell) for arm in arms if (cell := study.cell(arm, place))]
     against = study.cell(rival, place)
-    tunings = [results.tuning(cell, study.extensions) for cell in cells]
-    if against is None or (len(cells) > 1 and any(tuning.wanted for tuning in tunings)):
+    if against is None or (len(tunings) > 1 and any(tuning.wanted for tuning in tunings)):
         return None
     chosen = min(tunings, key=lambda tuning: tuning.loss).cell
     return dataclasses.replace(_compare(study, results, chosen, against), primary=True)
@@ -167,42 +150,42 @@ def _primary(study: Study, results: Results) -> Comparison | None:
 
 def _compare(study: Study, results: Results, arm: Cell, rival: Cell) -> Comparison:
     """An arm against a rival. The verdict needs every seed that both are asked for."""
-    runs = [results.finals(cell, study.extensions) for cell in (arm, rival)]
-    values = [_loss(a) - _loss(b) for a, b in _pairs(*runs)]
+    finals = {cell.arm: results.finals(cell) for cell in (arm, rival)}
+    values = [_loss(a) - _loss(b) for a, b in _pairs(finals[arm.arm], finals[rival.arm])]
     difference = interval(values, study.confidence) if values else None
     asked = set(arm.seeds) & set(rival.seeds)
-    done = asked & runs[0].keys() & runs[1].keys()
+    done = asked.intersection(*finals.values())
     diverged = [
         cell.arm
-        for cell, found in zip((arm, rival), runs)
-        if results.tuning(cell, study.extensions).diverged
-        or any(found[seed].loss is None for seed in asked if seed in found)
+        for cell in (arm, rival)
+        if results.tuning(cell).diverged
+        or any(r.loss is None for seed, r in finals[cell.arm].items() if seed in asked)
     ]
     if diverged:
         said = "diverged" if arm.arm in diverged else f"unfinished: {rival.arm} diverged"
     elif difference is None or done != asked:
         said = f"unfinished: {len(done)} of {len(asked)} seeds"
     else:
-        said = intervals.verdict(difference, study.margin)
-    return Comparison(rival, arm, values, difference, p_value(values) if values else None, said)
+        said = verdict(difference, study.margin)
+    return Comparison(rival, arm, values, difference, p_value(values), said)
 
 
 def _row(study: Study, results: Results, cell: Cell) -> Row:
-    tuning = results.tuning(cell, study.extensions)
-    finals = results.finals(cell, study.extensions)
-    base_cell = study.cell(study.baseline, cell.place)
-    assert base_cell is not None
-    base = results.finals(base_cell, study.extensions)
-    comparison = None if cell is base_cell else _compare(study, results, cell, base_cell)
+    rival = study.cell(study.baseline, cell.place)
+    assert rival is not None
+    finals, base = results.finals(cell), results.finals(rival)
+    comparison = None if cell is rival else _compare(study, results, cell, rival)
     pairs = _pairs(finals, base)
     loss = reached = None
     if pairs:
         loss = statistics.fmean(_loss(r) for r in base.values() if r.loss is not None)
         if comparison and comparison.difference:
             loss += comparison.difference.mean
-        curve = _curve([a.curve for a, _ in pairs], study.confidence)
+        curve = _mean([dict(a.curve) for a, _ in pairs])
         reached = _reached(curve, statistics.fmean(_loss(b) for _, b in pairs))
-    return Row(cell, tuning, finals, comparison, loss, reached, _gap(pairs, study.confidence))
+    both = [(dict(a.curve), dict(b.curve)) for a, b in pairs]
+    gap = _mean([{n: a[n] - b[n] for n in a if n in b} for a, b in both])
+    return Row(cell, results.tuning(cell), finals, comparison, loss, reached, gap)
 
 
 def _pairs(arm: Mapping[int, Record], base: Mapping[int, Record]) -> list[tuple[Record, Record]]:
@@ -216,29 +199,88 @@ def _loss(record: Record) -> float:
     return record.loss
 
 
-def _gap(pairs: Iterable[tuple[Record, Record]], confidence: float) -> list[CurvePoint]:
-    curves = []
-    for a, b in pairs:
-        other = {point[0]: point[1] for point in b.curve}
-        curves.append([[n, loss - other[n]] for n, loss in a.curve if n in other])
-    return _curve(curves, confidence)
-
-
-def _curve(curves: Sequence[Sequence[Sequence[float]]], confidence: float) -> list[CurvePoint]:
+def _mean(curves: Sequence[Mapping[int, float]]) -> Curve:
     """The mean of curves at the tokens that all have."""
-    tables = [{int(n): value for n, value in curve} for curve in curves]
-    shared = sorted(set.intersection(*map(set, tables))) if tables else []
-    return [CurvePoint(n, interval([t[n] for t in tables], confidence)) for n in shared]
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [(n, statistics.fmean(curve[n] for curve in curves)) for n in shared]
 
 
-def _reached(curve: Sequence[CurvePoint], loss: float) -> float | None:
+def _reached(curve: Curve, loss: float) -> float | None:
     """Tokens at which a curve first reaches a loss, interpolated linearly between its points."""
-    last: CurvePoint | None = None
-    for point in curve:
-        if point.value.mean <= loss:
+    last: tuple[int, float] | None = None
+    for tokens, value in curve:
+        if value <= loss:
             if last is None:
-                return float(point.tokens)
-            share = (last.value.mean - loss) / (last.value.mean - point.value.mean)
-            return last.tokens + share * (point.tokens - last.tokens)
-        last = point
+                return float(tokens)
+            return last[0] + (last[1] - loss) / (last[1] - value) * (tokens - last[0])
+        last = tokens, value
     return None
+
+
+def student() -> Any:
+    """scipy.stats; UserError with what to install if it is missing."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError("a study needs scipy; install it with: pip install -e '.[dev]'") from None
+    return stats
+
+
+def interval(
+    values: Sequence[float], confidence: float, spread: tuple[float, int] | None = None
+) -> Interval:
+    """Student's t-interval of the mean of independent values.
+
+    Args:
+        values: At least one.
+        confidence: Such as 0.95.
+        spread: Standard deviation of a value and its degrees of freedom. None: of these values.
+    """
+    mean, n = statistics.fmean(values), len(values)
+    if n == 1 and spread is None:
+        return Interval(mean, -math.inf, math.inf, 1)
+    sd, degrees = spread or (statistics.stdev(values), n - 1)
+    half = student().t.ppf(0.5 + confidence / 2, degrees) * sd / math.sqrt(n)
+    return Interval(mean, float(mean - half), float(mean + half), n)
+
+
+def pooled(samples: Sequence[Sequence[float]]) -> tuple[float, int] | None:
+    """The standard deviation that several samples share, and its degrees of freedom; None where no
+    sample has two values."""
+    degrees = sum(len(values) - 1 for values in samples)
+    if degrees < 1:
+        return None
+    squares = sum(statistics.variance(v) * (len(v) - 1) for v in samples if len(v) > 1)
+    return math.sqrt(squares / degrees), degrees
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Of Student's two-sided test that the mean is zero; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    if len(set(values)) == 1:
+        return float(values[0] == 0)
+    return float(student().ttest_1samp(values, 0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number by Holm's method, in the same order."""
+    adjusted, largest = list(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def verdict(difference: Interval, margin: float) -> str:
+    """What a paired difference of losses (arm less rival) shows.
+
+    Args:
+        difference: With its interval.
+        margin: How much more loss still counts as not worse.
+    """
+    if difference.high < 0:
+        return "better"
+    if difference.high <= margin:
+        return "not worse"
+    return "worse" if difference.low > 0 else "not shown"

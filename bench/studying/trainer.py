@@ -10,9 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.studying.plan import Run
+from bench.studying.plan import Run, settings
 from bench.studying.results import LARGEST_LOSS, Outcome, thinned
-from bench.studying.settings import settings
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml, write_text
 from mlx_mla.model.presets import overlay, preset, to_toml
