@@ -28,11 +28,13 @@ one subject, and fields that it has no value for are null.
 import dataclasses
 import functools
 import importlib
+import itertools
+import math
 import operator
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from unittest import mock
@@ -41,18 +43,19 @@ if not __package__:  # started as a file, which puts this folder on the path ins
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+from typing_extensions import Self
 
-from bench import subjects
 from bench.compare_pictures import figures
 from bench.compare_report import body
-from bench.harness import Benchmark, Results, Resumable, run
+from bench.harness import Results, Resumable, run
 from bench.rows import EAGER, ORIGINAL, PLAIN, Parity, Rates, Row
-from bench.subjects import Candidate, Models, costs
-from bench.subjects.contract import Subject, Timed
+from bench.subjects import Candidate, Models, costs, framework
+from bench.subjects.contract import Subject, Timed, Trainer
 from bench.timing import Case, time_cases
 from mlx_mla import cli
 from mlx_mla.fields import at_least_1, positive
 from mlx_mla.model.config import BackendName, DeviceName, ModelConfig
+from mlx_mla.model.estimate import BYTES
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import num_parameters
 
@@ -101,7 +104,12 @@ class Compare(Resumable):
     quick: bool = False
     """Small models of the same kinds and short contexts: every path in under 3 minutes."""
 
-    same: ClassVar[Sequence[str]] = ("dtype", "quick")
+    name = "compare"
+    title = "MLX and PyTorch side by side"
+    stored: ClassVar = {"rows": list[Row], "parity": list[Parity], "baseline": str}
+    same: ClassVar = ("dtype", "quick")
+    body = staticmethod(body)
+    figures = staticmethod(figures)
     bounds: ClassVar = {
         "max_cache_gb": positive(1e6),
         **dict.fromkeys(
@@ -113,16 +121,25 @@ class Compare(Resumable):
     def devices(self) -> dict[BackendName, DeviceName]:  # type: ignore[override]
         return dict.fromkeys(self.backends, self.device)
 
-    def checked(self) -> "Compare":
+    def checked(self) -> Self:
         super().checked()
         os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at its first product
         return self
+
+    def measure(self, results: Results) -> None:
+        bench = Bench(self, results)
+        bench.parity()
+        for name in self.measures:
+            for cases in getattr(bench, name.replace("-", "_"))():
+                bench.time(cases)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Core(Compare):
     """Time the training step, decoding by kind of cache, and saving, in MLX."""
 
+    name = "core"
+    title = "The training step, decoding by cache, and a save"
     models: tuple[str, ...] = ("nano", "mla-124m", "mla-124m-r128")
     backends: tuple[Literal["mlx", "torch"], ...] = ("mlx",)
     measures: tuple[Measure, ...] = ("loops", "decoding", "save")
@@ -136,20 +153,13 @@ class Core(Compare):
 class Decode(Compare):
     """Time decoding by kind of cache, batch and context."""
 
+    name = "decode"
+    title = "Decoding by kind of cache"
     models: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
     measures: tuple[Measure, ...] = ("decoding", "chunks")
     batch: tuple[int, ...] = (1, 4, 16, 64)
     context: tuple[int, ...] = (128, 512, 1000, 4096, 16384)
     references: bool = False
-
-
-def measure(settings: Compare, results: Results) -> None:
-    """Check parity, then time what has no row yet."""
-    bench = Bench(settings, results)
-    bench.parity()
-    for name in settings.measures:
-        for cases in getattr(bench, name.replace("-", "_"))():
-            bench.time(cases)
 
 
 class Bench:
@@ -179,7 +189,7 @@ class Bench:
             first = ""
             for c in (c for c in self.candidates if c.weights == name):
                 logits = c.load().logits(ids)
-                subjects.release(c.backend)
+                framework(c.backend).release()
                 if expected is None:
                     expected, first = logits, f"{c.backend} {c.model}"
                     continue
@@ -209,24 +219,29 @@ class Bench:
         rows = time_cases(missing, self.s.repetitions)
         after = {b: self.rates(b) for b in backends}
         for row in rows:
-            first, last = before[row.backend], after[row.backend]
+            pair = before[row.backend], after[row.backend]
             row.rates = {
-                "matmul_flops": max(first["matmul_flops"], last["matmul_flops"]),
-                "memory_bytes": max(first["memory_bytes"], last["memory_bytes"]),
+                "matmul_flops": max(r["matmul_flops"] for r in pair),
+                "memory_bytes": max(r["memory_bytes"] for r in pair),
             }
             row.set_roofline()
-            _say(row)
+            shown = f"{row.ms:.3g} ms" if row.ms else row.status
+            print(
+                f"{row.measure:<12} {row.backend:<6} {row.model:<36} {row.cache or '':<13}batch "
+                f"{row.batch}, {row.context} tokens: "
+                f"{f'{row.speed:,.1f} tok/s' if row.speed else shown}",
+                flush=True,
+            )
         self.results.add(*rows)
 
     def rates(self, backend: str) -> Rates:
         """What the device does at best now; a rate of the last seconds still counts."""
-        last = self._rates.get(backend)
-        if last is None or time.monotonic() - last[0] > FRESH:
+        at, found = self._rates.get(backend, (-math.inf, None))
+        if found is None or time.monotonic() - at > FRESH:
             side = 1024 if self.s.quick else 8192
-            flops, memory = subjects.rates(backend, self.s.dtype, self.s.device, side)
-            rates: Rates = {"matmul_flops": flops, "memory_bytes": memory}
-            last = self._rates[backend] = time.monotonic(), rates
-        return last[1]
+            found = framework(backend).rates(self.s.dtype, self.s.device, side)
+            self._rates[backend] = time.monotonic(), found
+        return found
 
     def forward(self) -> Iterator[list[Case]]:
         """Logits of every position, no cache built by anyone."""
@@ -234,47 +249,48 @@ class Bench:
         for batch, length in ((most, 512), (max(1, most // 2), 1024)):
             length = length // 16 if self.s.quick else length
             yield [
-                self._case("forward", c, None, batch, length)(
-                    "forward", _ids(batch, length, c.config)
-                )
-                for c in self._timed() if length <= c.config.n_positions
-            ]  # fmt: skip
+                self._case("forward", c, batch, length, ("forward", _ids(batch, length, c.config)))
+                for c in self._timed()
+                if length <= c.config.n_positions
+            ]
 
     def first_token(self) -> Iterator[list[Case]]:
         """A prompt into an empty cache, and the token after it."""
         for context in self._contexts():
-            yield [
-                self._case("first token", c, kind, 1, context)(
-                    "first_token", _ids(1, context, c.config)[0], kind
-                )
-                for c, kind in self._decoders() if context < c.config.n_positions
-            ]  # fmt: skip
+            cases = []
+            for c, kind in self._decoders():
+                if context < c.config.n_positions:
+                    call = "first_token", _ids(1, context, c.config)[0], kind
+                    cases.append(self._case("first token", c, 1, context, call, kind))
+            yield cases
 
     def decoding(self) -> Iterator[list[Case]]:
         """Greedy steps after a context; without a cache at batch 1 alone."""
-        for batch in self.s.batch:
-            for context in self._contexts():
-                cases = []
-                for c, kind in self._decoders():
-                    # Few steps where each takes long.
-                    steps = 8 if batch == 1 and kind != "none" else 2
-                    size = costs.cache_bytes(c.config, kind, self.s.dtype) * context * batch
-                    fits = size <= self.s.max_cache_gb * 1e9 and (kind != "none" or batch == 1)
-                    if fits and context + steps + 2 <= c.config.n_positions:
-                        case = self._case("decoding", c, kind, batch, context, steps)
-                        cases.append(case("decode", batch, context, steps, kind))
-                yield cases
+        for batch, context in itertools.product(self.s.batch, self._contexts()):
+            cases = []
+            for c, kind in self._decoders():
+                # Few steps where each takes long.
+                steps = 8 if batch == 1 and kind != "none" else 2
+                size = costs.cache_bytes(c.config, kind, self.s.dtype) * context * batch
+                fits = size <= self.s.max_cache_gb * 1e9 and (kind != "none" or batch == 1)
+                if fits and context + steps + 2 <= c.config.n_positions:
+                    call = "decode", batch, context, steps, kind
+                    cases.append(self._case("decoding", c, batch, context, call, kind, steps))
+            yield cases
 
     def training(self, ways: Sequence[tuple[str, str]] = ()) -> Iterator[list[Case]]:
         """One optimiser step, one session in memory at a time."""
         for backend in self.s.backends:
             cases = []
             for c in self._trained(backend):
+                length = self._length(c)
+                ids = _ids(self.s.train_batch, length + 1, c.config)
                 for way in ("", *(way for b, way in ways if b == backend)):
-                    load, ids = self._training(c, way)
-                    batch, length = len(ids), ids.shape[1] - 1
-                    case = self._case("training", c, None, batch, length, load=load, way=way)
-                    cases.append(case("step", ids[:, :-1], ids[:, 1:]))
+                    case = self._case(
+                        "training", c, len(ids), length, ("step", ids[:, :-1], ids[:, 1:]), way=way
+                    )
+                    case.load = self._trainer(c, way)
+                    cases.append(case)
             yield cases
 
     def loops(self) -> Iterator[list[Case]]:
@@ -284,23 +300,24 @@ class Bench:
     def save(self) -> Iterator[list[Case]]:
         """A training checkpoint: weights, optimiser state, checksums, sync, rename."""
         for c in (c for backend in self.s.backends for c in self._trained(backend)):
-            moved = 12.0 * num_parameters(c.config)
-            yield [
-                self._case("save", c, None, 1, 0, load=self._training(c)[0], bytes=moved)("save")
-            ]
+            case = self._case("save", c, 1, 0, ("save",))
+            case.row.bytes = 12.0 * num_parameters(c.config)
+            case.load = self._trainer(c)
+            yield [case]
 
     def chunks(self) -> Iterator[list[Case]]:
         """Calls with several tokens at batch 1 on a latent cache: absorbed, expanded, and as the
         model chooses."""
-        for context, new in ((context, new) for context in self._contexts() for new in CHUNKS):
-            yield [
-                dataclasses.replace(
-                    self._case("chunk", c, "latent", 1, context, new, new=new, path=path)(""),
-                    run=functools.partial(_read_on, context, new, absorb),
-                )
-                for c in self._latent() if context + new <= c.config.n_positions
-                for path, absorb in (("absorbed", True), ("expanded", False), ("chosen", None))
-            ]  # fmt: skip
+        paths = {"absorbed": True, "expanded": False, "chosen": None}
+        for context, new in itertools.product(self._contexts(), CHUNKS):
+            cases = []
+            for c, path in itertools.product(self._latent(), paths):
+                if context + new <= c.config.n_positions:
+                    case = self._case("chunk", c, 1, context, ("",), "latent", new)
+                    case.row.new, case.row.path = new, path
+                    case.run = functools.partial(_read_on, context, new, paths[path])
+                    cases.append(case)
+            yield cases
 
     def _contexts(self) -> list[int]:
         return [max(1, c // 16) if self.s.quick else c for c in self.s.context]
@@ -324,36 +341,34 @@ class Bench:
             for kind in (("latent", "materialized") if c in latent else ("materialized",))
         ] + [(c, "none") for c in uncached]
 
-    def _training(self, c: Candidate, way: str = "") -> tuple[Any, np.ndarray]:
-        """What loads a trainer, and the token ids (B, T + 1) of a step."""
-        length = min(32 if self.s.quick else 512, c.config.n_positions)
+    def _length(self, c: Candidate) -> int:
+        """Tokens of a sequence in training."""
+        return min(32 if self.s.quick else 512, c.config.n_positions)
+
+    def _trainer(self, c: Candidate, way: str = "") -> Callable[[], Trainer]:
+        """What loads a trainer."""
         config = TrainConfig(dtype=self.s.dtype, model=c.config)
-        train = dataclasses.replace(config, batch_size=self.s.train_batch, seq_len=length)
-        load = functools.partial(subjects.load_trainer, c.backend, train, self.s.device, way)
-        return load, _ids(self.s.train_batch, length + 1, c.config)
+        config.batch_size, config.seq_len = self.s.train_batch, self._length(c)
+        return lambda: framework(c.backend).trainer(config, self.s.device, way)
 
     def _case(
-        self, measure: Any, c: Candidate, kind: str | None, batch: int, context: int,
-        steps: int = 1, *, load: Any = None, way: str = "", **fields: Any,
-    ) -> Any:  # fmt: skip
-        """A function that makes a case of a subject's method and its arguments."""
+        self, measure: Any, c: Candidate, batch: int, context: int, call: Sequence[Any],
+        kind: str | None = None, steps: int = 1, way: str = "",
+    ) -> Case:  # fmt: skip
+        """A case that calls a subject's method, the first of `call`, with the rest of it."""
         way, dtype = ORIGINAL if kind == "none" else way, self.s.dtype
-        caches = kind in ("latent", "materialized", "none")
-        width = costs.cache_bytes(c.config, str(kind), dtype) if caches else None
-        weights = costs.weight_bytes(c.config, dtype)
-        decoding = measure == "decoding"
-        moved = weights + ((width or 0) * context * batch if decoding else 0)
-        row = Row(**{
-            "measure": measure, "backend": c.backend, "cache": kind, "batch": batch,
-            "context": context, "model": f"{way} ({c.model})" if way else c.model,
-            "weight_bytes": weights, "cache_bytes_per_token": width, "bytes": float(steps * moved),
-            "flops": costs.flops(measure, c.config, str(kind), batch, context, steps), **fields,
-        })  # fmt: skip
+        width = costs.cache_bytes(c.config, kind, dtype) if kind else None
+        weights = num_parameters(c.config) * BYTES[dtype]
+        cached = (width or 0) * context * batch if measure == "decoding" else 0
+        row = Row(
+            measure=measure, backend=c.backend, model=f"{way} ({c.model})" if way else c.model,
+            cache=kind, batch=batch, context=context, weight_bytes=weights,
+            cache_bytes_per_token=width, bytes=float(steps * (weights + cached)),
+            flops=costs.flops(measure, c.config, kind, batch, context, steps),
+        )  # fmt: skip
         counts = {"decoding": batch * steps, "chunk": steps, "save": 0}
         tokens = counts.get(measure, batch * context)
-        return lambda method, *args: Case(
-            row, load or c.load, operator.methodcaller(method, *args), tokens
-        )
+        return Case(row, c.load, operator.methodcaller(*call), tokens)
 
 
 def _read_on(context: int, new: int, absorb: bool | None, subject: Subject) -> Timed:
@@ -369,32 +384,9 @@ def _ids(batch: int, length: int, config: ModelConfig) -> np.ndarray:
     return rng.integers(0, config.vocab_size or 1, (batch, length)).astype(np.int32)
 
 
-def _say(row: Row) -> None:
-    shown = f"{row.speed:,.1f} tok/s" if row.speed else f"{row.ms:.3g} ms" if row.ms else row.status
-    print(
-        f"{row.measure:<12} {row.backend:<6} {row.model:<36} {row.cache or '':<13}"
-        f"batch {row.batch}, {row.context} tokens: {shown}",
-        flush=True,
-    )
-
-
-BENCHMARKS = tuple(
-    Benchmark(
-        name=name, title=title, settings=settings, measure=measure, body=body, figures=figures,
-        parts={"rows": list[Row], "parity": list[Parity], "baseline": str},
-    )
-    for name, title, settings in (
-        ("compare", "MLX and PyTorch side by side", Compare),
-        ("core", "The training step, decoding by cache, and a save", Core),
-        ("decode", "Decoding by kind of cache", Decode),
-    )
-)  # fmt: skip
-COMPARE = BENCHMARKS[0]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return cli.run(lambda own: run(COMPARE, own, PROG), argv)
+    return cli.run(lambda own: run(Compare, own, PROG), argv)
 
 
 if __name__ == "__main__":

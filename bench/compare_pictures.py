@@ -7,9 +7,8 @@ that the axis is about the difference; without one, in tokens per second.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.harness import Picture
+from bench.harness import Document, Picture
 from bench.labels import label_ends, style
-from bench.reading import Document
 from bench.rows import Row
 
 Lines = dict[str, list[tuple[tuple[int, int], float]]]
@@ -27,10 +26,10 @@ def base_of(rows: Sequence[Row], row: Row, baseline: str | None) -> Row | None:
     return None
 
 
-def figures(document: Document) -> dict[str, Picture]:
+def figures(found: Document) -> dict[str, Picture]:
     """What the rows allow: the speed of each measure, and the memory of the cache."""
-    rows = [r for r in document["rows"] if r.speed]
-    baseline = document.get("baseline")
+    rows = [r for r in found["rows"] if r.speed]
+    baseline = found.get("baseline")
     drawn: dict[str, Picture] = {}
     for measure in ("forward", "first token", "training", "decoding"):
         own = [r for r in rows if r.measure == measure]

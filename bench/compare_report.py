@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.compare_pictures import base_of
-from bench.reading import Document
+from bench.harness import Document
 from bench.rows import EAGER, ORIGINAL, PLAIN, Parity, Row
 from mlx_mla.display import markdown_table
 
@@ -13,57 +13,52 @@ SPEED = (
     "batch", "tokens", "backend", "model", "cache", "tok/s", "ms", "ratio", "roofline",
     "waited ms", "cold tok/s", "peak MB", "cache MB",
 )  # fmt: skip
+INTRODUCTION = """\
+Ratios are against this project's GPT-2 (MHA) in the same backend and row group. Roofline
+is the share reached of the time that the FLOPs and bytes of the call need at the rates
+measured beside it. Peak MB is what the subject alone held while it was timed, its
+weights and cache included. Waited is the same steps, each waited for before the next is
+described.
+"""
 
 
-def body(document: Document, plots: Mapping[str, str]) -> list[str]:
+def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
     """Parity, a table and the pictures of each measure, then what they come to."""
-    rows: list[Row] = document["rows"]
-    baseline = document.get("baseline")
-    lines = [*_rates(rows), f"- {_settings(document['settings'])}", ""]
-    lines += _section("Parity", _parity(document.get("parity", [])))
-    lines += [
-        "Ratios are against this project's GPT-2 (MHA) in the same backend and row group. Roofline",
-        "is the share reached of the time that the FLOPs and bytes of the call need at the rates",
-        "measured beside it. Peak MB is what the subject alone held while it was timed, its",
-        "weights and cache included. Waited is the same steps, each waited for before the next is",
-        "described.",
-        "",
-    ]
+    rows: list[Row] = found["rows"]
+    s, shown = found["settings"], {n: f"![{n}]({file})" for n, file in pictures.items()}
+    repetitions = f"median of {s['repetitions']} runs (smallest - largest)"
+    lines = [*_rates(rows), f"- {s.get('dtype', 'float32')}, {repetitions}", ""]
+    lines += [*_section("Parity", _parity(found.get("parity", []))), INTRODUCTION]
     for measure in ("forward", "first token", "decoding", "training"):
-        chosen = sorted(
-            (r for r in rows if r.measure == measure), key=lambda r: (r.batch, r.context)
-        )
-        lines += _section(measure.capitalize(), _speeds(chosen, baseline))
-        for name, file in plots.items():
-            if name.split("-")[0] == measure.split()[0]:
-                lines += [f"![{name}]({file})", ""]
+        lines += _section(measure.capitalize(), _speeds(rows, measure, found.get("baseline")))
+        own = [name for name in shown if name.split("-")[0] == measure.split()[0]]
+        lines += [line for name in own for line in (shown[name], "")]
     lines += _section("Other ways to run the same model", _ways(rows))
     lines += _section("Several tokens on a latent cache", _chunks(rows))
     lines += _section("Saving a checkpoint", _saves(rows))
     lines += _section("Context that fits", _room(rows))
-    if "cache" in plots:
-        lines += _section("Cache memory", [f"![cache]({plots['cache']})"])
-    return lines
+    return lines + _section("Cache memory", [shown["cache"]] if "cache" in shown else [])
 
 
-def _section(title: str, lines: list[str]) -> list[str]:
+def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *lines, ""] if lines else []
-
-
-def _settings(s: Mapping[str, Any]) -> str:
-    return f"{s.get('dtype', 'float32')}, median of {s['repetitions']} runs (smallest - largest)"
 
 
 def _rates(rows: list[Row]) -> Iterator[str]:
     """What each backend does on the machine at best."""
+
+    def span(values: Sequence[float]) -> str:
+        low, high = _n(min(values)), _n(max(values))
+        return low if low == high else f"{low} to {high}"
+
     for backend in dict.fromkeys(r.backend for r in rows):
         rates = [r.rates for r in rows if r.backend == backend and r.rates]
         if rates:
-            flops = _span([r["matmul_flops"] / 1e9 for r in rates])
-            memory = _span([r["memory_bytes"] / 1e9 for r in rates])
             yield (
-                f"- {backend} at its best beside the rows: {flops} GFLOP/s in a square product, "
-                f"{memory} GB/s copying or in a matrix-vector product"
+                f"- {backend} at its best beside the rows: "
+                f"{span([r['matmul_flops'] / 1e9 for r in rates])} GFLOP/s in a square product, "
+                f"{span([r['memory_bytes'] / 1e9 for r in rates])} GB/s copying or in a "
+                "matrix-vector product"
             )
 
 
@@ -85,26 +80,25 @@ def _parity(found: list[Parity]) -> list[str]:
     return [intro, "", *markdown_table(header, rows)] if rows else []
 
 
-def _speeds(rows: list[Row], baseline: str | None) -> list[str]:
+def _speeds(rows: list[Row], measure: str, baseline: str | None) -> list[str]:
     """The table of a measure, without columns that are empty."""
-    cells = [SPEED, *(_cells(rows, r, baseline) for r in rows)]
+    own = sorted((r for r in rows if r.measure == measure), key=lambda r: (r.batch, r.context))
+    cells: list[Sequence[object]] = [SPEED]
+    for r in own:
+        head = [r.batch, r.context, r.backend, r.model, r.cache or "-"]
+        t, base = r.tokens_per_sec, base_of(own, r, baseline)
+        if not t:
+            cells.append([*head, r.status, *"-" * 7])
+            continue
+        cells.append([
+            *head, f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])})", _n(r.ms),
+            f"{r.speed / base.speed:.2f}x" if base else "-",
+            "-" if r.roofline is None else f"{r.roofline:.0%}", _n(r.waited_ms),
+            _n(t.get("cold")), _mb(r.peak_bytes), _mb(r.cache_bytes),
+        ])  # fmt: skip
     columns = [column for column in zip(*cells) if set(column[1:]) - {"-"}]
     header, *lines = zip(*columns) if columns else [()]
     return markdown_table(header, lines)
-
-
-def _cells(rows: list[Row], r: Row, baseline: str | None) -> list[Any]:
-    """A row of the table of a measure."""
-    head = [r.batch, r.context, r.backend, r.model, r.cache or "-"]
-    t, base = r.tokens_per_sec, base_of(rows, r, baseline)
-    if not t:
-        return [*head, r.status, *"-" * 7]
-    return [
-        *head, f"{_n(t['median'])} ({_n(t['min'])} - {_n(t['max'])})", _n(r.ms),
-        f"{r.speed / base.speed:.2f}x" if base else "-",
-        "-" if r.roofline is None else f"{r.roofline:.0%}", _n(r.waited_ms), _n(t.get("cold")),
-        _mb(r.peak_bytes), _mb(r.cache_bytes),
-    ]  # fmt: skip
 
 
 def _ways(rows: list[Row]) -> list[str]:
@@ -142,26 +136,21 @@ def _chunks(rows: list[Row]) -> list[str]:
     header = ("backend", "model", "cached", "new tokens", "absorbed, ms", "expanded, ms",
               "as the model chooses, ms", "gain over expanded")  # fmt: skip
     paths = ("absorbed", "expanded", "chosen")
-    return markdown_table(
-        header,
-        [
-            (*key, *(_n(c[p].ms) for p in paths), f"{c['chosen'].speed / c['expanded'].speed:.2f}x")
-            for key, c in sorted(cells.items())
-            if all(p in c for p in paths)
-        ],
-    )
+    lines = [
+        (*key, *(_n(c[p].ms) for p in paths), f"{c['chosen'].speed / c['expanded'].speed:.2f}x")
+        for key, c in sorted(cells.items())
+        if all(p in c for p in paths)
+    ]
+    return markdown_table(header, lines)
 
 
 def _saves(rows: list[Row]) -> list[str]:
-    own = [(r, r.ms, r.bytes) for r in rows if r.measure == "save" and r.ms and r.bytes]
-    header = ("backend", "model", "seconds", "MB", "MB/s")
-    return markdown_table(
-        header,
-        [
-            (r.backend, r.model, f"{ms / 1e3:.3g}", _mb(size), _n(size / 1e3 / ms))
-            for r, ms, size in own
-        ],
-    )
+    lines = [
+        (r.backend, r.model, f"{r.ms / 1e3:.3g}", _mb(r.bytes), _n(r.bytes / 1e3 / r.ms))
+        for r in rows
+        if r.measure == "save" and r.ms and r.bytes
+    ]
+    return markdown_table(("backend", "model", "seconds", "MB", "MB/s"), lines)
 
 
 def _room(rows: list[Row]) -> list[str]:
@@ -176,14 +165,8 @@ def _room(rows: list[Row]) -> list[str]:
         for (model, cache), (w, width) in sorted(widths.items(), key=lambda item: -item[1][1])
     ]
     intro = "Tokens, batch x context, that fit into so much memory beside the weights, by their"
-    header = ("model, cache", "bytes a token", "2 GB", "8 GB", "32 GB")
-    table = markdown_table(header, lines)
+    table = markdown_table(("model, cache", "bytes a token", "2 GB", "8 GB", "32 GB"), lines)
     return [intro, "bytes (working memory apart).", "", *table] if table else []
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = _n(min(values)), _n(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 def _n(value: float | None) -> str:

@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from bench.harness import Benchmark, Picture, Results, Resumable, Row
-from bench.reading import Document, Figure, Positive, Signed, Whole, record, rows
+from bench.harness import Document, Picture, Results, Resumable, Row
+from bench.rows import Figure, Positive, Signed, Whole, record, rows
 from convert.calibration import Text, collect_moments
 from convert.latent import Method, Moments, share_ranks
 from convert.to_mla import assemble, factorise
@@ -58,7 +58,7 @@ Weights = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(kw_only=True)
-class ConvertBench(Resumable):
+class Convert(Resumable):
     """Measure held-out perplexity of an MHA model converted to MLA, by rank and method, and after
     recovery fine-tuning."""
 
@@ -85,6 +85,9 @@ class ConvertBench(Resumable):
     finetune_batch_size: int = 4
     """Sequences in a step of fine-tuning: few, since few tokens must give many steps."""
 
+    name = "convert"
+    title = "MHA converted to MLA: perplexity by rank and method"
+    stored: ClassVar = {"cells": ROWS, "model": MODEL, "mha_perplexity": Positive}
     devices: ClassVar = {"torch": "cpu"}
     same: ClassVar[Sequence[str]] = ("model", "calibration_tokens", "held_out_windows")
     bounds: ClassVar = {
@@ -95,29 +98,68 @@ class ConvertBench(Resumable):
         "held_out_windows": not_negative(10**9),
     }
 
+    def measure(self, results: Results) -> None:
+        bench = Bench(self)
+        losses = bench.window_losses(bench.config, bench.weights)
+        shape, run = bench.config, bench.run
+        model = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")} | {
+            "context": run.context, "tokens": run.steps * run.step_tokens,
+            "tokenizer": run.tokenizer, "held_out_windows": len(losses),
+        }  # fmt: skip
+        results.add(mha_perplexity=math.exp(losses.mean()), model=model)
+        for cell in bench.cells():
+            if not results.has("cells", **cell):
+                results.begin()
+                row = {**cell, **compare(bench.window_losses(*bench.converted(cell)), losses)}
+                print(*columns(row), sep="  ", flush=True)
+                results.add(row, to="cells")
 
-def measure(options: ConvertBench, results: Results) -> None:
-    """A row for each cell."""
-    bench = Bench(options)
-    losses = bench.window_losses(bench.config, bench.weights)
-    shape, run = bench.config, bench.run
-    model = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")} | {
-        "context": run.context, "tokens": run.steps * run.step_tokens, "tokenizer": run.tokenizer,
-        "held_out_windows": len(losses),
-    }  # fmt: skip
-    results.add(mha_perplexity=math.exp(losses.mean()), model=model)
-    for cell in bench.cells():
-        if not results.has("cells", **cell):
-            results.begin()
-            row = {**cell, **compare(bench.window_losses(*bench.converted(cell)), losses)}
-            print(*cells(row), sep="  ", flush=True)
-            results.add(row, to="cells")
+    @staticmethod
+    def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+        m = found["model"]
+        return [
+            "",
+            f"The model: {m['n_layer']} layers, {m['n_head']} heads, {m['n_embd']} wide, context "
+            f"{m['context']}, trained on {m['tokens']:,} tokens ({m['tokenizer']}); perplexity "
+            f"{found['mha_perplexity']:.4f} on {m['held_out_windows']:,} held-out windows. "
+            f"Calibrated on {found['settings']['calibration_tokens']:,} tokens of its training "
+            "text. Fine-tuned: the share of the training tokens, with the text's cross-entropy or "
+            "the divergence from the MHA teacher alone; the MHA model itself with the same tokens "
+            "for comparison. Change: perplexity against the MHA model in per cent, ± the standard "
+            "error of the paired difference over windows.",
+            "",
+            *markdown_table(COLUMNS, [columns(row) for row in found["cells"]]),
+        ]
+
+    @staticmethod
+    def figures(found: Document) -> dict[str, Picture]:
+        """Change of perplexity against rank, a line a method."""
+        series: dict[str, list[Row]] = {}
+        for row in found["cells"]:
+            if row["method"] != UNCONVERTED:
+                _, method, tuned, *_ = columns(row)
+                label = method if tuned == "-" else f"{method}, fine-tuned {tuned}"
+                series.setdefault(label, []).append(row)
+
+        def paint(figure: Any) -> None:
+            axes = figure.subplots()
+            for label, points in series.items():
+                x, y, errors = ([p[key] for p in points] for key in ("rank", "change", "stderr"))
+                axes.errorbar(x, y, errors, marker="o", ms=3, lw=1, label=label)
+            axes.set(xlabel="rank of the latent", ylabel="change of perplexity, %")
+            axes.set_title(f"n_embd = {found['model']['n_embd']}")
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.axhline(0, color="gray", lw=0.5)
+            axes.legend(fontsize=7)
+            figure.tight_layout()
+
+        return {"convert": Picture(paint, (7, 4.5))} if series else {}
 
 
 class Bench:
     """The source model and its text."""
 
-    def __init__(self, options: ConvertBench):
+    def __init__(self, options: Convert):
         self.options = options
         self.run = run_config(options.model)
         folder = checkpoint.ModelFolder(checkpoint.model_folder(options.model))
@@ -225,66 +267,12 @@ def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
     }
 
 
-def cells(row: Row) -> tuple[str, ...]:
+COLUMNS = ("rank", "method", "fine-tuned", "perplexity", "change, %")
+
+
+def columns(row: Row) -> tuple[str, ...]:
     """The columns of a row."""
     tuned = f"{row['heal']:.0%}{', teacher' if row['teacher'] else ''}" if row["heal"] else "-"
     method = f"{row['method']}{', budget' if row['budget'] else ''}"
     change = f"{row['change']:+.2f} ± {row['stderr']:.2f}"
     return (str(row["rank"]), method, tuned, f"{row['perplexity']:.4f}", change)
-
-
-def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """What was trained, calibrated and fine-tuned, and the table."""
-    m = found["model"]
-    return [
-        "",
-        f"The model: {m['n_layer']} layers, {m['n_head']} heads, {m['n_embd']} wide, context "
-        f"{m['context']}, trained on {m['tokens']:,} tokens ({m['tokenizer']}); perplexity "
-        f"{found['mha_perplexity']:.4f} on {m['held_out_windows']:,} held-out windows. Calibrated "
-        f"on {found['settings']['calibration_tokens']:,} tokens of its training text. Fine-tuned: "
-        "the share of the training tokens, with the text's cross-entropy or the divergence from "
-        "the MHA teacher alone; the MHA model itself with the same tokens for comparison. Change: "
-        "perplexity against the MHA model in per cent, ± the standard error of the paired "
-        "difference over windows.",
-        "",
-        *markdown_table(
-            ("rank", "method", "fine-tuned", "perplexity", "change, %"),
-            [cells(row) for row in found["cells"]],
-        ),
-    ]
-
-
-def figures(found: Document) -> dict[str, Picture]:
-    """Change of perplexity against rank, a line a method."""
-    series: dict[str, list[Row]] = {}
-    for row in found["cells"]:
-        if row["method"] != UNCONVERTED:
-            _, method, tuned, *_ = cells(row)
-            label = method if tuned == "-" else f"{method}, fine-tuned {tuned}"
-            series.setdefault(label, []).append(row)
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        for label, points in series.items():
-            x, y, errors = ([p[key] for p in points] for key in ("rank", "change", "stderr"))
-            axes.errorbar(x, y, errors, marker="o", ms=3, lw=1, label=label)
-        axes.set(xlabel="rank of the latent", ylabel="change of perplexity, %")
-        axes.set_title(f"n_embd = {found['model']['n_embd']}")
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.axhline(0, color="gray", lw=0.5)
-        axes.legend(fontsize=7)
-        figure.tight_layout()
-
-    return {"convert": Picture(paint, (7, 4.5))} if series else {}
-
-
-BENCHMARKS = (
-    Benchmark(
-        name="convert", title="MHA converted to MLA: perplexity by rank and method",
-        settings=ConvertBench, measure=measure, body=body, figures=figures,
-        parts={
-            "cells": ROWS,
-            "model": MODEL, "mha_perplexity": Positive,
-        },
-    ),
-)  # fmt: skip

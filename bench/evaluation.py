@@ -28,11 +28,11 @@ from typing import Any, ClassVar, Literal, Optional
 import numpy as np
 import psutil
 from lm_eval.models.huggingface import HFLM
-from typing_extensions import NotRequired
+from typing_extensions import NotRequired, Self
 
 from bench import referee
-from bench.harness import PACKAGES, Benchmark, Results, Row, Settings
-from bench.reading import Document, Figure, Positive, Positives, Whole, rows
+from bench.harness import PACKAGES, Benchmark, Document, Results, Row
+from bench.rows import Figure, Positive, Positives, Whole, rows
 from bench.subjects.contract import seconds
 from bench.timing import turns
 from mlx_mla import checkpoint
@@ -85,7 +85,7 @@ TIMED = {**TASKS, "hellaswag": AccuracyAlone()}
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvaluationBench(Settings):
+class Evaluation(Benchmark):
     """Time HellaSwag and LAMBADA against lm-evaluation-harness on one model."""
 
     data_dir: Path
@@ -107,6 +107,9 @@ class EvaluationBench(Settings):
     repetitions: int = 1
     """Rounds of all."""
 
+    name = "evaluation"
+    title = "Evaluation beside lm_eval"
+    stored: ClassVar = {"rows": ROWS}
     packages: ClassVar = (*PACKAGES, "lm_eval")
     bounds: ClassVar = dict.fromkeys(("batch_size", "limit", "repetitions"), at_least_1(10**6))
 
@@ -114,7 +117,7 @@ class EvaluationBench(Settings):
     def devices(self) -> dict[BackendName, DeviceName]:  # type: ignore[override]
         return {name: self.device if name == "torch" else "auto" for name in self.backends}
 
-    def checked(self) -> "EvaluationBench":
+    def checked(self) -> Self:
         super().checked()
         if "wikitext2" in task_names(self.tasks):
             raise UserError(
@@ -123,27 +126,52 @@ class EvaluationBench(Settings):
             )
         return self
 
+    def measure(self, results: Results) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            work = Path(temporary)
+            folder = model_folder(self, work)
+            ours = checkpoint.ModelFolder(folder)
+            scorers: dict[str, Scorer] = {
+                f"mlx_mla {name}": get_backend(name, device).scorer(ours, "float32")
+                for name, device in self.devices.items()
+            }
+            theirs = HFLM(
+                pretrained=str(folder), trust_remote_code=True, dtype="float32",
+                device=str(TorchBackend(self.device).device), batch_size=self.batch_size,
+            )  # fmt: skip
+            for name in task_names(self.tasks):
+                results.add(*timed(self, name, scorers, theirs, work / name))
 
-def measure(bench: EvaluationBench, results: Results) -> None:
-    """A row of each task and subject."""
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        folder = model_folder(bench, work)
-        ours = checkpoint.ModelFolder(folder)
-        scorers: dict[str, Scorer] = {
-            f"mlx_mla {name}": get_backend(name, device).scorer(ours, "float32")
-            for name, device in bench.devices.items()
-        }
-        theirs = HFLM(
-            pretrained=str(folder), trust_remote_code=True, dtype="float32",
-            device=str(TorchBackend(bench.device).device), batch_size=bench.batch_size,
-        )  # fmt: skip
-        for name in task_names(bench.tasks):
-            results.add(*timed(bench, name, scorers, theirs, work / name))
+    @staticmethod
+    def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+        rows, s = found["rows"], found["settings"]
+        theirs = {r["task"]: r["items_per_second"] for r in rows if r["subject"] == REFEREE}
+        lines = []
+        for r in rows:
+            share = "-"
+            if "forward" in r:
+                rate = r["tokens"] / statistics.median(r["seconds"])
+                share = f"{rate / statistics.median(r['forward']):.0%}"
+            halves = (f"{statistics.median(m) / 2**20:,.0f} MiB" for m in zip(*r["memory"]))
+            lines.append((
+                r["task"], r["subject"], f"{r['items']:,}", f"{r['items_per_second']:.2f}",
+                f"{r['items_per_second'] / theirs[r['task']]:.2f}x" if r["task"] in theirs else "-",
+                share, f"{r['acc']:.4f}", *halves,
+            ))  # fmt: skip
+        header = ("task", "subject", "items", "items/s", "against lm_eval", "of its forward speed",
+                  "accuracy", "memory, first half", "second half")  # fmt: skip
+        return [
+            f"- {s['model']}, float32, batches of {s['batch_size']} rows, median of "
+            f"{s['repetitions']}",
+            f"- target: PyTorch at least {TARGET}x of lm_eval; MLX at least PyTorch's share of the "
+            "forward speed",
+            "",
+            *markdown_table(header, lines),
+        ]
 
 
 def timed(
-    bench: EvaluationBench, name: str, scorers: Mapping[str, Scorer], theirs: HFLM, work: Path
+    bench: Evaluation, name: str, scorers: Mapping[str, Scorer], theirs: HFLM, work: Path
 ) -> list[Row]:
     """A row of each subject on a task, for which `work` is a folder."""
     data = sample(bench, name, work)
@@ -214,26 +242,26 @@ def forward_rate(scorer: Scorer) -> float:
 
 def watched(work: Callable[[], Any]) -> tuple[Any, float, list[int]]:
     """What a call returns, its seconds, and the most resident bytes in either half of the time."""
-    process, samples = psutil.Process(), list[tuple[float, int]]()
-    stop, began = threading.Event(), time.perf_counter()
+    process, stop, samples = psutil.Process(), threading.Event(), list[int]()
 
     def look() -> None:
         while not stop.wait(0.1):
-            samples.append((time.perf_counter() - began, process.memory_info().rss))
+            samples.append(process.memory_info().rss)
 
     thread = threading.Thread(target=look)
     thread.start()
+    began = time.perf_counter()
     try:
         outcome = work()
-    finally:
         took = time.perf_counter() - began
+    finally:
         stop.set()
         thread.join()
-    halves = ([rss for t, rss in samples if (t > took / 2) == second] for second in (False, True))
-    return outcome, took, [max(half, default=0) for half in halves]
+    half = len(samples) // 2
+    return outcome, took, [max(own, default=0) for own in (samples[:half], samples[half:])]
 
 
-def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
+def model_folder(bench: Evaluation, temporary: Path) -> Path:
     """The folder of --model; a preset's is written with random weights."""
     if bench.model not in PRESETS:
         return checkpoint.model_folder(Path(bench.model))
@@ -248,7 +276,7 @@ def model_folder(bench: EvaluationBench, temporary: Path) -> Path:
     return folder
 
 
-def sample(bench: EvaluationBench, name: str, work: Path) -> Path:
+def sample(bench: Evaluation, name: str, work: Path) -> Path:
     """A data folder with the items of --limit."""
     path = TASKS[name].files["standard"]
     (work / path).parent.mkdir(parents=True)
@@ -259,38 +287,3 @@ def sample(bench: EvaluationBench, name: str, work: Path) -> Path:
     chosen = np.random.default_rng(0).choice(len(lines), count, replace=False)
     (work / path).write_text("".join(lines[i] + "\n" for i in sorted(chosen)), encoding="utf-8")
     return work
-
-
-def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """The table."""
-    rows, s = found["rows"], found["settings"]
-    theirs = {r["task"]: r["items_per_second"] for r in rows if r["subject"] == REFEREE}
-    lines = []
-    for r in rows:
-        share = "-"
-        if "forward" in r:
-            rate = r["tokens"] / statistics.median(r["seconds"])
-            share = f"{rate / statistics.median(r['forward']):.0%}"
-        halves = (f"{statistics.median(m) / 2**20:,.0f} MiB" for m in zip(*r["memory"]))
-        lines.append((
-            r["task"], r["subject"], f"{r['items']:,}", f"{r['items_per_second']:.2f}",
-            f"{r['items_per_second'] / theirs[r['task']]:.2f}x" if r["task"] in theirs else "-",
-            share, f"{r['acc']:.4f}", *halves,
-        ))  # fmt: skip
-    header = ("task", "subject", "items", "items/s", "against lm_eval", "of its forward speed",
-              "accuracy", "memory, first half", "second half")  # fmt: skip
-    return [
-        f"- {s['model']}, float32, batches of {s['batch_size']} rows, median of {s['repetitions']}",
-        f"- target: PyTorch at least {TARGET}x of lm_eval; MLX at least PyTorch's share of the "
-        "forward speed",
-        "",
-        *markdown_table(header, lines),
-    ]
-
-
-BENCHMARKS = (
-    Benchmark(
-        name="evaluation", title="Evaluation beside lm_eval", settings=EvaluationBench,
-        measure=measure, body=body, parts={"rows": ROWS},
-    ),
-)  # fmt: skip

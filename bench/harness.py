@@ -1,8 +1,8 @@
-"""What every benchmark shares: its settings, the machine, rows on disk, and reports.
+"""What every benchmark shares: its flags, the machine, rows on disk, and reports.
 
-A benchmark is a `Benchmark`: settings, a function that measures into a `Results`, and a report. The
-report is a function of the stored document alone, so `python -m bench report results.json` writes
-it again without measuring.
+A benchmark is a subclass of `Benchmark`: a dataclass of flags, with a method that measures into
+`Results`. Its report is a function of the stored document alone, so `python -m bench report
+results.json` writes it again without measuring.
 """
 
 import dataclasses
@@ -16,87 +16,50 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Optional, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, Optional, get_args, get_origin
 
 import tyro
+from typing_extensions import Self
 
-from bench.reading import Document, checked, read_document
 from mlx_mla import cli, files
 from mlx_mla.backends import get_backend
 from mlx_mla.errors import UserError, flag
-from mlx_mla.fields import Bounds
+from mlx_mla.fields import Bounds, check_bounds, value_of
 from mlx_mla.machine import memory, processor
 from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.pictures import draw
 
+Document = dict[str, Any]
+"""What a benchmark has measured: `benchmark` (its name), `command`, `machine`, `settings`, and the
+lists of rows and other values that its report reads."""
 Row = dict[str, Any]
 """A row of most benchmarks, as JSON has it."""
 RESULTS, REPORT_FILE = "results.json", "report.md"
+REMEDY = "measure again"
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
 UNFINISHED = 75  # EX_TEMPFAIL: nothing is wrong, call again
 
 REGISTRY = {
-    "compare": ("compare_backends", "MLX and PyTorch side by side, MLA against GPT-2"),
-    "core": ("compare_backends", "the training step, decoding by cache, and saving, in MLX"),
-    "decode": ("compare_backends", "decoding by kind of cache, batch and context"),
-    "trained": ("trained", "what quantisation costs trained models, what a draft model gains"),
-    "training": ("training", "memory of a training step against the estimate; largest batches"),
-    "convert": ("convert_mla", "what converting a trained model to MLA costs, by rank and method"),
-    "evaluation": ("evaluation", "evaluation beside lm-evaluation-harness"),
-    "prepare": ("prepare", "preparing data beside tiktoken alone"),
-    "serve": ("serve", "mlx_lm.server under many clients"),
-    "reduction": ("reduction", "what averaging gradients over processes adds to a step"),
-}
-"""The module and the subject of each benchmark, by the NAME in `python -m bench NAME`."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Settings:
-    """Flags that every benchmark has."""
-
-    out: Optional[Path] = None
-    """Folder for results.json, report.md and pictures. None: only print."""
-
-    packages: ClassVar[Sequence[str]] = PACKAGES
-    """Packages whose versions the report lists."""
-    bounds: ClassVar[Mapping[str, Bounds]] = {}
-    """Values that numeric fields may have."""
-    devices: ClassVar[Mapping[BackendName, DeviceName]] = {}
-    """Frameworks that are measured, each with its --device. A property where flags choose them."""
-
-    def checked(self) -> "Settings":
-        """The settings to use; UserError for a value out of its bounds or an empty list."""
-        for field in dataclasses.fields(self):
-            values = getattr(self, field.name)
-            if values == ():
-                raise UserError(f"{flag(field.name)} needs at least one value")
-            limit = self.bounds.get(field.name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if limit and value is not None and (problem := limit.problem(value)):
-                    raise UserError(f"{flag(field.name)} {problem}")
-        return self
-
-
-@dataclasses.dataclass(kw_only=True)
-class Resumable(Settings):
-    """Flags of benchmarks that take hours."""
-
-    resume: bool = False
-    """Keep the rows that --out has, and measure the rest."""
-    minutes: Optional[float] = None
-    """Start no measurement after this many minutes; the exit code is then 75. None: no limit."""
-
-    same: ClassVar[Sequence[str]] = ()
-    """Settings that all rows of one file share."""
-
-    def checked(self) -> "Resumable":
-        super().checked()
-        if self.minutes is not None and self.minutes <= 0:
-            raise UserError("--minutes must be above 0")
-        for name in ("resume", "minutes"):
-            if getattr(self, name) and self.out is None:
-                raise UserError(f"--{name} needs --out, the folder with the rows to keep")
-        return self
+    "compare": ("compare_backends.Compare", "MLX and PyTorch side by side, MLA against GPT-2"),
+    "core": ("compare_backends.Core", "the training step, decoding by cache, and saving, in MLX"),
+    "decode": ("compare_backends.Decode", "decoding by kind of cache, batch and context"),
+    "trained": (
+        "trained.Trained", "what quantisation costs trained models, what a draft model gains"
+    ),
+    "training": (
+        "training.Training", "memory of a training step against the estimate; largest batches"
+    ),
+    "convert": (
+        "convert_mla.Convert", "what converting a trained model to MLA costs, by rank and method"
+    ),
+    "evaluation": ("evaluation.Evaluation", "evaluation beside lm-evaluation-harness"),
+    "prepare": ("prepare.Prepare", "preparing data beside tiktoken alone"),
+    "serve": ("serve.Serve", "mlx_lm.server under many clients"),
+    "reduction": (
+        "reduction.Reduction", "what averaging gradients over processes adds to a step"
+    ),
+}  # fmt: skip
+"""The class and the subject of each benchmark, by the NAME in `python -m bench NAME`."""
 
 
 class Picture(NamedTuple):
@@ -106,23 +69,68 @@ class Picture(NamedTuple):
     size: tuple[float, float]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Benchmark:
-    """What is measured, and how it is reported."""
+    """The flags that every benchmark has, and what a benchmark defines."""
 
-    name: str
+    out: Optional[Path] = None
+    """Folder for results.json, report.md and pictures. None: only print."""
+
+    name: ClassVar[str]
     """NAME in `python -m bench NAME`."""
-    title: str
+    title: ClassVar[str]
     """Heading of the report."""
-    settings: type[Settings]
-    measure: Callable[[Any, "Results"], None]
-    """Measures by the settings, and adds rows."""
-    parts: Mapping[str, Any]
+    stored: ClassVar[Mapping[str, Any]]
     """The values of the document that the report reads: their types by name."""
-    body: Callable[[Document, Mapping[str, str]], list[str]]
-    """Lines of Markdown from the document and the files of its pictures."""
-    figures: Callable[[Document], Mapping[str, Picture]] = lambda _: {}
-    """Pictures by name."""
+    packages: ClassVar[Sequence[str]] = PACKAGES
+    """Packages whose versions the report lists."""
+    bounds: ClassVar[Mapping[str, Bounds]] = {}
+    """Values that numeric flags may have."""
+    devices: ClassVar[Mapping[BackendName, DeviceName]] = {}
+    """Frameworks that are measured, each with its --device. A property where flags choose them."""
+
+    def checked(self) -> Self:
+        """The flags to use; UserError for a value out of its bounds or an empty list."""
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == ():
+                raise UserError(f"{flag(field.name)} needs at least one value")
+        check_bounds(self, self.bounds)
+        return self
+
+    def measure(self, results: "Results") -> None:
+        """Measure, and add rows."""
+        raise NotImplementedError
+
+    @staticmethod
+    def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+        """Lines of Markdown from the document and the files of its pictures."""
+        raise NotImplementedError
+
+    @staticmethod
+    def figures(found: Document) -> Mapping[str, Picture]:
+        """Pictures of the document by name."""
+        return {}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Resumable(Benchmark):
+    """Flags of benchmarks that take hours."""
+
+    resume: bool = False
+    """Keep the rows that --out has, and measure the rest."""
+    minutes: Optional[float] = None
+    """Start no measurement after this many minutes; the exit code is then 75. None: no limit."""
+
+    same: ClassVar[Sequence[str]] = ()
+    """Flags whose values all rows of one file share."""
+
+    def checked(self) -> Self:
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError("--minutes must be above 0")
+        for name in ("resume", "minutes"):
+            if getattr(self, name) and self.out is None:
+                raise UserError(f"--{name} needs --out, the folder with the rows to keep")
+        return super().checked()
 
 
 class OutOfTime(Exception):
@@ -137,36 +145,36 @@ class Results:
             machine, measured with other settings, or damaged.
     """
 
-    def __init__(self, benchmark: Benchmark, settings: Any, command: str):
-        self.path: Path | None = settings.out and settings.out / RESULTS
-        self._benchmark = benchmark
-        minutes = getattr(settings, "minutes", None)
+    def __init__(self, benchmark: Benchmark, command: str):
+        self.path = benchmark.out and benchmark.out / RESULTS
+        minutes = getattr(benchmark, "minutes", None)
         self._ends = minutes and time.monotonic() + 60 * minutes
+        lists = [k for k, kind in benchmark.stored.items() if get_origin(kind) is list]
         self.document: Document = {
             "benchmark": benchmark.name,
             "command": command,
-            "machine": machine(settings.devices, settings.packages),
-            "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
+            "machine": machine(benchmark.devices, benchmark.packages),
+            "settings": json.loads(json.dumps(dataclasses.asdict(benchmark), default=str)),
+            **{name: [] for name in lists},
         }
-        self.document |= {k: [] for k, kind in benchmark.parts.items() if get_origin(kind) is list}
         if self.path and self.path.exists():
-            if not getattr(settings, "resume", False):
-                hint = "add --resume to complete them, or " if hasattr(settings, "resume") else ""
-                raise UserError(f"{settings.out}: holds results; {hint}give --out a new name")
-            self._take_over(self.path, settings.same)
+            if not getattr(benchmark, "resume", False):
+                hint = "add --resume to complete them, or " if hasattr(benchmark, "resume") else ""
+                raise UserError(f"{benchmark.out}: holds results; {hint}give --out a new name")
+            self._take_over(self.path, benchmark)
 
-    def _take_over(self, path: Path, same: Sequence[str]) -> None:
-        benchmark, stored = read(path)
+    def _take_over(self, path: Path, benchmark: Any) -> None:
+        found, stored = read(path)
         elsewhere = "give --out a new name"
-        if benchmark.name != self._benchmark.name:
+        if found.name != benchmark.name:
             raise UserError(f"{path}: results of another benchmark; {elsewhere}")
         for key, value in self.document["machine"].items():
             if stored["machine"].get(key, value) != value:
                 raise UserError(f"{path}: measured with another {key}; {elsewhere}")
-        for key in same:
+        for key in benchmark.same:
             if (before := stored["settings"][key]) != (now := self.document["settings"][key]):
                 raise UserError(f"{path}: measured with {key} {before}, not {now}; {elsewhere}")
-        self.document |= {k: stored[k] for k in self._benchmark.parts if k in stored}
+        self.document |= {k: stored[k] for k in benchmark.stored if k in stored}
 
     def has(self, part: str = "rows", /, **key: Any) -> bool:
         """Whether a row of a list of the document has these values."""
@@ -199,20 +207,20 @@ class Results:
         files.write_text(self.path, text + "\n")
 
 
-def run(benchmark: Benchmark, argv: Sequence[str], prog: str = "") -> int:
+def run(kind: type[Benchmark], argv: Sequence[str], prog: str = "") -> int:
     """Measure, print the report, and write it with --out; returns the exit code."""
-    prog = prog or f"python -m bench {benchmark.name}"
-    settings = cli.parse(benchmark.settings, argv, prog).checked()
-    results = Results(benchmark, settings, f"{prog} {shlex.join(argv)}".rstrip())
+    prog = prog or f"python -m bench {kind.name}"
+    benchmark = cli.parse(kind, argv, prog).checked()
+    results = Results(benchmark, f"{prog} {shlex.join(argv)}".rstrip())
     code = 0
     try:
-        benchmark.measure(settings, results)
+        benchmark.measure(results)
     except OutOfTime:
         code = UNFINISHED
     results.save()
-    print(markdown(benchmark, results.document, {}))
+    print(markdown(kind, results.document, {}))
     if results.path:
-        write_report(benchmark, results.document, results.path)
+        write_report(kind, results.document, results.path)
     if code:
         print("--minutes are over: the same command with --resume continues", file=sys.stderr)
     return code
@@ -249,43 +257,72 @@ def machine(
     return found
 
 
-def find(name: str) -> Benchmark:
-    """A registered benchmark. UserError if a package that it needs is missing."""
+def find(name: str) -> Any:
+    """The class of a registered benchmark. UserError if a package that it needs is missing."""
+    module, _, kind = REGISTRY[name][0].partition(".")
     try:
-        module = importlib.import_module(f"bench.{REGISTRY[name][0]}")
+        return getattr(importlib.import_module(f"bench.{module}"), kind)
     except ModuleNotFoundError as e:
         raise UserError(f"{name} needs {e.name}; pip install {e.name}") from None
-    return next(b for b in module.BENCHMARKS if b.name == name)
 
 
-def read(path: Path) -> tuple[Benchmark, Document]:
-    """A stored document with typed rows, and its benchmark; UserError if it is none."""
-    document = read_document(path)
-    name = document.get("benchmark")
+class Stored(dict[str, Any]):
+    """An object of a stored document, in which a missing value is damage."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        super().__init__(values)
+        self._where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._where}: {key} is missing; {REMEDY}")
+
+
+def read(path: Path) -> tuple[type[Benchmark], Document]:
+    """The benchmark of a stored document, and the document with its parts and settings typed.
+
+    Raises:
+        UserError: If it is none, naming the value that is damaged.
+    """
+    stored: Any = files.read_json(path)
+    tables = ("machine", "settings")
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in tables):
+        raise UserError(f"{path}: not results of a benchmark")
+    name = stored.get("benchmark")
     if not isinstance(name, str) or name not in REGISTRY or name == "reduction":
         raise UserError(f"{path}: does not name its benchmark; measure it again")
-    benchmark = find(name)
-    return benchmark, checked(document, benchmark.parts, benchmark.settings, path)
+    kind: type[Benchmark] = find(name)
+    for part in (part for part in kind.stored if part in stored):
+        stored[part] = value_of(kind.stored[part], stored[part], str(path), REMEDY, at=part)
+    settings = Stored(stored["settings"], f"{path}: settings")
+    for field in (field for field in dataclasses.fields(kind) if field.name in settings):
+        value, of = settings[field.name], field.type
+        if get_origin(of) is tuple or Path in (of, *get_args(of)):
+            continue  # no report reads lists or paths
+        if field.name in kind.bounds and isinstance(value, (int, float)):
+            of = Annotated[of, kind.bounds[field.name]]
+        at = f"settings.{field.name}"
+        settings[field.name] = value_of(of, value, str(path), REMEDY, at=at)
+    return kind, Stored({**stored, "settings": settings}, str(path))
 
 
-def markdown(benchmark: Benchmark, document: Document, pictures: Mapping[str, str]) -> str:
+def markdown(kind: type[Benchmark], document: Document, pictures: Mapping[str, str]) -> str:
     """The report's text: the heading, the machine, the command, and what was measured."""
-    lines = [f"# {benchmark.title}", ""]
+    lines = [f"# {kind.title}", ""]
     lines += [f"- {key}: {value}" for key, value in document["machine"].items()]
     if "command" in document:
         lines.append(f"- command: `{document['command']}`")
-    return "\n".join([*lines, *benchmark.body(document, pictures)]).rstrip() + "\n"
+    return "\n".join([*lines, *kind.body(document, pictures)]).rstrip() + "\n"
 
 
-def write_report(benchmark: Benchmark, document: Document, path: Path) -> None:
+def write_report(kind: type[Benchmark], document: Document, path: Path) -> None:
     """Write the report and the pictures of a document that is on disk as `path`."""
     alone = path.name == RESULTS
     pictures = {}
-    for name, picture in benchmark.figures(document).items():
+    for name, picture in kind.figures(document).items():
         pictures[name] = f"{name}.png" if alone else f"{path.stem}-{name}.png"
         draw(path.with_name(pictures[name]), picture.paint, figsize=picture.size)
     text = path.with_name(REPORT_FILE) if alone else path.with_suffix(".md")
-    files.write_text(text, markdown(benchmark, document, pictures))
+    files.write_text(text, markdown(kind, document, pictures))
 
 
 @dataclasses.dataclass(kw_only=True)

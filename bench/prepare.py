@@ -26,8 +26,8 @@ from typing import ClassVar, Optional
 from rich.console import Console
 from tyro.conf import Positional
 
-from bench.harness import Benchmark, Results, Row, Settings, cores
-from bench.reading import Document, Positive, Positives, Whole, rows
+from bench.harness import Benchmark, Document, Results, Row, cores
+from bench.rows import Positive, Positives, Whole, rows
 from bench.timing import turns
 from mlx_mla import prepare
 from mlx_mla.data.documents import Reading, find_sources
@@ -48,7 +48,7 @@ MEMORY = rows({"bytes": Whole, "peak_bytes": Whole})
 
 
 @dataclasses.dataclass(kw_only=True)
-class PrepareBench(Settings):
+class Prepare(Benchmark):
     """Time prepare against tiktoken alone, and measure its memory."""
 
     src: Positional[str]
@@ -65,22 +65,58 @@ class PrepareBench(Settings):
     """--shard-tokens for the measurement of memory: small, so that both inputs fill several
     shards."""
 
+    name = "prepare"
+    title = "Preparing data beside tiktoken alone"
+    stored: ClassVar = {"speed": SPEED, "memory": MEMORY, "threads": int}
     packages: ClassVar = ("tiktoken", "numpy", "pyarrow")
     bounds: ClassVar = {
         **dict.fromkeys(("web_page", "repetitions", "memory_shard_tokens"), at_least_1(10**9)),
         "megabytes": positive(10**6),
     }
 
+    def measure(self, results: Results) -> None:
+        results.add(threads=CORES)
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, cut in (("whole", None), (f"{self.web_page} characters", self.web_page)):
+                results.add(*speed(self, name, cut, Path(temporary) / f"cut-{cut}"), to="speed")
+            for factor in (1, 4):
+                size = int(factor * self.megabytes * 1e6)
+                results.add(peak(self, size, Path(temporary) / f"memory-{factor}"), to="memory")
 
-def measure(bench: PrepareBench, results: Results) -> None:
-    """Speed on both sizes of documents, then memory."""
-    results.add(threads=CORES)
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, cut in (("whole", None), (f"{bench.web_page} characters", bench.web_page)):
-            results.add(*speed(bench, name, cut, Path(temporary) / f"cut-{cut}"), to="speed")
-        for factor in (1, 4):
-            size = int(factor * bench.megabytes * 1e6)
-            results.add(peak(bench, size, Path(temporary) / f"memory-{factor}"), to="memory")
+    @staticmethod
+    def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+        median, s = statistics.median, found["settings"]
+        alone = {r["documents"]: r for r in found["speed"] if r["subject"] == ALONE}
+        lines = []
+        for r in found["speed"]:
+            rates = sorted(r["bytes"] / 1e6 / seconds for seconds in r["seconds"])
+            wall, cpu = (
+                f"{median(alone[r['documents']][key]) / median(r[key]):.2f}x"
+                if r["documents"] in alone and r["subject"] != UNPACK
+                else ""
+                for key in ("seconds", "cpu_seconds")
+            )
+            lines.append((
+                f"{r['count']:,}, {r['documents']}", r["subject"], f"{median(rates):.1f}",
+                f"{rates[0]:.1f} - {rates[-1]:.1f}", wall,
+                f"{r['bytes'] / 1e6 / median(r['cpu_seconds']):.1f}", cpu,
+            ))  # fmt: skip
+        header = ("documents", "subject", "MB/s", "slowest - fastest", "against tiktoken",
+                  "MB by CPU second", "against tiktoken")  # fmt: skip
+        memory = [
+            (f"{m['bytes'] / 1e6:,.4g} MB", f"{m['peak_bytes'] / 2**20:,.0f} MiB")
+            for m in found["memory"]
+        ]
+        return [
+            f"- GPT-2's tokenizer, {found['threads']} threads, median of {s['repetitions']} in "
+            "turns; MB are 10^6 bytes of text",
+            "",
+            *markdown_table(header, lines),
+            "",
+            f"Memory with `--shard-tokens {s['memory_shard_tokens']}`:",
+            "",
+            *markdown_table(("text", "peak"), memory),
+        ]
 
 
 def texts(src: str, size: int, cut: int | None) -> Iterator[str]:
@@ -112,7 +148,7 @@ def write(documents: Iterable[str], folder: Path) -> int:
     return size
 
 
-def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list[Row]:
+def speed(bench: Prepare, name: str, cut: int | None, folder: Path) -> list[Row]:
     """A row for each subject."""
     documents = list(texts(bench.src, int(bench.megabytes * 1e6), cut))
     size = write(documents, folder / "plain")
@@ -163,7 +199,7 @@ def speed(bench: PrepareBench, name: str, cut: int | None, folder: Path) -> list
     ]  # fmt: skip
 
 
-def peak(bench: PrepareBench, size: int, folder: Path) -> Row:
+def peak(bench: Prepare, size: int, folder: Path) -> Row:
     """Peak memory of a preparation of so many bytes of text, in a process of its own."""
     size = write(texts(bench.src, size, bench.web_page), folder / "plain")
     argv = [str(folder / "plain"), "--out", str(folder / "out")]
@@ -176,50 +212,3 @@ def peak(bench: PrepareBench, size: int, folder: Path) -> Row:
     command = [sys.executable, "-c", code, *argv]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return {"bytes": size, "peak_bytes": int(done.stdout.splitlines()[-1])}
-
-
-def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """The tables."""
-    median, s = statistics.median, found["settings"]
-    alone = {r["documents"]: r for r in found["speed"] if r["subject"] == ALONE}
-    lines = []
-    for r in found["speed"]:
-        rates = sorted(r["bytes"] / 1e6 / seconds for seconds in r["seconds"])
-        wall, cpu = (
-            f"{median(alone[r['documents']][key]) / median(r[key]):.2f}x"
-            if r["documents"] in alone and r["subject"] != UNPACK
-            else ""
-            for key in ("seconds", "cpu_seconds")
-        )
-        lines.append((
-            f"{r['count']:,}, {r['documents']}", r["subject"], f"{median(rates):.1f}",
-            f"{rates[0]:.1f} - {rates[-1]:.1f}", wall,
-            f"{r['bytes'] / 1e6 / median(r['cpu_seconds']):.1f}", cpu,
-        ))  # fmt: skip
-    header = ("documents", "subject", "MB/s", "slowest - fastest", "against tiktoken",
-              "MB by CPU second", "against tiktoken")  # fmt: skip
-    memory = [
-        (f"{m['bytes'] / 1e6:,.4g} MB", f"{m['peak_bytes'] / 2**20:,.0f} MiB")
-        for m in found["memory"]
-    ]
-    return [
-        f"- GPT-2's tokenizer, {found['threads']} threads, median of {s['repetitions']} in turns; "
-        "MB are 10^6 bytes of text",
-        "",
-        *markdown_table(header, lines),
-        "",
-        f"Memory with `--shard-tokens {s['memory_shard_tokens']}`:",
-        "",
-        *markdown_table(("text", "peak"), memory),
-    ]
-
-
-BENCHMARKS = (
-    Benchmark(
-        name="prepare", title="Preparing data beside tiktoken alone", settings=PrepareBench,
-        measure=measure, body=body,
-        parts={
-            "speed": SPEED, "memory": MEMORY, "threads": int,
-        },
-    ),
-)  # fmt: skip

@@ -1,12 +1,40 @@
-"""The rows of compare_backends."""
+"""Types of what the benchmarks measure, and the rows of compare_backends."""
 
 import dataclasses
 import re
-from typing import Any, ClassVar, Literal, Optional
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Optional
 
 from typing_extensions import NotRequired, TypedDict
 
-from bench.reading import Figure, Positive, Positives, Whole
+from mlx_mla.fields import Bounds, not_negative, positive
+
+
+class NotEmpty(Bounds):
+    """Of a list."""
+
+    def problem(self, value: Any) -> str | None:
+        return None if value else "must not be empty"
+
+
+LARGEST = 1e18
+"""No figure of a benchmark is larger, be it of bytes, of FLOPs or a rate."""
+Whole = Annotated[int, not_negative(LARGEST)]
+Figure = Annotated[float, not_negative(LARGEST)]
+Positive = Annotated[float, positive(LARGEST)]
+Positives = Annotated[list[Positive], NotEmpty("", 0)]
+Signed = Annotated[float, Bounds("be at least -1e18", -LARGEST, LARGEST)]
+
+
+def record(fields: Mapping[str, Any]) -> Any:
+    """The type of a dictionary with these fields."""
+    return TypedDict("Row", dict(fields))  # type: ignore[operator]
+
+
+def rows(fields: Mapping[str, Any]) -> Any:
+    """The type of a list of dictionaries with these fields."""
+    return list[record(fields)]  # type: ignore[misc]
+
 
 ORIGINAL, EAGER, PLAIN = "original's decoding", "eager step", "plain PyTorch loop"
 """Ways to decode or to train that are not this project's; such a row's model is "WAY (MODEL)"."""

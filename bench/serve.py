@@ -28,8 +28,8 @@ from typing import ClassVar
 
 from safetensors.numpy import save_file
 
-from bench.harness import Benchmark, Results, Row, Settings
-from bench.reading import Document, Figure, Positive, Whole, rows
+from bench.harness import Benchmark, Document, Results, Row
+from bench.rows import Figure, Positive, Whole, rows
 from bench.subjects.contract import gpt2_shape
 from mlx_mla import checkpoint
 from mlx_mla.data.tokenizer import ByteTokenizer
@@ -48,7 +48,7 @@ ROWS = rows({
 
 
 @dataclasses.dataclass(kw_only=True)
-class ServeBench(Settings):
+class Serve(Benchmark):
     """Measure mlx_lm.server with this project's models against mlx-lm's own GPT-2."""
 
     presets: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
@@ -65,6 +65,9 @@ class ServeBench(Settings):
     prompt_bytes: int = 400
     """Length of the longest prompt; the others are from an eighth of it up."""
 
+    name = "serve"
+    title = "mlx_lm.server under many clients"
+    stored: ClassVar = {"rows": ROWS}
     packages: ClassVar = ("mlx", "mlx-lm")
     devices: ClassVar = {"mlx": "auto"}
     bounds: ClassVar = {
@@ -73,15 +76,38 @@ class ServeBench(Settings):
         "seconds": positive(10**6),
     }
 
+    def measure(self, results: Results) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.presets:
+                for label, model in models(Path(folder), name, self.layers):
+                    row = asked(self, label, model)
+                    print(*cells(row, None), sep="  ", flush=True)
+                    results.add(row)
 
-def measure(s: ServeBench, results: Results) -> None:
-    """A row for each model."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in s.presets:
-            for label, model in models(Path(folder), name, s.layers):
-                row = asked(s, label, model)
-                print(*cells(row, None), sep="  ", flush=True)
-                results.add(row)
+    @staticmethod
+    def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+        rows, s = found["rows"], found["settings"]
+        theirs = next((r["tokens_per_sec"] for r in rows if r["model"] == THEIRS), None)
+        return [
+            f"- {s['layers']} layers, random weights, float32; {s['clients']} clients for "
+            f"{s['seconds']:g} s, prompts of {s['prompt_bytes'] // 8} to {s['prompt_bytes']} "
+            f"tokens, {s['max_tokens']} tokens an answer",
+            "",
+            *markdown_table(COLUMNS, [cells(r, theirs) for r in rows]),
+        ]
+
+
+COLUMNS = ("model", "requests", "errors", "unlike the answer given alone", "tok/s",
+           "against mlx-lm's", "latency, s")  # fmt: skip
+
+
+def cells(r: Row, theirs: float | None) -> tuple[object, ...]:
+    """The columns of a row."""
+    return (
+        r["model"], r["requests"], r["failed"], r["different"], f"{r['tokens_per_sec']:.1f}",
+        f"{r['tokens_per_sec'] / theirs:.2f}x" if theirs else "-",
+        f"{r['median_latency']:.2f}, worst {r['worst_latency']:.2f}",
+    )  # fmt: skip
 
 
 def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
@@ -104,7 +130,7 @@ def models(work: Path, name: str, layers: int) -> Iterator[tuple[str, Path]]:
         yield THEIRS, theirs
 
 
-def asked(s: ServeBench, label: str, folder: Path) -> Row:
+def asked(s: Serve, label: str, folder: Path) -> Row:
     """Answers, errors and speeds of one model."""
     text, shortest = random.Random(0), s.prompt_bytes // 8
     letters = "abcdefghijklmnopqrstuvwxyz     "
@@ -178,37 +204,3 @@ def serving(folder: Path) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-def cells(r: Row, theirs: float | None) -> tuple[object, ...]:
-    """The columns of a row."""
-    return (
-        r["model"], r["requests"], r["failed"], r["different"], f"{r['tokens_per_sec']:.1f}",
-        f"{r['tokens_per_sec'] / theirs:.2f}x" if theirs else "-",
-        f"{r['median_latency']:.2f}, worst {r['worst_latency']:.2f}",
-    )  # fmt: skip
-
-
-def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """The table."""
-    rows, s = found["rows"], found["settings"]
-    theirs = next((r["tokens_per_sec"] for r in rows if r["model"] == THEIRS), None)
-    return [
-        f"- {s['layers']} layers, random weights, float32; {s['clients']} clients for "
-        f"{s['seconds']:g} s, prompts of {s['prompt_bytes'] // 8} to {s['prompt_bytes']} tokens, "
-        f"{s['max_tokens']} tokens an answer",
-        "",
-        *markdown_table(
-            ("model", "requests", "errors", "unlike the answer given alone", "tok/s",
-             "against mlx-lm's", "latency, s"),
-            [cells(r, theirs) for r in rows],
-        ),
-    ]  # fmt: skip
-
-
-BENCHMARKS = (
-    Benchmark(
-        name="serve", title="mlx_lm.server under many clients", settings=ServeBench,
-        measure=measure, body=body, parts={"rows": ROWS},
-    ),
-)  # fmt: skip

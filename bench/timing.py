@@ -1,5 +1,6 @@
 """Turns, medians, and the timing of subjects of which one at a time is in memory."""
 
+import contextlib
 import dataclasses
 import functools
 import statistics
@@ -44,12 +45,12 @@ def abba_order(items: Sequence[T], repetitions: int) -> Iterator[tuple[T, int]]:
             yield item, repetitions - first
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Case:
     """One subject of a measurement: what to run, and what it costs.
 
     Attributes:
-        row: Its row, without figures. Cases of one backend and model share a subject.
+        row: Its row, which `time_cases` completes. Cases of one backend and model share a subject.
         load: Puts the subject, a `Subject` or a `Trainer`, into memory.
         run: The call, on the subject; may return a `Timed` where it times a part of itself.
         tokens: Of one call, for the rate. 0: no rate.
@@ -60,54 +61,13 @@ class Case:
     run: Callable[[Any], Any]
     tokens: int
 
-
-def time_cases(cases: Sequence[Case], repetitions: int) -> list[Row]:
-    """Time cases in ABBA order, those of one subject in turns while it is in memory.
-
-    When a subject is loaded first, each of its cases is warmed up until two runs agree within a
-    tenth; the second time by one run.
-
-    Returns:
-        A row for each case. One that ran out of memory has that as its status, and no figures.
-    """
-    runs = [_Run(case) for case in cases]
-    groups: dict[tuple[str, str], list[_Run]] = {}
-    for run in runs:
-        groups.setdefault((run.case.row.backend, run.case.row.model), []).append(run)
-    for own, count in abba_order(list(groups.values()), repetitions):
-        _visit(own, count)
-        subjects.release(own[0].case.row.backend)
-    return [run.row() for run in runs]
-
-
-def _visit(own: Sequence["_Run"], count: int) -> None:
-    try:
-        subject = own[0].case.load()
-    except (MemoryError, RuntimeError) as e:
-        _only_memory(e)
-        for run in own:
-            run.status = "out of memory"
-        return
-    for run in own:
-        run.warm_up(subject)
-    actions = {i: functools.partial(run.repeat, subject) for i, run in enumerate(own)}
-    turns(actions, count, warm_up=0)
-
-
-def _only_memory(error: Exception) -> None:
-    """Raise what is not about memory."""
-    if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-        raise error
-
-
-class _Run:
-    def __init__(self, case: Case):
-        self.case, self.status = case, "ok"
+    def __post_init__(self) -> None:
         self._timed: list[Timed] = []
         self._peaks: list[int] = []
         self._cold: float | None = None
 
     def warm_up(self, subject: Any) -> None:
+        """Run until two runs agree within a tenth; in a later visit once."""
         last: float | None = None
         for _ in range(3 if self._cold is None else 1):
             timed = self._once(subject)
@@ -119,43 +79,77 @@ class _Run:
             last = timed.seconds
 
     def repeat(self, subject: Any) -> None:
+        """A timed run."""
         if timed := self._once(subject):
             self._timed.append(timed)
             self._peaks += [peak] if (peak := subject.memory.peak()) is not None else []
 
-    def row(self) -> Row:
-        row, tokens = dataclasses.replace(self.case.row, status=self.status), self.case.tokens
-        if self.status != "ok":
+    def completed(self) -> Row:
+        """The row with the figures of all runs."""
+        row = self.row
+        if row.status != "ok":
             return row
         seconds = [t.seconds for t in self._timed]
         row.ms = _median_ms(seconds)
         row.waited_ms = _median_ms([t.waited for t in self._timed])
         row.peak_bytes = max(self._peaks, default=None)
         row.cache_bytes = self._timed[-1].cache_bytes
-        if tokens:
+        if self.tokens:
             assert self._cold is not None
             row.tokens_per_sec = {
-                "median": tokens / statistics.median(seconds),
-                "min": tokens / max(seconds),
-                "max": tokens / min(seconds),
-                "cold": tokens / self._cold,
-                "values": [tokens / t for t in seconds],
+                "median": self.tokens / statistics.median(seconds),
+                "min": self.tokens / max(seconds),
+                "max": self.tokens / min(seconds),
+                "cold": self.tokens / self._cold,
+                "values": [self.tokens / t for t in seconds],
             }
         return row
 
     def _once(self, subject: Any) -> Timed | None:
-        if self.status != "ok":
+        if self.row.status != "ok":
             return None
         subject.memory.reset()
         began = time.perf_counter()
-        try:
-            outcome = self.case.run(subject)
-        except (MemoryError, RuntimeError) as e:
-            _only_memory(e)
-            self.status = "out of memory"
-            return None
-        took = time.perf_counter() - began
-        return outcome if isinstance(outcome, Timed) else Timed(took)
+        with _if_memory_suffices([self]):
+            outcome = self.run(subject)
+            took = time.perf_counter() - began
+            return outcome if isinstance(outcome, Timed) else Timed(took)
+        return None
+
+
+def time_cases(cases: Sequence[Case], repetitions: int) -> list[Row]:
+    """Time cases in ABBA order, those of one subject in turns while it is in memory.
+
+    Returns:
+        A row for each case. One that ran out of memory has that as its status, and no figures.
+    """
+    groups: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.row.backend, case.row.model), []).append(case)
+    for own, count in abba_order(list(groups.values()), repetitions):
+        _visit(own, count)
+        subjects.framework(own[0].row.backend).release()
+    return [case.completed() for case in cases]
+
+
+def _visit(own: Sequence[Case], count: int) -> None:
+    with _if_memory_suffices(own):
+        subject = own[0].load()
+        for case in own:
+            case.warm_up(subject)
+        turns({i: functools.partial(c.repeat, subject) for i, c in enumerate(own)}, count, 0)
+
+
+@contextlib.contextmanager
+def _if_memory_suffices(cases: Sequence[Case]) -> Iterator[None]:
+    """Where it does not, that is the cases' status."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e).lower():
+            raise
+        for case in cases:
+            case.row.status = "out of memory"
 
 
 def _median_ms(seconds: Sequence[float | None]) -> float | None:

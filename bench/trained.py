@@ -22,8 +22,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from bench.harness import Benchmark, Results, Row, Settings
-from bench.reading import Document, Figure, Positive, Signed, Whole, rows
+from bench.harness import Benchmark, Document, Results, Row
+from bench.rows import Figure, Positive, Signed, Whole, rows
 from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
 from mlx_mla.backends.mlx.decode import MLXDecoder
@@ -36,32 +36,6 @@ from mlx_mla.fields import Bounds, at_least_1, positive
 
 BITS = (None, 8, 4)
 GUESSES = (0, 2, 3, 4, 6)
-
-
-@dataclasses.dataclass(kw_only=True)
-class TrainedBench(Settings):
-    """Measure what quantisation costs trained models, and what a draft model gains."""
-
-    models: tuple[Path, ...]
-    """Run or model folders."""
-    text: Path
-    """UTF-8 text; its last part is held out."""
-    held_out: float = 0.1
-    """Share of the text that the models have not seen."""
-    windows: int = 128
-    """Windows to score, spread evenly over the held-out text."""
-    draft: Optional[Path] = None
-    """A small model to guess for the others."""
-    tokens: int = 200
-    """Tokens to generate with and without the draft model, after each of 8 prompts."""
-
-    packages = ("mlx", "mlx-lm")
-    devices: ClassVar = {"mlx": "auto"}
-    bounds: ClassVar = {
-        "held_out": positive(0.99),
-        "windows": Bounds("be at least 2", 2, 10**6),
-        "tokens": at_least_1(10**6),
-    }
 
 
 QUALITY = rows({
@@ -77,22 +51,84 @@ SPEED = rows({
 """Greedy generation by guessed tokens at a time, and the share of the text that was guessed."""
 
 
-def measure(s: TrainedBench, results: Results) -> None:
-    """Both parts, model by model."""
-    text = corpus.read_documents(str(s.text))[0]
-    unseen = text[int(len(text) * (1 - s.held_out)) :]
-    for path in s.models:
-        folder = ModelFolder(checkpoint.model_folder(path))
-        tokens = np.array(folder.tokenizer.encode(unseen))
-        for row in quantised(s, path.name, folder, tokens):
-            print(row, flush=True)
-            results.add(row, to="quality")
-        for row in drafted(s, path.name, folder, tokens) if s.draft else ():
-            print(row, flush=True)
-            results.add(row, to="speed")
+@dataclasses.dataclass(kw_only=True)
+class Trained(Benchmark):
+    """Measure what quantisation costs trained models, and what a draft model gains."""
+
+    models: tuple[Path, ...]
+    """Run or model folders."""
+    text: Path
+    """UTF-8 text; its last part is held out."""
+    held_out: float = 0.1
+    """Share of the text that the models have not seen."""
+    windows: int = 128
+    """Windows to score, spread evenly over the held-out text."""
+    draft: Optional[Path] = None
+    """A small model to guess for the others."""
+    tokens: int = 200
+    """Tokens to generate with and without the draft model, after each of 8 prompts."""
+
+    name = "trained"
+    title = "Quantised caches and weights, and a draft model"
+    stored: ClassVar = {"quality": QUALITY, "speed": SPEED}
+    packages = ("mlx", "mlx-lm")
+    devices: ClassVar = {"mlx": "auto"}
+    bounds: ClassVar = {
+        "held_out": positive(0.99),
+        "windows": Bounds("be at least 2", 2, 10**6),
+        "tokens": at_least_1(10**6),
+    }
+
+    def measure(self, results: Results) -> None:
+        text = corpus.read_documents(str(self.text))[0]
+        unseen = text[int(len(text) * (1 - self.held_out)) :]
+        for path in self.models:
+            folder = ModelFolder(checkpoint.model_folder(path))
+            tokens = np.array(folder.tokenizer.encode(unseen))
+            parts = {"quality": quantised(self, path.name, folder, tokens)}
+            if self.draft:
+                parts["speed"] = drafted(self, path.name, folder, tokens)
+            for part, found in parts.items():
+                for row in found:
+                    print(row, flush=True)
+                    results.add(row, to=part)
+
+    @staticmethod
+    def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+        s, bits = found["settings"], {None: "as trained", 8: "8 bits", 4: "4 bits"}
+        header = ("model", "weights", "cache", "bytes a token and layer", "perplexity", "change")
+        cells = [
+            (
+                r["model"], bits.get(r["weight_bits"]), bits.get(r["cache_bits"]),
+                f"{r['bytes']:,.0f}", f"{r['perplexity']:.4f}",
+                f"{r['change']:+.2%} ± {r['error']:.2%}",
+            )
+            for r in found["quality"]
+        ]  # fmt: skip
+        lines = [
+            f"- {s['windows']} windows of held-out text, the second half of each scored; float32 "
+            "where not quantised",
+            "",
+            *markdown_table(header, cells),
+        ]
+        if not found["speed"]:
+            return lines
+        header = ("model", "guessed at a time", "tok/s", "against none",
+                  "guessed tokens in the text", "same text")  # fmt: skip
+        base = {r["model"]: r["tokens_per_sec"] for r in reversed(found["speed"])}
+        cells = [
+            (
+                r["model"], r["guesses"] or "none", f"{r['tokens_per_sec']:.0f}",
+                f"{r['tokens_per_sec'] / base[r['model']]:.2f}x", f"{r['accepted']:.0%}",
+                "yes" if r["same_text"] else "NO",
+            )
+            for r in found["speed"]
+        ]  # fmt: skip
+        text = f"Greedy text of {s['tokens']} tokens after 8 prompts, with and without"
+        return [*lines, "", f"{text} `--draft-model`.", "", *markdown_table(header, cells)]
 
 
-def quantised(s: TrainedBench, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
+def quantised(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
     """Perplexity by bits of the cache and of the weights."""
     length, base = folder.config.n_positions, None
     starts = np.linspace(0, len(tokens) - length - 1, s.windows).astype(int)
@@ -163,7 +199,7 @@ def cache_bytes(model: Any, bits: int | None) -> float:
     return float(sum(c.nbytes for c in cache) / len(cache) / cache[0].step)
 
 
-def drafted(s: TrainedBench, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
+def drafted(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
     """Tokens per second and accepted guesses, greedy, by number of guessed tokens."""
     decoder = MLXDecoder(mx.default_device(), folder)
     room = decoder.n_positions - s.tokens
@@ -186,51 +222,3 @@ def drafted(s: TrainedBench, name: str, folder: ModelFolder, tokens: np.ndarray)
             "tokens_per_sec": sum(map(len, texts[1:])) / sum(took[1:]),
             "accepted": accepted / sum(map(len, texts)),
         }  # fmt: skip
-
-
-def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """A table for each part."""
-    s, speed, base = found["settings"], found["speed"], dict[str, float]()
-    for r in speed:
-        base.setdefault(r["model"], r["tokens_per_sec"])
-    bits = {None: "as trained", 8: "8 bits", 4: "4 bits"}
-    lines = [
-        f"- {s['windows']} windows of held-out text, the second half of each scored; float32 where "
-        "not quantised",
-        "",
-        *markdown_table(
-            ("model", "weights", "cache", "bytes a token and layer", "perplexity", "change"),
-            [
-                (
-                    r["model"], bits.get(r["weight_bits"]), bits.get(r["cache_bits"]),
-                    f"{r['bytes']:,.0f}", f"{r['perplexity']:.4f}",
-                    f"{r['change']:+.2%} ± {r['error']:.2%}",
-                )
-                for r in found["quality"]
-            ],
-        ),
-    ]  # fmt: skip
-    if speed:
-        lines += ["", f"Greedy text of {s['tokens']} tokens after 8 prompts, with and without "
-                  "`--draft-model`.", ""]  # fmt: skip
-    return lines + markdown_table(
-        ("model", "guessed at a time", "tok/s", "against none", "guessed tokens in the text",
-         "same text"),
-        [
-            (
-                r["model"], r["guesses"] or "none", f"{r['tokens_per_sec']:.0f}",
-                f"{r['tokens_per_sec'] / base[r['model']]:.2f}x", f"{r['accepted']:.0%}",
-                "yes" if r["same_text"] else "NO",
-            )
-            for r in speed
-        ],
-    )  # fmt: skip
-
-
-BENCHMARKS = (
-    Benchmark(
-        name="trained", title="Quantised caches and weights, and a draft model",
-        settings=TrainedBench, measure=measure, body=body,
-        parts={"quality": QUALITY, "speed": SPEED},
-    ),
-)  # fmt: skip

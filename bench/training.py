@@ -10,15 +10,16 @@ into memories of some sizes. Speed is a measure of compare_backends: `--measures
 import dataclasses
 import gc
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
+from typing_extensions import Self
 
 from bench import compare_report
-from bench.harness import Benchmark, Results, Row, Settings
-from bench.reading import Document, Positive, Whole, record, rows
+from bench.harness import Benchmark, Document, Results, Row
+from bench.rows import Positive, Whole, record, rows
 from bench.rows import Row as Timed
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -30,9 +31,21 @@ from mlx_mla.model.presets import preset
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
+HELD = ("state_bytes", "gradient_bytes", "activation_bytes", "total_bytes")
+"""Of weights and the optimiser's moments, gradients, activations, and the peak."""
+MEMORY = rows({
+    "preset": str, "dtype": str, "checkpoint_every": Whole, "batch_size": Whole, "seq_len": Whole,
+    "measured": record({**dict.fromkeys(HELD, Whole), "total_bytes": Positive}),
+    "estimate": record(dict.fromkeys(("weights_bytes", "optimizer_bytes", *HELD[1:]), Whole)),
+})  # fmt: skip
+PLAN = rows(
+    {"preset": str, "dtype": str, "memory_gb": Whole, "batch": Whole, "batch_checkpointed": Whole}
+)
+"""The largest batches that fit, without and with gradient checkpointing."""
+
 
 @dataclasses.dataclass(kw_only=True)
-class TrainingBench(Settings):
+class Training(Benchmark):
     """Measure the memory of training, and plan batches."""
 
     parts: tuple[Literal["memory", "plan"], ...] = ("memory", "plan")
@@ -57,6 +70,9 @@ class TrainingBench(Settings):
     quick: bool = False
     """The nano preset only: a check that everything runs."""
 
+    name = "training"
+    title = "Memory and speed of training"
+    stored: ClassVar = {"rows": list[Timed], "memory": MEMORY, "plan": PLAN}
     bounds: ClassVar = {
         **dict.fromkeys(("batch_size", "seq_len", "memory_gb"), at_least_1(10**6)),
         "activation_checkpointing": not_negative(10**6),
@@ -67,60 +83,78 @@ class TrainingBench(Settings):
     def devices(self) -> dict[BackendName, DeviceName]:  # type: ignore[override]
         return {"mlx": self.device}
 
-    def checked(self) -> "TrainingBench":
+    def checked(self) -> Self:
         super().checked()
         small = {"models": ("nano",), "batch_size": 2, "seq_len": 64} if self.quick else {}
         for name in self.models:
             preset(name)  # raises for an unknown one
         return dataclasses.replace(self, **small)  # type: ignore[arg-type]
 
+    def measure(self, results: Results) -> None:
+        backend = MLXBackend(self.device)
+        grid = itertools.product(self.models, self.dtypes, self.activation_checkpointing)
+        for name, dtype, every in grid if "memory" in self.parts else ():
+            config = settings(
+                name, dtype=dtype, activation_checkpointing=every,
+                batch_size=self.batch_size, seq_len=self.seq_len,
+            )  # fmt: skip
+            expected = estimate(config, backend.fused_attention(config))
+            row = {
+                "preset": name, "dtype": dtype, "checkpoint_every": every,
+                "batch_size": config.batch_size, "seq_len": config.context,
+                "measured": measure_memory(config, backend, expected),
+                "estimate": {**dataclasses.asdict(expected), "total_bytes": expected.total_bytes},
+            }  # fmt: skip
+            print(*memory_cells(row), sep="  ", flush=True)
+            results.add(row, to="memory")
+        plans = itertools.product(self.models, ("float32", "bfloat16"), self.memory_gb)
+        for name, type_, gb in plans if "plan" in self.parts else ():
+            base = settings(name, dtype=type_, seq_len=self.seq_len)
+            plain, saving = (
+                largest_batch(
+                    dataclasses.replace(base, activation_checkpointing=every),
+                    self.usable * gb * 1e9,
+                )
+                for every in (0, 1)
+            )
+            row = {"preset": name, "dtype": type_, "memory_gb": gb}
+            results.add({**row, "batch": plain, "batch_checkpointed": saving}, to="plan")
 
-HELD = ("state_bytes", "gradient_bytes", "activation_bytes", "total_bytes")
-"""Of weights and the optimiser's moments, gradients, activations, and the peak."""
-MEMORY = rows({
-    "preset": str, "dtype": str, "checkpoint_every": Whole, "batch_size": Whole, "seq_len": Whole,
-    "measured": record({**dict.fromkeys(HELD, Whole), "total_bytes": Positive}),
-    "estimate": record(dict.fromkeys(("weights_bytes", "optimizer_bytes", *HELD[1:]), Whole)),
-})  # fmt: skip
-PLAN = rows(
-    {"preset": str, "dtype": str, "memory_gb": Whole, "batch": Whole, "batch_checkpointed": Whole}
-)
-"""The largest batches that fit, without and with gradient checkpointing."""
-
-
-def measure(bench: TrainingBench, results: Results) -> None:
-    """The parts that --parts names."""
-    backend = MLXBackend(bench.device)
-    if "memory" in bench.parts:
-        for name in bench.models:
-            for dtype in bench.dtypes:
-                for every in bench.activation_checkpointing:
-                    config = settings(
-                        name, dtype=dtype, activation_checkpointing=every,
-                        batch_size=bench.batch_size, seq_len=bench.seq_len,
-                    )  # fmt: skip
-                    row = memory(name, config, backend)
-                    print(*memory_cells(row), sep="  ", flush=True)
-                    results.add(row, to="memory")
-    if "plan" in bench.parts:
-        results.add(*plan(bench), to="plan")
+    @staticmethod
+    def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
+        # Documents of earlier versions have speeds, too.
+        lines = compare_report.body(found, pictures) if found.get("rows") else [""]
+        s = found["settings"]
+        if held := found.get("memory"):
+            header = ["model", "type", "checkpointing", "weights, optimiser", "gradients",
+                      "activations", "peak", "estimate off by"]  # fmt: skip
+            lines += [
+                f"Memory of one step in MLX, batch {s['batch_size']} x {s['seq_len']}, in MB, "
+                "measured / estimated:",
+                "",
+                *markdown_table(header, [memory_cells(r) for r in held]),
+                "",
+            ]
+        if planned := found.get("plan"):
+            header = ["model", "type", *(f"{gb} GB" for gb in {r["memory_gb"]: 0 for r in planned})]
+            cells: dict[tuple[str, str], list[str]] = {}
+            for r in planned:
+                own = cells.setdefault((r["preset"], r["dtype"]), [])
+                own.append(f"{r['batch']} ({r['batch_checkpointed']})")
+            lines += [
+                f"Largest batch of sequences of {s['seq_len']} tokens whose step the estimate fits "
+                f"into {s['usable']:.0%} of a memory (fused attention; with gradient checkpointing "
+                "at every block in brackets):",
+                "",
+                *markdown_table(header, [(*key, *own) for key, own in cells.items()]),
+            ]
+        return lines
 
 
 def settings(name: str, **changes: Any) -> TrainConfig:
     """A preset with one pass a step."""
     base = dataclasses.replace(preset(name), tokens_per_step=None, grad_accum_steps=1)
     return dataclasses.replace(base, **changes).resolved()
-
-
-def memory(name: str, config: TrainConfig, backend: MLXBackend) -> Row:
-    """Bytes that one step in MLX holds, and the estimate of each."""
-    expected = estimate(config, backend.fused_attention(config))
-    return {
-        "preset": name, "dtype": config.dtype, "checkpoint_every": config.activation_checkpointing,
-        "batch_size": config.batch_size, "seq_len": config.context,
-        "measured": measure_memory(config, backend, expected),
-        "estimate": {**dataclasses.asdict(expected), "total_bytes": expected.total_bytes},
-    }  # fmt: skip
 
 
 def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate) -> dict[str, int]:
@@ -157,60 +191,6 @@ def largest_batch(config: TrainConfig, limit: float) -> int:
     return batch
 
 
-def plan(bench: TrainingBench) -> Iterator[Row]:
-    """The largest batch for every memory."""
-    for name, dtype in itertools.product(bench.models, ("float32", "bfloat16")):
-        for gb in bench.memory_gb:
-            plain, saving = (
-                largest_batch(
-                    settings(
-                        name, dtype=dtype, seq_len=bench.seq_len, activation_checkpointing=every
-                    ),
-                    bench.usable * gb * 1e9,
-                )
-                for every in (0, 1)
-            )
-            yield {
-                "preset": name, "dtype": dtype, "memory_gb": gb, "batch": plain,
-                "batch_checkpointed": saving,
-            }  # fmt: skip
-
-
-def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """A table for each part; documents of earlier versions have speeds, too."""
-    lines = compare_report.body(found, pictures) if found.get("rows") else [""]
-    s = found["settings"]
-    if held := found.get("memory"):
-        lines += [
-            f"Memory of one step in MLX, batch {s['batch_size']} x {s['seq_len']}, in MB, "
-            "measured / estimated:",
-            "",
-            *markdown_table(
-                ("model", "type", "checkpointing", "weights, optimiser", "gradients",
-                 "activations", "peak", "estimate off by"),
-                [memory_cells(r) for r in held],
-            ),
-            "",
-        ]  # fmt: skip
-    if planned := found.get("plan"):
-        memories = list(dict.fromkeys(r["memory_gb"] for r in planned))
-        cells: dict[tuple[str, str], list[str]] = {}
-        for r in planned:
-            own = cells.setdefault((r["preset"], r["dtype"]), [])
-            own.append(f"{r['batch']} ({r['batch_checkpointed']})")
-        lines += [
-            f"Largest batch of sequences of {s['seq_len']} tokens whose step the estimate fits "
-            f"into {s['usable']:.0%} of a memory (fused attention; with gradient checkpointing at "
-            "every block in brackets):",
-            "",
-            *markdown_table(
-                ("model", "type", *(f"{gb} GB" for gb in memories)),
-                [(*key, *own) for key, own in cells.items()],
-            ),
-        ]
-    return lines
-
-
 def memory_cells(r: Row) -> tuple[str, ...]:
     """The columns of a row about memory."""
     measured, e = r["measured"], r["estimate"]
@@ -222,12 +202,3 @@ def memory_cells(r: Row) -> tuple[str, ...]:
         *(f"{measured[part] / 1e6:,.0f} / {expected[part] / 1e6:,.0f}" for part in HELD),
         f"{e['total_bytes'] / measured['total_bytes'] - 1:+.0%}",
     )
-
-
-BENCHMARKS = (
-    Benchmark(
-        name="training", title="Memory and speed of training", settings=TrainingBench,
-        measure=measure, body=body,
-        parts={"rows": list[Timed], "memory": MEMORY, "plan": PLAN},
-    ),
-)  # fmt: skip

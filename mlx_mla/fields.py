@@ -132,7 +132,7 @@ def check_bounds(settings: Any) -> None:
     """
     for name, limit in bounds_of(type(settings)).items():
         value = getattr(settings, name)
-        for number in value if isinstance(value, list) else [value]:
+        for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and (problem := limit.problem(number)):
                 raise UserError(f"{flag(name)} {problem}")
 

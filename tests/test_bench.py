@@ -23,9 +23,10 @@ from matplotlib.figure import Figure
 from transformers import StaticCache
 
 from bench import compare_backends as compare
-from bench import subjects, training
+from bench import training
 from bench.rows import Row
-from bench.subjects import costs
+from bench.subjects import costs, framework
+from bench.subjects import mlx as subject_mlx
 from bench.subjects import torch as subject_torch
 from bench.timing import Case, time_cases
 from bench.training import settings
@@ -39,6 +40,9 @@ NARROW = words(
     "--quick --models gpt2-124m mla-124m --batch 1 --context 64",
     "--repetitions 1 --forward-batch 1",
 )
+
+
+RATES = {"matmul_flops": 1e11, "memory_bytes": 1e10}
 
 
 def run(*argv) -> int:
@@ -149,7 +153,7 @@ def test_peak_memory_is_the_subjects_own(attention, kind, width, others):
     config, weights = _weighed(attention)
     resident = mx.ones((others // 4,))
     mx.eval(resident)
-    subject = subjects.load("mlx", "weighed", config, weights, "float32", "cpu")
+    subject = framework("mlx").load("weighed", config, weights, "float32", "cpu")
     held = 12 * BATCH * 4096 * width * 4  # layers x rows x room for 4,096 tokens x values x bytes
     held += sum(w.nbytes for w in weights.values())
     assert subject.decode(BATCH, CONTEXT, 2, kind).cache_bytes > 0.9 * held - 10_000_000
@@ -157,7 +161,7 @@ def test_peak_memory_is_the_subjects_own(attention, kind, width, others):
     # Attention of one layer of twelve may copy its keys and values, scores are small.
     assert held <= peak < 1.35 * held
     del subject, resident
-    subjects.release("mlx")
+    framework("mlx").release()
 
 
 def test_actions_take_turns_and_loaded_subjects_go_there_and_back():
@@ -206,16 +210,16 @@ def test_one_subject_is_in_memory_at_a_time():
 def test_a_trainer_gives_its_memory_back():
     config = settings("nano", dtype="float32", batch_size=1, seq_len=64, compile=False)
     ids = np.ones((1, 64), np.int32)
-    subjects.release("mlx")
+    framework("mlx").release()
     before = mx.get_active_memory()
     for _ in range(2):
-        trainer = subjects.load_trainer("mlx", config, "cpu")
+        trainer = framework("mlx").trainer(config, "cpu")
         trainer.step(ids, ids)
         # AdamW: weights, gradients and two moments, all in float32.
         weights = 4 * num_parameters(config.model)
         assert 3 * weights < trainer.memory.peak() < 20 * weights
         del trainer
-        subjects.release("mlx")
+        framework("mlx").release()
         assert mx.get_active_memory() - before < 0.1 * weights
 
 
@@ -224,7 +228,7 @@ def test_a_trainer_gives_its_memory_back():
 def test_mlx_decodes_with_what_generate_decodes_with(batch, kind):
     """The same tokens as mlx-lm's own loops give after the same cache, pipelined or waited for."""
     config, weights = _weighed("mla")
-    subject = subjects.load("mlx", "weighed", config, weights, "float32", "cpu")
+    subject = framework("mlx").load("weighed", config, weights, "float32", "cpu")
     subject.use(kind)
     cache = subject._filled(batch, 700, 8)
     assert {type(c).__name__ for c in cache} == {"KVCache" if batch == 1 else "BatchKVCache"}
@@ -240,7 +244,7 @@ def test_mlx_decodes_with_what_generate_decodes_with(batch, kind):
 def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
     """Of fixed shape; the numbers are those of the cache that grows."""
     config, weights = _weighed("mla")
-    subject = subjects.load("torch", "weighed", config, weights, "float32", "cpu")
+    subject = framework("torch").load("weighed", config, weights, "float32", "cpu")
     subject.use("latent")
     logits = {}
     for fixed, cache_type in ((False, GrowingCache), (True, StaticCache)):
@@ -269,7 +273,7 @@ def test_the_first_token_needs_the_head_once():
 
 
 def test_a_benchmark_stops_after_its_minutes_and_resumes(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))
+    monkeypatch.setattr(subject_mlx, "rates", lambda *_: RATES)
     argv = [*NARROW, "--models", "mla-124m", "--backends", "mlx", "--measures", "forward"]
     argv += ["--out", str(tmp_path / "out"), "--resume"]
     assert compare.main([*argv, "--minutes", "1e-9"]) == harness.UNFINISHED
@@ -452,7 +456,7 @@ def test_the_report_of_something_else_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(subjects, "rates", lambda *_: (1e11, 1e10))  # seconds, four times
+    monkeypatch.setattr(subject_mlx, "rates", lambda *_: RATES)  # seconds, four times
     monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
     quick = ["--quick", "--repetitions", "1", "--models", "mla-124m"]
     assert run("core", *quick, "--context", "256", "--out", tmp_path / "core") == 0

@@ -1,72 +1,38 @@
 """The registry of subjects: every model of --models in every framework, and their references.
 
-The frameworks are in mlx.py and torch.py, which are imported only when they are asked for. A
-`Candidate` is a subject before it is loaded: at any time one of them is in memory.
+`framework` imports mlx.py or torch.py when it is asked for. A `Candidate` is a subject before it is
+loaded: at any time one of them is in memory.
 """
 
 import dataclasses
 import functools
-import gc
+import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load_file, save_file
 
-from bench.rows import EAGER, PLAIN
-from bench.subjects.contract import Subject, Trainer, Weights
+from bench.subjects.contract import Subject, Weights
 from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.config import BackendName, ModelConfig
 from mlx_mla.model.presets import PRESETS, preset
-from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 OUTSIDE = {"mlx": "mlx-lm gpt2", "torch": "transformers GPT-2"}
 """The ecosystem's GPT-2, by backend."""
 
 
-def load(
-    backend: str, model: str, config: ModelConfig, weights: Weights, dtype: str, device: str,
-    own: bool = True,
-) -> Subject:  # fmt: skip
-    """One of this project's models in a backend; without `own`, the ecosystem's GPT-2."""
-    subject: Subject = _module(backend).load(model, config, weights, dtype, device, own)
-    return subject
+def framework(backend: str) -> Any:
+    """The module of a backend, mlx.py or torch.py; both have the same functions.
 
-
-def load_trainer(backend: str, config: TrainConfig, device: str, way: str = "") -> Trainer:
-    """A training session of this project on random weights, its eager step, or a plain loop."""
-    if way == EAGER:
-        config = dataclasses.replace(config, compile=False)
-    trainer: Trainer = _module(backend).trainer(config, device, plain=way == PLAIN)
-    return trainer
-
-
-def rates(backend: str, dtype: str, device: str, side: int) -> tuple[float, float]:
-    """What the device does at best in this framework: matmul FLOP/s, and bytes per second of a
-    large copy or matrix-vector product of `side` squared values, which must not fit into its
-    caches."""
-    found: tuple[float, float] = _module(backend).rates(dtype, device, side)
-    return found
-
-
-def release(backend: str) -> None:
-    """Give back what subjects of a backend held that nothing refers to any more."""
-    gc.collect()
-    _module(backend).release()
-
-
-def _module(backend: str) -> Any:
+    Raises:
+        UserError: If a package that it needs is missing.
+    """
     try:
-        if backend == "mlx":
-            from bench.subjects import mlx
-
-            return mlx
-        from bench.subjects import torch
-
-        return torch
+        return importlib.import_module(f"bench.subjects.{backend}")
     except ModuleNotFoundError as e:
         raise UserError(
             f"backend {backend}: {e.name} is not installed; pip install {e.name}"
@@ -81,7 +47,7 @@ class Candidate:
         weights: Name of the model whose weights it has; `model` is another for an outside GPT-2.
     """
 
-    backend: str
+    backend: BackendName
     model: str
     weights: str
     config: ModelConfig
@@ -118,17 +84,19 @@ class Models:
         return next((n for n, c in self.configs.items() if not c.beyond_gpt2), None)
 
     def candidates(
-        self, backends: tuple[str, ...], dtype: str, device: str, outside: bool
+        self, backends: Sequence[BackendName], dtype: str, device: str, outside: bool
     ) -> list[Candidate]:
         """Every model in every backend; with `outside`, the ecosystem's GPT-2 after ours."""
 
-        def candidate(b: str, name: str, own: bool) -> Candidate:
+        def candidate(b: BackendName, name: str, own: bool) -> Candidate:
             config, model = self.configs[name], name if own else OUTSIDE[b]
 
-            def loaded() -> Subject:
-                return load(b, model, config, self._read[name](), dtype, device, own)
+            def load() -> Subject:
+                weights = self._read[name]()
+                subject: Subject = framework(b).load(model, config, weights, dtype, device, own)
+                return subject
 
-            return Candidate(b, model, name, config, loaded)
+            return Candidate(b, model, name, config, load)
 
         return [
             candidate(b, name, own)

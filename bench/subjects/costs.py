@@ -2,12 +2,7 @@
 
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.estimate import BYTES, forward_flops_per_token
-from mlx_mla.model.weights import num_parameters, parameter_shapes
-
-
-def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of the weights in the compute type."""
-    return num_parameters(config) * BYTES[dtype]
+from mlx_mla.model.weights import parameter_shapes
 
 
 def cache_bytes(config: ModelConfig, kind: str, dtype: str) -> int:
@@ -18,7 +13,7 @@ def cache_bytes(config: ModelConfig, kind: str, dtype: str) -> int:
 
 
 def flops(
-    measure: str, config: ModelConfig, kind: str, batch: int, context: int, steps: int = 1
+    measure: str, config: ModelConfig, kind: str | None, batch: int, context: int, steps: int = 1
 ) -> float:
     """FLOPs of a call of a measure on sequences of `context` tokens, cached ones in decoding; 0
     where they are not counted."""

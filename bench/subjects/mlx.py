@@ -1,5 +1,7 @@
 """Models in MLX: this project's, and mlx-lm's own GPT-2."""
 
+import dataclasses
+import gc
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -10,6 +12,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import gpt2
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
+from bench.rows import EAGER, Rates
 from bench.subjects.contract import Subject, Timed, Trainer, Weights, gpt2_shape, seconds
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -165,7 +168,7 @@ def _timed(tokens: Generator[Any, None, None], count: int) -> float:
 
 
 def load(
-    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool
+    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool = True
 ) -> MLXSubject:
     """One of this project's models; without `own`, mlx-lm's `gpt2` with the weights of our MHA
     model."""
@@ -181,20 +184,23 @@ def load(
     return MLXSubject(model, network, config, dtype, memory)
 
 
-def trainer(config: TrainConfig, device: str, plain: bool = False) -> Trainer:
-    """A training session of this project."""
+def trainer(config: TrainConfig, device: str, way: str = "") -> Trainer:
+    """A training session of this project on random weights; its eager step if that is the way."""
     memory = MLXMemory()
+    config = dataclasses.replace(config, compile=config.compile and way != EAGER)
     start = Start(initial_weights(config.model, 0))
     return Trainer(config, MLXBackend(device).train_session(config, start), memory)
 
 
 def release() -> None:
-    """Give freed buffers back to the system."""
+    """Give back what subjects held that nothing refers to any more."""
+    gc.collect()
     mx.clear_cache()
 
 
-def rates(dtype: DType, device: str, side: int) -> tuple[float, float]:
-    """See `bench.subjects.rates`."""
+def rates(dtype: DType, device: str, side: int) -> Rates:
+    """What the device does at best; memory by a large copy or matrix-vector product of `side`
+    squared values, which must not fit into its caches."""
     backend = MLXBackend(device)
     mx.set_default_device(backend.device)
     b, v = mx.full((side, side), 0.5), mx.full((side,), 0.5)
@@ -205,4 +211,4 @@ def rates(dtype: DType, device: str, side: int) -> tuple[float, float]:
 
     product = min(best(lambda: b @ v), best(lambda: v @ b))
     memory = max(2 * b.nbytes / best(lambda: b + 1), b.nbytes / product)
-    return backend.peak_flops(dtype, seconds=0.2), memory
+    return {"matmul_flops": backend.peak_flops(dtype, seconds=0.2), "memory_bytes": memory}

@@ -1,6 +1,7 @@
 """Models in PyTorch: this project's, transformers' own GPT-2, and a plain training loop."""
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
+from bench.rows import PLAIN, Rates
 from bench.subjects.contract import Subject, Timed, Trainer, Weights, gpt2_shape, seconds
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
@@ -196,18 +198,18 @@ class PlainLoop:
         loss.item()
 
 
-def trainer(config: TrainConfig, device: str, plain: bool = False) -> Trainer:
-    """A training session of this project, or the plain loop."""
+def trainer(config: TrainConfig, device: str, way: str = "") -> Trainer:
+    """A training session of this project on random weights; the plain loop if that is the way."""
     place = TorchBackend(device).device
     memory = TorchMemory(place)
-    if plain:
+    if way == PLAIN:
         return Trainer(config, PlainLoop(config, place), memory)
     session = TorchTrainSession(place, config, Start(initial_weights(config.model, 0)))
     return Trainer(config, session, memory)
 
 
 def load(
-    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool
+    model: str, config: ModelConfig, weights: Weights, dtype: str, device: str, own: bool = True
 ) -> TorchSubject:
     """One of this project's models; without `own`, transformers' GPT2LMHeadModel with the weights
     of our MHA model."""
@@ -218,7 +220,8 @@ def load(
 
 
 def release() -> None:
-    """Give freed memory back to the driver."""
+    """Give back what subjects held that nothing refers to any more."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
@@ -237,8 +240,8 @@ def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
     return network
 
 
-def rates(dtype: DType, device: str, side: int) -> tuple[float, float]:
-    """See `bench.subjects.rates`."""
+def rates(dtype: DType, device: str, side: int) -> Rates:
+    """As mlx.py's."""
     backend = TorchBackend(device)
     place = backend.device
     b = torch.full((side, side), 0.5, device=place)
@@ -250,7 +253,7 @@ def rates(dtype: DType, device: str, side: int) -> tuple[float, float]:
     size = b.numel() * b.element_size()
     product = min(best(lambda: b @ v), best(lambda: v @ b))
     memory = max(2 * size / best(lambda: target.copy_(b)), size / product)
-    return backend.peak_flops(dtype, seconds=0.2), memory
+    return {"matmul_flops": backend.peak_flops(dtype, seconds=0.2), "memory_bytes": memory}
 
 
 def _synchronize(device: torch.device, _: Any = None) -> None:
