@@ -49,8 +49,8 @@ from bench.compare_pictures import figures
 from bench.compare_report import body
 from bench.harness import Results, Resumable, run
 from bench.rows import EAGER, ORIGINAL, PLAIN, Parity, Rates, Row
-from bench.subjects import Candidate, Models, costs, framework
-from bench.subjects.contract import Subject, Timed, Trainer
+from bench.subjects import Candidate, Models, framework
+from bench.subjects.contract import Subject, Timed, Trainer, cache_bytes, call_flops
 from bench.timing import Case, time_cases
 from mlx_mla import cli
 from mlx_mla.fields import at_least_1, positive
@@ -271,7 +271,7 @@ class Bench:
             for c, kind in self._decoders():
                 # Few steps where each takes long.
                 steps = 8 if batch == 1 and kind != "none" else 2
-                size = costs.cache_bytes(c.config, kind, self.s.dtype) * context * batch
+                size = cache_bytes(c.config, kind, self.s.dtype) * context * batch
                 fits = size <= self.s.max_cache_gb * 1e9 and (kind != "none" or batch == 1)
                 if fits and context + steps + 2 <= c.config.n_positions:
                     call = "decode", batch, context, steps, kind
@@ -357,14 +357,14 @@ class Bench:
     ) -> Case:  # fmt: skip
         """A case that calls a subject's method, the first of `call`, with the rest of it."""
         way, dtype = ORIGINAL if kind == "none" else way, self.s.dtype
-        width = costs.cache_bytes(c.config, kind, dtype) if kind else None
+        width = cache_bytes(c.config, kind, dtype) if kind else None
         weights = num_parameters(c.config) * BYTES[dtype]
         cached = (width or 0) * context * batch if measure == "decoding" else 0
         row = Row(
             measure=measure, backend=c.backend, model=f"{way} ({c.model})" if way else c.model,
             cache=kind, batch=batch, context=context, weight_bytes=weights,
             cache_bytes_per_token=width, bytes=float(steps * (weights + cached)),
-            flops=costs.flops(measure, c.config, kind, batch, context, steps),
+            flops=call_flops(measure, c.config, kind, batch, context, steps),
         )  # fmt: skip
         counts = {"decoding": batch * steps, "chunk": steps, "save": 0}
         tokens = counts.get(measure, batch * context)

@@ -17,6 +17,7 @@ more than the first.
 
 import dataclasses
 import functools
+import json
 import statistics
 import tempfile
 import threading
@@ -25,12 +26,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
+import lm_eval
 import numpy as np
 import psutil
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from typing_extensions import NotRequired, Self
 
-from bench import referee
 from bench.harness import PACKAGES, Benchmark, Document, Results, Row
 from bench.rows import Figure, Positive, Positives, Whole, rows
 from bench.subjects.contract import seconds
@@ -56,6 +58,12 @@ TARGET = 1.9
 FORWARD = (8, 128)
 """Rows and tokens of the plain forward pass, about those of a pass of the tasks."""
 REFEREE = "lm_eval hf"
+YAMLS = {
+    "wikitext2": "wikitext/wikitext.yaml",
+    "lambada": "lambada/lambada_openai.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+}
+"""lm_eval's definition of each of our tasks."""
 ROWS = rows({
     "task": str, "subject": str, "items": Whole, "items_per_second": Positive, "acc": Figure,
     "seconds": Positives, "memory": list[list[Figure]],
@@ -176,12 +184,12 @@ def timed(
     """A row of each subject on a task, for which `work` is a folder."""
     data = sample(bench, name, work)
     file = data / TASKS[name].files["standard"]
-    referees = referee.local_tasks({name: file}, work)
+    referees = local_tasks({name: file}, work)
 
     def subject(scorer: Scorer | None) -> Callable[..., Any]:
         def run(limit: int | None = None) -> Any:
             if scorer is None:
-                return referee.evaluate(theirs, referees, name, bench.batch_size, limit)
+                return evaluate(theirs, referees, name, bench.batch_size, limit)
             documents = load(TIMED[name], "standard", data, None, 0)[:limit]
             task = PreparedTask(TIMED[name], documents, "standard", setup(scorer))
             return metrics(task.run(scorer, bench.batch_size))
@@ -212,6 +220,42 @@ def timed(
             }
         rows.append(row)
     return rows
+
+
+def local_tasks(files: Mapping[str, Path], folder: Path) -> TaskManager:
+    """lm_eval's own tasks, as `local_NAME`, reading local files.
+
+    Args:
+        files: JSON-lines file of each task by our name, with the fields that the hub's has.
+        folder: Where to write the definitions.
+    """
+    own = Path(lm_eval.__file__).parent / "tasks"
+    for name, data in files.items():
+        definition = {
+            "include": str(own / YAMLS[name]), "task": f"local_{name}", "dataset_path": "json",
+            "dataset_name": None, "training_split": None, "validation_split": None,
+            "test_split": "test", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        }  # fmt: skip
+        text = json.dumps(definition)  # which is YAML, too
+        (folder / f"local_{name}.yaml").write_text(text, encoding="utf-8")
+    return TaskManager(include_path=str(folder))
+
+
+def evaluate(
+    model: Any, tasks: TaskManager, name: str, batch_size: int, limit: int | None = None
+) -> dict[str, float]:
+    """lm_eval's metrics of one local task.
+
+    Args:
+        model: An `lm_eval.models.huggingface.HFLM`.
+        limit: First items only (for warming up).
+    """
+    outcome = lm_eval.simple_evaluate(
+        model=model, tasks=[f"local_{name}"], task_manager=tasks, batch_size=batch_size,
+        limit=limit, bootstrap_iters=0,
+    )  # fmt: skip
+    results: dict[str, Any] = outcome["results"][f"local_{name}"]
+    return {k.removesuffix(",none"): v for k, v in results.items() if isinstance(v, float)}
 
 
 def setup(scorer: Scorer) -> TaskSetup:

@@ -21,12 +21,11 @@ import tyro
 from bench.harness import cores, machine
 from bench.studying.pictures import draw
 from bench.studying.plan import Study
-from bench.studying.pool import Pool, agenda, flops
+from bench.studying.pool import Pool, Trainer, agenda, flops
 from bench.studying.reading import read_study
 from bench.studying.report import markdown
 from bench.studying.results import Outcome, Results
 from bench.studying.summary import Summary, student, summarise
-from bench.studying.trainer import Trainer
 from mlx_mla import cli
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_tokenizer

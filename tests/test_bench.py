@@ -25,9 +25,10 @@ from transformers import StaticCache
 from bench import compare_backends as compare
 from bench import training
 from bench.rows import Row
-from bench.subjects import costs, framework
+from bench.subjects import framework
 from bench.subjects import mlx as subject_mlx
 from bench.subjects import torch as subject_torch
+from bench.subjects.contract import call_flops
 from bench.timing import Case, time_cases
 from bench.training import settings
 from mlx_mla import train
@@ -268,7 +269,7 @@ def test_the_first_token_needs_the_head_once():
     c = c.resolved()
     matrices = 2 * (8 * 24 + 8 * 8 + 2 * 8 * 32)
     scores = 2 * 2 * 2 * 8 * 5.5  # layers x (scores and values) x a multiply-add x width x keys
-    found = costs.flops("first token", c, "materialized", 1, 10)
+    found = call_flops("first token", c, "materialized", 1, 10)
     assert found == 10 * (2 * matrices + scores) + 2 * 8 * 100
 
 

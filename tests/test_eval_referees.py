@@ -61,7 +61,7 @@ def theirs(folder, sample, tmp_path_factory):
     """lm_eval's results through its `hf` model, with its own tasks pointed at the same files."""
     from lm_eval.models.huggingface import HFLM
 
-    from bench import referee
+    from bench import evaluation
 
     pages = tmp_path_factory.mktemp("pages") / "pages.jsonl"
     documents = TASKS["wikitext2"].documents_from_file(
@@ -76,11 +76,11 @@ def theirs(folder, sample, tmp_path_factory):
         "lambada": sample / "lambada/lambada_test.jsonl",
         "hellaswag": sample / "hellaswag/hellaswag_val.jsonl",
     }
-    tasks = referee.local_tasks(files, tmp_path_factory.mktemp("tasks"))
+    tasks = evaluation.local_tasks(files, tmp_path_factory.mktemp("tasks"))
     model = HFLM(
         pretrained=str(folder), trust_remote_code=True, dtype="float32", device="cpu", batch_size=8
     )
-    return {name: referee.evaluate(model, tasks, name, 8) for name in files}
+    return {name: evaluation.evaluate(model, tasks, name, 8) for name in files}
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

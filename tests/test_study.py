@@ -25,12 +25,11 @@ from bench.harness import cores
 from bench.studying import pictures
 from bench.studying.pictures import far_arms
 from bench.studying.plan import settings
-from bench.studying.pool import agenda
+from bench.studying.pool import agenda, make_room, run_toml
 from bench.studying.reading import read_study
 from bench.studying.results import RESULTS, Results, thinned
 from bench.studying.search import search
 from bench.studying.summary import Interval, holm, interval, pooled, summarise, verdict
-from bench.studying.trainer import make_room, run_toml
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml
 from mlx_mla.model.presets import overlay, preset

@@ -1,6 +1,15 @@
-"""What a study has still to run, and running it side by side, with progress for the whole study."""
+"""What a study has still to run, and running it: each run in a process of its own, several side by
+side, with progress for the whole study."""
 
 import dataclasses
+import fcntl
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +17,22 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.harness import cores
-from bench.studying.plan import Run, Study
-from bench.studying.results import Outcome, Results
-from bench.studying.trainer import Trainer
+from bench.studying.plan import Run, Study, settings
+from bench.studying.results import LARGEST_LOSS, Outcome, Results, thinned
+from mlx_mla.errors import UserError
+from mlx_mla.files import parse_toml, write_text
 from mlx_mla.model.estimate import forward_flops_per_token
+from mlx_mla.model.presets import overlay, preset, to_toml
+from mlx_mla.training.metrics import METRICS, read_metrics
 from mlx_mla.training.recovery import catch_signals
+from mlx_mla.training.run_folder import CONFIG, run_config
 
 POLL_SECONDS = 0.5
+THREADS = (
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    "VECLIB_MAXIMUM_THREADS",
+)
+"""Variables that set how many threads the libraries use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +70,152 @@ def agenda(study: Study, results: Results) -> Agenda:
 def flops(run: Run) -> float:
     """Training FLOPs of a run, from which the remaining time is estimated."""
     return 3.0 * forward_flops_per_token(run.config.model, run.config.context) * run.tokens
+
+
+class Trainer:
+    """Trains a run in a folder by `python -m mlx_mla.train --auto-resume`.
+
+    A killed study leaves its trainers running. Each holds the lock of its run's folder, which a new
+    trainer waits for, so no two write one folder.
+
+    Args:
+        run: What to train.
+        runs: The folder of all runs.
+        threads: Threads of the process.
+    """
+
+    def __init__(self, run: Run, runs: Path, threads: int):
+        self.run, self.folder, self._threads = run, runs / run.name, threads
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            raise UserError(f"{self.folder}: cannot be written: {e.strerror}") from e
+        self.began_at = self.step
+        """The last step of an earlier start."""
+        self.poll()
+
+    @property
+    def waits(self) -> bool:
+        """Whether another process still trains this run."""
+        return self._process is None
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        rows = read_metrics(self.folder / METRICS)
+        return rows[-1]["step"] if rows else 0
+
+    def poll(self) -> Outcome | None:
+        """The outcome of the run once it has finished.
+
+        Raises:
+            UserError: If it ended otherwise than by finishing or diverging.
+        """
+        if self._process is None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            self._start()
+            return None
+        code = self._process.poll()
+        if code is None:
+            return None
+        os.close(self._lock)
+        if code == 0:
+            return self._outcome(None)
+        said = self._beside(".log").read_text(encoding="utf-8", errors="replace").strip()
+        last = said.splitlines()[-1] if said else "it said nothing"
+        if code == 2 and last.startswith("error: training diverged"):
+            return self._outcome(last.removeprefix("error: ").partition(" and was stopped")[0])
+        how = f"was killed by signal {-code}" if code < 0 else last.removeprefix("error: ")
+        raise UserError(
+            f"{self.run.name}: {how}; its output is in {self._beside('.log')}; run the study again "
+            "to resume"
+        )
+
+    def stop(self) -> None:
+        """Tell the run to save a checkpoint and end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait until the process has ended."""
+        if self._process is not None:
+            self._process.wait()
+
+    def tidy(self) -> None:
+        """Remove the files beside the folder of a finished run."""
+        for suffix in (".toml", ".log", ".lock"):
+            self._beside(suffix).unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        make_room(self.folder, self.run)
+        write_text(self._beside(".toml"), run_toml(self.run))
+        command = [sys.executable, "-m", "mlx_mla.train", "--auto-resume"]
+        command += ["--config", str(self._beside(".toml")), "--out", str(self.folder)]
+        # Without a terminal, mlx_mla.train writes plain lines; they go to the log.
+        with self._beside(".log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env={**os.environ, **dict.fromkeys(THREADS, str(self._threads))},
+                pass_fds=[self._lock],  # the lock lasts as long as the trainer does
+                start_new_session=True,  # Ctrl-C comes from us, once
+            )  # fmt: skip
+
+    def _outcome(self, diverged: str | None) -> Outcome:
+        rows = read_metrics(self.folder / METRICS)
+        train = [row for row in rows if row["split"] == "train"]
+        held_out = [row for row in rows if row["split"] == "val"]
+        finished = bool(held_out) and held_out[-1]["step"] == self.run.config.steps
+        if diverged is None and not finished:
+            raise UserError(f"{self.folder}: has no final held-out loss; remove it and run again")
+        loss = held_out[-1]["loss"] if finished else math.inf
+        if diverged is None and loss > LARGEST_LOSS:
+            diverged = f"training diverged to a loss of {loss:g}"
+        speeds = [row["tokens_per_sec"] for row in train[1:] or train]
+        return {
+            "loss": None if diverged else loss,
+            **({"diverged": diverged} if diverged else {}),
+            "curve": thinned([[row["tokens"], round(row["loss"], 5)] for row in held_out]),
+            "seconds": rows[-1]["seconds"] if rows else 0.0,
+            "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+            "threads": self._threads,
+        }
+
+    def _beside(self, suffix: str) -> Path:
+        return self.folder.with_name(self.folder.name + suffix)
+
+
+def make_room(folder: Path, run: Run) -> None:
+    """Make sure that a folder is empty or holds the beginning of this very run.
+
+    The beginning of another run, from before the study was changed, is moved aside. What a run left
+    that was killed before it wrote its settings is removed.
+    """
+    if not (folder / CONFIG).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    if settings(run_config(folder).resolved()) == settings(run.config):
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.other-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def run_toml(run: Run) -> str:
+    """The settings file of a run, for --config of mlx_mla.train."""
+    text, base = to_toml(run.config), preset(run.config.preset)
+    # A setting that is unset has no line, and falls back to the preset's value.
+    if overlay(base, parse_toml(text, "the run"), "the run") != run.config:
+        raise UserError(
+            f"preset {base.preset} sets something that arm {run.arm} must leave unset; use another "
+            "preset under [base]"
+        )
+    return text
 
 
 class Pool:

@@ -267,17 +267,15 @@ class Results:
 
     def _losses(self, run: Run, name: str) -> dict[float, float]:
         """Losses of the finished runs that differ from one in a setting alone, by the setting."""
-        if name not in self._grids:
-            grids = self._grids[name] = {}
-            for r in self._by_key.values():
-                if name in r.settings:
-                    grid = grids.setdefault(_without(r.settings, {name}), {})
-                    grid[r.settings[name]] = math.inf if r.loss is None else r.loss
-        return self._grids[name].get(_without(settings(run.config), {name}), {})
+        own = settings(run.config)
+        return {
+            r.settings[name]: math.inf if r.loss is None else r.loss
+            for r in self._by_key.values()
+            if name in r.settings and r.settings == {**own, name: r.settings[name]}
+        }
 
     def _index(self) -> None:
         self._by_key: dict[str, Record] = {}
-        self._grids: dict[str, dict[str, dict[float, float]]] = {}
         seen: dict[tuple[str, str], int] = {}
         for number, r in enumerate(self.records, 1):
             run = key(r.settings)
