@@ -5,6 +5,7 @@ that the axis is about the difference; without one, in tokens per second.
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from bench.harness import Document, Picture
@@ -18,42 +19,40 @@ Lines = dict[str, list[tuple[tuple[int, int], float]]]
 
 def base_of(rows: Sequence[Row], row: Row, baseline: str | None) -> Row | None:
     """The row of the model that ratios are against, under the same conditions."""
-    for r in rows:
-        same = all(
-            getattr(r, k) == getattr(row, k) for k in ("measure", "backend", "batch", "context")
-        )
-        if same and r.speed and r.model == baseline:
-            return r
-    return None
+
+    def conditions(r: Row) -> tuple[Any, ...]:
+        return r.measure, r.backend, r.batch, r.context
+
+    own = (r for r in rows if r.model == baseline and r.speed and conditions(r) == conditions(row))
+    return next(own, None)
 
 
 def figures(found: Document) -> dict[str, Picture]:
     """What the rows allow: the speed of each measure, and the memory of the cache."""
-    rows = [r for r in found["rows"] if r.speed]
+    rows: list[Row] = [r for r in found["rows"] if r.speed]
     baseline = found.get("baseline")
-    drawn: dict[str, Picture] = {}
-    for measure in ("forward", "first token", "training", "decoding"):
-        own = [r for r in rows if r.measure == measure]
-        by_backend = {b: [r for r in own if r.backend == b] for b in ("mlx", "torch")}
-        if measure != "decoding":
-            panels = {b: _lines(rows, baseline) for b, rows in by_backend.items()}
-            _add(drawn, measure.split()[0], panels, f"{measure}: speed", baseline)
-            continue
-        for backend, rows_of_backend in by_backend.items():
-            field = "batch" if baseline else "model"
-            values = dict.fromkeys(getattr(r, field) for r in rows_of_backend if r.cache != "none")
-            order = sorted(values) if baseline else values
-            panels = {
-                f"batch {value}" if baseline else value: _lines(
-                    [r for r in rows_of_backend if value in (r.batch, r.way[0])], baseline
-                )
-                for value in order
-            }
-            title = f"{backend}: decoding speed"
-            _add(drawn, f"decoding-{backend}", panels, title, baseline)
+    drawn: dict[str, Picture | None] = {}
+    for measure in ("forward", "first token", "training"):
+        panels = {
+            backend: _lines(
+                [r for r in rows if (r.measure, r.backend) == (measure, backend)], baseline
+            )
+            for backend in ("mlx", "torch")
+        }
+        drawn[measure.split()[0]] = _speeds(panels, f"{measure}: speed", baseline)
+    for backend in ("mlx", "torch"):
+        own = [r for r in rows if (r.measure, r.backend) == ("decoding", backend)]
+        if baseline:
+            batches = sorted({r.batch for r in own if r.cache != "none"})
+            groups = {f"batch {b}": [r for r in own if r.batch == b] for b in batches}
+        else:
+            models = dict.fromkeys(r.model for r in own if r.cache != "none")
+            groups = {model: [r for r in own if r.way[0] == model] for model in models}
+        panels = {name: _lines(group, baseline) for name, group in groups.items()}
+        drawn[f"decoding-{backend}"] = _speeds(panels, f"{backend}: decoding speed", baseline)
     if widths := [r for r in rows if r.measure == "decoding" and r.cache_bytes_per_token]:
         drawn["cache"] = _cache(widths)
-    return drawn
+    return {name: picture for name, picture in drawn.items() if picture}
 
 
 def _lines(rows: Sequence[Row], baseline: str | None) -> Lines:
@@ -71,18 +70,12 @@ def _lines(rows: Sequence[Row], baseline: str | None) -> Lines:
     return {name: sorted(points) for name, points in lines.items()}
 
 
-def _add(
-    drawn: dict[str, Picture],
-    name: str,
-    panels: Mapping[str, Lines],
-    title: str,
-    baseline: str | None,
-) -> None:
-    """Draw a panel for each entry that has lines, against batch and context."""
+def _speeds(panels: Mapping[str, Lines], title: str, baseline: str | None) -> Picture | None:
+    """A panel for each entry that has lines, against batch and context."""
     panels = {name: lines for name, lines in panels.items() if lines}
     longest = max((len(x) for lines in panels.values() for x in lines.values()), default=0)
     if longest < (1 if baseline else 2):
-        return
+        return None
     names = list(dict.fromkeys(n for lines in panels.values() for n in lines))
     styles = {name: style(i + bool(baseline)) for i, name in enumerate(names)}
     columns = min(2, len(panels))
@@ -117,12 +110,11 @@ def _add(
             ax.set_xlabel("batch x tokens" if several else "tokens", fontsize=9)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
-            label_ends(ax, ends, size=7.5)
-        fig.suptitle(
-            f"{title}, {f'times that of {baseline}' if baseline else 'tok/s'}", fontsize=10
-        )
+            label_ends(ax, ends, 7.5)
+        unit = f"times that of {baseline}" if baseline else "tok/s"
+        fig.suptitle(f"{title}, {unit}", fontsize=10)
 
-    drawn[name] = Picture(paint, (width, height))
+    return Picture(paint, (width, height))
 
 
 def _limit(ax: Any, values: Sequence[float], ratios: bool) -> None:
@@ -167,7 +159,7 @@ def _cache(rows: Sequence[Row]) -> Picture:
         ax.set_ylabel("cache of one sequence (MB)")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-        label_ends(ax, ends, size=8)
+        label_ends(ax, ends, 8)
 
     return Picture(paint, (7, 3.6))
 
@@ -181,15 +173,12 @@ def style(index: int) -> dict[str, Any]:
     return {"color": f"C{(index - 1) % 10}", "linestyle": lines[(index - 1) // 10 % len(lines)]}
 
 
-def label_ends(
-    ax: Any, ends: Sequence[tuple[float, float, str, str]], at: float = 1.0, size: float = 8
-) -> None:
+def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]], size: float) -> None:
     """Write names beside the ends of lines, each joined to its own, none on another.
 
     Args:
         ax: Axes whose limits are final.
         ends: (x, y, name, colour) of each line's end, in data coordinates.
-        at: Left of the names, as a share of the axes' width; 1 is the right edge.
         size: Points of the letters.
     """
     height = ax.get_window_extent().height / ax.figure.dpi * 72
@@ -200,10 +189,10 @@ def label_ends(
     placed = spread([place[1] for place in places], gap)
     heights = [max(label, LOWEST + i * gap) for i, label in enumerate(placed)]
     for (x, y, name, color), label in zip(places, heights):
-        joint = [x, at + 0.03], [y, label]
+        joint = [x, 1.03], [y, label]
         ax.plot(*joint, color=color, lw=0.6, alpha=0.6, transform=ax.transAxes, clip_on=False)
         where = {"va": "center", "transform": ax.transAxes}
-        ax.text(at + 0.035, label, name, color=color, fontsize=size, **where)
+        ax.text(1.035, label, name, color=color, fontsize=size, **where)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -212,17 +201,10 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     Heights that are too close form a group, which is centred where its members were.
     """
     groups: list[list[float]] = []
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
+    for i, height in enumerate(heights):
+        groups.append([height - i * gap])  # of which no group may be below the one before it
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
             last = groups.pop()
             groups[-1] += last
-    return [_bottom(group, gap) + i * gap for group in groups for i in range(len(group))]
-
-
-def _bottom(group: list[float], gap: float) -> float:
-    return sum(group) / len(group) - (len(group) - 1) * gap / 2
-
-
-def _top(group: list[float], gap: float) -> float:
-    return sum(group) / len(group) + (len(group) - 1) * gap / 2
+    levels = [fmean(group) for group in groups for _ in group]
+    return [level + i * gap for i, level in enumerate(levels)]

@@ -35,10 +35,8 @@ from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start, Teacher
 from mlx_mla.backends.torch.load import build_model
-from mlx_mla.data import corpus
-from mlx_mla.data.shards import training_part
+from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_tokenizer
-from mlx_mla.data.windows import TokenWindows
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
 from mlx_mla.fields import at_least_1, fraction, not_negative, positive
@@ -170,11 +168,10 @@ class Bench:
             )
         self.weights = folder.weights()
         tokenizer = get_tokenizer(self.run.tokenizer, self.run.bpe_dir)
-        tokens = corpus.tokenize(corpus.read_documents(self.run.data), tokenizer)
-        cut = training_part(len(tokens), self.run.val_fraction)
-        self._training, held_out = tokens[:cut], tokens[cut:]
-        windows = TokenWindows(held_out, self.run.context, 0, self.config.vocab_size or 0)
-        self._batches = list(windows.sequential(16, math.ceil(options.held_out_windows / 16)))
+        # Another seed than the run's: fine-tuning has other windows and another order.
+        self._data = TrainingData(dataclasses.replace(self.run, seed=self.run.seed + 1), tokenizer)
+        number = math.ceil(options.held_out_windows / 16)
+        self._batches = list(self._data.val.sequential(16, number))
         self._text = Text(self.run.data, tokenizer.fast_tokenizer(), self.run.context)
 
     def window_losses(self, config: ModelConfig, weights: Weights) -> np.ndarray:
@@ -248,10 +245,8 @@ class Bench:
             )
             teacher = Teacher(self.config, self.weights, len(self._text.tokenizer))
         session = get_backend("torch", "cpu").train_session(settings, Start(weights), teacher)
-        # Another seed than the run's: other windows and another order.
-        data = TokenWindows(self._training, run.context, run.seed + 1, config.vocab_size or 0)
         for step in range(steps):
-            session.step(step, learning_rate(settings, step), [data.batch(step, size)])
+            session.step(step, learning_rate(settings, step), [self._data.train.batch(step, size)])
         return session.weights()
 
 

@@ -190,9 +190,7 @@ def timed(
         def run(limit: int | None = None) -> Any:
             if scorer is None:
                 return evaluate(theirs, referees, name, bench.batch_size, limit)
-            documents = load(TIMED[name], "standard", data, None, 0)[:limit]
-            task = PreparedTask(TIMED[name], documents, "standard", setup(scorer))
-            return metrics(task.run(scorer, bench.batch_size))
+            return metrics(prepared(scorer, name, data, limit).run(scorer, bench.batch_size))
 
         return run
 
@@ -214,10 +212,10 @@ def timed(
             "memory": list(memory),
         }  # fmt: skip
         if s in scorers:
-            row |= {
-                "tokens": needed_tokens(scorers[s], name, data),
-                "forward": found[f"{s}: forward"],
-            }
+            requests = prepared(scorers[s], name, data)._flat
+            # What an item needs at least: what its continuations share once, without padding.
+            tokens = (len(r.context) - 1 + sum(map(len, r.targets)) for r in requests)
+            row |= {"tokens": sum(tokens), "forward": found[f"{s}: forward"]}
         rows.append(row)
     return rows
 
@@ -258,21 +256,11 @@ def evaluate(
     return {k.removesuffix(",none"): v for k, v in results.items() if isinstance(v, float)}
 
 
-def setup(scorer: Scorer) -> TaskSetup:
-    """What a task's requests depend on."""
-    return TaskSetup(scorer.tokenizer, scorer.n_positions, 1024)
-
-
-def needed_tokens(scorer: Scorer, name: str, data: Path) -> int:
-    """Tokens that a task's items need at least: what an item's continuations share once, without
-    padding."""
-    documents = load(TIMED[name], "standard", data, None, 0)
-    own = TIMED[name].requests(documents, "standard", setup(scorer))
-    return sum(
-        len(r.context) - 1 + sum(len(target) for target in r.targets)
-        for requests in own
-        for r in requests
-    )
+def prepared(scorer: Scorer, name: str, data: Path, limit: int | None = None) -> PreparedTask:
+    """A task's items for our own scorers."""
+    documents = load(TIMED[name], "standard", data, None, 0)[:limit]
+    setup = TaskSetup(scorer.tokenizer, scorer.n_positions, 1024)
+    return PreparedTask(TIMED[name], documents, "standard", setup)
 
 
 def forward_rate(scorer: Scorer) -> float:

@@ -40,26 +40,18 @@ PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
 UNFINISHED = 75  # EX_TEMPFAIL: nothing is wrong, call again
 
 REGISTRY = {
-    "compare": ("compare_backends.Compare", "MLX and PyTorch side by side, MLA against GPT-2"),
-    "core": ("compare_backends.Core", "the training step, decoding by cache, and saving, in MLX"),
-    "decode": ("compare_backends.Decode", "decoding by kind of cache, batch and context"),
-    "trained": (
-        "trained.Trained", "what quantisation costs trained models, what a draft model gains"
-    ),
-    "training": (
-        "training.Training", "memory of a training step against the estimate; largest batches"
-    ),
-    "convert": (
-        "convert_mla.Convert", "what converting a trained model to MLA costs, by rank and method"
-    ),
-    "evaluation": ("evaluation.Evaluation", "evaluation beside lm-evaluation-harness"),
-    "prepare": ("prepare.Prepare", "preparing data beside tiktoken alone"),
-    "serve": ("serve.Serve", "mlx_lm.server under many clients"),
-    "reduction": (
-        "reduction.Reduction", "what averaging gradients over processes adds to a step"
-    ),
-}  # fmt: skip
-"""The class and the subject of each benchmark, by the NAME in `python -m bench NAME`."""
+    "compare": ("compare_backends", "MLX and PyTorch side by side, MLA against GPT-2"),
+    "core": ("compare_backends", "the training step, decoding by cache, and saving, in MLX"),
+    "decode": ("compare_backends", "decoding by kind of cache, batch and context"),
+    "trained": ("trained", "what quantisation costs trained models, what a draft model gains"),
+    "training": ("training", "memory of a training step against the estimate; largest batches"),
+    "convert": ("convert_mla", "what converting a trained model to MLA costs, by rank and method"),
+    "evaluation": ("evaluation", "evaluation beside lm-evaluation-harness"),
+    "prepare": ("prepare", "preparing data beside tiktoken alone"),
+    "serve": ("serve", "mlx_lm.server under many clients"),
+    "reduction": ("reduction", "what averaging gradients over processes adds to a step"),
+}
+"""The module and the subject of each benchmark, by the NAME in `python -m bench NAME`."""
 
 
 class Picture(NamedTuple):
@@ -76,7 +68,7 @@ class Benchmark:
     out: Optional[Path] = None
     """Folder for results.json, report.md and pictures. None: only print."""
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     """NAME in `python -m bench NAME`."""
     title: ClassVar[str]
     """Heading of the report."""
@@ -257,13 +249,14 @@ def machine(
     return found
 
 
-def find(name: str) -> Any:
+def find(name: str) -> type[Benchmark]:
     """The class of a registered benchmark. UserError if a package that it needs is missing."""
-    module, _, kind = REGISTRY[name][0].partition(".")
     try:
-        return getattr(importlib.import_module(f"bench.{module}"), kind)
+        module = importlib.import_module(f"bench.{REGISTRY[name][0]}")
     except ModuleNotFoundError as e:
         raise UserError(f"{name} needs {e.name}; pip install {e.name}") from None
+    kinds = (kind for kind in vars(module).values() if isinstance(kind, type))
+    return next(kind for kind in kinds if issubclass(kind, Benchmark) and kind.name == name)
 
 
 class Stored(dict[str, Any]):
@@ -290,7 +283,7 @@ def read(path: Path) -> tuple[type[Benchmark], Document]:
     name = stored.get("benchmark")
     if not isinstance(name, str) or name not in REGISTRY or name == "reduction":
         raise UserError(f"{path}: does not name its benchmark; measure it again")
-    kind: type[Benchmark] = find(name)
+    kind = find(name)
     for part in (part for part in kind.stored if part in stored):
         stored[part] = value_of(kind.stored[part], stored[part], str(path), REMEDY, at=part)
     settings = Stored(stored["settings"], f"{path}: settings")

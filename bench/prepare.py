@@ -10,7 +10,10 @@ are and cut into pieces of the size of a web page, which take more of Python's t
 is also timed alone, on one core. Memory is the peak of a process of its own.
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import lzma
 import statistics
@@ -19,9 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 from rich.console import Console
 from tyro.conf import Positional
@@ -122,51 +124,49 @@ class Prepare(Benchmark):
 def texts(src: str, size: int, cut: int | None) -> Iterator[str]:
     """Documents of SRC, over and over, until there are so many bytes; in pieces of `cut`
     characters."""
-    step = cut or sys.maxsize
     while True:
         for source in find_sources(src, Reading())[0]:
             for block in source.blocks(None, 1 << 20):
-                for text in block.documents():
-                    for i in range(0, len(text or ""), step):
-                        piece = (text or "")[i : i + step]
+                for text in filter(None, block.documents()):
+                    step = cut or len(text)
+                    for piece in (text[i : i + step] for i in range(0, len(text), step)):
                         yield piece
                         size -= len(piece.encode())
                         if size <= 0:
                             return
 
 
-def write(documents: Iterable[str], folder: Path) -> int:
+def write(documents: Iterable[str], folder: Path, xz: bool = False) -> int:
     """Write JSON lines, spread over some files; returns the bytes of text."""
     folder.mkdir(parents=True)
-    handles = [(folder / f"{i}.jsonl").open("w", encoding="utf-8") for i in range(FILES)]
-    size = 0
-    for i, text in enumerate(documents):
-        handles[i % FILES].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        size += len(text.encode())
-    for handle in handles:
-        handle.close()
+    opened: Any = functools.partial(lzma.open, preset=2) if xz else open
+    paths, size = (folder / f"{i}.jsonl{'.xz' * xz}" for i in range(FILES)), 0
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(opened(p, "wt", encoding="utf-8")) for p in paths]
+        for file, text in zip(itertools.cycle(files), documents):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            size += len(text.encode())
     return size
+
+
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a call, and seconds of CPU time."""
+    began, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def speed(bench: Prepare, name: str, cut: int | None, folder: Path) -> list[Row]:
     """A row for each subject."""
     documents = list(texts(bench.src, int(bench.megabytes * 1e6), cut))
     size = write(documents, folder / "plain")
-    (folder / "xz").mkdir()
-
-    def pack(path: Path) -> None:
-        (folder / "xz" / f"{path.name}.xz").write_bytes(lzma.compress(path.read_bytes(), preset=2))
-
-    with ThreadPoolExecutor(CORES) as pool:
-        list(pool.map(pack, (folder / "plain").iterdir()))
+    write(documents, folder / "xz", xz=True)
     encoding = GPT2Tokenizer(bench.bpe_dir)._encoding
     encoding.encode_ordinary_batch(documents[:8], num_threads=CORES)
 
     def unpack() -> None:
         for path in (folder / "xz").iterdir():
-            with lzma.open(path) as file:
-                while file.read(1 << 20):
-                    pass
+            lzma.decompress(path.read_bytes())
 
     def run(kind: str) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as out:
@@ -176,20 +176,13 @@ def speed(bench: Prepare, name: str, cut: int | None, folder: Path) -> list[Row]
             )  # fmt: skip
             prepare.prepare(command, Console(quiet=True))
 
-    def timed(call: Callable[[], object]) -> Callable[[], tuple[float, float]]:
-        def both() -> tuple[float, float]:
-            began, cpu = time.perf_counter(), time.process_time()
-            call()
-            return time.perf_counter() - began, time.process_time() - cpu
-
-        return both
-
-    actions = {
-        ALONE: timed(lambda: encoding.encode_ordinary_batch(documents, num_threads=CORES)),
-        PLAIN: timed(lambda: run("plain")),
-        XZ: timed(lambda: run("xz")),
-        UNPACK: timed(unpack),
+    calls: dict[str, Callable[[], object]] = {
+        ALONE: lambda: encoding.encode_ordinary_batch(documents, num_threads=CORES),
+        PLAIN: lambda: run("plain"),
+        XZ: lambda: run("xz"),
+        UNPACK: unpack,
     }
+    actions = {subject: functools.partial(timed, call) for subject, call in calls.items()}
     return [
         {
             "documents": name, "count": len(documents), "subject": subject, "bytes": size,

@@ -29,7 +29,7 @@ PROG = "python -m bench reduction"
 
 
 @dataclasses.dataclass(kw_only=True)
-class ReductionBench:
+class Reduction:
     """Measure what averaging gradients over the ranks of a launcher adds to a training step."""
 
     preset: str = "nano"
@@ -48,7 +48,7 @@ class ReductionBench:
 
 def run(argv: Sequence[str]) -> int:
     """Measure on all ranks, and print the table on rank 0; returns the exit code."""
-    options = cli.parse(ReductionBench, argv, PROG)
+    options = cli.parse(Reduction, argv, PROG)
     with join(options.distributed_backend, get_engine) as world:
         if world.size == 1:
             raise UserError("start this by mlx.launch -n 2 or torchrun --nproc-per-node 2")

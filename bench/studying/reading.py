@@ -157,8 +157,7 @@ class _Reader:
         file = self.file
         (baseline,) = self._names([file.baseline], "baseline")
         for name, machine in file.machines.items():
-            for size in machine.tokens_per_second:
-                self._check_size(size, f"machines.{name}")
+            self._names(list(machine.tokens_per_second), f"[machines.{name}]", "sizes")
         stair = self._names(file.stair, "stair")
         rivals = [self._names(pair, "rivals") for pair in file.rivals]
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
@@ -202,7 +201,7 @@ class _Reader:
                 "curve is the loss that the verdict is about"
             )
         self.bases[size] = settings(_resolved(config, where))
-        names = self._names(own.arms or list(self.arms), f"sizes.{size}.arms")
+        names = self._names(own.arms or list(self.arms), f"[sizes.{size}] arms")
         if baseline not in names:
             raise UserError(f"{where}: arms must hold the baseline, {baseline}; add it")
         cells = [cell for name in names for cell in self._cells(name, size, config, own, tuned)]
@@ -221,8 +220,7 @@ class _Reader:
     ) -> list[Cell]:
         arm, values = self.arms[name]
         where = f"{self.where} [arms.{name}]"
-        for other in arm.at:
-            self._check_size(other, f"arms.{name}.at")
+        self._names(list(arm.at), f"[arms.{name}.at]", "sizes")
         changed, here = _split(arm.at.get(size, {}), _TUNED)
         for changes, place in ((values, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
             self._check_not_owned(changes, place, arm.rate)
@@ -332,19 +330,16 @@ class _Reader:
             if name in values:
                 raise UserError(f"{self.where} [{where}]: {name} comes from {source}; remove it")
 
-    def _check_size(self, name: str, where: str) -> None:
-        if name not in self.sizes:
-            hint = nearest(name, self.sizes)
-            raise UserError(f"{self.where} [{where}]: unknown size {name!r}; {hint}")
-
-    def _names(self, values: Sequence[str], what: str) -> tuple[str, ...]:
-        for name in values:
-            if name not in self.arms:
-                hint = nearest(name, self.arms)
-                raise UserError(f"{self.where}: {what}: {name!r} is not an arm; {hint}")
-        if len(set(values)) < len(values):
-            raise UserError(f"{self.where}: {what} names an arm twice; remove one")
-        return tuple(values)
+    def _names(self, names: Sequence[str], where: str, known: str = "arms") -> tuple[str, ...]:
+        """Names of arms or sizes, which must exist and differ."""
+        one = {"arms": "an arm", "sizes": "a size"}[known]
+        for name in names:
+            if name not in getattr(self, known):
+                hint = nearest(name, getattr(self, known))
+                raise UserError(f"{self.where}: {where}: {name!r} is not {one}; {hint}")
+        if len(set(names)) < len(names):
+            raise UserError(f"{self.where}: {where} names {one} twice; remove one")
+        return tuple(names)
 
 
 def _split(
