@@ -54,11 +54,20 @@ def document(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
+def compared(out: Path, *flags, code: int = 0) -> dict:
+    """What compare_backends writes, with the narrowest settings."""
+    assert compare.main(words(*NARROW, "--out", out, *flags)) == code
+    return document(out)
+
+
+MEASURES = "--measures forward first-token decoding loops"
+FORWARD = "--measures forward --models mla-124m"
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "report"
-    argv = [*NARROW, "--measures", "forward", "first-token", "decoding", "loops"]
-    assert compare.main([*argv, "--out", str(out)]) == 0
+    compared(out, MEASURES)
     return out
 
 
@@ -85,11 +94,8 @@ def test_every_measure_has_rows_for_both_backends_and_the_outside_references(rep
         assert r["roofline"] > 0
         waits = r["measure"] == "decoding" and r["backend"] == "mlx" and r["cache"] != "none"
         assert (r["waited_ms"] is not None) == waits
-    latent = next(
-        r
-        for r in rows
-        if r["backend"] == "torch" and r["cache"] == "latent" and r["measure"] == "decoding"
-    )
+    (latent,) = [r for r in rows if (r["backend"], r["cache"]) == ("torch", "latent")
+                 and r["measure"] == "decoding"]  # fmt: skip
     whole = found["decoding", "torch", "gpt2-124m"]
     assert whole["cache_bytes_per_token"] == 4 * latent["cache_bytes_per_token"]
     assert whole["cache_bytes"] == 4 * latent["cache_bytes"]
@@ -125,9 +131,7 @@ def test_resuming_keeps_rows_and_measures_the_missing(report, capfd):
     stored = document(report)
     before = stored["rows"]
     (report / "results.json").write_text(json.dumps({**stored, "rows": before[:-3]}))
-    argv = ["--measures", "forward", "first-token", "decoding", "loops", "--out", str(report)]
-    assert compare.main([*NARROW, *argv, "--resume"]) == 0
-    after = document(report)["rows"]
+    after = compared(report, MEASURES, "--resume")["rows"]
     assert after[:-3] == before[:-3]
     keys = ("measure", "backend", "model", "cache", "batch", "context")
     assert [[r[k] for k in keys] for r in after[-3:]] == [[r[k] for k in keys] for r in before[-3:]]
@@ -275,13 +279,10 @@ def test_the_first_token_needs_the_head_once():
 
 def test_a_benchmark_stops_after_its_minutes_and_resumes(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(subject_mlx, "rates", lambda *_: RATES)
-    argv = [*NARROW, "--models", "mla-124m", "--backends", "mlx", "--measures", "forward"]
-    argv += ["--out", str(tmp_path / "out"), "--resume"]
-    assert compare.main([*argv, "--minutes", "1e-9"]) == harness.UNFINISHED
-    assert document(tmp_path / "out")["rows"] == []
+    flags = f"{FORWARD} --backends mlx --resume --minutes"
+    assert compared(tmp_path, f"{flags} 1e-9", code=harness.UNFINISHED)["rows"] == []
     assert "--resume continues" in capfd.readouterr().err
-    assert compare.main([*argv, "--minutes", "60"]) == 0
-    assert len(document(tmp_path / "out")["rows"]) == 2
+    assert len(compared(tmp_path, f"{flags} 60")["rows"]) == 2
 
 
 def test_a_roofline_is_taken_of_the_rates_beside_its_row():
@@ -303,14 +304,12 @@ def test_a_subject_that_computes_something_else_is_not_timed(tmp_path, monkeypat
         return real(model, config, weights, *rest)
 
     monkeypatch.setattr(subject_torch, "load", wrong)
-    out = tmp_path / "out"
-    argv = [*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]
-    assert compare.main(argv) == 0
-    (verdict,) = document(out)["parity"]
+    found = compared(tmp_path, FORWARD)
+    (verdict,) = found["parity"]
     assert (verdict["backend"], verdict["ok"]) == ("torch", False)
     assert verdict["largest_logit_difference"] > verdict["allowed"]
-    assert "| not timed |" in (out / "report.md").read_text()
-    assert {r["backend"] for r in document(out)["rows"]} == {"mlx"}
+    assert "| not timed |" in (tmp_path / "report.md").read_text()
+    assert {r["backend"] for r in found["rows"]} == {"mlx"}
 
 
 @pytest.mark.slow
@@ -319,12 +318,9 @@ def test_running_out_of_memory_marks_the_row_and_continues(tmp_path, monkeypatch
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(subject_torch.TorchSubject, "forward", full)
-    out = tmp_path / "out"
-    argv = [*NARROW, "--measures", "forward", "--models", "mla-124m", "--out", str(out)]
-    assert compare.main(argv) == 0
-    status = {r["backend"]: r["status"] for r in document(out)["rows"]}
+    status = {r["backend"]: r["status"] for r in compared(tmp_path, FORWARD)["rows"]}
     assert status == {"mlx": "ok", "torch": "out of memory"}
-    assert "out of memory" in (out / "report.md").read_text()
+    assert "out of memory" in (tmp_path / "report.md").read_text()
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, tiny_run):
@@ -459,8 +455,8 @@ def test_the_report_of_something_else_is_refused(tmp_path, capsys):
 def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(subject_mlx, "rates", lambda *_: RATES)  # seconds, four times
     monkeypatch.setattr(mx, "compile", lambda f, **_: f)  # half a minute in the C++ compiler
-    quick = ["--quick", "--repetitions", "1", "--models", "mla-124m"]
-    assert run("core", *quick, "--context", "256", "--out", tmp_path / "core") == 0
+    quick = "--quick --repetitions 1 --models mla-124m"
+    assert run("core", f"{quick} --context 256 --out", tmp_path / "core") == 0
     found = {(r["measure"], r["model"], r["cache"]) for r in document(tmp_path / "core")["rows"]}
     assert found == {
         ("training", "mla-124m", None), ("training", "eager step (mla-124m)", None),
@@ -468,9 +464,8 @@ def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, cap
         ("decoding", "original's decoding (mla-124m)", "none"), ("save", "mla-124m", None),
     }  # fmt: skip
     out = tmp_path / "decode"
-    argv = ["decode", *quick, "gpt2-124m", "--backends", "mlx", "--batch", "1", "3"]
-    argv += ["--context", "256", "768", "--out", out]
-    assert run(*argv) == 0
+    flags = f"{quick} gpt2-124m --backends mlx --batch 1 3 --context 256 768 --out"
+    assert run("decode", flags, out) == 0
     found = document(out)["rows"]
     cells = {
         (r["batch"], r["context"], r["model"], r["cache"])
@@ -485,7 +480,7 @@ def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, cap
     text = (out / "report.md").read_text()
     for part in ("On latents a step takes at most", "gain over expanded"):
         assert part in text
-    assert run(*argv, "--resume") == 0
+    assert run("decode", flags, out, "--resume") == 0
     assert document(out)["rows"] == found
 
 
@@ -493,17 +488,16 @@ def test_core_and_decode_are_suites_of_the_comparison(tmp_path, monkeypatch, cap
 def test_evaluation_does_equal_work(shared_data, tmp_path, capfd):
     pytest.importorskip("lm_eval", reason="needs lm_eval, in the extra named referees")
     folder = write_gpt2_model(tmp_path / "model", shared_data, n_embd=16, kv_lora_rank=4)
-    out = tmp_path / "out"
-    argv = ["evaluation", "--data-dir", shared_data, "--model", folder, "--limit", "12"]
-    assert run(*argv, "--out", out, "--batch-size", "4") == 0
-    found = document(out)["rows"]
+    flags = ["--data-dir", shared_data, "--model", folder, "--limit 12 --batch-size 4"]
+    assert run("evaluation", *flags, "--out", tmp_path / "out") == 0
+    found = document(tmp_path / "out")["rows"]
     assert len(found) == 6
     for task in ("hellaswag", "lambada"):
         rows = [r for r in found if r["task"] == task]
         assert {r["subject"] for r in rows} == {"lm_eval hf", "mlx_mla mlx", "mlx_mla torch"}
         assert {r["items"] for r in rows} == {12}
         assert len({r["acc"] for r in rows}) == 1
-    assert "| against lm_eval |" in (out / "report.md").read_text()
+    assert "| against lm_eval |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_evaluation_refuses(shared_data, capsys):
@@ -521,11 +515,11 @@ def test_evaluation_refuses(shared_data, capsys):
 @pytest.mark.slow
 def test_convert_measures_every_cell_and_resumes(text_file, tmp_path, capfd):
     source, out = tmp_path / "run", tmp_path / "out"
-    argv = "--attention mha --n-layer 2 --n-head 2 --n-embd 16 --n-positions 32 --steps 40"
-    argv += " --batch-size 4 --eval-every 0 --backend torch --device cpu --sample-tokens 0"
-    assert train.main([*argv.split(), "--data", str(text_file), "--out", str(source)]) == 0
-    flags = ["convert", "--model", source, "--out", out, "--fractions", "1", "0.25"]
-    flags += ["--finetune", "0.2", "--finetune-fractions", "0.25", "--calibration-tokens", "2000"]
+    small = "--attention mha --n-layer 2 --n-head 2 --n-embd 16 --n-positions 32 --steps 40"
+    more = "--batch-size 4 --eval-every 0 --backend torch --device cpu --sample-tokens 0"
+    assert train.main(words(small, more, "--data", text_file, "--out", source)) == 0
+    flags = ["convert", "--model", source, "--out", out, "--fractions 1 0.25 --finetune 0.2"]
+    flags += ["--finetune-fractions 0.25 --calibration-tokens 2000"]
     assert run(*flags) == 0
     stored = document(out)
     cells = stored["cells"]
@@ -548,9 +542,8 @@ def test_prepare_is_timed_against_tiktoken_and_weighed(
     shared_data, shared_corpus, tmp_path, capsys
 ):
     src, out = shared_corpus / "debian_sqlite_doc", tmp_path / "out"
-    argv = ["prepare", src, "--bpe-dir", shared_data / "gpt2_bpe", "--megabytes", "0.2"]
-    argv += ["--repetitions", "1", "--web-page", "900", "--memory-shard-tokens", "20000"]
-    assert run(*argv, "--out", out) == 0
+    flags = "--megabytes 0.2 --repetitions 1 --web-page 900 --memory-shard-tokens 20000"
+    assert run("prepare", src, "--bpe-dir", shared_data / "gpt2_bpe", flags, "--out", out) == 0
     said, found = capsys.readouterr().out, document(out)
     assert [r["subject"] for r in found["speed"]] == 2 * [
         "tiktoken alone", "prepare, .jsonl", "prepare, .jsonl.xz", "xz alone, one core",
@@ -587,8 +580,8 @@ def test_a_plan_puts_in_what_fits():
 
 @pytest.mark.slow
 def test_serve_finds_no_errors(tmp_path, capfd):
-    argv = "serve --presets mla-124m-r128 --layers 1 --clients 3 --seconds 1.5 --max-tokens 4"
-    assert run(*argv.split(), "--out", tmp_path / "out") == 0
+    flags = "--presets mla-124m-r128 --layers 1 --clients 3 --seconds 1.5 --max-tokens 4"
+    assert run("serve", flags, "--out", tmp_path / "out") == 0
     (row,) = document(tmp_path / "out")["rows"]
     assert row["requests"] == row["same"] >= 3
     assert row["failed"] == row["different"] == 0
@@ -596,10 +589,9 @@ def test_serve_finds_no_errors(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_trained_measures_quantisation_and_drafts(tiny_run, text_file, tmp_path, capfd):
-    argv = ["trained", "--models", tiny_run, "--text", text_file, "--windows", "4"]
-    out = tmp_path / "out"
-    assert run(*argv, "--draft", tiny_run, "--tokens", "8", "--out", out) == 0
-    found = document(out)
+    flags = ["--models", tiny_run, "--text", text_file, "--draft", tiny_run]
+    assert run("trained", *flags, "--windows 4 --tokens 8 --out", tmp_path / "out") == 0
+    found = document(tmp_path / "out")
     assert found["quality"][0]["change"] == 0
     assert {(r["weight_bits"], r["cache_bits"]) for r in found["quality"]} >= {
         (None, None),
