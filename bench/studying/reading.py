@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar, Union
 
@@ -11,7 +11,6 @@ from bench.studying.plan import (
     Cell,
     Keep,
     Machine,
-    Place,
     RateName,
     Settings,
     Study,
@@ -81,6 +80,24 @@ class _Tuned:
     initializer_ranges: Optional[_Stds] = None
     seeds: list[Seed]
 
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different whole numbers, not {self.seeds}")
+        if len(self.learning_rates) != 1:  # which is known beforehand, and reported as not tuned
+            _check_grid(self.learning_rates, 4, "learning_rates", "or one, not tuned")
+        if self.initializer_ranges is not None:
+            otherwise = "initializer_range sets one"
+            _check_grid(self.initializer_ranges, 3, "initializer_ranges", otherwise)
+
+
+def _check_grid(values: list[float], least: int, name: str, otherwise: str) -> None:
+    steps = [high / low for low, high in itertools.pairwise(sorted(values))]
+    if len(values) < least or min(steps) < 1.3 or max(steps) > 2.3:
+        raise ValueError(
+            f"{name} needs at least {least} values a factor of 1.4 to 2 apart ({otherwise}), "
+            f"not {', '.join(f'{v:g}' for v in sorted(values))}"
+        )
+
 
 @dataclasses.dataclass(kw_only=True)
 class _Size:
@@ -115,14 +132,40 @@ def read_study(
     """
     places = {"data": data, "bpe_dir": bpe_dir}
     given = {name: place for name, place in places.items() if place is not None}
-    return _Reader(path, given, quick).study()
+    study = _Reader(path, given).study()
+    return _quick(study) if quick else study
+
+
+def _quick(study: Study) -> Study:
+    """A study with a little of everything, at one budget of tokens a size."""
+
+    def few(warmup_steps: int) -> dict[str, Any]:
+        warmup_steps = min(warmup_steps, QUICK_STEPS // 4)
+        return {"warmup_steps": warmup_steps, "eval_batches": 2, "final_eval_batches": 2}
+
+    def middle(values: tuple[float, ...]) -> tuple[float, ...]:
+        first = max(0, len(values) - QUICK_VALUES) // 2
+        return values[first : first + QUICK_VALUES]
+
+    cells: dict[tuple[str, str], Cell] = {}
+    for cell in study.cells:
+        steps, pace = min(QUICK_STEPS, cell.config.steps), few(cell.config.warmup_steps)
+        pace |= {"eval_every": QUICK_STEPS // 4, "save_every": QUICK_STEPS // 2}
+        own = dataclasses.replace(
+            cell, config=dataclasses.replace(cell.config, steps=steps, **pace),
+            tune_steps=steps, rates=middle(cell.rates), stds=middle(cell.stds), extensions=0,
+            seeds=cell.seeds[:QUICK_SEEDS],
+        )  # fmt: skip
+        cells.setdefault((cell.arm, cell.size), own)
+    bases = {size: {**base, **few(base["warmup_steps"])} for size, base in study.bases.items()}
+    return dataclasses.replace(study, cells=tuple(cells.values()), bases=bases, quick=True)
 
 
 class _Reader:
     """Turns the tables of a TOML file into a study; `where` in messages is file and table."""
 
-    def __init__(self, path: Path, places: dict[str, str], quick: bool):
-        self.path, self.where, self.quick = path, str(path), quick
+    def __init__(self, path: Path, places: dict[str, str]):
+        self.path, self.where = path, str(path)
         self.file = read(_File, path, known_only=True)
         self.arms = self._tables(_Arm, self.file.arms, "arms")
         self.sizes = self._tables(_Size, self.file.sizes, "sizes")
@@ -158,13 +201,24 @@ class _Reader:
         (baseline,) = self._names([file.baseline], "baseline")
         for name, machine in file.machines.items():
             self._names(list(machine.tokens_per_second), f"[machines.{name}]", "sizes")
+        for name, (arm, _) in self.arms.items():
+            self._names(list(arm.at), f"[arms.{name}.at]", "sizes")
         stair = self._names(file.stair, "stair")
         rivals = [self._names(pair, "rivals") for pair in file.rivals]
+        primary: tuple[tuple[str, ...], str] | None = None
+        if file.primary is not None:
+            first, rival = file.primary
+            primary = self._names([first] if isinstance(first, str) else first, "primary"), rival
+            self._names([*primary[0], rival], "primary")
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
+        if primary and len({cell.place for cell in cells}) > 1:
+            raise UserError(
+                f"{self.where}: primary is one comparison; it needs a study of one size and budget"
+            )
         return Study(
             title=file.title or self.path.stem,
             baseline=baseline,
-            primary=self._primary(list(dict.fromkeys(cell.place for cell in cells))),
+            primary=primary,
             margin=math.log1p(file.verdict.margin),
             confidence=file.verdict.confidence,
             keep=file.keep,
@@ -173,20 +227,8 @@ class _Reader:
             cells=tuple(cells),
             bases=self.bases,
             machines=file.machines,
-            quick=self.quick,
+            quick=False,
         )
-
-    def _primary(self, places: Sequence[Place]) -> tuple[tuple[str, ...], str] | None:
-        if self.file.primary is None:
-            return None
-        if len(places) > 1:
-            raise UserError(
-                f"{self.where}: primary is one comparison; it needs a study of one size and budget"
-            )
-        first, rival = self.file.primary
-        arms = self._names([first] if isinstance(first, str) else first, "primary")
-        self._names([rival, *arms], "primary")
-        return arms, rival
 
     def _cells_of(self, size: str, baseline: str) -> list[Cell]:
         where = f"{self.where} [sizes.{size}]"
@@ -194,7 +236,12 @@ class _Reader:
         tuned, values = _split(values, _TUNED)
         self._check_not_owned(values, f"sizes.{size}", "learning_rate")
         config = overlay(self.base, values, where)
-        config = self._logging(config, self.given | values.keys())
+        given = self.given | values.keys()
+        evaluated = config.eval_batches if "eval_batches" in given else 20
+        # No samples and one checkpoint, where the study does not ask for more.
+        quiet = {"sample_tokens": 0, "keep": 1, "eval_batches": 20, "final_eval_batches": evaluated}
+        for field in quiet.keys() - given:
+            setattr(config, field, quiet[field])
         if config.eval_batches != config.final_eval_batches:
             raise UserError(
                 f"{where}: eval_batches and final_eval_batches must be equal, so that the end of a "
@@ -220,7 +267,6 @@ class _Reader:
     ) -> list[Cell]:
         arm, values = self.arms[name]
         where = f"{self.where} [arms.{name}]"
-        self._names(list(arm.at), f"[arms.{name}.at]", "sizes")
         changed, here = _split(arm.at.get(size, {}), _TUNED)
         for changes, place in ((values, f"arms.{name}"), (here, f"arms.{name}.at.{size}")):
             self._check_not_owned(changes, place, arm.rate)
@@ -243,68 +289,28 @@ class _Reader:
         steps = [_steps(config, n, f"{where}: tokens") for n in budgets]
         if not steps or len(set(steps)) < len(steps):
             raise UserError(f"{where}: tokens must be one budget, or several that differ")
-        if not mine.seeds or len(set(mine.seeds)) < len(mine.seeds):
-            raise UserError(f"{where}: seeds must be different whole numbers, not {mine.seeds}")
         if own.tuning_seed in mine.seeds:
             raise UserError(
                 f"{where}: tuning_seed {own.tuning_seed} is one of {name}'s seeds; results must "
                 "not include the run that tuning chose, so use another seed"
             )
-        rates = self._grid(mine.learning_rates, 4, "or one, not tuned", f"{where}: learning_rates")
-        stds: tuple[float, ...] = (config.initializer_range,)
-        if mine.initializer_ranges is not None:
-            otherwise, label = "initializer_range sets one", f"{where}: initializer_ranges"
-            stds = self._grid(mine.initializer_ranges, 3, otherwise, label)
-        seeds, tune = tuple(mine.seeds), own.tune_tokens
-        if self.quick:
-            steps, tune, seeds = [min(QUICK_STEPS, *steps)], None, seeds[:QUICK_SEEDS]
         given = self.given | self.sizes[size][1].keys()
         cells = []
         for count in steps:
-            tuning = count if tune is None else _steps(config, tune, f"{where}: tune_tokens")
             final = dataclasses.replace(config, steps=count)
             for field, times in {"eval_every": 20, "save_every": 20, "log_every": 100}.items():
                 if field not in given:
                     setattr(final, field, max(1, count // times))
-            if self.quick:
-                final.eval_every, final.save_every = QUICK_STEPS // 4, QUICK_STEPS // 2
-            cells.append(
-                Cell(
-                    arm=name, size=size, config=final, tune_steps=tuning, rates=rates,
-                    rate_name=arm.rate, stds=stds, seeds=seeds, tuning_seed=own.tuning_seed,
-                    extensions=0 if self.quick else self.file.extensions,
-                )
+            tune = own.tune_tokens
+            tuning = count if tune is None else _steps(config, tune, f"{where}: tune_tokens")
+            cell = Cell(
+                arm=name, size=size, config=final, tune_steps=tuning, rate_name=arm.rate,
+                rates=tuple(sorted(mine.learning_rates)), seeds=tuple(mine.seeds),
+                stds=tuple(sorted(mine.initializer_ranges or [config.initializer_range])),
+                tuning_seed=own.tuning_seed, extensions=self.file.extensions,
             )  # fmt: skip
+            cells.append(cell)
         return cells
-
-    def _grid(
-        self, values: list[float], least: int, otherwise: str, where: str
-    ) -> tuple[float, ...]:
-        grid = tuple(sorted(float(v) for v in values))
-        # A single rate is known beforehand, and is reported as not tuned.
-        if len(grid) == 1 and least == 4:
-            return grid
-        steps = [high / low for low, high in itertools.pairwise(grid)]
-        if len(grid) < least or min(steps) < 1.3 or max(steps) > 2.3:
-            raise UserError(
-                f"{where} needs at least {least} values a factor of 1.4 to 2 apart ({otherwise}), "
-                f"not {', '.join(f'{v:g}' for v in grid)}"
-            )
-        first = (len(grid) - QUICK_VALUES) // 2 if self.quick else 0
-        return grid[first : first + QUICK_VALUES] if self.quick else grid
-
-    def _logging(self, config: TrainConfig, given: Set[str]) -> TrainConfig:
-        """No samples and one checkpoint, where the study does not ask for more; little of
-        everything for --quick."""
-        quiet: dict[str, Any] = {"sample_tokens": 0, "keep": 1, "eval_batches": 20}
-        quiet["final_eval_batches"] = config.eval_batches if "eval_batches" in given else 20
-        quiet = {k: v for k, v in quiet.items() if k not in given}
-        config = dataclasses.replace(config, **quiet)
-        if self.quick and config.eval_batches == config.final_eval_batches:
-            warmup = min(config.warmup_steps, QUICK_STEPS // 4)
-            few = {"warmup_steps": warmup, "eval_batches": 2, "final_eval_batches": 2}
-            config = dataclasses.replace(config, **few)  # type: ignore[arg-type]
-        return config
 
     def _check_distinct(self, cells: Sequence[Cell], baseline: str, size: str) -> None:
         """Refuse an arm that is another's twin, or changes nothing."""
