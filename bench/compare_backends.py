@@ -19,7 +19,7 @@ when 8 minutes have passed, and with 0 when nothing is missing:
 
     until python bench/compare_backends.py --out DIR --resume --minutes 8; do sleep 1; done
 
-Writes results.json after every measurement, and at the end report.md and plots. results.json has
+Writes results.json after every measurement, and at the end report.md and pictures. results.json has
 "command", "machine", "settings", "baseline" (the model that ratios are against; absent without
 MHA), "parity" and "rows"; `bench/rows.py` documents the fields of both. A row is one measurement of
 one subject, and fields that it has no value for are null.
@@ -92,7 +92,7 @@ class Compare(Resumable):
     """Leave out decoding whose cache is larger: the cache, the weights and a copy of one layer's
     cache must fit into memory (3 for 8 GB)."""
     forward_batch: int = 8
-    """Batch of the forward pass at 512 tokens (8 is the original's setting); half of it at 1024."""
+    """Batch of the forward pass at 512 tokens (the original has 8); half as many at 1024."""
     train_batch: int = 1
     """Batch of the training step, at 512 tokens, or as many as the model has positions."""
     references: bool = True
@@ -209,7 +209,7 @@ class Bench:
         self.results.add(parity=kept + found)
 
     def time(self, cases: list[Case]) -> None:
-        """Time the cases that have no row yet, and what the device does at best beside them."""
+        """Time the cases that have no row yet; measure the device's peak rates before and after."""
         missing = [c for c in cases if not self.results.has(**c.row.key)]
         if not missing:
             return
@@ -235,7 +235,7 @@ class Bench:
         self.results.add(*rows)
 
     def rates(self, backend: str) -> Rates:
-        """What the device does at best now; a rate of the last seconds still counts."""
+        """The device's peak rates, measured again once they are older than `FRESH`."""
         at, found = self._rates.get(backend, (-math.inf, None))
         if found is None or time.monotonic() - at > FRESH:
             side = 1024 if self.s.quick else 8192
@@ -244,7 +244,7 @@ class Bench:
         return found
 
     def forward(self) -> Iterator[list[Case]]:
-        """Logits of every position, no cache built by anyone."""
+        """One pass for the logits of every position, without a cache."""
         most = self.s.forward_batch
         for batch, length in ((most, 512), (max(1, most // 2), 1024)):
             length = length // 16 if self.s.quick else length
@@ -255,7 +255,7 @@ class Bench:
             ]
 
     def first_token(self) -> Iterator[list[Case]]:
-        """A prompt into an empty cache, and the token after it."""
+        """Read a prompt into an empty cache, and choose the next token."""
         for context in self._contexts():
             cases = []
             for c, kind in self._decoders():
@@ -294,7 +294,7 @@ class Bench:
             yield cases
 
     def loops(self) -> Iterator[list[Case]]:
-        """Training, beside other ways to do it."""
+        """Training steps of this project beside those of other implementations."""
         return self.training((("mlx", EAGER), ("torch", PLAIN)))
 
     def save(self) -> Iterator[list[Case]]:
@@ -332,7 +332,7 @@ class Bench:
         return [c for c in self._timed() if c.config.attention_spec.latent_widths]
 
     def _decoders(self) -> list[tuple[Candidate, str]]:
-        """Subjects with each kind of cache, and without one as the original decodes."""
+        """Subjects with each kind of cache, and without a cache, as the original decodes."""
         latent = self._latent()
         uncached = [c for c in latent if self.s.uncached == "all" or c.model == latent[0].model]
         return [
@@ -346,7 +346,7 @@ class Bench:
         return min(32 if self.s.quick else 512, c.config.n_positions)
 
     def _trainer(self, c: Candidate, way: str = "") -> Callable[[], Trainer]:
-        """What loads a trainer."""
+        """A function that loads a trainer."""
         config = TrainConfig(dtype=self.s.dtype, model=c.config)
         config.batch_size, config.seq_len = self.s.train_batch, self._length(c)
         return lambda: framework(c.backend).trainer(config, self.s.device, way)

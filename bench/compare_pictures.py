@@ -1,7 +1,7 @@
 """Pictures of compare_backends' results, one for each question.
 
 Speed is shown as its ratio to this project's GPT-2 (multi-head attention) in the same backend, so
-that the axis is about the difference; without one, in tokens per second.
+that differences are visible; without such a baseline, in tokens per second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def base_of(rows: Sequence[Row], row: Row, baseline: str | None) -> Row | None:
 
 
 def figures(found: Document) -> dict[str, Picture]:
-    """What the rows allow: the speed of each measure, and the memory of the cache."""
+    """Every picture that the rows have data for: speed by measure, and memory of the cache."""
     rows: list[Row] = [r for r in found["rows"] if r.speed]
     baseline = found.get("baseline")
     drawn: dict[str, Picture | None] = {}
@@ -165,8 +165,7 @@ def _cache(rows: Sequence[Row]) -> Picture:
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and line of the index-th thing shown; the first, what others are compared with, is
-    black."""
+    """Colour and line of the index-th line shown; the first, the reference, is black."""
     if index == 0:
         return {"color": "black", "linestyle": "-"}
     lines = ("-", "--", ":")
@@ -174,7 +173,7 @@ def style(index: int) -> dict[str, Any]:
 
 
 def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]], size: float) -> None:
-    """Write names beside the ends of lines, each joined to its own, none on another.
+    """Label each line at its right end; labels do not overlap.
 
     Args:
         ax: Axes whose limits are final.

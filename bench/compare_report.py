@@ -23,7 +23,7 @@ described.
 
 
 def body(found: Document, pictures: Mapping[str, str]) -> list[str]:
-    """Parity, a table and the pictures of each measure, then what they come to."""
+    """Parity, a table and the pictures of each measure, then summaries."""
     rows: list[Row] = found["rows"]
     s, shown = found["settings"], {n: f"![{n}]({file})" for n, file in pictures.items()}
     repetitions = f"median of {s['repetitions']} runs (smallest - largest)"
@@ -45,7 +45,7 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _rates(rows: list[Row]) -> Iterator[str]:
-    """What each backend does on the machine at best."""
+    """Each backend's peak rates on this machine."""
 
     def span(values: Sequence[float]) -> str:
         low, high = _n(min(values)), _n(max(values))
@@ -102,7 +102,7 @@ def _speeds(rows: list[Row], measure: str, baseline: str | None) -> list[str]:
 
 
 def _ways(rows: list[Row]) -> list[str]:
-    """Latents against other caches and none; training against an eager step and a plain loop."""
+    """Decoding on latents against other caches and none; training against other loops."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
         if r.speed and r.measure in ("decoding", "training"):

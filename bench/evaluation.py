@@ -107,13 +107,13 @@ class Evaluation(Benchmark):
     backends: tuple[Literal["mlx", "torch"], ...] = ("mlx", "torch")
     """Our backends to time."""
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
-    """Device of PyTorch, in both. MLX takes its default."""
+    """Device of PyTorch, for lm_eval and for ours. MLX takes its default."""
     batch_size: int = 32
-    """Rows scored at once, in all."""
+    """Rows scored at once, by every subject."""
     limit: Optional[int] = None
     """A random sample of so many items. None: all."""
     repetitions: int = 1
-    """Rounds of all."""
+    """Timed runs of every subject."""
 
     name = "evaluation"
     title = "Evaluation beside lm_eval"

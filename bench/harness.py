@@ -33,7 +33,7 @@ Document = dict[str, Any]
 """What a benchmark has measured: `benchmark` (its name), `command`, `machine`, `settings`, and the
 lists of rows and other values that its report reads."""
 Row = dict[str, Any]
-"""A row of most benchmarks, as JSON has it."""
+"""A row of most benchmarks, as in JSON."""
 RESULTS, REPORT_FILE = "results.json", "report.md"
 REMEDY = "measure again"
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
@@ -55,7 +55,7 @@ REGISTRY = {
 
 
 class Picture(NamedTuple):
-    """What paints a figure, and the figure's size in inches."""
+    """The function that paints a figure, and the figure's size in inches."""
 
     paint: Callable[[Any], None]
     size: tuple[float, float]
@@ -226,7 +226,7 @@ def cores() -> int:
 def machine(
     devices: Mapping[BackendName, DeviceName], packages: Sequence[str] = PACKAGES
 ) -> dict[str, str]:
-    """What figures depend on.
+    """Facts about this machine that figures depend on.
 
     Args:
         devices: Frameworks that are measured, each with the value of its --device.
@@ -260,7 +260,7 @@ def find(name: str) -> type[Benchmark]:
 
 
 class Stored(dict[str, Any]):
-    """An object of a stored document, in which a missing value is damage."""
+    """An object of a stored document; a missing value raises a UserError."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         super().__init__(values)
@@ -274,7 +274,7 @@ def read(path: Path) -> tuple[type[Benchmark], Document]:
     """The benchmark of a stored document, and the document with its parts and settings typed.
 
     Raises:
-        UserError: If it is none, naming the value that is damaged.
+        UserError: If the file holds no results, or a damaged value; the message names it.
     """
     stored: Any = files.read_json(path)
     tables = ("machine", "settings")

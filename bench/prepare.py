@@ -58,11 +58,11 @@ class Prepare(Benchmark):
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe. None: tiktoken downloads them once."""
     megabytes: float = 60
-    """Text to time, and a quarter of what memory is measured on."""
+    """Size of the text to time. Memory is measured on as much, and on four times as much."""
     web_page: int = 4500
     """Characters of the shorter documents; the mean of FineWeb-Edu's is about that."""
     repetitions: int = 3
-    """Rounds of all."""
+    """Timed runs of every subject."""
     memory_shard_tokens: int = 5_000_000
     """--shard-tokens for the measurement of memory: small, so that both inputs fill several
     shards."""

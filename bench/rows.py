@@ -11,7 +11,7 @@ from mlx_mla.fields import Bounds, not_negative, positive
 
 
 class NotEmpty(Bounds):
-    """Of a list."""
+    """A list must not be empty."""
 
     def problem(self, value: Any) -> str | None:
         return None if value else "must not be empty"
@@ -51,7 +51,7 @@ class Speed(TypedDict):
 
 
 class Rates(TypedDict):
-    """The best that the device showed just before and just after a row, a second."""
+    """The device's peak rates per second, measured just before and after a row."""
 
     matmul_flops: Positive
     """Of a square product."""

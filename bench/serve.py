@@ -57,9 +57,9 @@ class Serve(Benchmark):
     layers: int = 12
     """Layers of each."""
     clients: int = 16
-    """Clients that ask at once, and prompts."""
+    """Clients that ask at once; also the number of prompts."""
     seconds: float = 60.0
-    """How long they ask."""
+    """How long they ask, in seconds."""
     max_tokens: int = 32
     """Tokens of an answer."""
     prompt_bytes: int = 400

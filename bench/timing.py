@@ -1,4 +1,4 @@
-"""Turns, medians, and the timing of subjects of which one at a time is in memory."""
+"""Taking turns, medians, and the timing of subjects, one in memory at a time."""
 
 import contextlib
 import dataclasses
@@ -142,7 +142,7 @@ def _visit(own: Sequence[Case], count: int) -> None:
 
 @contextlib.contextmanager
 def _if_memory_suffices(cases: Sequence[Case]) -> Iterator[None]:
-    """Where it does not, that is the cases' status."""
+    """Mark the cases as out of memory if the block is."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:

@@ -49,7 +49,7 @@ class Training(Benchmark):
     """Measure the memory of training, and plan batches."""
 
     parts: tuple[Literal["memory", "plan"], ...] = ("memory", "plan")
-    """What to do."""
+    """What to do: measure memory, plan batches."""
     models: tuple[str, ...] = ("gpt2-124m", "mla-124m")
     """Presets."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)

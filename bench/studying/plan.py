@@ -99,7 +99,7 @@ class Cell:
     stds: tuple[float, ...]
     """Values of `initializer_range` to try at the rate found; a single one is not tuned."""
     extensions: int
-    """Values that may be added beyond the ends of either."""
+    """Values that may be added beyond the ends of the rates, and of the stds."""
     seeds: tuple[int, ...]
     tuning_seed: int | None
     """Seed of the tuning runs. None: the first of `seeds`, and rates are not tried again with the

@@ -1,4 +1,4 @@
-"""What a study has still to run, and running it: each run in a process of its own, several side by
+"""What a study has left to run, and running it: each run in a process of its own, several side by
 side, with progress for the whole study."""
 
 import dataclasses
@@ -190,7 +190,7 @@ class Trainer:
 
 
 def make_room(folder: Path, run: Run) -> None:
-    """Make sure that a folder is empty or holds the beginning of this very run.
+    """Make sure that a folder is empty or holds the beginning of this run.
 
     The beginning of another run, from before the study was changed, is moved aside. What a run left
     that was killed before it wrote its settings is removed.

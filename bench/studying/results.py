@@ -88,7 +88,7 @@ class Stage:
     """A search of a cell's tuning, which begins when the one before it has ended."""
 
     what: str
-    """Such as `Cell.least` names it."""
+    """rate, std or rate again, as in `Cell.least`."""
     search: Search
     run: Callable[[float], Run]
     """The run that tries a value."""
@@ -100,7 +100,7 @@ class Tuning:
 
     cell: Cell
     stages: Sequence[Stage]
-    """Those that have begun."""
+    """The stages that have begun."""
     rate: float | None
     std: float | None
     """The values found so far."""
@@ -122,8 +122,7 @@ class Tuning:
 
     @property
     def loss(self) -> float:
-        """Expected of a run of the tuning seed with what was found; infinite where it is not
-        known."""
+        """Expected loss of the tuning seed with the values found; infinite while unknown."""
         return math.inf if self.wanted else self.stages[-1].search.loss
 
     @property
@@ -177,7 +176,7 @@ class Results:
         return self._by_key.get(run.key)
 
     def add(self, run: Run, found: Outcome, machine: dict[str, str]) -> None:
-        """Write down a finished run on the data that `use_data` named."""
+        """Record a finished run on the data that `use_data` named."""
         assert self.data is not None
         text = key(machine)
         name = next((n for n, facts in self.machines.items() if key(facts) == text), None)

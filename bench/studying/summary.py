@@ -65,8 +65,8 @@ class Row:
     comparison: Comparison | None
     """With the baseline; None for the baseline itself."""
     loss: float | None
-    """The baseline's mean final loss plus the paired difference, so that seeds which only some
-    arms have move none; nats a token."""
+    """The baseline's mean final loss plus the paired difference, so that a seed which only some
+    arms have finished shifts none; nats a token."""
     tokens_to_baseline: float | None
     """Tokens after which the mean curve is at the baseline's final loss, on common seeds; None if
     it never is."""

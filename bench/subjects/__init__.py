@@ -1,6 +1,6 @@
 """The registry of subjects: every model of --models in every framework, and their references.
 
-`framework` imports mlx.py or torch.py when it is asked for. A `Candidate` is a subject before it is
+`framework` imports mlx.py or torch.py on demand. A `Candidate` is a subject before it is
 loaded: at any time one of them is in memory.
 """
 

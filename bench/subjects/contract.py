@@ -44,7 +44,7 @@ class Timed:
 
 
 class Memory(Protocol):
-    """Memory of a framework since one subject began to be loaded, without what was there before."""
+    """Memory that a framework has allocated since a subject began to be loaded."""
 
     def reset(self) -> None:
         """Forget the peak so far."""

@@ -25,7 +25,7 @@ from mlx_mla.model.weights import initial_weights
 
 
 class MLXMemory:
-    """See `bench.subjects.contract.Memory`. To be made before the subject is."""
+    """See `bench.subjects.contract.Memory`. Create it before the subject."""
 
     def __init__(self) -> None:
         mx.clear_cache()
@@ -193,14 +193,14 @@ def trainer(config: TrainConfig, device: str, way: str = "") -> Trainer:
 
 
 def release() -> None:
-    """Give back what subjects held that nothing refers to any more."""
+    """Free the memory of subjects that nothing refers to any more."""
     gc.collect()
     mx.clear_cache()
 
 
 def rates(dtype: DType, device: str, side: int) -> Rates:
-    """What the device does at best; memory by a large copy or matrix-vector product of `side`
-    squared values, which must not fit into its caches."""
+    """Peak rates of the device. Memory is measured by a large copy or matrix-vector product of
+    `side` squared values, which must not fit into its caches."""
     backend = MLXBackend(device)
     mx.set_default_device(backend.device)
     b, v = mx.full((side, side), 0.5), mx.full((side,), 0.5)

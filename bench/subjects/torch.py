@@ -24,10 +24,10 @@ from mlx_mla.model.weights import initial_weights
 
 
 class TorchMemory:
-    """See `bench.subjects.contract.Memory`. To be made before the subject is.
+    """See `bench.subjects.contract.Memory`. Create it before the subject.
 
     MPS keeps no peak: there it is what the driver has given since the subject began to be loaded,
-    filling of caches included. On a CPU nobody counts.
+    filling of caches included. On a CPU it is unknown.
     """
 
     def __init__(self, device: torch.device):
@@ -155,7 +155,7 @@ class TorchSubject(Subject):
 
 
 class PlainLoop:
-    """A training loop as nanoGPT's and many others' are, to compare this project's sessions with:
+    """A training loop such as nanoGPT's, to compare this project's sessions with:
     all logits at once, F.cross_entropy, clipping, torch.optim.AdamW; compiled and fused on CUDA.
 
     The network is transformers' GPT-2 where the attention is GPT-2's, else this project's.
@@ -184,7 +184,7 @@ class PlainLoop:
         self._forward = torch.compile(self._network) if on_cuda else self._network
 
     def step(self, step: int, learning_rate: float, batches: Sequence[Any]) -> None:
-        """One step on one batch, at a rate of its own."""
+        """One step on one batch, at a fixed learning rate."""
         ids, targets = (torch.tensor(a, dtype=torch.long, device=self._device) for a in batches[0])
         half = self._config.dtype == "bfloat16"
         autocast = torch.autocast(self._device.type, torch.bfloat16)
@@ -220,7 +220,7 @@ def load(
 
 
 def release() -> None:
-    """Give back what subjects held that nothing refers to any more."""
+    """Free the memory of subjects that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -241,7 +241,7 @@ def reference_network(config: ModelConfig, weights: Weights) -> GPT2LMHeadModel:
 
 
 def rates(dtype: DType, device: str, side: int) -> Rates:
-    """As mlx.py's."""
+    """Peak rates of the device, as in mlx.py."""
     backend = TorchBackend(device)
     place = backend.device
     b = torch.full((side, side), 0.5, device=place)
@@ -257,6 +257,6 @@ def rates(dtype: DType, device: str, side: int) -> Rates:
 
 
 def _synchronize(device: torch.device, _: Any = None) -> None:
-    """Wait for what the device was given to do."""
+    """Wait until the device has finished."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
