@@ -30,11 +30,11 @@ import functools
 import importlib
 import itertools
 import math
-import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from unittest import mock
@@ -249,10 +249,12 @@ class Bench:
         for batch, length in ((most, 512), (max(1, most // 2), 1024)):
             length = length // 16 if self.s.quick else length
             yield [
-                self._case("forward", c, batch, length, ("forward", _ids(batch, length, c.config)))
-                for c in self._timed()
-                if length <= c.config.n_positions
-            ]
+                self._case(
+                    "forward", c, batch, length,
+                    methodcaller("forward", _ids(batch, length, c.config)),
+                )
+                for c in self._timed() if length <= c.config.n_positions
+            ]  # fmt: skip
 
     def first_token(self) -> Iterator[list[Case]]:
         """Read a prompt into an empty cache, and choose the next token."""
@@ -260,7 +262,7 @@ class Bench:
             cases = []
             for c, kind in self._decoders():
                 if context < c.config.n_positions:
-                    call = "first_token", _ids(1, context, c.config)[0], kind
+                    call = methodcaller("first_token", _ids(1, context, c.config)[0], kind)
                     cases.append(self._case("first token", c, 1, context, call, kind))
             yield cases
 
@@ -274,7 +276,7 @@ class Bench:
                 size = cache_bytes(c.config, kind, self.s.dtype) * context * batch
                 fits = size <= self.s.max_cache_gb * 1e9 and (kind != "none" or batch == 1)
                 if fits and context + steps + 2 <= c.config.n_positions:
-                    call = "decode", batch, context, steps, kind
+                    call = methodcaller("decode", batch, context, steps, kind)
                     cases.append(self._case("decoding", c, batch, context, call, kind, steps))
             yield cases
 
@@ -285,10 +287,9 @@ class Bench:
             for c in self._trained(backend):
                 length = self._length(c)
                 ids = _ids(self.s.train_batch, length + 1, c.config)
+                call = methodcaller("step", ids[:, :-1], ids[:, 1:])
                 for way in ("", *(way for b, way in ways if b == backend)):
-                    case = self._case(
-                        "training", c, len(ids), length, ("step", ids[:, :-1], ids[:, 1:]), way=way
-                    )
+                    case = self._case("training", c, len(ids), length, call, way=way)
                     case.load = self._trainer(c, way)
                     cases.append(case)
             yield cases
@@ -300,7 +301,7 @@ class Bench:
     def save(self) -> Iterator[list[Case]]:
         """A training checkpoint: weights, optimiser state, checksums, sync, rename."""
         for c in (c for backend in self.s.backends for c in self._trained(backend)):
-            case = self._case("save", c, 1, 0, ("save",))
+            case = self._case("save", c, 1, 0, methodcaller("save"))
             case.row.bytes = 12.0 * num_parameters(c.config)
             case.load = self._trainer(c)
             yield [case]
@@ -313,9 +314,9 @@ class Bench:
             cases = []
             for c, path in itertools.product(self._latent(), paths):
                 if context + new <= c.config.n_positions:
-                    case = self._case("chunk", c, 1, context, ("",), "latent", new)
+                    call = functools.partial(_read_on, context, new, paths[path])
+                    case = self._case("chunk", c, 1, context, call, "latent", new)
                     case.row.new, case.row.path = new, path
-                    case.run = functools.partial(_read_on, context, new, paths[path])
                     cases.append(case)
             yield cases
 
@@ -352,10 +353,11 @@ class Bench:
         return lambda: framework(c.backend).trainer(config, self.s.device, way)
 
     def _case(
-        self, measure: Any, c: Candidate, batch: int, context: int, call: Sequence[Any],
+        self, measure: Any, c: Candidate, batch: int, context: int, call: Callable[[Any], Any],
         kind: str | None = None, steps: int = 1, way: str = "",
     ) -> Case:  # fmt: skip
-        """A case that calls a subject's method, the first of `call`, with the rest of it."""
+        """A case of `steps` tokens a sequence in decoding, with a kind of cache where it has one;
+        `way` is another project's."""
         way, dtype = ORIGINAL if kind == "none" else way, self.s.dtype
         width = cache_bytes(c.config, kind, dtype) if kind else None
         weights = num_parameters(c.config) * BYTES[dtype]
@@ -368,7 +370,7 @@ class Bench:
         )  # fmt: skip
         counts = {"decoding": batch * steps, "chunk": steps, "save": 0}
         tokens = counts.get(measure, batch * context)
-        return Case(row, c.load, operator.methodcaller(*call), tokens)
+        return Case(row, c.load, call, tokens)
 
 
 def _read_on(context: int, new: int, absorb: bool | None, subject: Subject) -> Timed:
