@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from unittest import mock
 
 if not __package__:  # started as a file, which puts this folder on the path instead of its parent
@@ -53,7 +53,7 @@ from bench.subjects import Candidate, Models, framework
 from bench.subjects.contract import Subject, Timed, Trainer, cache_bytes, call_flops
 from bench.timing import Case, time_cases
 from mlx_mla import cli
-from mlx_mla.fields import at_least_1, positive
+from mlx_mla.fields import PositiveInt, positive
 from mlx_mla.model.config import BackendName, DeviceName, ModelConfig
 from mlx_mla.model.estimate import BYTES
 from mlx_mla.model.train_config import TrainConfig
@@ -83,23 +83,23 @@ class Compare(Resumable):
     """Type of weights and computation."""
     measures: tuple[Measure, ...] = ("forward", "first-token", "decoding", "training")
     """What to measure."""
-    batch: tuple[int, ...] = (1, 8, 32)
+    batch: tuple[PositiveInt, ...] = (1, 8, 32)
     """Batch sizes of decoding."""
-    context: tuple[int, ...] = (64, 512, 1000)
+    context: tuple[PositiveInt, ...] = (64, 512, 1000)
     """Prompt lengths of the first token, and contexts of decoding. Presets get a position table
     that is long enough."""
-    max_cache_gb: float = 5.0
+    max_cache_gb: Annotated[float, positive(1e6)] = 5.0
     """Leave out decoding whose cache is larger: the cache, the weights and a copy of one layer's
     cache must fit into memory (3 for 8 GB)."""
-    forward_batch: int = 8
+    forward_batch: PositiveInt = 8
     """Batch of the forward pass at 512 tokens (the original has 8); half as many at 1024."""
-    train_batch: int = 1
+    train_batch: PositiveInt = 1
     """Batch of the training step, at 512 tokens, or as many as the model has positions."""
     references: bool = True
     """Time mlx-lm's and transformers' GPT-2 beside ours."""
     uncached: Literal["first", "all"] = "first"
     """MLA models to decode without a cache as well, as the original does, at batch 1."""
-    repetitions: int = 5
+    repetitions: PositiveInt = 5
     """Timed runs of every subject."""
     quick: bool = False
     """Small models of the same kinds and short contexts: every path in under 3 minutes."""
@@ -110,12 +110,6 @@ class Compare(Resumable):
     same: ClassVar = ("dtype", "quick")
     body = staticmethod(body)
     figures = staticmethod(figures)
-    bounds: ClassVar = {
-        "max_cache_gb": positive(1e6),
-        **dict.fromkeys(
-            ("batch", "context", "forward_batch", "train_batch", "repetitions"), at_least_1(10**6)
-        ),
-    }
 
     @property
     def devices(self) -> dict[BackendName, DeviceName]:  # type: ignore[override]

@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -39,11 +39,12 @@ from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
-from mlx_mla.fields import at_least_1, fraction, not_negative, positive
+from mlx_mla.fields import PositiveInt, fraction, not_negative, positive
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.schedule import learning_rate
 from mlx_mla.training.run_folder import run_config
 
+Share = Annotated[float, fraction(above_0=True)]
 METHODS: tuple[Method, ...] = get_args(Method)
 UNCONVERTED = "the MHA model"
 CELL = {"rank": Whole, "method": str, "budget": bool, "heal": Figure, "teacher": bool}
@@ -62,25 +63,25 @@ class Convert(Resumable):
 
     model: Path
     """Run folder of the multi-head model."""
-    fractions: tuple[float, ...] = (1, 0.75, 0.5, 1 / 3, 1 / 6, 1 / 12)
+    fractions: tuple[Share, ...] = (1, 0.75, 0.5, 1 / 3, 1 / 6, 1 / 12)
     """Ranks to measure, as shares of n_embd."""
     methods: tuple[Literal["balanced", "whitened", "svd"], ...] = METHODS
     """Methods to measure."""
-    calibration_tokens: int = 131072
+    calibration_tokens: PositiveInt = 131072
     """Tokens of the training text to calibrate on."""
-    held_out_windows: int = 512
+    held_out_windows: Annotated[int, not_negative(10**9)] = 512
     """Windows of the held-out text, spread evenly. 0: all."""
-    finetune: tuple[float, ...] = (0.01, 0.05)
+    finetune: tuple[Annotated[float, fraction()], ...] = (0.01, 0.05)
     """Shares of the training tokens to fine-tune on; none: --finetune 0."""
-    finetune_fractions: tuple[float, ...] = (0.5, 1 / 3, 1 / 6)
+    finetune_fractions: tuple[Share, ...] = (0.5, 1 / 3, 1 / 6)
     """Ranks to fine-tune, as shares of n_embd."""
     finetune_method: Literal["balanced", "whitened", "svd"] = "balanced"
     """Method of the models that are fine-tuned."""
     finetune_budget: bool = True
     """Whether their rank is an average, shared out among the layers."""
-    finetune_learning_rate: float = 3e-5
+    finetune_learning_rate: Annotated[float, positive(1)] = 3e-5
     """Highest learning rate of fine-tuning."""
-    finetune_batch_size: int = 4
+    finetune_batch_size: PositiveInt = 4
     """Sequences in a step of fine-tuning: few, since few tokens must give many steps."""
 
     name = "convert"
@@ -88,13 +89,6 @@ class Convert(Resumable):
     stored: ClassVar = {"cells": ROWS, "model": MODEL, "mha_perplexity": Positive}
     devices: ClassVar = {"torch": "cpu"}
     same: ClassVar[Sequence[str]] = ("model", "calibration_tokens", "held_out_windows")
-    bounds: ClassVar = {
-        **dict.fromkeys(("fractions", "finetune_fractions"), fraction(above_0=True)),
-        **dict.fromkeys(("calibration_tokens", "finetune_batch_size"), at_least_1(10**9)),
-        "finetune": fraction(),
-        "finetune_learning_rate": positive(1),
-        "held_out_windows": not_negative(10**9),
-    }
 
     def measure(self, results: Results) -> None:
         bench = Bench(self)

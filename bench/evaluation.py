@@ -48,7 +48,7 @@ from mlx_mla.evaluation.scoring import Request, RowBatch, Scorer, Scores
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.evaluation.tasks.base import Definition, Measured, TaskSetup
 from mlx_mla.evaluation.tasks.hellaswag import HellaSwag
-from mlx_mla.fields import at_least_1
+from mlx_mla.fields import PositiveInt
 from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.model.presets import PRESETS, preset
 from mlx_mla.model.weights import initial_weights
@@ -108,18 +108,17 @@ class Evaluation(Benchmark):
     """Our backends to time."""
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     """Device of PyTorch, for lm_eval and for ours. MLX takes its default."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Rows scored at once, by every subject."""
-    limit: Optional[int] = None
+    limit: Optional[PositiveInt] = None
     """A random sample of so many items. None: all."""
-    repetitions: int = 1
+    repetitions: PositiveInt = 1
     """Timed runs of every subject."""
 
     name = "evaluation"
     title = "Evaluation beside lm_eval"
     stored: ClassVar = {"rows": ROWS}
     packages: ClassVar = (*PACKAGES, "lm_eval")
-    bounds: ClassVar = dict.fromkeys(("batch_size", "limit", "repetitions"), at_least_1(10**6))
 
     @property
     def devices(self) -> dict[BackendName, DeviceName]:  # type: ignore[override]

@@ -24,7 +24,7 @@ from typing_extensions import Self
 from mlx_mla import cli, files
 from mlx_mla.backends import get_backend
 from mlx_mla.errors import UserError, flag
-from mlx_mla.fields import Bounds, check_bounds, value_of
+from mlx_mla.fields import check_bounds, value_of
 from mlx_mla.machine import memory, processor
 from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.pictures import draw
@@ -76,8 +76,6 @@ class Benchmark:
     """The values of the document that the report reads: their types by name."""
     packages: ClassVar[Sequence[str]] = PACKAGES
     """Packages whose versions the report lists."""
-    bounds: ClassVar[Mapping[str, Bounds]] = {}
-    """Values that numeric flags may have."""
     devices: ClassVar[Mapping[BackendName, DeviceName]] = {}
     """Frameworks that are measured, each with its --device. A property where flags choose them."""
 
@@ -86,7 +84,7 @@ class Benchmark:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) == ():
                 raise UserError(f"{flag(field.name)} needs at least one value")
-        check_bounds(self, self.bounds)
+        check_bounds(self)
         return self
 
     def measure(self, results: "Results") -> None:
@@ -291,8 +289,6 @@ def read(path: Path) -> tuple[type[Benchmark], Document]:
         value, of = settings[field.name], field.type
         if get_origin(of) is tuple or Path in (of, *get_args(of)):
             continue  # no report reads lists or paths
-        if field.name in kind.bounds and isinstance(value, (int, float)):
-            of = Annotated[of, kind.bounds[field.name]]
         at = f"settings.{field.name}"
         settings[field.name] = value_of(of, value, str(path), REMEDY, at=at)
     return kind, Stored({**stored, "settings": settings}, str(path))

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Annotated, Any, ClassVar, Optional
 
 from rich.console import Console
 from tyro.conf import Positional
@@ -35,7 +35,7 @@ from mlx_mla import prepare
 from mlx_mla.data.documents import Reading, find_sources
 from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.display import markdown_table
-from mlx_mla.fields import at_least_1, positive
+from mlx_mla.fields import PositiveInt, positive
 
 ALONE, PLAIN, XZ = "tiktoken alone", "prepare, .jsonl", "prepare, .jsonl.xz"
 UNPACK = "xz alone, one core"
@@ -57,13 +57,13 @@ class Prepare(Benchmark):
     """Text, as for mlx_mla.prepare."""
     bpe_dir: Optional[str] = None
     """Folder with encoder.json and vocab.bpe. None: tiktoken downloads them once."""
-    megabytes: float = 60
+    megabytes: Annotated[float, positive(10**6)] = 60
     """Size of the text to time. Memory is measured on as much, and on four times as much."""
-    web_page: int = 4500
+    web_page: PositiveInt = 4500
     """Characters of the shorter documents; the mean of FineWeb-Edu's is about that."""
-    repetitions: int = 3
+    repetitions: PositiveInt = 3
     """Timed runs of every subject."""
-    memory_shard_tokens: int = 5_000_000
+    memory_shard_tokens: PositiveInt = 5_000_000
     """--shard-tokens for the measurement of memory: small, so that both inputs fill several
     shards."""
 
@@ -71,10 +71,6 @@ class Prepare(Benchmark):
     title = "Preparing data beside tiktoken alone"
     stored: ClassVar = {"speed": SPEED, "memory": MEMORY, "threads": int}
     packages: ClassVar = ("tiktoken", "numpy", "pyarrow")
-    bounds: ClassVar = {
-        **dict.fromkeys(("web_page", "repetitions", "memory_shard_tokens"), at_least_1(10**9)),
-        "megabytes": positive(10**6),
-    }
 
     def measure(self, results: Results) -> None:
         results.add(threads=CORES)

@@ -24,7 +24,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from safetensors.numpy import save_file
 
@@ -54,15 +54,15 @@ class Serve(Benchmark):
     presets: tuple[str, ...] = ("gpt2-124m", "mla-124m", "mla-124m-r128")
     """Models to serve. Of one with multi-head attention, mlx-lm's own GPT-2 with the same weights
     is served as well."""
-    layers: int = 12
+    layers: Annotated[int, at_least_1(10**4)] = 12
     """Layers of each."""
-    clients: int = 16
+    clients: Annotated[int, at_least_1(10**4)] = 16
     """Clients that ask at once; also the number of prompts."""
-    seconds: float = 60.0
+    seconds: Annotated[float, positive(10**6)] = 60.0
     """How long they ask, in seconds."""
-    max_tokens: int = 32
+    max_tokens: Annotated[int, at_least_1(10**4)] = 32
     """Tokens of an answer."""
-    prompt_bytes: int = 400
+    prompt_bytes: Annotated[int, Bounds("be at least 8", 8, 10**6)] = 400
     """Length of the longest prompt; the others are from an eighth of it up."""
 
     name = "serve"
@@ -70,11 +70,6 @@ class Serve(Benchmark):
     stored: ClassVar = {"rows": ROWS}
     packages: ClassVar = ("mlx", "mlx-lm")
     devices: ClassVar = {"mlx": "auto"}
-    bounds: ClassVar = {
-        **dict.fromkeys(("layers", "clients", "max_tokens"), at_least_1(10**4)),
-        "prompt_bytes": Bounds("be at least 8", 8, 10**6),
-        "seconds": positive(10**6),
-    }
 
     def measure(self, results: Results) -> None:
         with tempfile.TemporaryDirectory() as folder:

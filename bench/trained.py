@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Annotated, Any, ClassVar, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +32,7 @@ from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data import corpus
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.display import markdown_table
-from mlx_mla.fields import Bounds, at_least_1, positive
+from mlx_mla.fields import Bounds, PositiveInt, positive
 
 BITS = (None, 8, 4)
 GUESSES = (0, 2, 3, 4, 6)
@@ -59,13 +59,13 @@ class Trained(Benchmark):
     """Run or model folders."""
     text: Path
     """UTF-8 text; its last part is held out."""
-    held_out: float = 0.1
+    held_out: Annotated[float, positive(0.99)] = 0.1
     """Share of the text that the models have not seen."""
-    windows: int = 128
+    windows: Annotated[int, Bounds("be at least 2", 2, 10**6)] = 128
     """Windows to score, spread evenly over the held-out text."""
     draft: Optional[Path] = None
     """A small model to guess for the others."""
-    tokens: int = 200
+    tokens: PositiveInt = 200
     """Tokens to generate with and without the draft model, after each of 8 prompts."""
 
     name = "trained"
@@ -73,11 +73,6 @@ class Trained(Benchmark):
     stored: ClassVar = {"quality": QUALITY, "speed": SPEED}
     packages = ("mlx", "mlx-lm")
     devices: ClassVar = {"mlx": "auto"}
-    bounds: ClassVar = {
-        "held_out": positive(0.99),
-        "windows": Bounds("be at least 2", 2, 10**6),
-        "tokens": at_least_1(10**6),
-    }
 
     def measure(self, results: Results) -> None:
         text = corpus.read_documents(str(self.text))[0]

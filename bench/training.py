@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ from bench.rows import Row as Timed
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.display import markdown_table
-from mlx_mla.fields import at_least_1, not_negative, positive
+from mlx_mla.fields import PositiveInt, not_negative, positive
 from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.model.estimate import Estimate, estimate
 from mlx_mla.model.presets import preset
@@ -54,15 +54,15 @@ class Training(Benchmark):
     """Presets."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """Types of the computation. bfloat16 takes minutes a step on a CPU."""
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     """Sequences in a pass."""
-    seq_len: int = 1024
+    seq_len: PositiveInt = 1024
     """Tokens in a sequence."""
-    activation_checkpointing: tuple[int, ...] = (0, 1)
+    activation_checkpointing: tuple[Annotated[int, not_negative(10**6)], ...] = (0, 1)
     """Settings of activation checkpointing to measure."""
-    memory_gb: tuple[int, ...] = (16, 32, 64, 128)
+    memory_gb: tuple[PositiveInt, ...] = (16, 32, 64, 128)
     """Memories to plan for, in GB."""
-    usable: float = 0.7
+    usable: Annotated[float, positive(1)] = 0.7
     """Share of a memory that training may take, in the plan; the system and its programs have the
     rest."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -73,11 +73,6 @@ class Training(Benchmark):
     name = "training"
     title = "Memory and speed of training"
     stored: ClassVar = {"rows": list[Timed], "memory": MEMORY, "plan": PLAN}
-    bounds: ClassVar = {
-        **dict.fromkeys(("batch_size", "seq_len", "memory_gb"), at_least_1(10**6)),
-        "activation_checkpointing": not_negative(10**6),
-        "usable": positive(1),
-    }
 
     @property
     def devices(self) -> dict[BackendName, DeviceName]:  # type: ignore[override]

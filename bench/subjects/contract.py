@@ -138,7 +138,7 @@ def cache_bytes(config: ModelConfig, kind: str, dtype: str) -> int:
     """Bytes of the decoding cache per token of context, all layers."""
     if kind == "none":
         return 0
-    return config.kind.cached_values(materialized=kind == "materialized") * BYTES[dtype]
+    return config.attention_spec.cached_values(materialized=kind == "materialized") * BYTES[dtype]
 
 
 def call_flops(
@@ -150,7 +150,7 @@ def call_flops(
     if measure == "decoding" and kind != "none":
         shapes = parameter_shapes(config).items()
         matrices = sum(s[0] * s[1] for n, s in shapes if len(s) == 2 and "wpe" not in n)
-        scores = config.kind.score_flops(on_latents=kind == "latent") * context
+        scores = config.attention_spec.score_flops(on_latents=kind == "latent") * context
         return batch * steps * (2.0 * matrices + scores)
     if measure == "first token":  # the head's product is needed for the last position alone
         assert config.vocab_size
