@@ -20,11 +20,13 @@ from typing import Any, Optional, cast, get_args
 
 from mlx_mla import cli
 from mlx_mla.backends import blas, get_backend
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, last_line
 from mlx_mla.machine import memory, processor
 from mlx_mla.model.config import BackendName, DType
 
 PROG = "python -m mlx_mla.doctor"
+FORM = "I ran it on a Mac"
+"""Name of the issue form for reports."""
 PACKAGES = ("mlx-mla", "mlx", "mlx-lm", "torch", "transformers", "tokenizers", "tiktoken", "numpy")
 
 
@@ -60,7 +62,6 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _check(facts: dict[str, str], advice: list[str], out: Path) -> int:
-    from mlx_mla.checks.page import FORM
     from mlx_mla.checks.rows import ROWS
     from mlx_mla.checks.runner import check
 
@@ -128,7 +129,7 @@ def _run_probe(name: str) -> dict[str, Any]:
         check=False,
     )
     if done.returncode != 0:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        return {"error": last_line(done.stderr)}
     return json.loads(done.stdout.splitlines()[-1])
 
 

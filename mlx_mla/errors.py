@@ -52,6 +52,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def last_line(stderr: str) -> str:
+    """The last line that a command wrote to stderr, which says why it failed."""
+    return (stderr.strip().splitlines() or ["no message"])[-1]
+
+
 _hints: list[str] = []
 
 

@@ -14,7 +14,8 @@ from helpers import python
 
 from mlx_mla import doctor
 from mlx_mla.backends import get_backend
-from mlx_mla.checks import models, page, runner, training
+from mlx_mla.checks import __main__ as one_row
+from mlx_mla.checks import models, runner, training
 from mlx_mla.checks.row import NEEDS, Outcome, Row, at_most, together
 from mlx_mla.checks.rows import ROWS
 
@@ -51,26 +52,17 @@ def test_rows_have_names_of_their_own_and_the_short_ones_come_first():
     assert minutes == sorted(minutes)
 
 
-def test_the_page_for_mac_owners_is_made_from_the_rows():
-    path = ROOT / "docs" / "untested-on-apple.md"
-    assert path.read_text(encoding="utf-8") == page.untested(), (
-        f"write it anew: python -m mlx_mla.checks > {path.relative_to(ROOT)}"
-    )
+def test_the_page_for_mac_owners_has_the_rows():
+    page = one_row.PAGE.read_text(encoding="utf-8")
+    assert page == one_row.with_rows(page), "write them: python -m mlx_mla.checks"
+    assert f'"{doctor.FORM}"' in " ".join(page.split())
+    assert all(f"| `{name}` |" in page for name in BY_NAME)
 
 
 def test_the_issue_form_asks_for_the_report():
     form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "mac.yml").read_text(encoding="utf-8")
-    assert f"name: {page.FORM}\n" in form
+    assert f"name: {doctor.FORM}\n" in form
     assert "python -m mlx_mla.doctor --check" in form and "check.md" in form
-
-
-@pytest.mark.parametrize(
-    "name", ["bfloat16-training-mlx", pytest.param("quantised-cache", marks=pytest.mark.slow)]
-)
-def test_a_row_passes_in_a_process_of_its_own(name):
-    outcome = runner.run_row(BY_NAME[name])
-    assert outcome.passed, outcome.figure
-    assert re.search(r"\d", outcome.figure)
 
 
 @pytest.fixture(scope="module")
@@ -100,27 +92,25 @@ def test_decoding_that_is_wrong_fails(tmp_path, monkeypatch):
         return right(self, 1.1 * q, *rest)
 
     monkeypatch.setattr(models, "PRESETS", ["nano", "mla-124m"])
-    assert models.absorbed(tmp_path / "right").passed
+    assert together(models.absorbed(tmp_path / "right")).passed
     monkeypatch.setattr(LatentAttention, "_attend_absorbed", wrong)
-    outcome = models.absorbed(tmp_path / "wrong")
+    outcome = together(models.absorbed(tmp_path / "wrong"))
     assert not outcome.passed, outcome.figure
 
 
 def test_steps_that_are_wrong_fail(monkeypatch):
     from mlx_mla.backends.mlx.session import MLXTrainSession
 
-    real, expected = (
-        MLXTrainSession.step,
-        training._train(get_backend("mlx", "cpu"), training._config()),
-    )
-    monkeypatch.setattr(
-        MLXTrainSession,
-        "step",
-        lambda self, step, rate, batches: real(self, step, 0.9 * rate, batches),
-    )
-    found = training._train(get_backend("mlx", "cpu"), training._config())
-    assert training._compared(expected, expected, training.TOLERANCE).passed
-    assert not training._compared(found, expected, training.TOLERANCE).passed
+    backend, config = get_backend("mlx", "cpu"), training.small_training(compile=False)
+    step, expected = MLXTrainSession.step, training.losses(backend, config)
+
+    def smaller(self, number, rate, batches):
+        return step(self, number, 0.9 * rate, batches)
+
+    monkeypatch.setattr(MLXTrainSession, "step", smaller)
+    found, bound = training.losses(backend, config), training.TOLERANCE["float32"]
+    assert training.compared(expected, expected, bound, "x").passed
+    assert not training.compared(found, expected, bound, "x").passed
 
 
 @pytest.mark.slow
@@ -133,28 +123,28 @@ def test_memory_is_judged_by_the_estimate_and_not_by_speed(share, passes, tmp_pa
     peak = MLXTrainSession.peak_memory_bytes
     monkeypatch.setattr(MLXTrainSession, "peak_memory_bytes", lambda self: int(share * peak(self)))
     monkeypatch.setattr(MLXBackend, "peak_flops", lambda self, dtype: 1.0)
-    outcome = training.memory(tmp_path)
+    outcome = together(training.memory(tmp_path))
     assert outcome.passed == passes, outcome.figure
 
 
-def test_fused_kernels_are_held_against_float64():
+def test_fused_kernels_are_held_against_float64(tmp_path):
     """The reference of the rows for Metal, against MLX's unfused attention."""
     import mlx.core as mx
 
     from mlx_mla.checks import metal
 
     if mx.metal.is_available():
-        assert metal.shared_head().passed
+        assert together(metal.fused_decoding(tmp_path)).passed
     for queries in (1, 4):
         for dtype, tolerance in metal.TOLERANCE.items():
             assert metal.difference(192, 128, queries, dtype) <= tolerance
 
 
-def test_nan_fails():
-    assert not at_most(float("nan"), 1, "x").passed
-    assert not models._worst({"a": 0.0, "b": float("nan"), "c": 0.5}, 1, "x").passed
-    both = together({"a": Outcome(True, "1"), "b": Outcome(False, "2")})
-    assert both == Outcome(False, "b: 2; a: 1")
+def test_parts_are_reported_by_their_largest_and_what_failed_first():
+    assert together([Outcome(True, "a"), Outcome(False, "b")]) == Outcome(False, "b; a")
+    parts = [at_most(value, 1, "x", of) for value, of in ((0, "a"), (0.7, "b"), (0.5, "c"))]
+    assert together(parts) == Outcome(True, "x 0.7 (at most 1), b")
+    assert together([*parts, at_most(float("nan"), 1, "x")]) == Outcome(False, "x nan (at most 1)")
 
 
 def row(name: str, **fields) -> Row:
@@ -182,26 +172,31 @@ def test_the_report_has_every_row_and_goes_on_after_a_failure(tmp_path, monkeypa
     assert len(lines) == 4 and lines[1].startswith("[ 2/4] bad        fail  ValueError: no")
 
 
-def test_a_row_that_raises_or_is_killed_fails_with_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        (f"raise ValueError('no file {ROOT}/x\\nand more')", r"^ValueError: no file \./x; as far$"),
+        ("sys.stderr.write('at the end'); sys.stderr.flush(); os.abort()",
+         "^ended with exit code -6: at the end; as far$"),
+    ],
+    ids=["raises", "is killed"],
+)  # fmt: skip
+def test_a_row_that_breaks_fails_with_one_line_and_keeps_what_it_found(
+    ending, expected, monkeypatch
+):
     """In a real process of its own."""
-    folder = f"{ROOT}/nowhere"
     code = (
         "import sys, os, dataclasses; from mlx_mla.checks import __main__ as m\n"
         "def broken(place):\n"
-        f"    if {{kill}}: os.abort()\n"
-        f"    raise ValueError('no file {folder}/x\\nand more')\n"
+        "    yield m.Outcome(True, 'as far')\n"
+        f"    {ending}\n"
         "m.ROWS = [dataclasses.replace(m.ROWS[0], name='x', run=broken)]\n"
         "m.main(['x'])\n"
     )
-    for kill, expected in (
-        (0, r"^ValueError: no file \./nowhere/x$"),
-        (1, "^ended with exit code -6"),
-    ):
-        script = ["-c", code.format(kill=kill)]
-        monkeypatch.setattr(runner, "command", lambda row, script=script: python(*script))
-        outcome = runner.run_row(row("x"))
-        assert not outcome.passed
-        assert re.search(expected, outcome.figure)
+    monkeypatch.setattr(runner, "command", lambda row: python("-c", code))
+    outcome = runner.run_row(row("x"))
+    assert not outcome.passed
+    assert re.search(expected, outcome.figure)
 
 
 @pytest.mark.parametrize("home", [None, "/tmp/anna", "/private/anna"])
@@ -242,7 +237,7 @@ def test_exit_code_and_last_lines(passed, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runner, "run_row", lambda row: Outcome(passed, "1"))
     assert doctor.main(["--check", "--out", str(tmp_path)]) == code
     last = capsys.readouterr().out.splitlines()[-1]
-    assert page.FORM in last and "mac.yml" in last
+    assert doctor.FORM in last and "mac.yml" in last
 
 
 @pytest.mark.slow

@@ -1,2 +1,2 @@
-"""What `python -m mlx_mla.doctor --check` runs: one list of rows (`rows.ROWS`), from which
-docs/untested-on-apple.md is made too."""
+"""What `python -m mlx_mla.doctor --check` runs: one list of rows (`rows.ROWS`), which is also the
+table of docs/untested-on-apple.md."""

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.errors import last_line
+
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout, where this is one."""
 LIMIT = 1800
@@ -35,7 +37,9 @@ def run(module: str, *argv: object, cwd: Path | None = None) -> str:
         timeout=LIMIT,
         cwd=cwd,
     )
-    _check(module, done.returncode, done.stderr)
+    if done.returncode:
+        said = last_line(done.stderr)
+        raise RuntimeError(f"{module} ended with exit code {done.returncode}: {said}")
     return done.stdout
 
 
@@ -121,9 +125,3 @@ def converter() -> str:
 
 def _command(module: str, *argv: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, argv)]
-
-
-def _check(module: str, code: int, stderr: str) -> None:
-    if code:
-        last = (stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{module} ended with exit code {code}: {last}")

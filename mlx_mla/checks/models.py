@@ -12,9 +12,9 @@ import numpy as np
 
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
-from mlx_mla.backends.contract import Backend, Decoder
+from mlx_mla.backends.contract import Decoder
 from mlx_mla.checkpoint import ModelFolder
-from mlx_mla.checks.row import Outcome, at_most, together
+from mlx_mla.checks.row import Outcome, at_most, row
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.decoding.request import CacheName, GenerationOptions
 from mlx_mla.evaluation.scoring import RowBatch, Scorer
@@ -23,130 +23,161 @@ from mlx_mla.model.config import BackendName, DeviceName, DType, ModelConfig
 from mlx_mla.model.presets import PRESETS, preset
 from mlx_mla.model.weights import initial_weights
 
-TOLERANCE = 1e-3
-"""Largest difference between devices of a log-probability in float32, in nats: their sums have
-other orders, and their exponentials other last digits."""
+BOUNDS: dict[DType, float] = {"float32": 1e-3, "bfloat16": 0.25}
+"""Largest difference of a log-probability from float32 on MLX's CPU, in nats. In float32, sums have
+other orders on other devices, and exponentials other last digits."""
+QUANTISED = {8: 0.2, 4: 2.0}
+"""The same for tokens from a cache in so many bits."""
 
-N_POSITIONS, PREFIX, PROMPT, NEW = 96, 16, 40, 12
+CACHES: tuple[CacheName, ...] = ("latent", "materialized")
+PREFIX, PROMPT = 16, 40
+GREEDY = GenerationOptions(temp=0, max_tokens=12)
+_REGRET = "worst token below the likeliest, nats:"
+
+_CODE: dict[BackendName, tuple[str, ...]] = {
+    "mlx": (
+        "mlx_mla/model/model_mlx.py:LatentAttention",
+        "mlx_mla/model/model_mlx.py:attend_in_half",
+        "mlx_mla/backends/contract.py:GPU_DTYPE",
+    ),
+    "torch": (
+        "mlx_mla/model/model_torch.py:attend",
+        "mlx_mla/model/model_torch.py:_attend_absorbed",
+    ),
+}
 
 
-def parity(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
-    """Log-probabilities of all tokens after a text, read whole and after a cached prefix."""
+@row(
+    where={b: (*code, f"mlx_mla/backends/{b}/score.py") for b, code in _CODE.items()},
+    expected="the log-probabilities of float32 in MLX on the CPU, to 1e-3 nats in float32 and 0.25 "
+    "in bfloat16",
+    minutes=0.3,
+)
+def parity(place: Path, backend: BackendName, device: DeviceName) -> Iterator[Outcome]:
+    """Logits on {device} in float32 and bfloat16, at every preset's widths; scoring with a cached
+    prefix."""
     there = get_backend(backend, device)
-    largest = {}
+    ids = np.random.default_rng(33).integers(0, 256, (2, 33)).astype(np.int32)
+    prefix, rest = ids[:, :PREFIX], ids[:, PREFIX:]
     for name, folder in preset_models(place):
-        ids, scorer = _random_ids(2, 33), there.scorer(folder)
         expected = log_probabilities(_reference(folder), ids, _places(ids))
-        whole = log_probabilities(scorer, ids, _places(ids))
-        prefix, rest = ids[:, :PREFIX], ids[:, PREFIX:]
-        after = log_probabilities(scorer, rest, _places(rest), prefix)
-        largest[name] = max(_largest(whole, expected), _largest(after, expected))
-    return _worst(largest, TOLERANCE, "largest difference of a log-probability")
+        for dtype, bound in BOUNDS.items():
+            scorer = there.scorer(folder, dtype)
+            whole = log_probabilities(scorer, ids, _places(ids))
+            after = log_probabilities(scorer, rest, _places(rest), prefix)
+            largest = np.abs([whole - expected, after - expected]).max()
+            yield at_most(largest, bound, f"log-probabilities in {dtype} differ by", name)
 
 
-def decoding(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
-    """Greedy text with each cache, alone and in a batch of prompts of unequal lengths."""
-    there = get_backend(backend, device)
-    lost = {}
+@row(
+    where={b: (*code, f"mlx_mla/backends/{b}/decode.py") for b, code in _CODE.items()},
+    expected="every token is the likeliest of a full forward pass on the CPU; in bfloat16, to 0.25 "
+    "nats",
+    minutes=0.6,
+)
+def decoding(place: Path, backend: BackendName, device: DeviceName) -> Iterator[Outcome]:
+    """Greedy text on {device} in float32 with both caches, whose shapes are fixed on MPS, alone and
+    in a batch of prompts of unequal lengths; and in bfloat16."""
+    there, prompts = get_backend(backend, device), [_prompt(n) for n in (PROMPT, 7, 19)]
     for name, folder in preset_models(place):
         reference = _reference(folder)
-        prompts = [list(map(int, _random_ids(1, n)[0])) for n in (PROMPT, 7, 19)]
         for kind in CACHES if folder.config.attention_spec.latent_widths else CACHES[1:]:
-            decoder = _decoder(there, folder, kind)
-            tokens: list[list[int]] = [[] for _ in prompts]
-            for i, piece in decoder.batch(prompts, _greedy()):
-                tokens[i] += piece.token_ids
-            alone = _tokens(decoder, prompts[0], _greedy())
-            texts = [*zip(prompts, tokens), (prompts[0], alone)]
-            lost[f"{name}, {kind}"] = max(regret(reference, p, t) for p, t in texts)
-    return _worst(lost, TOLERANCE, _REGRET)
+            decoder = there.decoder(folder, kind, "float32")
+            texts: list[list[int]] = [[] for _ in prompts]
+            for i, piece in decoder.batch(prompts, GREEDY):
+                texts[i] += piece.token_ids
+            for prompt, text in zip(prompts * 2, [*texts, _tokens(decoder, prompts[0])]):
+                lost = regret(reference, prompt, text)
+                yield at_most(lost, BOUNDS["float32"], _REGRET, f"{name}, {kind}")
+        text = _tokens(there.decoder(folder, "latent", "bfloat16"), prompts[0])
+        lost = regret(reference, prompts[0], text)
+        yield at_most(lost, BOUNDS["bfloat16"], f"in bfloat16, {_REGRET}", name)
 
 
-def absorbed(place: Path) -> Outcome:
-    """Several queries at once over a cache of latents: a prompt that follows a saved one, and the
-    check of a draft model's guesses."""
-    there, lost = get_backend("mlx"), {}
-    draft = None
+@row(
+    where=(
+        "mlx_mla/model/model_mlx.py:_attend_absorbed",
+        "mlx_mla/model/model_mlx.py:WRITTEN_VALUE",
+    ),
+    expected="every token is the likeliest of a full forward pass on the CPU",
+    minutes=0.3,
+)
+def absorbed(place: Path) -> Iterator[Outcome]:
+    """Several absorbed queries at once: the next part of a prompt, and the check of a draft's
+    guesses."""
+    prompt, more, draft = _prompt(PROMPT), [5, 80, 9], None
     for name, folder in preset_models(place):
         draft = draft or folder  # the first preset's model, whose guesses are mostly wrong
         if not folder.config.attention_spec.latent_widths:
             continue
-        reference, decoder = _reference(folder), _decoder(there, folder)
-        prompt, more = (list(map(int, ids)) for ids in (_random_ids(1, PROMPT)[0], [5, 80, 9]))
+        decoder = get_backend("mlx").decoder(folder, "latent", "float32")
         file = place / f"{name}.safetensors"
-        first = _tokens(decoder, prompt, _greedy(save_prompt_cache=file, max_tokens=4))
-        then = _tokens(decoder, more, _greedy(prompt_cache=file))
-        guessed = _tokens(decoder, prompt, _greedy(draft_model=str(draft)))
-        own = _tokens(decoder, prompt, _greedy(draft_model=str(folder)))  # all guesses right
-        lost[name] = max(
-            regret(reference, [*prompt, *first, *more], then),
-            *(regret(reference, prompt, tokens) for tokens in (first, guessed, own)),
-        )
-    return _worst(lost, TOLERANCE, _REGRET)
+        first = _tokens(decoder, prompt, save_prompt_cache=file, max_tokens=4)
+        texts = [(prompt, first)]
+        texts.append(([*prompt, *first, *more], _tokens(decoder, more, prompt_cache=file)))
+        for guesses in (draft, folder):  # its own are all right
+            texts.append((prompt, _tokens(decoder, prompt, draft_model=str(guesses))))
+        for before, text in texts:
+            lost = regret(_reference(folder), before, text)
+            yield at_most(lost, BOUNDS["float32"], _REGRET, name)
 
 
-def quantised_cache(place: Path) -> Outcome:
-    """Greedy text with the cache in 8 and 4 bits, whose tokens may be a little less likely."""
-    there, lost = get_backend("mlx"), {8: 0.0, 4: 0.0}
-    for _, folder in preset_models(place):
-        reference, decoder = _reference(folder), _decoder(there, folder)
-        prompt = list(map(int, _random_ids(1, PROMPT)[0]))
-        for bits in lost:
-            tokens = _tokens(decoder, prompt, _greedy(kv_bits=bits))
-            lost[bits] = max(lost[bits], regret(reference, prompt, tokens))
-    passed = lost[8] <= QUANTISED[8] and lost[4] <= QUANTISED[4]
-    figures = (f"{bits} bits {lost[bits]:.2g} (at most {QUANTISED[bits]:g})" for bits in lost)
-    return Outcome(passed, f"{_REGRET} {', '.join(figures)}")
-
-
-def half_precision(place: Path, backend: BackendName, device: DeviceName) -> Outcome:
-    """bfloat16 against float32 on the same device: logits, and greedy text."""
-    there, largest, lost = get_backend(backend, device), {}, {}
-    prompt = list(map(int, _random_ids(1, PROMPT)[0]))
+@row(
+    where=("mlx_mla/backends/mlx/decode.py:MLXDecoder",),
+    expected="tokens at most 0.2 and 2 nats less likely than the best",
+    minutes=0.2,
+)
+def quantised_cache(place: Path) -> Iterator[Outcome]:
+    """The cache in 8 and 4 bits (`--kv-bits`)."""
+    prompt = _prompt(PROMPT)
     for name, folder in preset_models(place):
-        ids = _random_ids(2, 33)
-        exact, rounded = (
-            log_probabilities(there.scorer(folder, dtype), ids, _places(ids))
-            for dtype in _BOTH_DTYPES
-        )
-        largest[name] = _largest(exact, rounded)
-        text = _tokens(there.decoder(folder, "latent", "bfloat16"), prompt, _greedy())
-        lost[name] = regret(there.scorer(folder), prompt, text)
-    logits = _worst(largest, BFLOAT16, "largest difference of a log-probability")
-    return together({"logits": logits, "text": _worst(lost, BFLOAT16, _REGRET)})
+        decoder = get_backend("mlx").decoder(folder, "latent", "float32")
+        for bits, bound in QUANTISED.items():
+            lost = regret(_reference(folder), prompt, _tokens(decoder, prompt, kv_bits=bits))
+            yield at_most(lost, bound, f"{bits} bits: {_REGRET}", name)
 
 
-def cache_choice(place: Path) -> Outcome:
-    """Speed of both caches at the widths of mla-124m."""
-    folder = _write(place / "model", _shallow("mla-124m", n_layer=4, n_positions=1024))
-    there = get_backend("mlx")
-    prompt = list(map(int, _random_ids(1, 900)[0]))
-    rates = {}
+@row(
+    where=("mlx_mla/decoding/request.py:cache_of",),
+    expected="reports the speed of both caches",
+    minutes=0.3,
+)
+def cache_choice(place: Path) -> Iterator[Outcome]:
+    """`--cache latent` is the default; only on CPUs was it measured to be the faster one."""
+    folder = small_model(place / "model", "mla-124m", n_layer=4, n_positions=1024)
     for kind in CACHES:
-        decoder = _decoder(there, folder, kind)
-        _tokens(decoder, prompt, _greedy())
-        *_, last = decoder.stream(prompt, _greedy(max_tokens=64))
-        rates[kind] = last.figures["generation_tps"]
-    found = ", ".join(f"{kind} {rates[kind]:,.0f} tokens/s" for kind in CACHES)
-    return Outcome(True, found)
-
-
-CACHES: tuple[CacheName, ...] = ("latent", "materialized")
-_REGRET = "worst token below the likeliest, nats:"
-_BOTH_DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
-QUANTISED = {8: 0.2, 4: 2.0}
-BFLOAT16 = 0.25
+        decoder = get_backend("mlx").decoder(folder, kind, "float32")
+        _tokens(decoder, _prompt(900))
+        *_, last = decoder.stream(_prompt(900), dataclasses.replace(GREEDY, max_tokens=64))
+        yield Outcome(True, f"{kind} {last.figures['generation_tps']:,.0f} tokens/s")
 
 
 def preset_models(place: Path) -> Iterator[tuple[str, ModelFolder]]:
     """(preset, model folder) of each, with its widths."""
     for name in PRESETS:
-        yield name, _write(place / name, _shallow(name))
+        yield name, small_model(place / name, name)
 
 
-def small_model(folder: Path, name: str = "nano") -> ModelFolder:
-    """Write such a model of one preset."""
-    return _write(folder, _shallow(name))
+def small_config(name: str = "nano", **changes: int) -> ModelConfig:
+    """A preset's model of few layers, positions and tokens."""
+    model = preset(name).model
+    # A narrow MLP: it is no other than a linear layer.
+    sizes = {"n_layer": 2, "n_positions": 96, "n_inner": model.n_embd}
+    sizes["vocab_size"] = ByteTokenizer.size
+    return dataclasses.replace(model, **{**sizes, **changes}).resolved()  # type: ignore[arg-type]
+
+
+def small_model(folder: Path, name: str = "nano", **changes: int) -> ModelFolder:
+    """Write such a model, with random weights that make attention and the next token neither even
+    nor certain."""
+    config, rng = small_config(name, **changes), np.random.default_rng(0)
+    weights = initial_weights(config, seed=0, std=1.5 * config.n_embd**-0.5)
+    for key, w in weights.items():
+        if w.ndim == 1:
+            weights[key] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
+    with atomic_folder(folder) as target:
+        checkpoint.write_model(target, config, weights, ByteTokenizer().fast_tokenizer(), "")
+    return ModelFolder(folder)
 
 
 def log_probabilities(
@@ -169,72 +200,26 @@ def log_probabilities(
 def regret(scorer: Scorer, prompt: Sequence[int], tokens: Sequence[int]) -> float:
     """By how much the log-probability of a greedy text's tokens was below the best, at most, by a
     forward pass over the whole: 0 where each was the likeliest."""
-    assert tokens
     ids = np.array([[*prompt, *tokens[:-1]]], np.int32)
-    at, chosen = np.arange(len(prompt) - 1, ids.size, dtype=np.int32), np.array(tokens, np.int32)
-    logprobs, greedy = scorer.run(None, [RowBatch(ids, np.zeros(1, np.int32), at, chosen)])
-    lost = [
-        float(log_probabilities(scorer, ids, at[[i]]).max()) - float(logprobs[i])
-        for i in np.flatnonzero(~greedy | np.isnan(logprobs))
-    ]
-    return max(lost, default=0.0)
+    rows = log_probabilities(scorer, ids, np.arange(len(prompt) - 1, ids.size))
+    return float((rows.max(-1) - rows[np.arange(len(tokens)), tokens]).max())
 
 
 def _reference(folder: ModelFolder) -> Scorer:
     return get_backend("mlx", "cpu").scorer(folder)
 
 
-def _decoder(backend: Backend, folder: ModelFolder, cache: CacheName = "latent") -> Decoder:
-    """In float32, in which texts are claimed to be equal."""
-    return backend.decoder(folder, cache, "float32")
+def _tokens(decoder: Decoder, prompt: Sequence[int], **options: object) -> list[int]:
+    """A greedy text."""
+    request = dataclasses.replace(GREEDY, **options)  # type: ignore[arg-type]
+    return [t for piece in decoder.stream(prompt, request) for t in piece.token_ids]
 
 
-def _greedy(**options: object) -> GenerationOptions:
-    return dataclasses.replace(GenerationOptions(temp=0, max_tokens=NEW), **options)  # type: ignore[arg-type]
-
-
-def _tokens(decoder: Decoder, prompt: Sequence[int], options: GenerationOptions) -> list[int]:
-    return [t for piece in decoder.stream(prompt, options) for t in piece.token_ids]
-
-
-def _random_ids(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(length).integers(0, 256, (batch, length)).astype(np.int32)
+def _prompt(length: int) -> list[int]:
+    return np.random.default_rng(length).integers(0, 256, length).tolist()
 
 
 def _places(ids: np.ndarray) -> np.ndarray:
     """Four of the last places of each row, in the flattened ids."""
     B, L = ids.shape
     return np.add.outer(np.arange(B) * L, L - 1 - np.arange(0, 16, 4)).ravel()
-
-
-def _largest(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max())
-
-
-def _worst(values: dict[str, float], bound: float, what: str) -> Outcome:
-    """The largest of the figures of several models; NaN is the largest."""
-    worst = max(values, key=lambda name: (np.isnan(values[name]), values[name]))
-    found = at_most(values[worst], bound, what)
-    return dataclasses.replace(found, figure=f"{found.figure}, {worst}")
-
-
-def _shallow(name: str, **changes: int) -> ModelConfig:
-    """A preset's model of few layers, positions and tokens."""
-    sizes = {"n_layer": 2, "n_positions": N_POSITIONS, "vocab_size": ByteTokenizer.size}
-    model = preset(name).model
-    # A narrow MLP: it is no other than a linear layer.
-    sizes["n_inner"] = model.n_embd
-    return dataclasses.replace(model, **{**sizes, **changes}).resolved()  # type: ignore[arg-type]
-
-
-def _write(folder: Path, config: ModelConfig) -> ModelFolder:
-    """A model folder of random weights that make attention and the next token neither even nor
-    certain."""
-    rng = np.random.default_rng(0)
-    weights = initial_weights(config, seed=0, std=1.5 * config.n_embd**-0.5)
-    for name, w in weights.items():
-        if w.ndim == 1:
-            weights[name] = w + 0.1 * rng.standard_normal(w.shape, dtype=np.float32)
-    with atomic_folder(folder) as target:
-        checkpoint.write_model(target, config, weights, ByteTokenizer().fast_tokenizer(), "")
-    return ModelFolder(folder)

@@ -1,88 +1,101 @@
 """Checks of whole commands: the doctor's facts, a Mac's CPU and GPU, the server, the converter and
-the benchmark; and those for which MLX itself is imported, by the row that needs it alone."""
+the benchmark."""
 
 import concurrent.futures
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mlx_mla.backends import get_backend
 from mlx_mla.checkpoint import ModelFolder
-from mlx_mla.checks import commands, models
-from mlx_mla.checks.row import Outcome, at_most, together
+from mlx_mla.checks import commands
+from mlx_mla.checks.models import log_probabilities, small_model
+from mlx_mla.checks.row import Outcome, at_most, row
 from mlx_mla.checks.training import SMALL
 
 CLIENTS, TURNS = 4, 5
 PROMPTS = ("The st", "A longer prompt of words", "x", "def f(self)", "1, 2, 3")
 
 
-def facts(place: Path) -> Outcome:
-    """The doctor names what is here, and measures rates of matrix products."""
+@row(
+    where=(
+        "mlx_mla/machine.py:processor",
+        "mlx_mla/backends/blas.py:in_use",
+        "mlx_mla/backends/mlx/backend.py:device_info",
+        "mlx_mla/backends/peak.py:measure_peak",
+    ),
+    expected="Metal and Accelerate on a Mac; rates near what is published for the chip",
+    minutes=0.1,
+)
+def facts(place: Path) -> Iterator[Outcome]:
+    """Processor, memory limit, BLAS and matrix rates in the doctor."""
     found = json.loads(commands.run("mlx_mla.doctor", "--probe", "mlx").splitlines()[-1])["facts"]
-    rates = {key: value for key, value in found.items() if "matmul" in key}
-    right = all(float(v.split()[0].replace(",", "")) > 0 for v in rates.values()) and bool(rates)
     if sys.platform == "darwin":
-        right = right and found["MLX GPU"] == "Metal" and found["MLX BLAS"] == "Accelerate"
-        right = right and "MLX memory limit" in found
-    return Outcome(right, ", ".join(f"{key} {value}" for key, value in rates.items()))
+        for key, right in {"MLX GPU": "Metal", "MLX BLAS": "Accelerate"}.items():
+            yield Outcome(found[key] == right, f"{key} {found[key]}")
+        yield Outcome("MLX memory limit" in found, "a memory limit")
+    for key in [key for key in found if "matmul" in key]:
+        yield Outcome(float(found[key].split()[0].replace(",", "")) > 0, f"{key} {found[key]}")
 
 
-def fused_kernels(place: Path) -> Outcome:
-    """See `metal.shared_head`."""
-    from mlx_mla.checks import metal
-
-    return metal.shared_head()
-
-
-def fused_decoding(place: Path) -> Outcome:
-    """See `metal.both_paths`."""
-    from mlx_mla.checks import metal
-
-    return metal.both_paths(place)
-
-
-def both_devices(place: Path) -> Outcome:
-    """Training and generation, with a quantized cache, where the flag says."""
-    found = {}
+@row(
+    where=(
+        "mlx_mla/backends/mlx/backend.py:limited_memory",
+        "mlx_mla/backends/mlx/backend.py:memory_bytes",
+        "mlx_mla/backends/mlx/device.py:stream_of",
+    ),
+    expected="text from both",
+    minutes=0.3,
+)
+def devices(place: Path) -> Iterator[Outcome]:
+    """`--device cpu` and `auto`: training, and generation with a cache in 8 bits; wired memory on
+    Metal."""
     for device in ("cpu", "auto"):
-        run = place / device
-        commands.run(
-            "mlx_mla.train", *SMALL, "--steps", 3, "--save-every", 0, "--device", device,
-            "--out", run,
-        )  # fmt: skip
+        train = ("--steps", 3, "--save-every", 0, "--device", device, "--out", place / device)
+        commands.run("mlx_mla.train", *SMALL, *train)
         said = commands.run(
-            "mlx_mla.generate", "--model", run, "--prompt", "The ", "--temp", 0,
+            "mlx_mla.generate", "--model", place / device, "--prompt", "The ", "--temp", 0,
             "--max-tokens", 20, "--kv-bits", 8, "--device", device, "--json",
         )  # fmt: skip
         text = json.loads(said)
-        found[device] = Outcome(
-            text["tokens"] > 0,
-            f"{text['tokens']} tokens, peak {text['peak_memory_bytes'] / 2**20:.0f} MiB",
-        )
-    return together(found)
+        peak = f"{text['peak_memory_bytes'] / 2**20:.0f} MiB"
+        yield Outcome(text["tokens"] > 0, f"{device}: {text['tokens']} tokens, peak {peak}")
 
 
-def server(place: Path) -> Outcome:
-    """Clients at once get the text that each gets alone, and a wrong request is refused."""
-    model = models.small_model(place / "model")
-    with commands.serving(model.path) as address:
-        alone = {prompt: commands.ask(address, _request(prompt)) for prompt in PROMPTS}
+@row(
+    where=("mlx_mla/serve.py:Handler",),
+    expected="each gets the text that it gets alone, the wrong one a 400",
+    minutes=0.3,
+)
+def server(place: Path) -> Iterator[Outcome]:
+    """`mlx_mla.serve` under four clients, one of whose requests is wrong."""
+    with commands.serving(small_model(place / "model").path) as address:
+
+        def ask(prompt: str) -> tuple[int, str]:
+            return commands.ask(address, {"prompt": prompt, "max_tokens": 12, "temperature": 0})
+
+        alone = {prompt: ask(prompt) for prompt in PROMPTS}
+        turns = [PROMPTS[i % len(PROMPTS)] for i in range(CLIENTS * TURNS)]
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-            turns = [PROMPTS[i % len(PROMPTS)] for i in range(CLIENTS * TURNS)]
-            answers = list(pool.map(lambda p: commands.ask(address, _request(p)), turns))
-            refused, _ = commands.ask(address, {"prompt": ""})
+            answers = list(pool.map(ask, turns))
+            refused, _ = ask("")
     right = sum(answer == alone[p] and answer[0] == 200 for p, answer in zip(turns, answers))
-    return Outcome(
-        right == len(turns) and refused == 400,
-        f"{right} of {len(turns)} answers as alone; a wrong request got {refused}",
-    )
+    yield Outcome(right == len(turns), f"{right} of {len(turns)} answers as alone")
+    yield Outcome(refused == 400, f"a wrong request got {refused}")
 
 
-def calibration(place: Path) -> Outcome:
-    """`--to mla` with calibration on MPS and on the CPU: the models have the same score."""
-    source = models.small_model(place / "mha", "gpt2-124m")
+@row(
+    where=("convert/calibration.py:collect_moments",),
+    needs=("torch", "mps"),
+    expected="models with the same score to 0.01 nats",
+    minutes=0.5,
+)
+def calibration(place: Path) -> Iterator[Outcome]:
+    """Calibration of `convert --to mla` on MPS, which has no float64."""
+    source = small_model(place / "mha", "gpt2-124m")
     ids, found = np.arange(60, dtype=np.int32).reshape(2, 30), []
     for device in ("cpu", "mps"):
         commands.run(
@@ -91,28 +104,28 @@ def calibration(place: Path) -> Outcome:
             "--held-out-tokens", 4096, "--device", device,
         )  # fmt: skip
         scorer = get_backend("mlx", "cpu").scorer(ModelFolder(place / device))
-        found.append(models.log_probabilities(scorer, ids, np.arange(20, 60, 8)))
-    largest = float(np.abs(found[0] - found[1]).max())
-    return at_most(largest, 0.01, "largest difference of a log-probability")
+        found.append(log_probabilities(scorer, ids, np.arange(20, 60, 8)))
+    yield at_most(np.abs(found[0] - found[1]).max(), 0.01, "log-probabilities differ by")
 
 
-def benchmark(place: Path) -> Outcome:
-    """Both backends side by side; one whose logits differ is reported and not timed."""
+@row(
+    where=(
+        "bench/compare_backends.py:Bench",
+        "bench/subjects/torch.py",
+        "mlx_mla/backends/torch/device.py:peak_memory_bytes",
+    ),
+    needs=("checkout", "torch"),
+    expected="logits agree, every row is measured",
+    minutes=3,
+)
+def benchmark(place: Path) -> Iterator[Outcome]:
+    """MLX against PyTorch in the benchmark, `compare_backends --quick`."""
     commands.run("bench.compare_backends", "--quick", "--out", place / "out", cwd=commands.ROOT)
     found = json.loads((place / "out" / "results.json").read_text(encoding="utf-8"))
-    wrong = [
-        f"{r['measure']} of {r['backend']} {r['model']}: {r['status']}"
-        for r in found["rows"]
-        if r.get("status", "ok") != "ok"
-    ] + [
-        f"logits of {p['backend']} {p['model']} differ by {p['largest_logit_difference']:.2g}"
-        for p in found["parity"]
-        if not p["ok"]
-    ]
-    return Outcome(
-        not wrong, "; ".join(wrong) or f"{len(found['rows'])} rows measured, logits agree"
-    )
-
-
-def _request(prompt: str) -> dict[str, object]:
-    return {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+    for r in found["rows"]:
+        if (status := r.get("status", "ok")) != "ok":
+            yield Outcome(False, f"{r['measure']} of {r['backend']} {r['model']}: {status}")
+    for p in found["parity"]:
+        off, of = p["largest_logit_difference"], f"{p['backend']} {p['model']}"
+        yield at_most(off, p["allowed"], "logits differ by", of)
+    yield Outcome(True, f"{len(found['rows'])} rows")

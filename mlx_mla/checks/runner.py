@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from mlx_mla.checks import page
 from mlx_mla.checks.commands import ROOT
-from mlx_mla.checks.row import NEEDS, Need, Outcome, Row
+from mlx_mla.checks.row import NEEDS, Need, Outcome, Row, together
+from mlx_mla.display import markdown_table
+from mlx_mla.errors import last_line
 from mlx_mla.files import write_text
 
 SETTINGS = {
@@ -75,19 +77,24 @@ def check(
         seconds = round(time.monotonic() - began, 1)
         print(f"{status}  {figure}" + ("" if missing else f"  ({seconds:.0f} s)"), flush=True)
         results.append(Result(row.name, row.what, status, figure, row.expected, seconds))
-        _write(out, facts, to_fix, results)
+        document = {
+            "facts": facts,
+            "to_fix": list(to_fix),
+            "rows": [dataclasses.asdict(result) for result in results],
+        }
+        write_text(out / "check.json", json.dumps(document, indent=1) + "\n")
+        write_text(out / "check.md", _page(facts, to_fix, results))
     return results
 
 
 def available(facts: Mapping[str, str]) -> set[Need]:
     """What rows may need, by the doctor's facts."""
-    gpu, torch = facts.get("MLX GPU"), facts.get("PyTorch device")
+    torch = facts.get("PyTorch device")
     here: dict[Need, bool] = {
-        "metal": gpu == "Metal",
-        "gpu": gpu in ("Metal", "CUDA"),
+        "metal": facts.get("MLX GPU") == "Metal",
         "torch": torch is not None,
+        "torch-gpu": torch in ("mps", "cuda"),
         "mps": torch == "mps",
-        "cuda": torch == "cuda",
         "compiler": not sys.platform.startswith("linux") or shutil.which("g++") is not None,
         "checkout": (ROOT / "bench").is_dir(),
     }
@@ -100,24 +107,24 @@ def command(row: Row) -> list[str]:
 
 
 def run_row(row: Row) -> Outcome:
-    """Run a row in a process of its own, which may crash or hang."""
+    """Run a row in a process of its own, which may crash or hang; what it found before counts."""
     limit = 600 + 20 * 60 * row.minutes
-    try:
-        done = subprocess.run(
-            command(row),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=limit,
-            env={**SETTINGS, **os.environ},
-        )
-    except subprocess.TimeoutExpired:
-        return Outcome(False, f"did not end within {limit / 60:.0f} minutes")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Outcome(False, impersonal(f"ended with exit code {done.returncode}: {last}"))
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Outcome(found["passed"], impersonal(found["figure"]))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        env = {**SETTINGS, **os.environ}
+        try:
+            code = subprocess.run(
+                command(row), stdout=out, stderr=err, timeout=limit, env=env, check=False
+            ).returncode
+            ended = f"ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, ended = 1, f"did not end within {limit / 60:.0f} minutes"
+        for file in (out, err):
+            file.seek(0)
+        parts = [Outcome(**json.loads(line)) for line in out if line.startswith('{"passed"')]
+        if code or not parts:
+            parts.append(Outcome(False, f"{ended}: {last_line(err.read())}"))
+    found = together(parts)
+    return dataclasses.replace(found, figure=impersonal(found.figure))
 
 
 def impersonal(text: str) -> str:
@@ -132,10 +139,20 @@ def impersonal(text: str) -> str:
     return " ".join(text.split())
 
 
-def _write(
-    out: Path, facts: Mapping[str, str], to_fix: Sequence[str], results: Collection[Result]
-) -> None:
-    rows = [dataclasses.asdict(result) for result in results]
-    document = {"facts": dict(facts), "to_fix": list(to_fix), "rows": rows}
-    write_text(out / "check.json", json.dumps(document, indent=1) + "\n")
-    write_text(out / "check.md", page.report(facts, to_fix, rows))
+def _page(facts: Mapping[str, str], to_fix: Sequence[str], results: Sequence[Result]) -> str:
+    """check.md."""
+    count = Counter(r.status for r in results)
+    machine = "\n".join(f"{key:<24}{value}" for key, value in facts.items())
+    advice = "".join(f"\n- to fix: {item}" for item in to_fix)
+    table = markdown_table(
+        ("row", "", "figure", "expected", "s"),
+        [
+            (r.name, r.status, r.figure.replace("|", "\\|"), r.expected, f"{r.seconds:.0f}")
+            for r in results
+        ],
+    )
+    return (
+        "# `python -m mlx_mla.doctor --check`\n\n"
+        f"{count['pass']} passed, {count['fail']} failed, {count['skip']} skipped\n\n"
+        f"```\n{machine}\n```\n{advice}\n" + "\n".join(table) + "\n"
+    )
