@@ -98,13 +98,9 @@ def _make(venv: Path, unfinished: Path, with_pip: bool) -> None:
     venv.mkdir()
     unfinished.touch()
     command = [sys.executable, "-m", "venv", *([] if with_pip else ["--without-pip"]), str(venv)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    if failed := _run(command, venv / "install.log"):
         shutil.rmtree(venv, ignore_errors=True)
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-        raise RuntimeError(
-            f"{' '.join(command)} failed: {said[-1]}; another Python: make PYTHON=/path/to/python3"
-        )
+        raise RuntimeError(f"{' '.join(command)}: {failed}, or make PYTHON=/path/to/python3")
 
 
 def _run(command: list[str], log: Path) -> str | None:
