@@ -35,8 +35,9 @@ from fetch_data import DOWNLOADS, FOLDER
 from helpers import tiny_train, words
 from hypothesis import settings
 
-from mlx_mla import checkpoint
+from mlx_mla import checkpoint, pictures
 from mlx_mla.backends import contract
+from mlx_mla.training import metrics
 
 SEED = 17  # of the slow fuzz tests
 
@@ -176,6 +177,19 @@ def decode_in_float32():
     """On GPUs, too, unless a test says otherwise: texts are only claimed to be equal there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contract, "GPU_DTYPE", "float32")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_loss_curves():
+    """Pictures of runs in this process are painted and then cleared: what takes longer than
+    training a tiny model is to set their letters. Those of other processes are whole."""
+
+    def draw(out, paint, **options):
+        pictures.draw(out, lambda fig: (paint(fig), fig.clear()), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "draw", draw)
         yield
 
 

@@ -4,23 +4,29 @@ import contextlib
 import inspect
 import json
 import mmap
-import socket
+import os
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 from hypothesis import strategies as st
 
+from convert import __main__ as convert
 from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends.mlx.session import MLXTrainSession
+from mlx_mla.checks.commands import free_ports
 from mlx_mla.data.tokenizer import GPT2Tokenizer
+from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
@@ -37,7 +43,7 @@ def words(*parts: object) -> list[str]:
 # A model small enough for a training step in milliseconds.
 TINY = words(
     "--n-layer 2 --n-head 2 --n-embd 32 --n-positions 48 --qk-rope-head-dim 8",
-    "--batch-size 4 --eval-batches 2 --sample-tokens 8 --no-compile",
+    "--batch-size 4 --eval-batches 2 --final-eval-batches 2 --sample-tokens 8 --no-compile",
 )
 
 
@@ -47,17 +53,56 @@ def tiny_train(out: Path, *flags: object) -> Path:
     return out
 
 
+def converted(src: object, out: Path, *flags: object) -> Path:
+    """The folder that `convert` makes of a source, which must succeed."""
+    assert convert.main(words(src, "--out", out, *flags)) == 0
+    return out
+
+
 def python(*args: str) -> list[str]:
     """Command line of this interpreter."""
     return [sys.executable, *args]
 
 
+# Environment of a process without PyTorch, whose import, which transformers begins wherever it is
+# installed, is most of a command's start.
+HERE = Path(__file__).resolve().parent
+WITHOUT_TORCH = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(HERE / "without_torch"), str(HERE.parent)]),
+}
+
+
 def ran(*argv: object, code: int = 0, **settings) -> subprocess.CompletedProcess[str]:
-    """What this interpreter with such arguments put out, once it has ended with `code`."""
+    """What this interpreter with such arguments put out, once it has ended with `code`; it has no
+    PyTorch unless `env` says otherwise."""
+    settings = {"env": WITHOUT_TORCH, **settings}
     command = python(*words(*argv))
     done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     assert done.returncode == code, done.stderr[-2000:]
     return done
+
+
+@contextlib.contextmanager
+def file_size_limit(nbytes: int) -> Iterator[None]:
+    """A disk on which no file of this process may be larger, as a full one refuses to go on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Change some values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def greedy(decoder, prompt: bytes | list[int], tokens: int, **options) -> list[int]:
+    """The tokens of the likeliest text after a prompt."""
+    request = GenerationOptions(temp=0, max_tokens=tokens, **options)
+    return [t for piece in decoder.stream(list(prompt), request) for t in piece.token_ids]
 
 
 def take_memory(nbytes: int) -> int:
@@ -231,36 +276,71 @@ def run_mlx_lm(tool: str, *args: object) -> subprocess.CompletedProcess:
     return ran("-m", "mlx_lm", tool, *args, timeout=300)
 
 
+class Served(NamedTuple):
+    process: subprocess.Popen
+    port: int
+    log: TextIO
+
+    def logged(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+
 @contextlib.contextmanager
-def mlx_lm_server(folder: Path, *flags: str, **settings) -> Iterator[Callable[[str], str]]:
-    """Stock mlx-lm's server; yields a function that returns its greedy answer to a prompt."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    argv = python("-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port), *flags)
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(argv, **silent, **settings)
-
-    def ask(prompt: str) -> str:
-        body = json.dumps({"prompt": prompt, "max_tokens": 16, "temperature": 0.0}).encode()
-        json_body = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{url}/v1/completions", body, json_body)
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.loads(answer.read())["choices"][0]["text"]
-
-    try:
-        for _ in range(240):
-            assert process.poll() is None, "the server ended"
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5):
+def started(*command: object) -> Iterator[Served]:
+    """A server on a free port of this machine, without PyTorch, once it answers."""
+    (port,) = free_ports(1)
+    with tempfile.TemporaryFile("w+") as log:  # a pipe would fill, and stop the server
+        argv = python(*words(*command, "--port", port, "--log-level ERROR"))
+        silent = {"stdout": subprocess.DEVNULL, "stderr": log}
+        served = Served(subprocess.Popen(argv, env=WITHOUT_TORCH, **silent), port, log)
+        try:
+            for _ in range(600):
+                assert served.process.poll() is None, served.logged()
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                     break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.25)
-        yield ask
-    finally:
-        process.terminate()
-        process.wait(30)
+                time.sleep(0.1)
+            yield served
+        finally:
+            served.process.terminate()
+            served.process.wait(30)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[int]:
+    """The port of this project's server with a model."""
+    with started("-m", "mlx_mla.serve", "--model", folder, *flags) as served:
+        yield served.port
+
+
+def ask(port: int, body, path: str = "/v1/completions") -> tuple[int, dict]:
+    """Status and answer, which is empty where it was streamed to its end; the body is an object, or
+    bytes as they are."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    json_body = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, json_body)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            text = answer.read()
+            if answer.headers["Content-type"] == "text/event-stream":
+                assert text.endswith(b"data: [DONE]\n\n"), text[-200:]
+                return answer.status, {}
+            return answer.status, json.loads(text)
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read())
+
+
+@contextlib.contextmanager
+def mlx_lm_server(folder: Path, *flags: str) -> Iterator[Callable[[str], str]]:
+    """Stock mlx-lm's server; yields a function that returns its greedy answer to a prompt."""
+    with started("-m", "mlx_lm", "server", "--model", folder, *flags) as served:
+
+        def answer(prompt: str) -> str:
+            body = {"prompt": prompt, "max_tokens": 16, "temperature": 0.0}
+            return ask(served.port, body)[1]["choices"][0]["text"]
+
+        yield answer
 
 
 def by_mlx_lm(folder: Path, **options):

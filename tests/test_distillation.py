@@ -125,7 +125,7 @@ def test_the_compiled_step_is_the_eager_one():
 
 def flags(tiny_run, text_file, *more):
     return words(
-        *TINY[-7:], "--data", text_file, "--init", tiny_run, "--teacher", tiny_run,
+        *TINY[-9:], "--data", text_file, "--init", tiny_run, "--teacher", tiny_run,
         "--eval-every 0", *more,
     )  # fmt: skip
 

@@ -62,7 +62,7 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("protocol", ["standard", "original"])
+@pytest.mark.parametrize("protocol", ["standard", pytest.param("original", marks=pytest.mark.slow)])
 def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol):
     out = tmp_path / "r.json"
     where = ("--data-dir", data, "--out", out, "--backend torch")

@@ -54,8 +54,15 @@ def test_ids_are_the_tokenizers_and_no_text_spells_the_end(tmp_path):
     assert wide.encode(f"a w{2**16 + 1 - 10}").dtype == np.uint32
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(20, np.uint16), (70_000, np.uint32)])
-@pytest.mark.parametrize("layout", ["npy", "llmc"])
+@pytest.mark.parametrize(
+    ("size", "dtype", "layout"),
+    [
+        (20, np.uint16, "npy"),
+        (70_000, np.uint32, "llmc"),
+        pytest.param(20, np.uint16, "llmc", marks=pytest.mark.slow),
+        pytest.param(70_000, np.uint32, "npy", marks=pytest.mark.slow),
+    ],
+)
 def test_shards_are_as_wide_as_the_tokenizer_asks(tmp_path, text, size, dtype, layout):
     words = save_words(tmp_path / "words", size)
     last = f"w{size - 10}"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import fuzz
 import pytest
-from test_serve import BAD, ask, good, serving
+from helpers import ask, serving
+from test_serve import BAD, good
 
 from mlx_mla import cli, evaluate, generate
 from mlx_mla.backends.mlx import prompt_cache
@@ -251,7 +252,7 @@ def test_many_spoiled_inputs(surface, folder, cache_file, evaluated, fuzz_many):
 
 @pytest.fixture(scope="module")
 def port(folder):
-    with serving("-m", "mlx_mla.serve", "--model", str(folder)) as port:
+    with serving(folder) as port:
         yield port
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import fuzz
 import pytest
+from helpers import ask, serving
 from test_fuzz_decode import BODY, CHAT, NUMBERS, SEED, TEXTS
-from test_serve import ask, good, serving
+from test_serve import good
 from test_serve_http import exchange, post
 
 from mlx_mla import cli, serve
@@ -91,7 +92,7 @@ def client(port):
 
 @pytest.fixture(scope="module")
 def served(folder):
-    with serving("-m", "mlx_mla.serve", "--model", str(folder)) as port:
+    with serving(folder) as port:
         yield port
 
 

@@ -146,7 +146,7 @@ def test_a_checkout_that_cannot_be_written(make, monkeypatch, checkout):
     assert not (checkout / ".venv").exists()
 
 
-def test_uv_is_used_where_it_is_and_pip_after_it(make, checkout, path):
+def test_uv_is_used_where_it_is(make, checkout, path):
     tool(path, "uv", f'echo "$@" >> {checkout}/asked\necho "Installed 3 packages in 5ms"')
     done = make()
     assert "; with uv" in done.stdout and "  Installed 3 packages in 5ms" in done.stdout
@@ -158,7 +158,9 @@ def test_uv_is_used_where_it_is_and_pip_after_it(make, checkout, path):
     assert (checkout / ".venv" / ".core").exists()
     assert "ModuleNotFoundError" in done.stderr  # the job itself was begun
 
-    (checkout / ".venv" / ".core").unlink()
+
+@pytest.mark.slow
+def test_pip_is_used_where_uv_fails(make, path):
     tool(path, "uv", "echo 'error: Failed to fetch: dns error'; exit 2")
     done = make(**NO_WHEELS)
     assert "  uv: the package index cannot be reached; check the network" in done.stdout

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import TINY, python
+from helpers import TINY, WITHOUT_TORCH, python
 
 from mlx_mla import checkpoint
 from mlx_mla.training.metrics import read_metrics
@@ -23,8 +23,9 @@ def run_killed(argv: list[str], kills: int, begun: Callable[[], bool]) -> None:
     chance = random.Random(2026)
     for left in range(kills, -1, -1):
         process = subprocess.Popen(
-            python(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+            python(*argv), env=WITHOUT_TORCH, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
         if left:
             while process.poll() is None and not begun():
                 time.sleep(0.001)
@@ -57,6 +58,7 @@ def test_training(tmp_path, text_file, kills):
     assert hidden(out) == []
 
 
+@pytest.mark.slow
 @KILLS
 def test_conversion(tiny_run, tmp_path, kills):
     out = tmp_path / "model"

@@ -1,12 +1,11 @@
 """`python -m mlx_mla.plot`: the table, the picture's content, and what it refuses."""
 
 import json
-import os
 import shutil
 
 import numpy as np
 import pytest
-from helpers import TINY, ran, refused
+from helpers import WITHOUT_TORCH, ran, refused
 
 from mlx_mla import plot
 from mlx_mla.pictures import draw
@@ -149,14 +148,14 @@ def test_an_unfinished_last_line_is_left_out(copies):
         {"rc": "text.usetex: True\nfont.family: No Such Font\naxes.titlesize: 400\n"},
     ],
 )
-def test_the_users_matplotlib_settings_end_no_training(setting, tmp_path):
-    env = {**os.environ, **setting}
+def test_the_users_matplotlib_settings_spoil_no_picture(setting, tiny_run, tmp_path):
+    """Which matplotlib reads as it is imported."""
+    env = {**WITHOUT_TORCH, **setting}
     if text := env.pop("rc", None):
         (tmp_path / "matplotlibrc").write_text(text)
-    argv = ("-m", "mlx_mla.train", *TINY, "--steps", "2", "--save-every", "1", "--out", "run")
-    done = ran(*argv, cwd=tmp_path, env=env)
+    done = ran("-m", "mlx_mla.plot", tiny_run, "--out p.png", cwd=tmp_path, env=env)
     assert not done.stderr
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_drawing_leaves_a_notebooks_plots_and_settings_alone(tmp_path):

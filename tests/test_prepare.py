@@ -6,11 +6,9 @@ import itertools
 import json
 import lzma
 import random
-import resource
 import shutil
 import struct
 import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import python, ran, words
+from helpers import file_size_limit, python, words
 from helpers import refused as refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -293,39 +291,11 @@ def test_stopped_between_any_two_writes_it_goes_on_to_the_same_bytes(
     assert content(tmp_path / "out") == content(prepared)
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(many, prepared, tmp_path):
-    chance, out, kills = random.Random(7), tmp_path / "out", 0
-    few_shards = ("--shard-tokens", "120000")
-    assert run(many, tmp_path / "straight", *few_shards) == 0
-    flags = ["--out", str(out), "--tokenizer", "bytes", "--val-fraction", "0.3", *few_shards]
-    while True:
-        process = subprocess.Popen(
-            python("-m", "mlx_mla.prepare", str(many), *flags), stdout=subprocess.DEVNULL
-        )
-        seen, more = names(out), chance.randint(1, 2)
-        while process.poll() is None and len(names(out) - seen) < more:
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.01)
-        process.kill()
-        if process.wait() == 0:
-            break
-        kills += 1
-        assert kills < 30
-    assert kills >= 2
-    assert content(out) == content(tmp_path / "straight")
-
-
-def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, tmp_path):
+def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, tmp_path, capsys):
     largest = max(p.stat().st_size for p in prepared.glob("*train*"))
-
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
-
-    command = ("-m", "mlx_mla.prepare", many, "--out", tmp_path / "out", USUAL, *SHARDS)
-    done = ran(*command, code=2, preexec_fn=small_disk)
-    problem = "could not be written: File too large; free some space and run the command again"
-    assert problem in done.stderr
+    with file_size_limit(largest - 1):
+        said = refused(capsys, many, tmp_path / "out", *SHARDS)
+    assert "could not be written: File too large; free some space and run the command" in said
     assert run(many, tmp_path / "out", *SHARDS) == 0
     assert content(tmp_path / "out") == content(prepared)
 

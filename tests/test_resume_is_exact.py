@@ -6,7 +6,7 @@ import time
 
 import mlx.core as mx
 import pytest
-from helpers import TINY, python, unmeasured, words
+from helpers import TINY, WITHOUT_TORCH, python, unmeasured, words
 
 from mlx_mla import checkpoint
 from mlx_mla.training.metrics import read_metrics
@@ -22,8 +22,9 @@ def launch(out, text_file, extra, resume: bool) -> subprocess.Popen:
         flags = [flag for flag in flags if flag not in (COMPILED, "--no-compile")]
     flags += ["--resume"] if resume else []
     return subprocess.Popen(
-        python("-m", "mlx_mla.train", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+        python("-m", "mlx_mla.train", *flags), env=WITHOUT_TORCH, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def outcome(out) -> tuple[dict, list]:

@@ -2,24 +2,19 @@
 wrong or too long: every good request is answered as it is alone, every bad one is refused."""
 
 import concurrent.futures
-import contextlib
 import json
 import math
-import subprocess
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 import pytest
-from helpers import python
+from helpers import ask, serving, started
 
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
-from mlx_mla.checks.commands import free_ports
 from mlx_mla.decoding.http_request import RequestChecks
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.errors import UserError
@@ -31,62 +26,10 @@ N_POSITIONS = 48  # of the tiny run
 PROMPTS = ["The st", "A longer prompt of words", "x", "def f(self)", "1, 2, 3"]
 
 
-class Served(NamedTuple):
-    process: subprocess.Popen
-    port: int
-    log: TextIO
-
-    def logged(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
-
-
-@contextlib.contextmanager
-def started(*command: str) -> Iterator[Served]:
-    """A server on a free port of this machine."""
-    (port,) = free_ports(1)
-    with tempfile.TemporaryFile("w+") as log:  # a pipe would fill, and stop the server
-        argv = python(*command, "--port", str(port), "--log-level", "ERROR")
-        served = Served(subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=log), port, log)
-        try:
-            for _ in range(600):
-                assert served.process.poll() is None, served.logged()
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                time.sleep(0.1)
-            yield served
-        finally:
-            served.process.terminate()
-            served.process.wait(30)
-
-
-@contextlib.contextmanager
-def serving(*command: str) -> Iterator[int]:
-    with started(*command) as served:
-        yield served.port
-
-
 @pytest.fixture(scope="module")
 def port(folder):
-    with serving("-m", "mlx_mla.serve", "--model", str(folder), "--dtype", "float32") as port:
+    with serving(folder, "--dtype float32") as port:
         yield port
-
-
-def ask(port: int, body, path: str = "/v1/completions") -> tuple[int, dict]:
-    """Status and answer, which is empty where it was streamed to its end; the body is an object, or
-    bytes as they are."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            text = answer.read()
-            if answer.headers["Content-type"] == "text/event-stream":
-                assert text.endswith(b"data: [DONE]\n\n"), text[-200:]
-                return answer.status, {}
-            return answer.status, json.loads(text)
-    except urllib.error.HTTPError as e:
-        return e.code, json.loads(e.read())
 
 
 def good(prompt: str) -> dict:
@@ -232,7 +175,8 @@ def test_a_prompt_with_its_own_answer_is_answered_as_without_a_cache(port, texts
 
 def test_stock_mlx_lm_outlives_a_request_that_is_too_long(folder):
     """Stock `mlx_lm.server`, on our model file alone: the long request ends, others continue."""
-    with serving("-c", STOCK, "--model", str(folder), "--trust-remote-code") as port:
+    with started("-c", STOCK, "--model", folder, "--trust-remote-code") as served:
+        port = served.port
         alone = ask(port, good("The st"))
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             long = pool.submit(ask, port, {"prompt": "x" * 100, "max_tokens": 9})
@@ -295,7 +239,7 @@ def bpe(tmp_path_factory, text_file):
 
 @pytest.fixture(scope="module")
 def bpe_port(bpe):
-    with serving("-m", "mlx_mla.serve", "--model", str(bpe), "--dtype", "float32") as port:
+    with serving(bpe, "--dtype float32") as port:
         yield port
 
 

@@ -9,8 +9,8 @@ import time
 
 import mlx_lm
 import pytest
-from helpers import refused
-from test_serve import BAD, N_POSITIONS, ask, good, serving, started
+from helpers import ask, refused, serving, started
+from test_serve import BAD, N_POSITIONS, good
 
 from mlx_mla import serve
 
@@ -29,7 +29,7 @@ serve._process() if hasattr(serve, "_process") else serve.sys.exit(serve.main())
 
 @pytest.fixture(scope="module")
 def served(folder):
-    with started("-m", "mlx_mla.serve", "--model", str(folder), "--dtype", "float32") as served:
+    with started("-m", "mlx_mla.serve", "--model", folder, "--dtype float32") as served:
         yield served
 
 
@@ -104,16 +104,16 @@ def test_clients_that_leave_are_no_traceback(served):
 
 
 def test_a_dead_generation_thread_ends_the_process(folder):
-    with started("-c", DYING, "--model", str(folder)) as served:
+    with started("-c", DYING, "--model", folder) as served:
         status, answer = exchange(served.port, post(f"Content-Length: {N}"))
         assert status == 503 or mlx_lm.__version__.startswith("0.31"), answer  # which never answers
         assert served.process.wait(30) == 1
         assert "RuntimeError: the cache is broken" in served.logged()
 
 
-@pytest.mark.parametrize("signals", [1, 3])
+@pytest.mark.parametrize("signals", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_ctrl_c_under_load_is_exit_code_130(folder, signals):
-    with started("-m", "mlx_mla.serve", "--model", str(folder)) as served:
+    with started("-m", "mlx_mla.serve", "--model", folder) as served:
 
         def client():
             for _ in range(10_000):
@@ -185,10 +185,11 @@ def test_a_port_that_is_taken_is_named(folder, capsys):
 
 
 def test_the_lowest_flags_serve_as_the_defaults_do(folder, served):
-    lowest = ("--prompt-cache-size", "0", "--prompt-concurrency", "1", "--decode-concurrency", "1",
-              "--prefill-step-size", "1", "--num-draft-tokens", "1",
-              "--prompt-cache-bytes", "0")  # fmt: skip
-    with serving("-m", "mlx_mla.serve", "--model", str(folder), "--dtype", "float32", *lowest) as p:
+    lowest = (
+        "--prompt-cache-size 0 --prompt-concurrency 1 --decode-concurrency 1",
+        "--prefill-step-size 1 --num-draft-tokens 1 --prompt-cache-bytes 0",
+    )
+    with serving(folder, "--dtype float32", *lowest) as p:
         for _ in range(2):
             bodies = [good("The st"), good("The stx"), BAD[0], {**good("1, 2"), "seed": 1}]
             for body in bodies:

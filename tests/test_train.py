@@ -1,9 +1,7 @@
 """`python -m mlx_mla.train` as its users meet it: runs, resumes, refuses."""
 
 import dataclasses
-import json
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,7 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import TINY, python, ran, refused, tiny_train, train_command, unmeasured, words
+from helpers import (
+    TINY,
+    WITHOUT_TORCH,
+    file_size_limit,
+    python,
+    refused,
+    tiny_train,
+    train_command,
+    unmeasured,
+    words,
+)
 from safetensors.numpy import load_file, save_file
 
 from mlx_mla import checkpoint, files, generate, train
@@ -313,7 +321,7 @@ def test_a_run_that_is_stopped_finishes_the_step_saves_and_says_how_to_go_on(
     out = tmp_path / "run"
     argv = words(*TINY, "--data", text_file, "--out", out, "--steps 100000 --save-every 0")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(python("-m", "mlx_mla.train", *argv), **pipes)
+    process = subprocess.Popen(python("-m", "mlx_mla.train", *argv), env=WITHOUT_TORCH, **pipes)
     deadline = time.monotonic() + 120
     while not read_metrics(out / "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -446,20 +454,6 @@ def test_a_copy_of_a_checkpoint_in_the_run_folder_is_in_nobodys_way(run_copy):
     }  # fmt: skip
 
 
-def test_a_training_state_of_a_newer_version_is_refused(run_copy, capsys):
-    path = run_copy / "checkpoints" / "step-000040" / "train_state.json"
-    (path.parent / "SHA256SUMS").unlink()
-    info = json.loads(path.read_text())
-    assert info["format"] == 1
-    for changes, message in (
-        ({"format": 2}, "train_state.json: format 2, and this version reads 1"),
-        ({"step": "40"}, "train_state.json: step = '40' is not a value of type int"),
-        ({"val_loss": []}, "train_state.json: val_loss = [] is not a value of type float"),
-    ):
-        path.write_text(json.dumps({**info, **changes}))
-        assert message in refused(capsys, "--resume", "--out", run_copy, "--steps", "41")
-
-
 @pytest.mark.parametrize("name", ["checkpoints", "latest"])
 def test_a_folder_or_file_where_the_run_writes_is_reported(run_copy, capsys, name):
     path = run_copy / name
@@ -490,18 +484,13 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(command):
         assert "Traceback" not in err
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(run_copy):
+def test_a_full_disk_leaves_the_old_checkpoint(run_copy, capsys):
     old = {p.name: p.read_bytes() for p in (run_copy / "checkpoints" / "step-000040").iterdir()}
-    limit = 60_000  # bytes a file may have: less than the weights, more than all else
-
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    limit = 60_000  # less than the weights, more than all else
     assert len(old["model.safetensors"]) > limit
-    resume = ("--resume --out", run_copy, "--steps 42 --save-every 1")
-    done = ran("-m", "mlx_mla.train", *resume, code=2, preexec_fn=small_disk)
-    assert "could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    with file_size_limit(limit):
+        said = refused(capsys, "--resume --out", run_copy, "--steps 42 --save-every 1")
+    assert "could not be written" in said
     folder = run_copy / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-000020", "step-000040"]
     assert {p.name: p.read_bytes() for p in (folder / "step-000040").iterdir()} == old
@@ -513,12 +502,6 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, text_file, capsys):
     assert "cannot be made" in refused(
         capsys, "--data", text_file, "--out", tmp_path / "file" / "run"
     )
-
-
-def test_lines_of_a_killed_run_are_read_up_to_the_last_whole_one(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "los')
-    assert read_metrics(path) == [{"step": 1}]
 
 
 def test_a_step_that_exceeds_memory_is_warned_of(tmp_path, text_file, capsys, monkeypatch):
@@ -538,8 +521,8 @@ def test_the_last_validation_is_bounded(tmp_path, text_file):
         assert train.main([*argv, *flags]) == 0
         return read_metrics(out / "metrics.jsonl")[-1]["loss"]
 
-    assert last() == last("--final-eval-batches", "1000")
-    assert last("--final-eval-batches", "1") != last()
+    every = last("--final-eval-batches", "0")
+    assert every == last("--final-eval-batches", "1000") != last("--final-eval-batches", "1")
     assert TrainConfig().final_eval_batches == 0
 
 

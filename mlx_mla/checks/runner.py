@@ -6,6 +6,7 @@ check.json: {"facts": what the doctor says of the machine, "to_fix": its advice,
 """
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -109,7 +110,8 @@ def command(row: Row) -> list[str]:
 def run_row(row: Row) -> Outcome:
     """Run a row in a process of its own, which may crash or hang; what it found before counts."""
     limit = 600 + 20 * 60 * row.minutes
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    file = functools.partial(tempfile.TemporaryFile, "w+", errors="replace")
+    with file() as out, file() as err:
         env = {**SETTINGS, **os.environ}
         try:
             code = subprocess.run(
@@ -118,8 +120,8 @@ def run_row(row: Row) -> Outcome:
             ended = f"ended with exit code {code}"
         except subprocess.TimeoutExpired:
             code, ended = 1, f"did not end within {limit / 60:.0f} minutes"
-        for file in (out, err):
-            file.seek(0)
+        out.seek(0)
+        err.seek(0)
         parts = [Outcome(**json.loads(line)) for line in out if line.startswith('{"passed"')]
         if code or not parts:
             parts.append(Outcome(False, f"{ended}: {last_line(err.read())}"))
