@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 import foreign
 import numpy as np
-from helpers import python
+from helpers import WITHOUT_TORCH, edit, python
 from helpers import refused as _refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -45,11 +45,6 @@ def folder(tmp_path):
     """A Hugging Face folder to spoil."""
     foreign.gpt2().save_pretrained(str(tmp_path / "hf"))
     return tmp_path / "hf"
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_weights(folder, change):
@@ -86,7 +81,7 @@ def edit_weights(folder, change):
     ],
 )  # fmt: skip
 def test_configurations_of_hugging_face(changes, message, folder, refused):
-    edit_config(folder, **changes)
+    edit(folder / "config.json", **changes)
     assert re.search(message, refused(folder))
 
 
@@ -351,7 +346,9 @@ def test_out_that_is_taken(folder, capsys, tmp_path):
     assert convert.main([str(folder), "--out", str(taken), "--tokenizer", "bytes"]) == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_conversion_leaves_no_folder(how, folder, tmp_path, monkeypatch):
     """Stopped in the middle of writing, before the tokenizer."""
     script = (
@@ -364,7 +361,8 @@ def test_an_interrupted_conversion_leaves_no_folder(how, folder, tmp_path, monke
     )
     out = tmp_path / "out"
     argv = python("-c", script, str(folder), "--out", str(out), "--tokenizer", "bytes")
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(argv, env=WITHOUT_TORCH, **pipes)
     for line in process.stdout:
         if line == "writing\n":
             break

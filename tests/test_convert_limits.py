@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 import foreign
 import fuzz
-from helpers import refused, words
+from helpers import edit, refused, words
 from safetensors.torch import load_file, save_file
 
 from convert import __main__ as convert
@@ -172,10 +172,9 @@ def test_a_tensor_that_is_there_twice(told, folder):
     ],
 )
 def test_configurations_of_any_type(changes, message, told, folder):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit(folder / "config.json", **changes)
     line = told(folder)
-    assert str(path) in line
+    assert str(folder / "config.json") in line
     assert message in line.replace("--", "").replace("-", "_")
 
 

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 import foreign
 import mlx.core as mx
 import numpy as np
+from helpers import converted, edit, words
 from helpers import refused as refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,15 +27,6 @@ from mlx_mla.decoding.text import TextWriter
 from mlx_mla.model.weights import num_parameters
 
 KINDS = ["llama", "mistral", "qwen2"]
-
-
-def run(src, out, *flags):
-    assert convert.main([str(src), "--out", str(out), *flags]) == 0
-    return out
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def same_logits(model, folder, ids, atol=1e-4):
@@ -82,14 +74,14 @@ def test_any_shape_gives_transformers_logits_and_comes_back_bit_for_bit(data, tm
     # Several files, and a file of half precision: the type is the source's.
     stored = model if half is None else foreign.llama(kind, 0, **changes).to(half)
     stored.save_pretrained(str(place / "hf"), max_shard_size="20KB")
-    out = run(place / "hf", place / "out")
+    out = converted(place / "hf", place / "out")
     ids = foreign.ids(257)
     assert num_parameters(checkpoint.ModelFolder(out).config) == sum(
         p.numel() for p in model.parameters()
     )
     if half is None:
         same_logits(model, out, ids)
-    back = run(out, place / "back", "--to", "hf")
+    back = converted(out, place / "back", "--to", "hf")
     before, again = (
         AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         for folder in (place / "hf", back)
@@ -116,8 +108,8 @@ def test_the_tokenizer_its_chat_template_and_every_end_of_text_come_along(source
     src = source()
     edit(src / "generation_config.json", eos_token_id=[10, 256])
     edit(src / "tokenizer.json", post_processor=TEMPLATE)
-    out = run(src, tmp_path / "out")
-    back = run(out, tmp_path / "back", "--to", "hf")
+    out = converted(src, tmp_path / "out")
+    back = converted(out, tmp_path / "back", "--to", "hf")
     theirs = AutoTokenizer.from_pretrained(str(src))
     for folder in (out, back):
         ours = AutoTokenizer.from_pretrained(str(folder))
@@ -152,7 +144,7 @@ TEMPLATE = {
 
 def test_nothing_allocates_by_the_longest_context(source, tmp_path):
     """Positions of a million tokens at 32 values each would be 128 MB alone."""
-    out = run(source(max_position_embeddings=2**20), tmp_path / "out")
+    out = converted(source(max_position_embeddings=2**20), tmp_path / "out")
     ids = torch.arange(12)[None]
     mx.synchronize()
     mx.reset_peak_memory()
@@ -160,8 +152,9 @@ def test_nothing_allocates_by_the_longest_context(source, tmp_path):
     mx.eval(model(mx.array(ids.numpy())))
     assert mx.get_peak_memory() < 8 * 2**20
     same_logits(AutoModelForCausalLM.from_pretrained(str(tmp_path / "src")), out, ids)
-    argv = ["--init", str(out), "--tokenizer", "bytes", "--steps", "1", "--sample-tokens", "0"]
-    assert train.main([*argv, "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
+    argv = words("--init", out, "--tokenizer bytes --steps 1 --sample-tokens 0 --batch-size 1")
+    argv += words("--eval-batches 1 --final-eval-batches 1 --out", tmp_path / "run")
+    assert train.main(argv) == 0
     config = (tmp_path / "run" / "config.toml").read_text()
     assert "seq_len = 1024\n" in config
 
@@ -238,7 +231,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(source, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_smollm2(smollm2, tmp_path):
-    out = run(smollm2, tmp_path / "out")
+    out = converted(smollm2, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(str(smollm2))
     assert num_parameters(checkpoint.ModelFolder(out).config) == 134_515_008
     tokenizer = AutoTokenizer.from_pretrained(str(smollm2))
@@ -250,7 +243,7 @@ def test_smollm2(smollm2, tmp_path):
         theirs = tokenizer.apply_chat_template(chat, **ask)
         assert ours.apply_chat_template(chat, **ask) == theirs
     assert ours.special_tokens_map == tokenizer.special_tokens_map
-    back = run(out, tmp_path / "back", "--to", "hf")
+    back = converted(out, tmp_path / "back", "--to", "hf")
     shutil.rmtree(out)
     expected = load_file(str(smollm2 / "model.safetensors"))
     got = load_file(str(back / "model.safetensors"))

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import foreign
 import numpy as np
+from helpers import objects, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.console import Console
 from convert import __main__ as convert
 from convert import latent
 from convert.calibration import Text, collect_moments, perplexity
-from mlx_mla import checkpoint, generate
+from mlx_mla import checkpoint
 from mlx_mla.backends.torch.load import build_model
 from mlx_mla.data.tokenizer import ByteTokenizer
 
@@ -27,18 +28,7 @@ CPU = torch.device("cpu")
 
 
 def converted(src, out, *flags):
-    argv = [
-        str(src),
-        "--out",
-        str(out),
-        "--to",
-        "mla",
-        "--tokenizer",
-        "bytes",
-        "--device",
-        "cpu",
-        *map(str, flags),
-    ]
+    argv = words(src, "--out", out, "--to mla --tokenizer bytes --device cpu", *flags)
     assert convert.main(argv) == 0
     return out
 
@@ -189,30 +179,8 @@ def trained(tmp_path_factory, text_file):
     from mlx_mla import train
 
     out = tmp_path_factory.mktemp("runs") / "mha"
-    argv = [
-        "--attention",
-        "mha",
-        "--n-layer",
-        "2",
-        "--n-head",
-        "2",
-        "--n-embd",
-        "32",
-        "--n-positions",
-        "48",
-    ]
-    argv += [
-        "--data",
-        str(text_file),
-        "--out",
-        str(out),
-        "--steps",
-        "120",
-        "--batch-size",
-        "8",
-        "--sample-tokens",
-        "0",
-    ]
+    argv = words("--attention mha --n-layer 2 --n-head 2 --n-embd 32 --n-positions 48")
+    argv += words("--data", text_file, "--out", out, "--steps 120 --batch-size 8 --sample-tokens 0")
     argv += ["--eval-every", "0"]
     assert train.main([*argv, "--backend", "torch", "--device", "cpu", "--vocab-size", "272"]) == 0
     return out
@@ -238,73 +206,35 @@ def test_report_card_and_order_of_the_methods(trained, text_file, tmp_path, capf
     assert 0 < lost["balanced"] < lost["svd"], lost
 
 
+def greedy_texts(folder, capfd) -> set[str]:
+    """What a model writes in either framework, with latents and without a cache."""
+    argv = ("--model", folder, "--prompt", "The ", "--temp 0 --max-tokens 30")
+    return {
+        objects(capfd, *argv, "--backend", backend, "--cache", cache)[0]["text"]
+        for backend, cache in itertools.product(("mlx", "torch"), ("latent", "none"))
+    }
+
+
 def test_a_converted_model_decodes_as_in_full(trained, text_file, tmp_path, capfd):
     out = converted(trained, tmp_path / "out", "--rank", 12, "--calibration", text_file)
-    answers = []
-    for backend, cache in (("mlx", "latent"), ("mlx", "none"), ("torch", "latent")):
-        capfd.readouterr()
-        argv = [
-            "--model",
-            str(out),
-            "--prompt",
-            "The ",
-            "--temp",
-            "0",
-            "--max-tokens",
-            "30",
-            "--json",
-        ]
-        assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
-        answers.append(json.loads(capfd.readouterr().out)["text"])
-    assert len(set(answers)) == 1
+    assert len(greedy_texts(out, capfd)) == 1
 
 
 def test_a_rank_budget_gives_layers_widths_of_their_own(trained, text_file, tmp_path, capfd):
     flags = ["--calibration", text_file, "--calibration-tokens", 8000, "--method", "balanced"]
     out = converted(trained, tmp_path / "out", "--rank-budget", 7, *flags)
     config = checkpoint.ModelFolder(out).config
-    ranks = json.loads((out / "conversion.json").read_text())["kv_lora_ranks"]
+    report = json.loads((out / "conversion.json").read_text())
+    ranks = report["kv_lora_ranks"]
     assert sum(ranks) == 14 and ranks[0] != ranks[1]
     assert (config.kv_lora_ranks, config.kv_lora_rank) == (ranks, max(ranks))
-    assert json.loads((out / "conversion.json").read_text())["cache_bytes_per_token"][
-        "after"
-    ] == 2 * sum(ranks)
+    assert report["cache_bytes_per_token"]["after"] == 2 * sum(ranks)
     assert f"{min(ranks)} to {max(ranks)}, 7 on average" in (out / "README.md").read_text()
-    answers = []
-    for backend, cache in (
-        ("mlx", "latent"),
-        ("mlx", "none"),
-        ("torch", "latent"),
-        ("torch", "none"),
-    ):
-        capfd.readouterr()
-        argv = [
-            "--model",
-            str(out),
-            "--prompt",
-            "The ",
-            "--temp",
-            "0",
-            "--max-tokens",
-            "20",
-            "--json",
-        ]
-        assert generate.main([*argv, "--backend", backend, "--cache", cache]) == 0
-        answers.append(json.loads(capfd.readouterr().out)["text"])
-    assert len(set(answers)) == 1
+    assert len(greedy_texts(out, capfd)) == 1
     # Recovery fine-tuning also continues from such a model.
     from mlx_mla import train
 
-    argv = [
-        "--init",
-        str(out),
-        "--data",
-        str(text_file),
-        "--steps",
-        "2",
-        "--out",
-        str(tmp_path / "recovered"),
-    ]
+    argv = words("--init", out, "--data", text_file, "--steps 2 --out", tmp_path / "recovered")
     assert train.main([*argv, "--sample-tokens", "0", "--batch-size", "2"]) == 0
 
 
@@ -312,23 +242,27 @@ def text_of(path, context=16) -> Text:
     return Text(str(path), ByteTokenizer().fast_tokenizer(), context)
 
 
-def test_moments_are_those_of_all_tokens_at_once(hf_folder, tmp_path):
-    assert (
-        convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
-    )
-    config = checkpoint.ModelFolder(tmp_path / "mha").config
-    model = build_model(config, checkpoint.ModelFolder(tmp_path / "mha").weights(config), CPU)
+@pytest.fixture(scope="module")
+def ours(hf_folder, tmp_path_factory):
+    """That model as our own of multi-head attention."""
+    out = tmp_path_factory.mktemp("ours") / "mha"
+    assert convert.main(words(hf_folder, "--out", out, "--tokenizer bytes")) == 0
+    folder = checkpoint.ModelFolder(out)
+    return build_model(folder.config, folder.weights(folder.config), CPU)
+
+
+def test_moments_are_those_of_all_tokens_at_once(ours, tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(bytes(range(32, 127)) * 100)
     text = text_of(file)
-    moments, tokens = collect_moments(model, text, 0, True, Console())
+    moments, tokens = collect_moments(ours, text, 0, True, Console())
     seen = []
-    handle = model.transformer.h[1].attn.c_attn.register_forward_pre_hook(
+    handle = ours.transformer.h[1].attn.c_attn.register_forward_pre_hook(
         lambda m, x: seen.append(x[0].flatten(0, 1))
     )
     with torch.no_grad():
         for batch in text.calibration(0):
-            model(torch.tensor(batch[:, :-1]))
+            ours(torch.tensor(batch[:, :-1]))
     handle.remove()
     x = torch.cat(seen).double().numpy()
     assert tokens == len(x) == 9500 * 9 // 10 // 16 * 16
@@ -355,18 +289,13 @@ def test_text_streams_without_gap_or_overlap(tmp_path, monkeypatch):
     assert sum(b.shape[0] * (b.shape[1] - 1) for b in text.calibration(100)) <= 2048
 
 
-def test_perplexity_is_of_the_tokens_alone(hf_folder, tmp_path):
-    assert (
-        convert.main([str(hf_folder), "--out", str(tmp_path / "mha"), "--tokenizer", "bytes"]) == 0
-    )
-    config = checkpoint.ModelFolder(tmp_path / "mha").config
-    model = build_model(config, checkpoint.ModelFolder(tmp_path / "mha").weights(config), CPU)
+def test_perplexity_is_of_the_tokens_alone(ours, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("abcdefgh" * 100)
-    value, tokens = perplexity(model, text_of(file), 0)
+    value, tokens = perplexity(ours, text_of(file), 0)
     batch = np.concatenate(list(text_of(file).held_out(0)))
     with torch.no_grad():
-        logits = model(torch.tensor(batch[:, :-1])).logits[..., :257]
+        logits = ours(torch.tensor(batch[:, :-1])).logits[..., :257]
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.tensor(batch[:, 1:]).flatten()
     )

@@ -11,7 +11,7 @@ import foreign
 import huggingface_hub.constants
 import mlx.core as mx
 import numpy as np
-from helpers import refused, words
+from helpers import edit, refused, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -231,8 +231,7 @@ def test_a_head_of_its_own(untied, tmp_path):
 
 def test_a_head_that_only_looks_tied_is_refused(untied, tmp_path, capsys):
     untied.save_pretrained(str(tmp_path / "hf"))
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    edit(tmp_path / "hf" / "config.json", tie_word_embeddings=True)
     argv = (tmp_path / "hf", "--out", tmp_path / "out", *BYTES)
     line = refused(capsys, *argv, command=convert.main)
     assert "set tie_word_embeddings to false" in line

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import foreign
+from helpers import converted, edit
 from helpers import refused as refusal
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -59,15 +60,6 @@ def source(files, tmp_path):
         return folder
 
     return make
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def converted(src, out, *flags):
-    assert convert.main([str(src), "--out", str(out), *map(str, flags)]) == 0
-    return out
 
 
 def same_tokenizer(out, src):

@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import objects, refused, tiny_train, words
+from helpers import edit, greedy, objects, refused, tiny_train, words
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, trim_prompt_cache
 
@@ -131,8 +131,7 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
         capfd, *argv, "--prompt", " and", "--prompt-cache", file, "--save-prompt-cache", more
     )
     decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(quantisable))
-    options = GenerationOptions(temp=0, max_tokens=5, kv_bits=bits)
-    expected = [t for p in decoder.stream(context + list(b" and"), options) for t in p.token_ids]
+    expected = greedy(decoder, context + list(b" and"), 5, kv_bits=bits)
     if bits is None:
         assert after["token_ids"] == expected
     assert load_prompt_cache(str(more))[0].offset == len(context) + 4 + 5
@@ -253,7 +252,8 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
     assert "must end in .safetensors" in no("--save-prompt-cache", tmp_path / "x.bin")
     assert "is not a folder" in no("--save-prompt-cache", tmp_path / "none" / "x.safetensors")
     assert "files keep latents" in no("--prompt-cache", file, "--cache", "materialized")
-    assert "need a cache, not --cache none" in no("--save-prompt-cache", file, "--cache", "none")
+    for name in ("--prompt-cache", "--save-prompt-cache"):
+        assert "need a cache, not --cache none" in no(name, file, "--cache", "none")
     # A context past n_positions, counting what the file holds.
     full = tmp_path / "full.safetensors"
     save = ("--model", folder, "--prompt", "x" * 40, "--save-prompt-cache", full)
@@ -292,7 +292,7 @@ def draft(tmp_path_factory, text_file):
     return out
 
 
-@pytest.mark.parametrize("cache", ["latent", "materialized"])
+@pytest.mark.parametrize("cache", ["latent", pytest.param("materialized", marks=pytest.mark.slow)])
 def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_path, cache):
     argv = ("--model", folder, "--prompt", "The st", "--temp", "0", "--cache", cache)
     (alone,) = objects(capfd, *argv)
@@ -326,8 +326,7 @@ def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, cap
     other = tmp_path / "other"
     shutil.copytree(checkpoint.latest(draft), other)
     (other / "SHA256SUMS").unlink()
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "n_positions": 20}))
+    edit(other / "config.json", n_positions=20)
     assert "n_positions=20, and prompt and text together take 48" in no("--draft-model", other)
     GPT2Tokenizer(shared_data / "gpt2_bpe").fast_tokenizer().save_pretrained(str(other))
     assert "has another vocabulary (50257 tokens, the model 257)" in no("--draft-model", other)
@@ -375,12 +374,3 @@ def test_auto_is_latent(folder, backend, capfd):
     argv = ("--model", folder, "--prompt", "The st", "--temp", "0", "--max-tokens", "4")
     (auto,) = objects(capfd, *argv, "--backend", backend, "--cache", "auto")
     assert auto["cache"] == "latent"
-
-
-def test_no_cache_goes_with_no_prompt_cache(folder, tmp_path, capfd):
-    saved = tmp_path / "x.safetensors"
-    argv = ("--model", folder, "--prompt", "x", "--max-tokens", "2")
-    objects(capfd, *argv, "--save-prompt-cache", saved)
-    for name in ("--prompt-cache", "--save-prompt-cache"):
-        said = refused(capfd, *argv, "--cache", "none", name, saved, command=generate.main)
-        assert "need a cache, not --cache none" in said

@@ -9,17 +9,17 @@ torch = pytest.importorskip("torch")
 import foreign
 import mlx.core as mx
 import numpy as np
-from helpers import by_mlx_lm
+from helpers import by_mlx_lm, converted
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from convert import __main__ as convert
 from mlx_mla import checkpoint
 
 TOKENS, ROWS = 257, 304
 PROMPT = list(b"The st")
+BYTES = "--tokenizer bytes"
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,9 @@ def source(tmp_path_factory):
     return folder
 
 
-def converted(src, out, *flags):
-    argv = [str(src), "--out", str(out), "--tokenizer", "bytes", *map(str, flags)]
-    assert convert.main(argv) == 0
-    return out
-
-
 @pytest.fixture(scope="module", params=[(), ("--to", "mla", "--rank", "16")], ids=["mha", "mla"])
 def folder(source, request, tmp_path_factory):
-    return converted(source, tmp_path_factory.mktemp("ours") / "ours", *request.param)
+    return converted(source, tmp_path_factory.mktemp("ours") / "ours", BYTES, *request.param)
 
 
 def sampled_by_transformers(model):
@@ -60,7 +54,8 @@ def test_transformers(source, folder):
 
 
 def test_transformers_own_gpt2(source, tmp_path):
-    back = converted(converted(source, tmp_path / "ours"), tmp_path / "back", "--to", "hf")
+    ours = converted(source, tmp_path / "ours", BYTES)
+    back = converted(ours, tmp_path / "back", BYTES, "--to hf")
     model = GPT2LMHeadModel.from_pretrained(str(back))
     assert sampled_by_transformers(model).max() < TOKENS
     for name, values in load_file(str(source / "model.safetensors")).items():
@@ -135,5 +130,5 @@ def test_rows_that_transformers_resizes_are_tokens(folder):
 
 def test_folders_without_padding_have_no_such_field(tmp_path):
     foreign.gpt2(n_layer=1, vocab_size=TOKENS).save_pretrained(str(tmp_path / "gpt2"))
-    out = converted(tmp_path / "gpt2", tmp_path / "out")
+    out = converted(tmp_path / "gpt2", tmp_path / "out", BYTES)
     assert "tokenizer_size" not in json.loads((out / "config.json").read_text())

@@ -26,23 +26,6 @@ def test_a_batch_depends_on_seed_and_step_alone(size, seed, step, batch):
 
 
 @given(size=sizes, step=st.integers(0, 1000))
-def test_targets_are_the_next_tokens(size, step):
-    x, y = windows(*size).batch(step, 3)
-    assert x.shape == y.shape == (3, size[1])
-    np.testing.assert_array_equal(y, x + 1)
-
-
-@given(size=sizes, seed=st.integers(0, 9), epoch=st.integers(0, 3))
-def test_an_epoch_visits_every_window_once(size, seed, epoch):
-    data = windows(*size, seed=seed)
-    n = data.windows_per_epoch
-    tokens = np.concatenate([data.batch(epoch * n + i, 1)[0].ravel() for i in range(n)])
-    assert len(np.unique(tokens)) == len(tokens) == n * size[1]
-    # What is left out at both ends is less than two windows.
-    assert size[0] - len(tokens) <= 2 * size[1]
-
-
-@given(size=sizes, step=st.integers(0, 1000))
 def test_one_batch_is_two_half_batches(size, step):
     data = windows(*size)
     whole = data.batch(step, 6)[0]
@@ -55,13 +38,6 @@ def test_seeds_and_epochs_differ():
     assert not np.array_equal(*first)
     data = windows(1000, 10)
     assert not np.array_equal(data.batch(0, 1)[0], data.batch(data.windows_per_epoch, 1)[0])
-
-
-@given(size=sizes, batch=st.integers(1, 7))
-def test_validation_reads_everything_once_in_order(size, batch):
-    data = windows(*size)
-    x = np.concatenate([b[0].ravel() for b in data.sequential(batch)])
-    np.testing.assert_array_equal(x, np.arange((size[0] - 1) // size[1] * size[1]))
 
 
 def test_a_sample_of_validation_is_spread_over_the_text():
@@ -138,9 +114,10 @@ def test_validation_reads_all_shards_in_order(folder, sizes, batch):
 @given(size=sizes, seed=st.integers(0, 9), step=st.integers(0, 1000))
 def test_one_shard_is_read_as_an_array_is(folder, size, seed, step):
     shard = TokenWindows(shards_of([size[0]], folder), size[1], seed, 65536)
-    np.testing.assert_array_equal(
-        shard.batch(step, 3)[0], windows(*size, seed=seed).batch(step, 3)[0]
-    )
+    array = windows(*size, seed=seed)
+    np.testing.assert_array_equal(shard.batch(step, 3), array.batch(step, 3))
+    for a, b in zip(shard.sequential(2), array.sequential(2), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_order_of_a_text_is_what_it_was_in_the_first_release():
