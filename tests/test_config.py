@@ -60,7 +60,7 @@ def test_a_head_width_of_its_own_needs_no_division():
     model = c.ModelConfig(n_embd=100, n_head=12, head_dim=16).resolved(257)
     assert (model.v_head_dim, model.attention_spec.head_widths) == (16, (16, 16))
     tied = c.ModelConfig(n_embd=100, n_head=12, kv_lora_rank=24, attention_k_eq_v=True)
-    assert tied.resolved(257).kind.head_widths == (24, 24)
+    assert tied.resolved(257).attention_spec.head_widths == (24, 24)
     assert tied.resolved(257).resolved(257) == tied.resolved(257)
 
 
