@@ -296,7 +296,7 @@ def test_bad_shapes_are_refused_by_the_model_file_itself():
         ({"n_embd": 100, "n_head": 12}, "not divisible"),
         ({"attention": "gqa"}, "attention must be one of"),
         ({"activation_function": "relu"}, "gelu_new"),
-        ({"position_embedding_type": "alibi"}, "'learned' or 'rope'"),
+        ({"position_embedding_type": "alibi"}, r"one of \('learned', 'rope'\)"),
         ({"position_embedding_type": "rope"}, "does not go with qk_rope_head_dim 0"),
         (
             {"position_embedding_type": "learned", "qk_rope_head_dim": 8},

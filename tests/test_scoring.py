@@ -15,7 +15,8 @@ from mlx_mla.backends.torch.load import build_model as build_torch
 from mlx_mla.backends.torch.score import TorchScorer
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.scoring import Request, RowBatch, encode_choices, score
+from mlx_mla.evaluation.scoring import Request, RowBatch, score
+from mlx_mla.evaluation.tasks.base import TaskSetup
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import initial_weights
 
@@ -152,8 +153,6 @@ def test_the_likeliest_continuation_is_greedy(scorers):
 
 
 def test_blanks_before_the_ending_belong_to_it():
-    def encode(text: str) -> list[int]:
-        return list(text.encode())
-
-    assert encode_choices(encode, 256, "a  ", ["b"]) == Request((97,), ((32, 32, 98),))
-    assert encode_choices(encode, 256, "", [" b", " c"]) == Request((256,), ((32, 98), (32, 99)))
+    setup = TaskSetup(ByteTokenizer().fast_tokenizer(), 8, 8)
+    assert setup.choices("a  ", ["b"]) == Request((97,), ((32, 32, 98),))
+    assert setup.choices("", [" b", " c"]) == Request((256,), ((32, 98), (32, 99)))

@@ -168,21 +168,6 @@ def check_lengths(requests: Sequence[Request], n_positions: int) -> None:
         )
 
 
-def encode_choices(
-    encode: Callable[[str], Sequence[int]], end_of_text: int, context: str, endings: Sequence[str]
-) -> Request:
-    """Encode a context and its endings, split as lm-evaluation-harness splits them.
-
-    Both are encoded together, since a tokenizer may join characters across the boundary. Blanks at
-    the end of the context belong to the ending. An empty context becomes the end-of-text token.
-    """
-    stem = context.rstrip()
-    blanks = context[len(stem) :]
-    head = encode(stem)
-    targets = [tuple(encode(stem + blanks + ending)[len(head) :]) for ending in endings]
-    return Request(tuple(head) or (end_of_text,), tuple(targets))
-
-
 def _units(index: int, request: Request, n_positions: int) -> Iterator[_Unit]:
     longest = max(map(len, request.targets))
     context = request.context

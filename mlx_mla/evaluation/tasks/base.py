@@ -40,12 +40,35 @@ class TaskSetup:
             )
 
     @property
-    def end_of_text(self) -> int:
-        return self.tokenizer.eos_token_id
+    def start(self) -> int:
+        """The token before a document, as in lm-evaluation-harness: the tokenizer's beginning of
+        text, or else its end of text."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
 
-    def encode(self, text: str) -> list[int]:
-        """Text to token ids, without special tokens."""
-        return encode(self.tokenizer, text)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Text to token ids.
+
+        Args:
+            special: Add the special tokens that the tokenizer adds by default, such as Llama's
+                beginning of text.
+        """
+        return encode(self.tokenizer, text, special)
+
+    def choices(self, context: str, endings: Sequence[str]) -> Request:
+        """Encode a context and its endings, split as lm-evaluation-harness splits them.
+
+        Both are encoded together, since a tokenizer may join characters across the boundary. Blanks
+        at the end of the context belong to the ending. An empty context becomes `start`.
+        """
+        stem = context.rstrip()
+        blanks = context[len(stem) :]
+        head = self.encode(stem, special=True)
+        targets = [
+            tuple(self.encode(stem + blanks + ending, special=True)[len(head) :])
+            for ending in endings
+        ]
+        return Request(tuple(head) or (self.start,), tuple(targets))
 
 
 @dataclasses.dataclass(frozen=True)

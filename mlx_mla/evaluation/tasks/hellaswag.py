@@ -16,7 +16,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.scoring import Request, Scores, encode_choices
+from mlx_mla.evaluation.scoring import Request, Scores
 from mlx_mla.evaluation.tasks.base import Definition, Measured, Task, TaskSetup, accuracy
 from mlx_mla.evaluation.tasks.data import load_hub, read_jsonl
 from mlx_mla.fields import value_of
@@ -50,16 +50,14 @@ class HellaSwag(Task):
     ) -> list[list[Request]]:
         requests = []
         for row in documents:
-            head = tuple(setup.encode(row["ctx"])) or (setup.end_of_text,)
+            head = tuple(setup.encode(row["ctx"], special=True)) or (setup.start,)
             completion = Request(head, tuple(tuple(setup.encode(" " + e)) for e in row["endings"]))
             if protocol == "original":
                 requests.append([completion])
                 continue
             query = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
             endings = [" " + clean(e) for e in row["endings"]]
-            requests.append(
-                [encode_choices(setup.encode, setup.end_of_text, query, endings), completion]
-            )
+            requests.append([setup.choices(query, endings), completion])
         return requests
 
     def measure(

@@ -15,7 +15,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from mlx_mla.errors import UserError
-from mlx_mla.evaluation.scoring import Request, Scores, encode_choices
+from mlx_mla.evaluation.scoring import Request, Scores
 from mlx_mla.evaluation.tasks.base import Definition, Measured, Task, TaskSetup, accuracy
 from mlx_mla.evaluation.tasks.data import load_hub, read_jsonl
 from mlx_mla.fields import value_of
@@ -48,9 +48,7 @@ class Lambada(Task):
         for text in documents:
             if protocol == "standard":
                 before, _, word = text.rpartition(" ")
-                requests.append(
-                    [encode_choices(setup.encode, setup.end_of_text, before, [" " + word])]
-                )
+                requests.append([setup.choices(before, [" " + word])])
             else:
                 ids = setup.encode(text)
                 requests.append([Request(tuple(ids[:-1]), ((ids[-1],),))] if len(ids) > 1 else [])

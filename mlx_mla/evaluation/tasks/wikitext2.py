@@ -112,7 +112,7 @@ class WikiText2(Task):
             for start in range(0, len(ids), setup.n_positions):
                 end = min(start + setup.n_positions, len(ids))
                 # The last window reaches back, so its tokens also have as much context as fits.
-                before = ids[end - setup.n_positions - 1 : start] if start else [setup.end_of_text]
+                before = ids[end - setup.n_positions - 1 : start] if start else [setup.start]
                 requests.append(Request(tuple(before), (tuple(ids[start:end]),)))
             return requests
         ids = setup.encode(text)
