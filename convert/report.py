@@ -29,7 +29,8 @@ class Report:
     """Per layer, the share of the keys' energy, as the queries weigh it, in the shared RoPE key."""
     residual_error: dict[str, list[float]] | None = None
     """Per layer, "before_refit" and "after_refit" of the output projection: the squared error of
-    the residual stream after the attention on the calibration text, relative to the stream."""
+    the residual stream after the attention on the calibration text, relative to each token's
+    stream."""
     perplexity: dict[str, Any] | None = None
     """On the held-out end of the calibration text: "before", "after", "tokens", and "masked_rows"
     of the vocabulary."""

@@ -67,7 +67,7 @@ class Outcome:
     seconds: float
     """Of processor time."""
     peak_bytes: int
-    """Most memory resident at once, the test process included."""
+    """Most memory resident at once, beyond what the test process held before."""
     hung: bool = False
     """Whether it was still running after `SECONDS`, and was ended."""
 
@@ -78,6 +78,7 @@ def run(main: Main, argv: Sequence[str]) -> Outcome:
     code: int | None = None
     hung = False
     _reset_peak()
+    before = peak_memory()
     with _captured() as texts, mock.patch("os.fsync"):  # nobody pulls the plug
         try:
             with _alarm(SECONDS):
@@ -91,7 +92,7 @@ def run(main: Main, argv: Sequence[str]) -> Outcome:
         except BaseException:  # Rust's panics among them
             trace = traceback.format_exc()
     seconds = time.process_time() - began
-    return Outcome(code, texts[0], texts[1] + trace, seconds, peak_memory(), hung)
+    return Outcome(code, texts[0], texts[1] + trace, seconds, peak_memory() - before, hung)
 
 
 def broken_promise(outcome: Outcome) -> str | None:
