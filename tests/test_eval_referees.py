@@ -45,7 +45,6 @@ def folder(name, shared_data, tmp_path_factory, request):
             single=f"{start} $A", special_tokens=[(start, 11)]
         )
         tokenizer.save_pretrained(path)
-        (path / "SHA256SUMS").unlink()
     return path
 
 
