@@ -140,7 +140,9 @@ def test_wikitext_pages_are_lm_evals(name, ours, theirs, backend):
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 @pytest.mark.parametrize("stride", [1024, 512])
-def test_windows_are_those_of_transformers_documentation(ours, folder, sample, backend, stride):
+def test_windows_are_those_of_transformers_documentation(
+    name, ours, folder, sample, backend, stride
+):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     documents = TASKS["wikitext2"].documents_from_file(
         sample / "wikitext2/wiki.test.raw", "standard"
@@ -158,6 +160,8 @@ def test_windows_are_those_of_transformers_documentation(ours, folder, sample, b
         total, count, before = total + loss * scored, count + scored, end
         if end == ids.shape[1]:
             break
-    name = "token_ppl" if stride == 1024 else "token_ppl_stride512"
-    assert ours[backend]["wikitext2"][name] == pytest.approx(np.exp(total / count), rel=1e-4)
-    assert ours[backend]["wikitext2"][f"{name}_count"] == {"token": count}
+    metric = "token_ppl" if stride == 1024 else "token_ppl_stride512"
+    # Numbers of 20,000 in the real model's residual stream cost digits of float32.
+    tolerance = 5e-4 if name == "smollm2" else 1e-4
+    assert ours[backend]["wikitext2"][metric] == pytest.approx(np.exp(total / count), rel=tolerance)
+    assert ours[backend]["wikitext2"][f"{metric}_count"] == {"token": count}
