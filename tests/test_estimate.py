@@ -198,7 +198,7 @@ def test_memory_estimate_is_near_the_measured_peak(change):
     try:
         session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
         x = np.zeros((config.batch_size, config.context), np.int32)
-        for step in range(2):
+        for step in range(6):  # threads free memory in an order that varies from step to step
             session.step(step, 1e-4, [(x, x)])
         peak = session.peak_memory_bytes()
     finally:
