@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mlx_mla import checkpoint
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, first_line
 from mlx_mla.files import is_hub_id, read_json
 from mlx_mla.hub import find_model
 from mlx_mla.model.weights import parameter_shapes
@@ -115,6 +115,6 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
     except (HfHubHTTPError, HFValidationError) as e:
         raise UserError(
-            f"{name}: no such file or folder, and the hub says: {str(e).strip().splitlines()[0]}"
+            f"{name}: no such file or folder, and the hub says: {first_line(e)}"
         ) from None
     return folder
