@@ -38,9 +38,10 @@ from mlx_mla.files import (
     read_text,
     sha256,
 )
-from mlx_mla.model.config import InferenceDType, ModelConfig, TrainableName
+from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.configuration_mla_gpt2 import AUTO_MAP, CODE, MLX_FILE
-from mlx_mla.model.weights import is_trained, not_finite, parameter_shapes
+from mlx_mla.model.train_config import TrainConfig
+from mlx_mla.model.weights import moment_shapes, not_finite, parameter_shapes
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -224,9 +225,7 @@ class TrainState:
     """None: written by a version that kept no samples of the data."""
 
 
-def read_train_state(
-    folder: Path, config: ModelConfig, trainable: TrainableName = "all"
-) -> tuple[dict[str, np.ndarray], TrainState]:
+def read_train_state(folder: Path, config: TrainConfig) -> tuple[dict[str, np.ndarray], TrainState]:
     """Optimizer tensors and `train_state.json` of a training checkpoint.
 
     Raises:
@@ -251,17 +250,13 @@ def read_train_state(
     tensors = _load_tensors(folder / STATE)
     if bad := not_finite(tensors):
         raise UserError(f"{folder / STATE}: tensor {bad} has values that are not finite")
-    for name, shape in parameter_shapes(config).items():
-        if not is_trained(name, trainable):
-            continue
-        muon = f"momentum_buffer.{name}"
-        for key in [muon] if muon in tensors else [f"exp_avg.{name}", f"exp_avg_sq.{name}"]:
-            if key not in tensors or tensors[key].shape != shape:
-                found = f"has shape {tensors[key].shape}" if key in tensors else "is missing"
-                raise UserError(
-                    f"{folder / STATE}: the optimizer state does not fit the model: tensor {key} "
-                    f"{found}, and the model needs {shape}; {new_run}"
-                )
+    for key, shape in moment_shapes(config).items():
+        if key not in tensors or tensors[key].shape != shape:
+            found = f"has shape {tensors[key].shape}" if key in tensors else "is missing"
+            raise UserError(
+                f"{folder / STATE}: the optimizer state does not fit the model: tensor {key} "
+                f"{found}, and the model needs {shape}; {new_run}"
+            )
     return tensors, info
 
 

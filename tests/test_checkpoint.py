@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent, and damage is noticed."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from mlx_mla import checkpoint, files, hub
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import not_finite
 
 
@@ -140,12 +142,14 @@ STATE = {"format": 1, "step": 40, "val_loss": 2.5}
 def test_a_training_state_that_no_run_writes_is_refused(folder_copy, values, problem):
     (folder_copy / checkpoint.STATE_INFO).write_text(json.dumps(values))
     with pytest.raises(UserError) as raised:
-        checkpoint.read_train_state(folder_copy, checkpoint.ModelFolder(folder_copy).config)
+        checkpoint.read_train_state(
+            folder_copy, TrainConfig(model=checkpoint.ModelFolder(folder_copy).config)
+        )
     assert str(raised.value).startswith(f"{folder_copy / checkpoint.STATE_INFO}: {problem}")
 
 
 def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(folder_copy):
-    config = checkpoint.ModelFolder(folder_copy).config
+    config = TrainConfig(model=checkpoint.ModelFolder(folder_copy).config)
     state, _ = checkpoint.read_train_state(folder_copy, config)
     key = "exp_avg_sq.transformer.ln_f.bias"
     save_file(state | {key: np.zeros(7, np.float32)}, folder_copy / checkpoint.STATE)
@@ -157,6 +161,9 @@ def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(folder_
     save_file({k: v for k, v in state.items() if k != key}, folder_copy / checkpoint.STATE)
     with pytest.raises(UserError, match=r"ln_f\.bias is missing, and the model needs \(32,\)"):
         checkpoint.read_train_state(folder_copy, config)
+    save_file(state, folder_copy / checkpoint.STATE)
+    with pytest.raises(UserError, match=r"momentum_buffer\.\S+ is missing"):
+        checkpoint.read_train_state(folder_copy, dataclasses.replace(config, optimizer="muon"))
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
@@ -188,7 +195,7 @@ def test_weights_come_back_bit_for_bit(tiny_run):
     folder = checkpoint.latest(tiny_run)
     config = checkpoint.ModelFolder(folder).config
     weights = checkpoint.ModelFolder(folder).weights(config)
-    state, info = checkpoint.read_train_state(folder, config)
+    state, info = checkpoint.read_train_state(folder, TrainConfig(model=config))
     assert {k.split(".", 1)[0] for k in state} == {"exp_avg", "exp_avg_sq"}
     assert len(state) == 2 * len(weights)
     assert info.step == 40

@@ -425,7 +425,7 @@ def test_a_spoilt_checkpoint_of_an_earlier_version_is_passed_over(run_copy, caps
     folder = run_copy / "checkpoints" / "step-000040"
     config = checkpoint.ModelFolder(folder).config
     weights = checkpoint.ModelFolder(folder).weights(config)
-    state, info = checkpoint.read_train_state(folder, config)
+    state, info = checkpoint.read_train_state(folder, TrainConfig(model=config))
     info = {"format": checkpoint.STATE_FORMAT, **dataclasses.asdict(info)}
     weights["transformer.wte.weight"][256, 0] = np.inf
     tokenizer = checkpoint.ModelFolder(folder).tokenizer

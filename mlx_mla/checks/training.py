@@ -208,5 +208,5 @@ def _tensors(run: Path) -> dict[str, np.ndarray]:
     folder = checkpoint.latest(run)
     assert folder is not None
     config = checkpoint.ModelFolder(folder).config
-    state, _ = checkpoint.read_train_state(folder, config)
+    state, _ = checkpoint.read_train_state(folder, TrainConfig(model=config))
     return {**checkpoint.ModelFolder(folder).weights(config), **state}

@@ -8,7 +8,7 @@ from mlx_mla.machine import physical_memory
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.fusion import Device, fused_by_mlx
 from mlx_mla.model.train_config import TrainConfig
-from mlx_mla.model.weights import is_hidden_matrix, is_trained, num_parameters, parameter_shapes
+from mlx_mla.model.weights import is_trained, moment_shapes, num_parameters, parameter_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 BEYOND = 4
@@ -57,19 +57,18 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
     m, T = config.model, config.context
     n = num_parameters(m)
     flops = forward_flops_per_token(m, T)
-    moments, trained = 0, 0
-    for name, shape in parameter_shapes(m).items():
-        if is_trained(name, config.trainable):
-            trained += math.prod(shape)
-            of_muon = config.optimizer == "muon" and is_hidden_matrix(name, len(shape))
-            moments += (1 if of_muon else 2) * math.prod(shape)
+    trained = sum(
+        math.prod(shape)
+        for name, shape in parameter_shapes(m).items()
+        if is_trained(name, config.trainable)
+    )
     gradients = 4 * trained * (2 if config.passes_per_step > 1 else 1)
     return Estimate(
         parameters=n,
         forward_flops_per_token=flops,
         train_flops_per_token=3 * flops,
         weights_bytes=4 * n,
-        optimizer_bytes=4 * moments,
+        optimizer_bytes=4 * sum(map(math.prod, moment_shapes(config).values())),
         gradient_bytes=gradients,
         activation_bytes=max(0, _peak_of_pass(config, fused_attention) - 4 * n),
         cache_bytes_per_token=cache_bytes_per_token(m, 2),

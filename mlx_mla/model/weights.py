@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mlx_mla.model.config import InitializerName, ModelConfig, TrainableName
+from mlx_mla.model.train_config import TrainConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -68,6 +69,18 @@ def is_hidden_matrix(name: str, ndim: int) -> bool:
     """True if a parameter is a matrix of a block, which --optimizer muon orthogonalizes, rather
     than an embedding."""
     return ndim == 2 and ".h." in name
+
+
+def moment_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every moment of the optimizer by its name on disk: `exp_avg.NAME` and
+    `exp_avg_sq.NAME` of AdamW, `momentum_buffer.NAME` of Muon."""
+    shapes = {}
+    for name, shape in parameter_shapes(config.model).items():
+        if is_trained(name, config.trainable):
+            muon = config.optimizer == "muon" and is_hidden_matrix(name, len(shape))
+            for moment in ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq"):
+                shapes[f"{moment}.{name}"] = shape
+    return shapes
 
 
 def num_parameters(config: ModelConfig) -> int:

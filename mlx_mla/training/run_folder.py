@@ -141,7 +141,7 @@ def resume_point(
         if older is None:
             advice = "there is no older one"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
-    optimizer_state, info = checkpoint.read_train_state(folder, config.model, config.trainable)
+    optimizer_state, info = checkpoint.read_train_state(folder, config)
     samples = info.data_samples_sha256 or data.samples
     if info.data_sha256 != data.fingerprint or samples != data.samples:
         raise UserError(

@@ -19,6 +19,7 @@ from mlx_mla.backends.mlx.score import MLXScorer
 from mlx_mla.data.windows import Batch
 from mlx_mla.model.model_mlx import Model
 from mlx_mla.model.train_config import TrainConfig
+from mlx_mla.model.weights import is_trained
 from mlx_mla.world import SOLO, World
 
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
@@ -48,10 +49,10 @@ class MLXTrainSession:
         config = self.config
         mx.reset_peak_memory()
         self.model = build_model(config.model, start.weights)
-        if config.trainable == "attention":
-            self.model.freeze()
-            for block in self.model.transformer.h:
-                block.attn.unfreeze()
+        self.model.freeze()
+        for name, module in self.model.named_modules():
+            if is_trained(f"{name}.", config.trainable):
+                module.unfreeze(recurse=False)
         self.optimizer = optim.make_optimizer(config)
         self.optimizer.init(self.model.trainable_parameters())
         self._average = self.world.gradient_average([])

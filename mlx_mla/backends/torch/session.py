@@ -42,10 +42,9 @@ class TorchTrainSession:
         if teacher is not None:
             self._teacher = build_model(teacher.config, teacher.weights, device)
             self._vocabulary = teacher.vocabulary
-        self.parameters = {}
         for name, p in self.model.named_parameters():
-            if p.requires_grad_(is_trained(name, config.trainable)).requires_grad:
-                self.parameters[name] = p
+            p.requires_grad_(is_trained(name, config.trainable))
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._average = world.gradient_average(self.parameters.values())
         self.optimizers = Optimizers(config, self.parameters)
         if start.optimizer_state is not None:
