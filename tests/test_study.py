@@ -529,6 +529,23 @@ def test_eight_seeds_asked_and_five_done_are_named(tmp_path):
     ]
 
 
+def test_the_seeds_of_the_primary_comparison_run_before_those_of_other_arms(tmp_path):
+    two = SMALL.replace('["mla", "mha"]', '[["mla", "wide"], "mqa"]')
+    arms = """
+[arms.mqa]
+model = { num_key_value_heads = 1 }
+[arms.wide]
+model = { attention = "mla", kv_lora_rank = 12 }
+"""
+    study, results = opened(tmp_path, two + arms)
+    names = ("mha", "mla", "mqa", "wide")
+    loss = noisy(dict.fromkeys(names, 3e-3), dict.fromkeys(names, 0) | {"wide": -1})
+    runs = [(run.arm, run.seed) for run in pretend(study, results, loss) if run.seed]
+    assert runs == [(arm, s) for s in (1, 2, 3) for arm in ("mha", "mqa", "wide")] + [
+        ("mla", s) for s in (1, 2, 3)
+    ]
+
+
 # --- results.json ---
 
 

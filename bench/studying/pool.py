@@ -48,21 +48,26 @@ class Agenda:
 def agenda(study: Study, results: Results) -> Agenda:
     """What the finished runs leave to do.
 
-    Sizes come in the order of the file; in each, all arms are tuned before any seed, then seed by
-    seed all arms, so that whatever has finished can be compared.
+    Sizes come in the order of the file; in each, all arms are tuned before any seed. Seed by seed
+    the primary comparison and the baseline follow, then all other arms, so that whatever has
+    finished can be compared.
     """
+    pair = results.primary(study)
+    first = {study.baseline, *(cell.arm for cell in pair)} if pair else set(study.arms)
     ready: list[Run] = []
     later: list[Run] = []
     for size in dict.fromkeys(cell.size for cell in study.cells):
-        repeated: list[tuple[int, Run]] = []
+        repeated: list[tuple[bool, int, Run]] = []
         for cell in (cell for cell in study.cells if cell.size == size):
             found = results.tuning(cell)
             begun = [stage.what for stage in found.stages]
             if found.wanted:
                 ready += found.wanted
                 later += [r for what, own in cell.least.items() if what not in begun for r in own]
-            repeated += [(i, r) for i, r in enumerate(found.finals) if results.get(r) is None]
-        ready += [run for _, run in sorted(repeated, key=lambda pair: pair[0])]
+            finals = enumerate(found.finals)
+            last = cell.arm not in first
+            repeated += [(last, i, r) for i, r in finals if results.get(r) is None]
+        ready += [run for *_, run in sorted(repeated, key=lambda x: x[:2])]
     # Budgets that are tuned with the same tokens share their tuning runs.
     return Agenda(list({run.key: run for run in ready}.values()), later)
 

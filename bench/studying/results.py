@@ -248,6 +248,19 @@ class Results:
             rate = best("rate again", cell.rate_name, three, at_std)
         return Tuning(cell, stages, rate, std)
 
+    def primary(self, study: Study) -> tuple[Cell, Cell] | None:
+        """The arm and the rival of the primary comparison; None without one, and while tuning does
+        not say which arm it is."""
+        if study.primary is None:
+            return None
+        (place,) = study.places
+        arms, rival = study.primary
+        tunings = [self.tuning(cell) for arm in arms if (cell := study.cell(arm, place))]
+        against = study.cell(rival, place)
+        if against is None or (len(tunings) > 1 and any(tuning.wanted for tuning in tunings)):
+            return None
+        return min(tunings, key=lambda tuning: tuning.loss).cell, against
+
     def finals(self, cell: Cell) -> dict[int, Record]:
         """Finished runs over seeds, with what was found, by seed."""
         found = {run.seed: self.get(run) for run in self.tuning(cell).finals}

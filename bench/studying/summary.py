@@ -136,16 +136,9 @@ def summarise(study: Study, results: Results) -> Summary:
 
 def _primary(study: Study, results: Results) -> Comparison | None:
     """The primary comparison; None while tuning does not say which arm it is."""
-    if study.primary is None:
+    if (cells := results.primary(study)) is None:
         return None
-    (place,) = study.places
-    arms, rival = study.primary
-    tunings = [results.tuning(cell) for arm in arms if (cell := study.cell(arm, place))]
-    against = study.cell(rival, place)
-    if against is None or (len(tunings) > 1 and any(tuning.wanted for tuning in tunings)):
-        return None
-    chosen = min(tunings, key=lambda tuning: tuning.loss).cell
-    return dataclasses.replace(_compare(study, results, chosen, against), primary=True)
+    return dataclasses.replace(_compare(study, results, *cells), primary=True)
 
 
 def _compare(study: Study, results: Results, arm: Cell, rival: Cell) -> Comparison:
