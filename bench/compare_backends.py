@@ -275,7 +275,7 @@ class Bench:
             yield cases
 
     def training(self, ways: Sequence[tuple[str, str]] = ()) -> Iterator[list[Case]]:
-        """One optimiser step, one session in memory at a time."""
+        """One optimizer step, one session in memory at a time."""
         for backend in self.s.backends:
             cases = []
             for c in self._trained(backend):
@@ -293,7 +293,7 @@ class Bench:
         return self.training((("mlx", EAGER), ("torch", PLAIN)))
 
     def save(self) -> Iterator[list[Case]]:
-        """A training checkpoint: weights, optimiser state, checksums, sync, rename."""
+        """A training checkpoint: weights, optimizer state, checksums, sync, rename."""
         for c in (c for backend in self.s.backends for c in self._trained(backend)):
             case = self._case("save", c, 1, 0, methodcaller("save"))
             case.row.bytes = 12.0 * num_parameters(c.config)

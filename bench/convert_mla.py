@@ -1,5 +1,5 @@
-"""What MLA costs a trained MHA model: perplexity by rank and method of conversion, before and after
-recovery fine-tuning.
+"""What MLA costs a trained MHA model: perplexity by rank, with and without a calibration text,
+before and after recovery fine-tuning.
 
     python -m bench convert --model RUN --out DIR [--resume]
 
@@ -15,11 +15,10 @@ error of its own: both see the same windows, and the windows' own spread cancels
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,9 +27,8 @@ from torch.nn import functional as F
 
 from bench.harness import Document, Picture, Results, Resumable, Row
 from bench.rows import Figure, Positive, Signed, Whole, record, rows
-from convert.calibration import Text, collect_moments
-from convert.latent import Method, Moments, share_ranks
-from convert.to_mla import assemble, factorise
+from convert.calibration import Text
+from convert.to_mla import Calibration, Rank, with_text, without_text
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start, Teacher
@@ -45,7 +43,7 @@ from mlx_mla.model.schedule import learning_rate
 from mlx_mla.training.run_folder import run_config
 
 Share = Annotated[float, fraction(above_0=True)]
-METHODS: tuple[Method, ...] = get_args(Method)
+FITTED, BLIND = "fitted to a text", "without a text"
 UNCONVERTED = "the MHA model"
 CELL = {"rank": Whole, "method": str, "budget": bool, "heal": Figure, "teacher": bool}
 """A measured model: its rank, which is an average over the layers with `budget`; and the share of
@@ -58,15 +56,13 @@ Weights = dict[str, np.ndarray]
 
 @dataclasses.dataclass(kw_only=True)
 class Convert(Resumable):
-    """Measure held-out perplexity of an MHA model converted to MLA, by rank and method, and after
-    recovery fine-tuning."""
+    """Measure held-out perplexity of an MHA model converted to MLA, by rank, and after recovery
+    fine-tuning."""
 
     model: Path
     """Run folder of the multi-head model."""
     fractions: tuple[Share, ...] = (1, 0.75, 0.5, 1 / 3, 1 / 6, 1 / 12)
     """Ranks to measure, as shares of n_embd."""
-    methods: tuple[Literal["balanced", "whitened", "svd"], ...] = METHODS
-    """Methods to measure."""
     calibration_tokens: PositiveInt = 131072
     """Tokens of the training text to calibrate on."""
     held_out_windows: Annotated[int, not_negative(10**9)] = 512
@@ -75,8 +71,6 @@ class Convert(Resumable):
     """Shares of the training tokens to fine-tune on; none: --finetune 0."""
     finetune_fractions: tuple[Share, ...] = (0.5, 1 / 3, 1 / 6)
     """Ranks to fine-tune, as shares of n_embd."""
-    finetune_method: Literal["balanced", "whitened", "svd"] = "balanced"
-    """Method of the models that are fine-tuned."""
     finetune_budget: bool = True
     """Whether their rank is an average, shared out among the layers."""
     finetune_learning_rate: Annotated[float, positive(1)] = 3e-5
@@ -85,7 +79,7 @@ class Convert(Resumable):
     """Sequences in a step of fine-tuning: few, since few tokens must give many steps."""
 
     name = "convert"
-    title = "MHA converted to MLA: perplexity by rank and method"
+    title = "MHA converted to MLA: perplexity by rank"
     stored: ClassVar = {"cells": ROWS, "model": MODEL, "mha_perplexity": Positive}
     devices: ClassVar = {"torch": "cpu"}
     same: ClassVar[Sequence[str]] = ("model", "calibration_tokens", "held_out_windows")
@@ -125,7 +119,7 @@ class Convert(Resumable):
 
     @staticmethod
     def figures(found: Document) -> dict[str, Picture]:
-        """Change of perplexity against rank, a line a method."""
+        """Change of perplexity against rank, a line a way to convert."""
         series: dict[str, list[Row]] = {}
         for row in found["cells"]:
             if row["method"] != UNCONVERTED:
@@ -190,7 +184,7 @@ class Bench:
             return dict(zip(CELL, values, strict=True))
 
         for f in o.fractions:
-            for m in o.methods:
+            for m in (FITTED, BLIND):
                 yield from (
                     cell(f, m, b) for b in ((False, True) if round(f * D) < D else (False,))
                 )
@@ -198,7 +192,7 @@ class Bench:
         for f in o.finetune_fractions:
             for h in shares:
                 for teacher in (False, True):
-                    yield cell(f, o.finetune_method, o.finetune_budget, h, teacher)
+                    yield cell(f, FITTED, o.finetune_budget, h, teacher)
         # What the same tokens do to the MHA model itself, which could learn on, too.
         yield from (cell(1, UNCONVERTED, False, h) for h in shares)
 
@@ -207,23 +201,17 @@ class Bench:
         if cell["method"] == UNCONVERTED:
             config, weights = self.config, self.weights
         else:
-            method = next(m for m in METHODS if m == cell["method"])
-            moments = None if method == "svd" else self._moments
-            layers = list(factorise(self.config, self.weights, method, moments))
-            ranks = (
-                share_ranks([x.singular_values for x in layers], cell["rank"], method)
-                if cell["budget"]
-                else [cell["rank"]] * self.config.n_layer
-            )
-            config, weights = assemble(self.config, self.weights, ranks, layers, moments)
+            rank = Rank(cell["rank"], cell["budget"])
+            if cell["method"] == BLIND:
+                config, weights, _ = without_text(self.config, self.weights, rank)
+            else:
+                device = torch.device("cpu")
+                source = build_model(self.config, self.weights, device)
+                calibration = Calibration(self._text, self.options.calibration_tokens, 0, device)
+                config, weights, _ = with_text(
+                    source, self.config, self.weights, rank, calibration, Console()
+                )
         return config, self._finetuned(cell, config, weights) if cell["heal"] else weights
-
-    @functools.cached_property
-    def _moments(self) -> list[Moments]:
-        """Of the training text, with gradients."""
-        model = build_model(self.config, self.weights, torch.device("cpu"))
-        size = self.options.calibration_tokens
-        return collect_moments(model, self._text, size, True, Console())[0]
 
     def _finetuned(self, cell: Row, config: ModelConfig, weights: Weights) -> Weights:
         size, run = self.options.finetune_batch_size, self.run
@@ -256,7 +244,7 @@ def compare(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
     }
 
 
-COLUMNS = ("rank", "method", "fine-tuned", "perplexity", "change, %")
+COLUMNS = ("rank", "conversion", "fine-tuned", "perplexity", "change, %")
 
 
 def columns(row: Row) -> tuple[str, ...]:

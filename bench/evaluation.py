@@ -4,7 +4,7 @@
 
 Both read the same items of the same model folder in batches of the same size on the same device,
 and take turns. HellaSwag is timed without its completion form, which `evaluate` also scores and
-lm_eval does not. Timed is all but loading the model: reading and tokenising the items, scoring,
+lm_eval does not. Timed is all but loading the model: reading and tokenizing the items, scoring,
 metrics. The scores of all are set beside each other, since only equal work may be compared.
 
 The target is 1.9x of lm_eval in PyTorch on both tasks, and in MLX the share of its own forward

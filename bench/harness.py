@@ -43,7 +43,7 @@ REGISTRY = {
     "compare": ("compare_backends", "MLX and PyTorch side by side, MLA against GPT-2"),
     "core": ("compare_backends", "the training step, decoding by cache, and saving, in MLX"),
     "decode": ("compare_backends", "decoding by kind of cache, batch and context"),
-    "trained": ("trained", "what quantisation costs trained models, what a draft model gains"),
+    "trained": ("trained", "what quantization costs trained models, what a draft model gains"),
     "training": ("training", "memory of a training step against the estimate; largest batches"),
     "convert": ("convert_mla", "what converting a trained model to MLA costs, by rank and method"),
     "evaluation": ("evaluation", "evaluation beside lm-evaluation-harness"),

@@ -25,7 +25,7 @@ from bench.studying.pool import Pool, Trainer, agenda, flops
 from bench.studying.reading import read_study
 from bench.studying.report import markdown
 from bench.studying.results import Outcome, Results
-from bench.studying.summary import Summary, student, summarise
+from bench.studying.summary import Summary, student, summarize
 from mlx_mla import cli
 from mlx_mla.data.dataset import TrainingData
 from mlx_mla.data.tokenizer import get_tokenizer
@@ -142,7 +142,7 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
 
 
 def _report(study: Study, results: Results, out: Path, made_by: str) -> Summary:
-    summary = summarise(study, results)
+    summary = summarize(study, results)
     results.save()
     text = markdown(study, results, summary, draw(study, summary.rows, out), made_by)
     write_text(out / REPORT, text)

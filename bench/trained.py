@@ -1,12 +1,12 @@
-"""What needs trained models: the perplexity that quantised caches and weights cost, and the speed
+"""What needs trained models: the perplexity that quantized caches and weights cost, and the speed
 of a draft model.
 
     python -m bench trained --models RUN [RUN ...] --text TEXT [--draft RUN] [--out DIR]
 
 The models are run or model folders with one tokenizer, for example an MHA model and its
 conversions. Text is the end of --text, which they have not seen. A window is read through the cache
-in two parts, so that the second is scored on what the quantised cache holds, as in decoding; only
-it counts. Losses are compared window by window with those of the unquantised model, so each
+in two parts, so that the second is scored on what the quantized cache holds, as in decoding; only
+it counts. Losses are compared window by window with those of the unquantized model, so each
 difference has a standard error.
 """
 
@@ -42,7 +42,7 @@ QUALITY = rows({
     "model": str, "weight_bits": Optional[Whole], "cache_bits": Optional[Whole], "loss": Figure,
     "perplexity": Figure, "change": Signed, "error": Figure, "bytes": Figure,
 })  # fmt: skip
-"""Perplexity, its change against the unquantised model with a standard error, and the bytes of a
+"""Perplexity, its change against the unquantized model with a standard error, and the bytes of a
 token in one layer's cache. Bits of None: as trained."""
 SPEED = rows({
     "model": str, "guesses": Whole, "tokens_per_sec": Positive, "accepted": Figure,
@@ -53,7 +53,7 @@ SPEED = rows({
 
 @dataclasses.dataclass(kw_only=True)
 class Trained(Benchmark):
-    """Measure what quantisation costs trained models, and what a draft model gains."""
+    """Measure what quantization costs trained models, and what a draft model gains."""
 
     models: tuple[Path, ...]
     """Run or model folders."""
@@ -69,7 +69,7 @@ class Trained(Benchmark):
     """Tokens to generate with and without the draft model, after each of 8 prompts."""
 
     name = "trained"
-    title = "Quantised caches and weights, and a draft model"
+    title = "Quantized caches and weights, and a draft model"
     stored: ClassVar = {"quality": QUALITY, "speed": SPEED}
     packages = ("mlx", "mlx-lm")
     devices: ClassVar = {"mlx": "auto"}
@@ -80,7 +80,7 @@ class Trained(Benchmark):
         for path in self.models:
             folder = ModelFolder(checkpoint.model_folder(path))
             tokens = np.array(folder.tokenizer.encode(unseen))
-            parts = {"quality": quantised(self, path.name, folder, tokens)}
+            parts = {"quality": quantized(self, path.name, folder, tokens)}
             if self.draft:
                 parts["speed"] = drafted(self, path.name, folder, tokens)
             for part, found in parts.items():
@@ -102,7 +102,7 @@ class Trained(Benchmark):
         ]  # fmt: skip
         lines = [
             f"- {s['windows']} windows of held-out text, the second half of each scored; float32 "
-            "where not quantised",
+            "where not quantized",
             "",
             *markdown_table(header, cells),
         ]
@@ -123,7 +123,7 @@ class Trained(Benchmark):
         return [*lines, "", f"{text} `--draft-model`.", "", *markdown_table(header, cells)]
 
 
-def quantised(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
+def quantized(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) -> Iterator[Row]:
     """Perplexity by bits of the cache and of the weights."""
     length, base = folder.config.n_positions, None
     starts = np.linspace(0, len(tokens) - length - 1, s.windows).astype(int)
@@ -131,7 +131,7 @@ def quantised(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) ->
     for weight_bits in BITS:
         model = load(folder)
         if weight_bits:
-            nn.quantize(model, 64, weight_bits, class_predicate=_quantisable)
+            nn.quantize(model, 64, weight_bits, class_predicate=_quantizable)
         for cache_bits in (None,) if weight_bits == 8 else BITS:
             losses = window_losses(model, x, cache_bits)
             if losses is None:
@@ -146,7 +146,7 @@ def quantised(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) ->
             }  # fmt: skip
 
 
-def _quantisable(path: str, module: nn.Module) -> bool:
+def _quantizable(path: str, module: nn.Module) -> bool:
     return (
         hasattr(module, "to_quantized")
         and not path.endswith("wpe")
@@ -185,7 +185,7 @@ def window_losses(model: Any, x: mx.array, bits: int | None) -> np.ndarray | Non
 
 
 def cache_bytes(model: Any, bits: int | None) -> float:
-    """Of a layer, for one token of context, with bfloat16 for what is not quantised."""
+    """Of a layer, for one token of context, with bfloat16 for what is not quantized."""
     cache = new_cache(model, bits)
     assert cache is not None
     for c, like in zip(cache, _one_token(model)):

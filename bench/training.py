@@ -32,7 +32,7 @@ from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 HELD = ("state_bytes", "gradient_bytes", "activation_bytes", "total_bytes")
-"""Of weights and the optimiser's moments, gradients, activations, and the peak."""
+"""Of weights and the optimizer's moments, gradients, activations, and the peak."""
 MEMORY = rows({
     "preset": str, "dtype": str, "checkpoint_every": Whole, "batch_size": Whole, "seq_len": Whole,
     "measured": record({**dict.fromkeys(HELD, Whole), "total_bytes": Positive}),
@@ -121,7 +121,7 @@ class Training(Benchmark):
         lines = compare_report.body(found, pictures) if found.get("rows") else [""]
         s = found["settings"]
         if held := found.get("memory"):
-            header = ["model", "type", "checkpointing", "weights, optimiser", "gradients",
+            header = ["model", "type", "checkpointing", "weights, optimizer", "gradients",
                       "activations", "peak", "estimate off by"]  # fmt: skip
             lines += [
                 f"Memory of one step in MLX, batch {s['batch_size']} x {s['seq_len']}, in MB, "

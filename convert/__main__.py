@@ -54,17 +54,12 @@ class ConvertCommand:
     half of it quarters the cache. With RoPE a shared key, head_dim wide, is cached beside it."""
     rank_budget: Optional[int] = None
     """--to mla: average width instead, shared out among the layers by what each loses."""
-    method: Optional[Literal["balanced", "whitened", "svd"]] = None
-    """--to mla: what the factorisation minimises: the error of keys and values on the calibration
-    text ("whitened"), that error weighed by the loss's gradient ("balanced"), or the error of the
-    weights ("svd"). None: "balanced" with --calibration, else "svd". For attention with RoPE or
-    grouped queries there is "whitened" alone."""
     calibration: Optional[str] = None
     """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures
-    perplexity. Needed for a model with RoPE or grouped queries."""
-    calibration_tokens: Optional[int] = None
-    """Tokens of the text to calibrate on, from its beginning. 0: all. None: 131072 for GPT-2's
-    attention, 65536 for other attention, whose layers are converted one after the other."""
+    perplexity. Without one, the latents of GPT-2's attention change its weights least; other
+    attention needs one."""
+    calibration_tokens: int = 65536
+    """Tokens of the text to calibrate on, from its beginning. 0: all."""
     held_out_tokens: int = 32768
     """Tokens of its last tenth to measure perplexity on. 0: all."""
     dtype: Optional[InferenceDType] = None
@@ -100,7 +95,7 @@ def _main(argv: Sequence[str]) -> int:
 
     from . import deepseek, hf, llama
     from .recognise import open_source
-    from .to_mla import check_calibration, check_rank, convert_to_mla, default_method
+    from .to_mla import check_calibration, check_rank, convert_to_mla
     from .vocabulary import find_tokenizer
 
     source = open_source(command.src, command.revision, command.n_head)
@@ -118,7 +113,7 @@ def _main(argv: Sequence[str]) -> int:
     rank = None
     if command.to == "mla":
         rank = check_rank(config, command.rank, command.rank_budget)
-        check_calibration(config, command.method, command.calibration)
+        check_calibration(config, command.calibration)
     kept = "float32" if command.to == "mla" else source.dtype
     dtype = command.dtype or kept
     if command.to == "deepseek":
@@ -137,9 +132,8 @@ def _main(argv: Sequence[str]) -> int:
         else:
             if rank is not None:
                 calibration = _calibration(command, tokenizer, config)
-                method = command.method or default_method(config, calibration)
                 config, weights, report = convert_to_mla(
-                    source.name, config, weights, rank, method, calibration, Console()
+                    source.name, config, weights, rank, calibration, Console()
                 )
                 steps = report.sentences()
                 print("\n".join(steps))
@@ -162,27 +156,20 @@ def _calibration(
     from mlx_mla.backends.torch.backend import TorchBackend
 
     from .calibration import Text
-    from .to_mla import Calibration, calibration_defaults
+    from .to_mla import CALIBRATION_WINDOW, Calibration
 
-    window, tokens = calibration_defaults(config)
-    text = Text(command.calibration, tokenizer, window)
-    if command.calibration_tokens is not None:
-        tokens = command.calibration_tokens
+    text = Text(command.calibration, tokenizer, min(CALIBRATION_WINDOW, config.n_positions))
     device = TorchBackend(command.device).device
-    return Calibration(text, tokens, command.held_out_tokens, device)
+    return Calibration(text, command.calibration_tokens, command.held_out_tokens, device)
 
 
 def _check_flags(command: ConvertCommand) -> None:
     if command.to != "mla":
-        for name in ("rank", "rank_budget", "method", "calibration"):
+        for name in ("rank", "rank_budget", "calibration"):
             if getattr(command, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} requires --to mla; leave it out")
-    if command.method in ("balanced", "whitened") and command.calibration is None:
-        raise UserError(
-            f"--method {command.method} needs --calibration TEXT; without one there is --method svd"
-        )
     for name in ("calibration_tokens", "held_out_tokens"):
-        if (getattr(command, name) or 0) < 0:
+        if getattr(command, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative; 0 takes all")
 
 

@@ -23,7 +23,7 @@ from .latent import Moments
 HELD_OUT = 0.1
 """Share of the text, at its end, that is not calibrated on."""
 BLOCK = 1 << 20
-"""Bytes of text that are read and tokenised at a time."""
+"""Bytes of text that are read and tokenized at a time."""
 BATCH_TOKENS = 2048
 
 

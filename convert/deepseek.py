@@ -1,7 +1,7 @@
 """A model with latent attention in the format of DeepSeek-V3 (`DeepseekV3ForCausalLM`), whose own
 code in mlx-lm, transformers and other engines then runs it.
 
-That code normalises every latent and adds 1e-6 to the mean square, in every norm of a latent. Both
+That code normalizes every latent and adds 1e-6 to the mean square, in every norm of a latent. Both
 of our differences go into the weights:
 
 - Another epsilon e: RMSNorm_e(x) = RMSNorm_1e-6(a x) with a = sqrt(1e-6 / e), so what writes to a

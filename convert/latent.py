@@ -6,23 +6,19 @@ every key leaves the softmax as it is, and what is added to every value comes ou
 unchanged, so it goes into the output bias. Hence both biases fold away, and only the error's spread
 around its mean counts: the covariance of x, not its second moment.
 
-    svd        min |A - UV|                        ignores the distribution of x
-    whitened   min E |(A - UV)(x - mean)|^2        Sigma = cov(x), as CARE, ASVD and SVD-LLM do
-    balanced   min E |g . (A - UV)(x - mean)|^2    g = gradient of the loss at [k | v], taken as
-                                                   independent of x
+    without a text   min |A - UV|
+    with one         min E |g . (A - UV)(x - mean)|^2    g = gradient of the loss at [k | v], taken
+                                                         as independent of x
 
-Each is a truncated SVD of L A S, with S S^T = Sigma and L^T L = E[g g^T]: the Kronecker-factored
-form of the loss's second-order change (K-FAC, arXiv:1503.05671), in which keys and values have one
-unit, the loss.
+The second is a truncated SVD of L A S, with S S^T = cov(x) and L^T L = E[g g^T]: the
+Kronecker-factored form of the loss's second-order change (K-FAC, arXiv:1503.05671), in which keys
+and values have one unit, the loss.
 """
 
 import dataclasses
 import math
-from typing import Literal
 
 import numpy as np
-
-Method = Literal["balanced", "whitened", "svd"]
 
 RIDGE = 1e-5
 """Added to the covariance, relative to its mean variance: directions that the text never took are
@@ -41,7 +37,7 @@ class Moments:
     covariance: np.ndarray
     """(D, D)"""
     gradient: np.ndarray | None = None
-    """Second moment of the loss's gradient at [k | v], (2D, 2D); only for "balanced"."""
+    """Second moment of the loss's gradient at [k | v], (2D, 2D)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,44 +50,39 @@ class Decomposition:
     down: np.ndarray
     """(D, D); the whole up @ down is A."""
     singular_values: np.ndarray
-    """(D,), in the units of the method's error."""
+    """(D,), in the units of the error."""
 
 
-def decompose(kv: np.ndarray, method: Method, moments: Moments | None) -> Decomposition:
+def decompose(kv: np.ndarray, moments: Moments | None) -> Decomposition:
     """Factorise A = [Wk; Wv], (2D, D), in the order of what matters.
 
     Args:
-        moments: Needed by all but "svd"; "balanced" needs their gradient.
+        moments: Of a text, with the gradient's; None without one.
     """
     A = kv.astype(np.float64)
-    if method == "svd":
+    if moments is None:
         # A V V^T with the eigenvectors V of A^T A: faster than an SVD, and nothing is divided by
         # small values.
         energy, V = np.linalg.eigh(A.T @ A)
         return Decomposition(A @ V[:, ::-1], V[:, ::-1].T, np.sqrt(np.maximum(energy[::-1], 0)))
-    assert moments is not None
-    S, _ = root(moments.covariance, RIDGE)
-    if method == "whitened":
-        return weighted(A, S, None)
     assert moments.gradient is not None
+    S, _ = root(moments.covariance, RIDGE)
     return weighted(A, S, root(moments.gradient, GRADIENT_RIDGE))
 
 
-def weighted(
-    A: np.ndarray, S: np.ndarray, roots: tuple[np.ndarray, np.ndarray] | None
-) -> Decomposition:
-    """The factors U V of A that minimise |L (A - U V) S|.
+def weighted(A: np.ndarray, S: np.ndarray, roots: tuple[np.ndarray, np.ndarray]) -> Decomposition:
+    """The factors U V of A that minimize |L (A - U V) S|.
 
     Args:
         S: Root of the covariance of what A reads.
-        roots: L and its inverse. None: the identity.
+        roots: L and its inverse.
     """
-    L, L_inverse = roots or (None, None)
-    B = A if L is None else L @ A
+    L, L_inverse = roots
+    B = L @ A
     # With orthonormal U, U U^T B is the best approximation of B under the weight S, whose inverse
     # is not needed.
     U, singular_values, _ = np.linalg.svd(B @ S, full_matrices=False)
-    return Decomposition(U if L_inverse is None else L_inverse @ U, U.T @ B, singular_values)
+    return Decomposition(L_inverse @ U, U.T @ B, singular_values)
 
 
 def kept_energy(singular_values: np.ndarray, rank: int) -> float:
@@ -100,18 +91,21 @@ def kept_energy(singular_values: np.ndarray, rank: int) -> float:
     return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
 
 
-def share_ranks(spectra: list[np.ndarray], average: int, method: Method) -> list[int]:
+def share_ranks(spectra: list[np.ndarray], average: int, comparable: bool) -> list[int]:
     """A width for every layer, `average` in the mean, that loses the least error in all.
 
-    Widths come in blocks of gcd(average, 32), as quantised caches and weights need multiples of 32.
-    "balanced" errors are changes of one loss and count as they are; those of the other methods
-    count as shares of their layer's.
+    Widths come in blocks of gcd(average, 32), as quantized caches and weights need multiples of 32.
+
+    Args:
+        spectra: Singular values of every layer.
+        comparable: Their squares are changes of one loss, and count as they are; otherwise they
+            count as shares of their layer's sum.
     """
     block, n = math.gcd(average, 32), len(spectra)
     gains = []
     for i, values in enumerate(spectra):
         energy = values**2
-        if method != "balanced":
+        if not comparable:
             energy = energy / (energy.sum() or 1.0)
         # Every layer gets one block, whatever it is worth: a latent needs some width.
         gains += [

@@ -1,12 +1,14 @@
 """Latent attention layer after layer: each is fitted to what the converted layers before it give.
 
 Two residual streams of the calibration text advance side by side, the source's and the converted
-model's. A layer's closed form sees the converted model's input, and its output projection is then
-refitted so that the stream after the attention is the source's again.
+model's. A layer starts from a closed form; then all of its matrices are fitted so that the stream
+after the attention is the source's again, with no pass through any other layer.
 """
 
+import copy
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,12 +25,17 @@ from mlx_mla.model.model_torch import (
 )
 
 from .calibration import BATCH_TOKENS
-from .rope import Source, closed_form, refit
+from .rope import Converted, Source, closed_form, refit
 
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 
 REFIT_RIDGE = 0.1
 """Relative to the mean energy of what the projection reads; docs/diary.md has other values."""
+FIT_PASSES = 4
+"""Times that each layer's fit reads the calibration text."""
+FIT_RATE = 0.015
+"""Learning rate of the fit, as a share of a matrix's root mean square; docs/diary.md has other
+values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +44,12 @@ class LayerResult:
 
     weights: dict[str, np.ndarray]
     """By name within the attention, float32."""
-    rope_energy: float | None
-    singular_values: np.ndarray
-    error_before_refit: float
-    error_after_refit: float
+    closed: Converted | None
+    """What `closed_form` gave; None for a layer that started from given weights."""
+    errors: tuple[float, float, float]
     """Of the stream after the attention on the calibration text: squared, relative to each token's
-    stream, mean over tokens."""
+    stream, mean over tokens. At the start, with the output projection refitted, and after the
+    fit."""
 
 
 @torch.no_grad()
@@ -50,6 +57,7 @@ def convert_layers(
     model: MLAGPT2LMHeadModel,
     config: ModelConfig,
     windows: np.ndarray,
+    start: Sequence[Mapping[str, np.ndarray]] | None,
     console: Console,
 ) -> Iterator[LayerResult]:
     """Convert every layer of a multi-head model.
@@ -61,7 +69,10 @@ def convert_layers(
         model: The source, on any device.
         config: Resolved; of the converted model.
         windows: Token ids of the calibration text, (N, T).
+        start: For each layer, weights of the latent attention by name. None: `closed_form`, on the
+            stream that the converted layers give.
     """
+    model.requires_grad_(False)
     ids = torch.tensor(windows, device=model.device)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     transformer = model.transformer
@@ -72,37 +83,40 @@ def convert_layers(
     ours = source.clone()
     latent_config = MLAGPT2Config(**config.to_dict())
     ranks = config.kv_lora_ranks or [config.kv_lora_rank or 0] * config.n_layer
-    batches = [slice(b[0], b[-1] + 1) for b in _split(len(ids), BATCH_TOKENS // ids.shape[1])]
+    rows = max(1, BATCH_TOKENS // ids.shape[1])
+    batches = [slice(at, at + rows) for at in range(0, len(ids), rows)]
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         for i, block in enumerate(bar.track(transformer.h, description="converting")):
-            weights = source_weights(model, i)
             after = torch.empty_like(source)
-            second, distances = Sum(), Sum()
             for b in batches:
-                x = block.ln_1(source[b])
-                after[b] = source[b] + block.attn(x, None, None, rotation)[0]
-                if rotation is not None:
-                    distances.add(_distances(block.attn, x, rotation))
-                y = _with_one(block.ln_1(ours[b]).flatten(0, 1), weights.q.shape[1])
-                second.add(y.T @ y)
-            converted = closed_form(weights, second.total / ids.numel(), distances.total, ranks[i])
-            attn = LatentAttention(latent_config, i).to(model.device)
-            _set(attn.c_attn, np.concatenate([converted.query, converted.down]))
-            assert attn.kv_b_proj is not None
-            _set(attn.kv_b_proj, converted.up)
-            joined = torch.cat(
-                [_joined_heads(attn, block.ln_1(ours[b]), rotation) for b in batches]
-            )
-            errors = _refit(attn.c_proj, block.attn.c_proj, joined, after, ours, batches)
+                after[b] = source[b] + block.attn(block.ln_1(source[b]), None, None, rotation)[0]
+            attn, closed = LatentAttention(latent_config, i).to(model.device).eval(), None
+            if start is None:
+                weights = source_weights(model, i)
+                second, distances = Sum(), Sum()
+                for b in batches:
+                    if rotation is not None:
+                        distances.add(_distances(block.attn, block.ln_1(source[b]), rotation))
+                    y = _with_one(block.ln_1(ours[b]).flatten(0, 1), weights.q.shape[1])
+                    second.add(y.T @ y)
+                closed = closed_form(weights, second.total / ids.numel(), distances.total, ranks[i])
+                _set(attn.c_attn, np.concatenate([closed.query, closed.down]))
+                assert attn.kv_b_proj is not None
+                _set(attn.kv_b_proj, closed.up)
+                _set(attn.c_proj, _matrix(block.attn.c_proj))
+            else:
+                attn.load_state_dict({n: torch.from_numpy(w) for n, w in start[i].items()})
+            layer = _Layer(attn, block.ln_1, ours, after, rotation, batches)
+            first, refitted = layer.refit()
+            attn, fitted = layer.fitted(refitted, seed=i)
             for b in batches:
-                ours[b] += attn.c_proj(joined[b])
+                ours[b] += attn(block.ln_1(ours[b]), None, None, rotation)[0]
                 ours[b] += block.mlp(block.ln_2(ours[b]))
                 source[b] = after[b] + block.mlp(block.ln_2(after[b]))
             yield LayerResult(
                 {n: p.detach().cpu().numpy() for n, p in attn.named_parameters()},
-                converted.rope_energy,
-                converted.singular_values,
-                *errors,
+                closed,
+                (first, refitted, fitted),
             )
 
 
@@ -116,45 +130,89 @@ class Sum:
         self.total = self.total + _double(t)
 
 
-def _refit(
-    new: torch.nn.Linear,
-    old: torch.nn.Linear,
-    joined: torch.Tensor,
-    after: torch.Tensor,
-    ours: torch.Tensor,
-    batches: list[slice],
-) -> tuple[float, float]:
-    """Set the output projection such that the converted stream becomes the source's.
+@dataclasses.dataclass
+class _Layer:
+    """A layer's latent attention, and the streams that it is to lead from one to the other."""
 
-    Each token's error counts relative to its stream, since the norms that read the stream divide by
-    its size. The first token of a window has a stream hundreds of times as large as the others.
+    attn: LatentAttention
+    norm: torch.nn.Module
+    """What the attention reads the stream through."""
+    ours: torch.Tensor
+    """The converted model's stream before the attention, (N, T, D)."""
+    after: torch.Tensor
+    """The source's stream after it."""
+    rotation: Rotation
+    batches: list[slice]
+    """Of the windows."""
 
-    Args:
-        joined: What the projection reads, (N, T, H d).
-        after: The source's stream after the attention, (N, T, D).
-        ours: The converted model's before it.
+    def _target(self, windows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the attention should add, (n, T, D), and the size that its error is relative to, (n,
+        T, 1).
 
-    Returns:
-        The squared relative error, with the old projection and with the new one.
-    """
-    gram, cross, missing = Sum(), Sum(), Sum()
-    start = _matrix(old)
-    for b in batches:
-        stream = after[b].flatten(0, 1)
-        size = torch.linalg.vector_norm(stream, dim=1, keepdim=True).clamp(min=1e-30)
-        o = _with_one(joined[b].flatten(0, 1), start.shape[1]) / size
-        target = (stream - ours[b].flatten(0, 1)) / size
-        gram.add(o.T @ o)
-        cross.add(target.T @ o)
-        missing.add(target.square().sum())
+        The norms that read the stream divide by its size. The first token of a window has a stream
+        hundreds of times as large as the others.
+        """
+        after = self.after[windows]
+        size = torch.linalg.vector_norm(after, dim=-1, keepdim=True).clamp(min=1e-30)
+        return after - self.ours[windows], size
 
-    def error(W: np.ndarray) -> float:
-        left = missing.total - 2 * (W * cross.total).sum() + ((W @ gram.total) * W).sum()
-        return max(0.0, float(left) / ours[..., 0].numel())
+    def refit(self) -> tuple[float, float]:
+        """Set the output projection, in closed form, such that the stream becomes the source's.
 
-    W = refit(gram.total, cross.total, start, REFIT_RIDGE)
-    _set(new, W)
-    return error(start), error(W)
+        Returns:
+            The squared relative error, mean over tokens, with the old projection and the new one.
+        """
+        gram, cross, missing = Sum(), Sum(), Sum()
+        start = _matrix(self.attn.c_proj)
+        for b in self.batches:
+            target, size = (t.flatten(0, 1) for t in self._target(b))
+            joined = _joined_heads(self.attn, self.norm(self.ours[b]), self.rotation)
+            o = _with_one(joined.flatten(0, 1), start.shape[1]) / size
+            target = target / size
+            gram.add(o.T @ o)
+            cross.add(target.T @ o)
+            missing.add(target.square().sum())
+
+        def error(W: np.ndarray) -> float:
+            left = missing.total - 2 * (W * cross.total).sum() + ((W @ gram.total) * W).sum()
+            return max(0.0, float(left) / self.ours[..., 0].numel())
+
+        W = refit(gram.total, cross.total, start, REFIT_RIDGE)
+        _set(self.attn.c_proj, W)
+        return error(start), error(W)
+
+    @torch.enable_grad()
+    def fitted(self, error: float, seed: int) -> tuple[LatentAttention, float]:
+        """The attention with all its matrices fitted by Adam to that same end, and its error; as
+        it is if that is lower.
+
+        Args:
+            error: Its error as it is.
+            seed: Of the order of the windows.
+        """
+        before = copy.deepcopy(self.attn)
+        linears = [m for m in self.attn.modules() if isinstance(m, torch.nn.Linear)]
+        rates = [FIT_RATE * float(m.weight.detach().square().mean().sqrt()) for m in linears]
+        optimizer = torch.optim.Adam(
+            [{"params": list(m.parameters())} for m in linears], betas=(0.9, 0.95)
+        )
+        rows, generator = self.batches[0].stop, torch.Generator().manual_seed(seed)
+        order = [torch.randperm(len(self.ours), generator=generator) for _ in range(FIT_PASSES)]
+        device = self.ours.device
+        steps = [part.to(device) for one in order for part in one.split(rows)]
+        for step, part in enumerate(steps):
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / len(steps))
+            warm_up = min(1.0, (step + 1) / (1 + 0.1 * len(steps)))
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * decay * warm_up
+            target, size = self._target(part)
+            output = self.attn(self.norm(self.ours[part]), None, None, self.rotation)[0]
+            optimizer.zero_grad()
+            ((output - target) / size).square().sum(-1).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            _, after = self.refit()
+        return (self.attn, after) if after < error else (before, error)
 
 
 def _joined_heads(attn: LatentAttention, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
@@ -164,11 +222,6 @@ def _joined_heads(attn: LatentAttention, x: torch.Tensor, rotation: Rotation) ->
     attn(x, None, None, rotation)
     handle.remove()
     return seen[0]
-
-
-def _split(n: int, size: int) -> Iterator[range]:
-    size = max(1, size)
-    return (range(at, min(at + size, n)) for at in range(0, n, size))
 
 
 def source_weights(model: MLAGPT2LMHeadModel, layer: int) -> Source:

@@ -7,30 +7,33 @@ from typing import Any
 
 from mlx_mla.pictures import draw
 
+ERRORS = ("closed_form", "refit", "fit")
+"""The steps of a layer's conversion: the closed form, the output projection refitted, all matrices
+fitted."""
+
 
 @dataclasses.dataclass
 class Report:
     """What the conversion did, and what it cost."""
 
     source: str
-    method: str
     kv_lora_ranks: list[int]
     """Per layer."""
-    n_embd: int
+    widest: int
+    """The width from which a latent would hold all that there is."""
     cache_bytes_per_token: dict[str, int]
     """"before" and "after", over all layers, in 16-bit types."""
     kept_energy: list[float]
     """Per layer, the share of the squared singular values that is kept."""
     singular_values: list[list[float]]
-    """Per layer, in the units of the method's error, to five digits."""
+    """Per layer, in the units of the error, to five digits."""
     calibration: dict[str, Any] | None = None
     """"text" and "tokens" of the moments."""
     rope_energy: list[float] | None = None
     """Per layer, the share of the keys' energy, as the queries weigh it, in the shared RoPE key."""
     residual_error: dict[str, list[float]] | None = None
-    """Per layer, "before_refit" and "after_refit" of the output projection: the squared error of
-    the residual stream after the attention on the calibration text, relative to each token's
-    stream."""
+    """Per layer and step of ERRORS, the squared error of the residual stream after the attention on
+    the calibration text, relative to each token's stream."""
     perplexity: dict[str, Any] | None = None
     """On the held-out end of the calibration text: "before", "after", "tokens", and "masked_rows"
     of the vocabulary."""
@@ -39,9 +42,8 @@ class Report:
         """The report in a few sentences, for the model card and the terminal."""
         before, after = self.cache_bytes_per_token["before"], self.cache_bytes_per_token["after"]
         text = [
-            f"Attention converted to MLA: kv_lora_rank {self._rank()} of {self.n_embd}, method "
-            f"{self.method}, keeping {min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of "
-            "a layer's energy.",
+            f"Attention converted to MLA: kv_lora_rank {self._rank()} of {self.widest}, keeping "
+            f"{min(self.kept_energy):.2%} to {max(self.kept_energy):.2%} of a layer's energy.",
             f"Cache per token: {before:,} bytes before, {after:,} after ({before / after:.3g} "
             "times less).",
         ]
@@ -59,8 +61,7 @@ class Report:
         if r := self.residual_error:
             text.append(
                 "Squared error of the last residual stream after attention: "
-                f"{r['before_refit'][-1]:.2%} before and {r['after_refit'][-1]:.2%} after the "
-                "output projections were refitted."
+                f"{r['closed_form'][-1]:.2%} from the closed form and {r['fit'][-1]:.2%} fitted."
             )
         if p := self.perplexity:
             masked = f", {p['masked_rows']} rows of padding masked" if p["masked_rows"] else ""
@@ -130,7 +131,7 @@ class Report:
         right.set(
             xlabel="layer",
             ylabel="share of energy lost",
-            title=f"{self.method}, rank {self._rank()} of {self.n_embd}",
+            title=f"rank {self._rank()} of {self.widest}",
         )
         for ax in (left, right):
             ax.grid(alpha=0.3)

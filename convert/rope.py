@@ -211,7 +211,7 @@ def spectrum(source: Source, mean: np.ndarray, covariance: np.ndarray) -> np.nda
 
 
 def refit(gram: np.ndarray, cross: np.ndarray, start: np.ndarray, ridge: float) -> np.ndarray:
-    """The W that minimises the error of W o for a target plus ridge * mean energy * |W - start|^2.
+    """The W that minimizes the error of W o for a target plus ridge * mean energy * |W - start|^2.
 
     Args:
         gram: (F, F), sum of o o^T over tokens.

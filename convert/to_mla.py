@@ -13,7 +13,6 @@ from mlx_mla.model.estimate import cache_bytes_per_token
 
 from .latent import (
     Decomposition,
-    Method,
     MhaLayer,
     Moments,
     decompose,
@@ -21,14 +20,19 @@ from .latent import (
     share_ranks,
     to_latent,
 )
-from .report import Report
+from .report import ERRORS, Report
 
 if TYPE_CHECKING:
     import torch
 
+    from mlx_mla.model.model_torch import MLAGPT2LMHeadModel
+
     from .calibration import Text
 
 Weights = dict[str, np.ndarray]
+
+CALIBRATION_WINDOW = 512
+"""Tokens of a window of calibration text, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +73,10 @@ def check_rank(config: ModelConfig, rank: int | None, budget: int | None = None)
     return Rank(width, rank is None)
 
 
-def check_calibration(config: ModelConfig, method: Method | None, calibration: str | None) -> None:
-    """UserError where a model needs a calibration text, or another method."""
-    if not (beyond := config.beyond_gpt2):
-        return
-    what = f"with {' '.join(beyond)}"
-    if method not in (None, "whitened"):
-        raise UserError(f"--method {method} is for GPT-2's own attention, not for a model {what}")
-    if calibration is None:
-        raise UserError(f"--to mla needs --calibration TEXT for a model {what}")
-
-
-def default_method(config: ModelConfig, calibration: Calibration | None) -> Method:
-    """The method where none is asked for."""
-    if config.beyond_gpt2:
-        return "whitened"
-    return "balanced" if calibration else "svd"
-
-
-def calibration_defaults(config: ModelConfig) -> tuple[int, int]:
-    """Tokens of a calibration window, and of all that are calibrated on."""
-    return (
-        (min(512, config.n_positions), 2**16) if config.beyond_gpt2 else (config.n_positions, 2**17)
-    )
+def check_calibration(config: ModelConfig, calibration: str | None) -> None:
+    """UserError where a model needs a calibration text."""
+    if calibration is None and (beyond := config.beyond_gpt2):
+        raise UserError(f"--to mla needs --calibration TEXT for a model with {' '.join(beyond)}")
 
 
 def widest_latent(config: ModelConfig) -> int:
@@ -110,43 +95,64 @@ def convert_to_mla(
     config: ModelConfig,
     weights: Weights,
     rank: Rank,
-    method: Method,
     calibration: Calibration | None,
     console: Console,
 ) -> tuple[ModelConfig, Weights, Report]:
-    """Give every layer a latent.
+    """Give every layer a latent, and say what it cost.
 
     Args:
         name: What the source is called, for the report.
         config: Resolved; multi-head attention.
         weights: float32, in this project's layout.
-        calibration: Needed by every method but "svd"; where there is one, perplexity is measured
+        calibration: Needed beyond GPT-2's own attention; where there is one, perplexity is measured
             too, in PyTorch.
     """
-    if config.beyond_gpt2:
-        assert calibration is not None
-        return _layer_by_layer(name, config, weights, rank, calibration, console)
-    moments: list[Moments] | None = None
-    calibrated, before = None, 0.0
-    if calibration is not None:
-        from mlx_mla.backends.torch.load import build_model
+    if calibration is None:
+        new_config, new, layers = without_text(config, weights, rank)
+        return new_config, new, _report(name, config, new_config, layers)
+    from mlx_mla.backends.torch.load import build_model
 
-        from .calibration import collect_moments, perplexity
+    from .calibration import perplexity
 
-        model = build_model(config, weights, calibration.device)
-        if method != "svd":
-            moments, tokens = collect_moments(
-                model, calibration.text, calibration.max_tokens, method == "balanced", console
-            )
-            calibrated = {"text": calibration.text.name, "tokens": tokens}
-        before, scored = perplexity(model, calibration.text, calibration.held_out_tokens)
-        del model
+    text = calibration.text
+    model = build_model(config, weights, calibration.device)
+    before, scored = perplexity(model, text, calibration.held_out_tokens)
+    new_config, new, layers = with_text(model, config, weights, rank, calibration, console)
+    del model
+    report = _report(name, config, new_config, layers)
+    report.calibration = {"text": text.name, "tokens": layers.tokens}
+    model = build_model(new_config, new, calibration.device)
+    after, _ = perplexity(model, text, calibration.held_out_tokens)
+    assert config.vocab_size
+    masked = config.vocab_size - len(text.tokenizer)
+    report.perplexity = {
+        "before": before, "after": after, "tokens": scored, "masked_rows": masked,
+    }  # fmt: skip
+    return new_config, new, report
 
-    layers: Iterable[Decomposition] = factorise(config, weights, method, moments)
+
+@dataclasses.dataclass
+class Layers:
+    """What became of each layer."""
+
+    ranks: list[int]
+    spectra: list[np.ndarray]
+    """Singular values of its factors."""
+    rope_energy: list[float] | None = None
+    errors: list[tuple[float, float, float]] | None = None
+    tokens: int = 0
+    """Calibrated on."""
+
+
+def without_text(
+    config: ModelConfig, weights: Weights, rank: Rank
+) -> tuple[ModelConfig, Weights, Layers]:
+    """Latents that change GPT-2's weights least."""
+    layers: Iterable[Decomposition] = factorise(config, weights, None)
     ranks = [rank.width] * config.n_layer
     if rank.shared:
         layers = list(layers)
-        ranks = share_ranks([x.singular_values for x in layers], rank.width, method)
+        ranks = share_ranks([x.singular_values for x in layers], rank.width, comparable=False)
     spectra: list[np.ndarray] = []
 
     def noted() -> Iterator[Decomposition]:
@@ -154,95 +160,84 @@ def convert_to_mla(
             spectra.append(layer.singular_values)
             yield layer
 
-    new_config, new_weights = assemble(config, weights, ranks, noted(), moments)
-    report = _report(name, method, config, new_config, ranks, spectra)
-    report.calibration = calibrated
-    if calibration is not None:
-        model = build_model(new_config, new_weights, calibration.device)
-        after, _ = perplexity(model, calibration.text, calibration.held_out_tokens)
-        report.perplexity = _perplexity(config, calibration.text, before, after, scored)
-    return new_config, new_weights, report
+    return *assemble(config, weights, ranks, noted(), None), Layers(ranks, spectra)
 
 
-def _layer_by_layer(
-    name: str,
+def with_text(
+    model: "MLAGPT2LMHeadModel",
     config: ModelConfig,
     weights: Weights,
     rank: Rank,
     calibration: Calibration,
     console: Console,
-) -> tuple[ModelConfig, Weights, Report]:
-    """`convert_to_mla` for attention that is not GPT-2's."""
-    from mlx_mla.backends.torch.load import build_model
+) -> tuple[ModelConfig, Weights, Layers]:
+    """Latents fitted to a text, layer after layer.
 
-    from .calibration import collect_moments, perplexity
+    Args:
+        model: The source, whose configuration and weights follow.
+    """
+    from .calibration import collect_moments
     from .layerwise import convert_layers, source_weights
     from .rope import spectrum
 
-    text, tokens = calibration.text, calibration.max_tokens
+    text, tokens, beyond = calibration.text, calibration.max_tokens, bool(config.beyond_gpt2)
     windows = text.windows(tokens)
-    model = build_model(config, weights, calibration.device)
-    before, scored = perplexity(model, text, calibration.held_out_tokens)
-    ranks = [rank.width] * config.n_layer
-    if rank.shared:
-        moments, _ = collect_moments(model, text, tokens, False, console)
+    ranks, spectra, start = [rank.width] * config.n_layer, [], None
+    if not beyond or rank.shared:
+        moments, _ = collect_moments(model, text, tokens, not beyond, console)
+    if not beyond:
+        factors = list(factorise(config, weights, moments))
+        spectra = [layer.singular_values for layer in factors]
+    elif rank.shared:
         spectra = [
             spectrum(source_weights(model, i), m.mean, m.covariance) for i, m in enumerate(moments)
         ]
-        ranks = share_ranks(spectra, rank.width, "whitened")
-    new_config = latent_config(config, ranks)
-    new = {n: w for n, w in weights.items() if ".attn." not in n}
-    layers = []
-    for i, layer in enumerate(convert_layers(model, new_config, windows, console)):
+    if rank.shared:
+        ranks = share_ranks(spectra, rank.width, comparable=not beyond)
+    if beyond:
+        new_config = latent_config(config, ranks)
+        new = {n: w for n, w in weights.items() if ".attn." not in n}
+    else:
+        new_config, new = assemble(config, weights, ranks, factors, moments)
+        start = [
+            {n.split(".attn.")[1]: w for n, w in new.items() if f".h.{i}.attn." in n}
+            for i in range(config.n_layer)
+        ]
+        del factors, moments
+    results = []
+    for i, layer in enumerate(convert_layers(model, new_config, windows, start, console)):
         new |= {f"transformer.h.{i}.attn.{n}": w for n, w in layer.weights.items()}
         layer.weights.clear()
-        layers.append(layer)
-    del model
-    spectra = [layer.singular_values for layer in layers]
-    report = _report(name, "whitened", config, new_config, ranks, spectra)
-    report.calibration = {"text": text.name, "tokens": windows.size}
-    if config.position_embedding_type == "rope":
-        report.rope_energy = [layer.rope_energy for layer in layers]
-    report.residual_error = {
-        "before_refit": [layer.error_before_refit for layer in layers],
-        "after_refit": [layer.error_after_refit for layer in layers],
-    }
-    model = build_model(new_config, new, calibration.device)
-    after, _ = perplexity(model, text, calibration.held_out_tokens)
-    report.perplexity = _perplexity(config, text, before, after, scored)
-    return new_config, new, report
+        results.append(layer)
+    found = Layers(ranks, spectra, errors=[r.errors for r in results], tokens=windows.size)
+    if beyond:
+        closed = [r.closed for r in results if r.closed is not None]
+        found.spectra = [c.singular_values for c in closed]
+        energy = [c.rope_energy for c in closed if c.rope_energy is not None]
+        found.rope_energy = energy or None
+    return new_config, new, found
 
 
-def _report(
-    name: str,
-    method: Method,
-    config: ModelConfig,
-    new_config: ModelConfig,
-    ranks: list[int],
-    spectra: list[np.ndarray],
-) -> Report:
+def _report(name: str, config: ModelConfig, new_config: ModelConfig, layers: Layers) -> Report:
+    residual = None
+    if layers.errors is not None:
+        residual = dict(zip(ERRORS, map(list, zip(*layers.errors)), strict=True))
     return Report(
         source=name,
-        method=method,
-        kv_lora_ranks=ranks,
-        n_embd=config.n_embd,
+        kv_lora_ranks=layers.ranks,
+        widest=widest_latent(config),
         cache_bytes_per_token={
             "before": cache_bytes_per_token(config, 2),
             "after": cache_bytes_per_token(new_config, 2),
         },
         kept_energy=[
-            kept_energy(values, rank) for values, rank in zip(spectra, ranks, strict=True)
+            kept_energy(values, rank)
+            for values, rank in zip(layers.spectra, layers.ranks, strict=True)
         ],
-        singular_values=[[float(f"{v:.5g}") for v in values] for values in spectra],
+        singular_values=[[float(f"{v:.5g}") for v in values] for values in layers.spectra],
+        rope_energy=layers.rope_energy,
+        residual_error=residual,
     )
-
-
-def _perplexity(
-    config: ModelConfig, text: "Text", before: float, after: float, tokens: int
-) -> dict[str, float]:
-    assert config.vocab_size
-    masked = config.vocab_size - len(text.tokenizer)
-    return {"before": before, "after": after, "tokens": tokens, "masked_rows": masked}
 
 
 def latent_config(config: ModelConfig, ranks: list[int]) -> ModelConfig:
@@ -261,17 +256,17 @@ def latent_config(config: ModelConfig, ranks: list[int]) -> ModelConfig:
 
 
 def factorise(
-    config: ModelConfig, weights: Weights, method: Method, moments: list[Moments] | None
+    config: ModelConfig, weights: Weights, moments: list[Moments] | None
 ) -> Iterator[Decomposition]:
     """Factors of every layer of a multi-head model, one layer at a time, so that few need be in
     memory.
 
     Args:
-        moments: Of every layer; None for "svd".
+        moments: Of every layer; None without a text.
     """
     for i in range(config.n_layer):
         kv = weights[f"transformer.h.{i}.attn.c_attn.weight"][config.n_embd :]
-        yield decompose(kv, method, moments[i] if moments else None)
+        yield decompose(kv, moments[i] if moments else None)
 
 
 def assemble(

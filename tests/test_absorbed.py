@@ -62,7 +62,7 @@ def test_absorbed_chunks_of_a_left_padded_batch(rope, padding, chunks):
 
 @pytest.mark.parametrize("rope", [0, 32])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_absorbed_and_expanded_read_a_quantised_cache_alike(rope, bits):
+def test_absorbed_and_expanded_read_a_quantized_cache_alike(rope, bits):
     # One layer: in a second, a difference in the last bit may round to another code.
     config, model = latent_model(n_layer=1, n_embd=128, kv_lora_rank=64, qk_rope_head_dim=rope)
     x = token_ids(config, 2, 60)
@@ -74,7 +74,7 @@ def test_absorbed_and_expanded_read_a_quantised_cache_alike(rope, bits):
     assert difference(*logits) <= TOLERANCE
 
 
-def test_quantised_weights_absorb_several_queries():
+def test_quantized_weights_absorb_several_queries():
     import mlx.nn as nn
 
     config, model = latent_model(n_embd=128, kv_lora_rank=64)

@@ -1,4 +1,4 @@
-"""The training step against PyTorch's optimiser, and its variants against each other."""
+"""The training step against PyTorch's optimizer, and its variants against each other."""
 
 import dataclasses
 

@@ -148,7 +148,7 @@ def test_a_training_state_that_no_run_writes_is_refused(folder_copy, values, pro
     assert str(raised.value).startswith(f"{folder_copy / checkpoint.STATE_INFO}: {problem}")
 
 
-def test_optimiser_state_of_another_shape_names_the_file_and_both_shapes(folder_copy):
+def test_optimizer_state_of_another_shape_names_the_file_and_both_shapes(folder_copy):
     config = TrainConfig(model=checkpoint.ModelFolder(folder_copy).config)
     state, _ = checkpoint.read_train_state(folder_copy, config)
     key = "exp_avg_sq.transformer.ln_f.bias"

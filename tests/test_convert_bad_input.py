@@ -282,8 +282,6 @@ def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
         (("--to", "mla", "--rank", "0"), "--rank must be from 1"),
         (("--to", "mla", "--rank", "-4"), "--rank must be from 1"),
         (("--rank", "4"), "--rank requires --to mla"),
-        (("--to", "mla", "--rank", "4", "--method", "whitened"), "--method whitened needs "
-                                                                 "--calibration"),
         (("--to", "mla", "--rank", "4", "--calibration", "nowhere.txt"), "nowhere.txt: cannot be "
                                                                          "read: No such file"),
         (("--to", "gguf",), "gguf"),

@@ -263,7 +263,7 @@ def test_what_the_format_cannot_hold_is_refused_by_name(changes, named, tmp_path
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Ours and DeepSeek's; the widths are multiples of mlx-lm's quantisation group, 64."""
+    """Ours and DeepSeek's; the widths are multiples of mlx-lm's quantization group, 64."""
     place = tmp_path_factory.mktemp("stock")
     widths = {"n_embd": 128, "n_head": 2, "kv_lora_rank": 64, "qk_rope_head_dim": 16}
     src = write(place / "src", **PADDED, **widths)
@@ -284,9 +284,9 @@ def test_mlx_lm_generates_without_trust(folders):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_by_mlx_lm_it_stays_close(bits, folders, tmp_path):
+def test_quantized_by_mlx_lm_it_stays_close(bits, folders, tmp_path):
     ours, theirs = folders
-    out = tmp_path / "quantised"
+    out = tmp_path / "quantized"
     run_mlx_lm("convert", "--hf-path", theirs, "--mlx-path", out, "-q", "--q-bits", bits)
     size = (out / "model.safetensors").stat().st_size
     assert size < (0.25 if bits == 4 else 0.4) * (theirs / "model.safetensors").stat().st_size

@@ -28,7 +28,7 @@ PROMPT, TOKENS = "The st", 24
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A latent model; its widths are multiples of mlx-lm's quantisation group, 64."""
+    """A latent model; its widths are multiples of mlx-lm's quantization group, 64."""
     tmp = tmp_path_factory.mktemp("mlx_lm")
     model = foreign.gpt2(spread=0.15, n_embd=128, n_positions=128, vocab_size=257)
     with torch.no_grad():  # the likeliest tokens are then ASCII, so texts can be compared
@@ -59,7 +59,7 @@ def test_generate(folder, expected):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
+def test_quantized_it_loads_and_generates(bits, folder, tmp_path, expected):
     out = tmp_path / f"q{bits}"
     run_mlx_lm(
         "convert", "--hf-path", folder, "--mlx-path", out, "-q", "--q-bits", bits,
@@ -76,7 +76,7 @@ def test_quantised_it_loads_and_generates(bits, folder, tmp_path, expected):
         assert text.strip()[:2] == expected.strip()[:2]
 
 
-def test_quantised_in_two_widths_as_docs_decoding_md_does(folder, tmp_path):
+def test_quantized_in_two_widths_as_docs_decoding_md_does(folder, tmp_path):
     """mlx-lm's own recipes of that kind know other models' names, for every GPT-2."""
     page = (Path(__file__).parents[1] / "docs" / "decoding.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]

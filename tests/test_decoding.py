@@ -24,9 +24,9 @@ from mlx_mla.model.weights import initial_weights
 
 
 @pytest.fixture(scope="module")
-def quantisable(tmp_path_factory, text_file):
+def quantizable(tmp_path_factory, text_file):
     """Latents 64 wide; learned positions."""
-    out = tmp_path_factory.mktemp("runs") / "quantisable"
+    out = tmp_path_factory.mktemp("runs") / "quantizable"
     shape = ("--n-embd", "64", "--kv-lora-rank", "64", "--qk-rope-head-dim", "0", "--steps", "30")
     tiny_train(out, *shape, "--data", text_file)
     return checkpoint.latest(out)
@@ -110,8 +110,8 @@ def test_a_step_does_not_copy_the_cache():
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path, capfd, bits):
-    argv = ("--model", quantisable, "--temp", "0", *(("--kv-bits", bits) if bits else ()))
+def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantizable, tmp_path, capfd, bits):
+    argv = ("--model", quantizable, "--temp", "0", *(("--kv-bits", bits) if bits else ()))
     file = tmp_path / "context.safetensors"
     (first,) = objects(
         capfd, *argv, "--prompt", "The st", "--max-tokens 9 --save-prompt-cache", file
@@ -122,7 +122,7 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
     (whole,) = objects(capfd, *argv, "--prompt", "The st", "--max-tokens", "21")
     assert whole["token_ids"][:9] == first["token_ids"]
     (rest,) = objects(capfd, *argv, "--prompt", "", "--prompt-cache", file, "--max-tokens", "12")
-    if bits is None:  # else the last bits of what is quantised depend on how it was read
+    if bits is None:  # else the last bits of what is quantized depend on how it was read
         assert rest["token_ids"] == whole["token_ids"][9:]
     # Text after it, and saved once more.
     more = tmp_path / "more.safetensors"
@@ -130,7 +130,7 @@ def test_a_saved_context_goes_on_as_if_it_had_never_ended(quantisable, tmp_path,
     (after,) = objects(
         capfd, *argv, "--prompt", " and", "--prompt-cache", file, "--save-prompt-cache", more
     )
-    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(quantisable))
+    decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(quantizable))
     expected = greedy(decoder, context + list(b" and"), 5, kv_bits=bits)
     if bits is None:
         assert after["token_ids"] == expected
@@ -217,7 +217,7 @@ def test_a_loaded_cache_can_be_trimmed(folder, tmp_path, capfd):
 
 
 def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
-    folder, quantisable, tmp_path, capsys
+    folder, quantizable, tmp_path, capsys
 ):
     file, base = (
         tmp_path / "context.safetensors",
@@ -228,7 +228,7 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
     def no(*argv, model=folder):
         return refused(capsys, "--model", model, *base, *argv, command=generate.main)
 
-    said = no("--prompt-cache", file, model=quantisable)
+    said = no("--prompt-cache", file, model=quantizable)
     assert "is of another model" in said and "latents 16 wide" in said and "latents 64 wide" in said
     # The same shape, trained one step further: other weights.
     other = tmp_path / "other"
@@ -265,17 +265,17 @@ def test_prompt_caches_of_other_models_and_broken_ones_are_refused(
     assert "take one --prompt" in refused(capsys, *argv, command=generate.main)
 
 
-def test_bits_of_a_quantised_file_are_its_own(quantisable, tmp_path, capsys):
+def test_bits_of_a_quantized_file_are_its_own(quantizable, tmp_path, capsys):
     file = tmp_path / "context.safetensors"
-    base = ("--model", quantisable, "--prompt", "x", "--max-tokens", "2", "--kv-bits")
+    base = ("--model", quantizable, "--prompt", "x", "--max-tokens", "2", "--kv-bits")
     assert generate.main([*map(str, base), "8", "--save-prompt-cache", str(file)]) == 0
     said = refused(capsys, *base, "4", "--prompt-cache", file, command=generate.main)
     assert "has 8 bits per value; leave out --kv-bits 4" in said
 
 
-def test_fingerprints_tell_models_apart(folder, quantisable):
+def test_fingerprints_tell_models_apart(folder, quantizable):
     prints = [
-        prompt_cache.fingerprint(checkpoint.ModelFolder(f)) for f in (folder, quantisable, folder)
+        prompt_cache.fingerprint(checkpoint.ModelFolder(f)) for f in (folder, quantizable, folder)
     ]
     assert prints[0] == prints[2] != prints[1]
 

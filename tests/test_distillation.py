@@ -97,7 +97,7 @@ def test_a_teacher_without_weight_changes_nothing(backend):
     for step in range(3):
         a, b = (s.step(step, 1e-3, [batch(step)]) for s in (plain, with_teacher))
         assert a.loss == pytest.approx(b.loss, abs=1e-6)
-    # Validation is of the text, whatever the training minimises.
+    # Validation is of the text, whatever the training minimizes.
     assert plain.loss_sum(batch(9)) == pytest.approx(with_teacher.loss_sum(batch(9)), rel=1e-5)
 
 

@@ -26,7 +26,7 @@ quantize = mx.quantize
 
 
 def of_some(w: mx.array, *args, **kwargs):
-    assert w.size, "the quantiser was given an empty array"
+    assert w.size, "the quantizer was given an empty array"
     return quantize(w, *args, **kwargs)
 
 
@@ -46,7 +46,7 @@ def text_of(decoder, prompt=b"The st", **options) -> list[int]:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_decoding_quantises_no_values_of_width_0(folder, tmp_path, bits):
+def test_decoding_quantizes_no_values_of_width_0(folder, tmp_path, bits):
     decoder = MLXBackend("cpu").decoder(checkpoint.ModelFolder(folder))
     file = tmp_path / "context.safetensors"
     with mock.patch.object(mx, "quantize", of_some):
@@ -65,7 +65,7 @@ def test_decoding_quantises_no_values_of_width_0(folder, tmp_path, bits):
             assert mx.isfinite(decoder.model(mx.array([[65]]), cache=cache)).all().item()
 
 
-def test_serving_quantises_no_values_of_width_0(folder):
+def test_serving_quantizes_no_values_of_width_0(folder):
     provider = serve.Provider(
         mock.Mock(model=str(folder)), checkpoint.ModelFolder(folder), "float32"
     )
@@ -94,8 +94,8 @@ def on_cpu():
     first=st.integers(0, 2),
 )
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_quantised_caches_hold_what_mlx_lms_do(width, bits, chunks, first):
-    """From mlx-lm's own classes, whether quantised from the start, later or not at all."""
+def test_quantized_caches_hold_what_mlx_lms_do(width, bits, chunks, first):
+    """From mlx-lm's own classes, whether quantized from the start, later or not at all."""
     ours, theirs = caches.KVCache(), stock.KVCache()
     rng = np.random.default_rng(sum(chunks))
     for i, length in enumerate(chunks):
@@ -176,7 +176,7 @@ def test_models_split_nothing_off_that_has_no_width():
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-def test_a_quantised_cache_of_heads_keeps_its_values():
+def test_a_quantized_cache_of_heads_keeps_its_values():
     config = ModelConfig(
         attention="mha", n_layer=1, n_head=2, n_embd=128, vocab_size=20, n_positions=32
     ).resolved()

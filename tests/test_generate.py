@@ -60,8 +60,8 @@ def test_sampling_is_seeded_and_options_narrow_it(folder, capfd, backend):
     greedy = objects(capfd, *argv, "--temp", "0")[0]["text"]
     for narrow in (("--top-k", "1"), ("--top-p", "0.000001"), ("--min-p", "1")):
         assert objects(capfd, *argv, "--temp", "1", *narrow)[0]["text"] == greedy
-    penalised = objects(capfd, *argv, "--temp", "0", "--repetition-penalty", "5")[0]
-    assert len(set(penalised["token_ids"])) > len(set(greedy.encode()))
+    penalized = objects(capfd, *argv, "--temp", "0", "--repetition-penalty", "5")[0]
+    assert len(set(penalized["token_ids"])) > len(set(greedy.encode()))
 
 
 def test_a_stop_string_ends_the_text_before_it(folder, capfd):
@@ -111,7 +111,7 @@ def test_max_kv_size_goes_on_past_the_context(folder, capfd, cache):
     assert answer["token_ids"][len(plain) :][:20] == rest["token_ids"]
 
 
-def test_quantised_cache_runs_in_fewer_bytes(tmp_path, text_file, capfd):
+def test_quantized_cache_runs_in_fewer_bytes(tmp_path, text_file, capfd):
     out = tmp_path / "run"
     shape = ("--n-embd", "64", "--kv-lora-rank", "64", "--qk-rope-head-dim", "0", "--steps", "2")
     tiny_train(out, *shape, "--data", text_file)

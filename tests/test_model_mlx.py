@@ -183,7 +183,7 @@ def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
 
 @pytest.mark.parametrize("rope", [0, 32])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
+def test_quantized_weights_absorb_to_the_same_logits(rope, bits):
     config = ModelConfig(
         n_layer=2, n_embd=128, n_head=2, kv_lora_rank=64, qk_rope_head_dim=rope, n_positions=64,
         vocab_size=50,
@@ -209,7 +209,7 @@ def test_quantised_weights_absorb_to_the_same_logits(rope, bits):
     ],
     ids=str,
 )
-def test_quantised_cache_is_close_at_8_bits(kind):
+def test_quantized_cache_is_close_at_8_bits(kind):
     config = ModelConfig(
         n_layer=3, n_embd=128, n_head=4, n_positions=64, vocab_size=50, **kind
     ).resolved()

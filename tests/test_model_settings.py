@@ -113,7 +113,7 @@ def test_every_cache_gives_the_same_text(backend, kind, folder, expected):
         assert texts == [text_of(decoder, p) for p in prompts], cache
 
 
-def test_files_drafts_and_quantised_caches(kind, folder, expected, tmp_path):
+def test_files_drafts_and_quantized_caches(kind, folder, expected, tmp_path):
     decoder = get_backend("mlx").decoder(checkpoint.ModelFolder(folder))
     file = tmp_path / "context.safetensors"
     begun = text_of(decoder, save_prompt_cache=file)
@@ -156,7 +156,7 @@ def test_stock_mlx_lm(kind, folder, expected):
 
 
 @pytest.mark.parametrize("kind", ["mla-rope-shared"], indirect=True)
-def test_stock_mlx_lms_command_quantises_a_cache_that_layers_share(folder):
+def test_stock_mlx_lms_command_quantizes_a_cache_that_layers_share(folder):
     cache = "--kv-bits 8 --kv-group-size 32 --quantized-kv-start 8"
     argv = ("--model", folder, "--prompt", PROMPT.decode(), "--max-tokens 4 --temp 0", cache)
     run_mlx_lm("generate", *argv, "--trust-remote-code --ignore-chat-template")
@@ -182,10 +182,10 @@ def test_transformers(kind, folder, expected):
     assert beams[0] == beams[1]
 
 
-def test_a_folder_that_mlx_lm_has_quantised(folder, tmp_path):
+def test_a_folder_that_mlx_lm_has_quantized(folder, tmp_path):
     from mlx_lm import convert
 
-    out = tmp_path / "quantised"
+    out = tmp_path / "quantized"
     convert(str(folder), str(out), quantize=True, q_bits=8, q_group_size=32, trust_remote_code=True)
     latent, without = (
         get_backend("mlx").decoder(checkpoint.ModelFolder(out), cache)

@@ -334,7 +334,7 @@ def test_the_trainers_loss_is_over_all_its_accumulated_tokens(loaded):
 
 
 class Packed(torch.Tensor):  # type: ignore[name-defined]
-    """A weight stored in a form of its own that knows one product alone, as quantised ones do."""
+    """A weight stored in a form of its own that knows one product alone, as quantized ones do."""
 
     @staticmethod
     def __new__(cls, weight):

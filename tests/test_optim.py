@@ -134,7 +134,7 @@ def test_muon_resumes_bit_identically(tmp_path, text_file, backend):
     assert expected[-1] < expected[0]
 
 
-def test_the_optimiser_of_a_run_cannot_change(tiny_run, capsys):
+def test_the_optimizer_of_a_run_cannot_change(tiny_run, capsys):
     said = refused(capsys, "--resume", "--out", tiny_run, "--steps", "50", "--optimizer", "muon")
     assert "--optimizer is adamw" in said
 

@@ -29,7 +29,7 @@ from bench.studying.pool import agenda, make_room, run_toml
 from bench.studying.reading import read_study
 from bench.studying.results import RESULTS, Results, thinned
 from bench.studying.search import search
-from bench.studying.summary import Interval, holm, interval, pooled, summarise, verdict
+from bench.studying.summary import Interval, holm, interval, pooled, summarize, verdict
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml
 from mlx_mla.model.presets import overlay, preset
@@ -242,11 +242,11 @@ def test_an_arm_whose_every_std_diverges_has_diverged(tmp_path):
     finite, grid = tuned({"mha": 0.03, "mla": 0.03}), study.cells[1].rates
     dead = lambda run: run.arm == "mla" and run.rate not in grid  # noqa: E731
     pretend(study, results, lambda run: math.inf if dead(run) else finite(run))
-    mha, mla = summarise(study, results).rows
+    mha, mla = summarize(study, results).rows
     assert (mla.verdict, mla.tuning.std, dict(mla.finals)) == ("diverged", None, {})
     assert len(mha.finals) == 3
     assert "(diverged), 0.045 (diverged)" in command.markdown(
-        study, results, summarise(study, results), {}, "command"
+        study, results, summarize(study, results), {}, "command"
     )
 
 
@@ -255,7 +255,7 @@ def test_a_study_without_a_tuning_seed_says_which_results_were_tuned_on(tmp_path
     # Fitted where the grid has a value: the tuning run of seed 1 is the final run, too.
     done = pretend(study, results, noisy({"mha": 2e-3, "mla": 3e-3}, {"mha": 0, "mla": 0}))
     assert len(done) == 2 * 4 + 2 + 3
-    mha, mla = summarise(study, results).rows
+    mha, mla = summarize(study, results).rows
     assert (mha.tuned_on, mla.tuned_on) == ([1], [])
     text = report_of(study, results)
     assert "| mha | 0.002 | 1t, 2, 3 |" in text
@@ -352,7 +352,7 @@ def test_a_value_of_any_type_in_any_place_is_taken_or_refused(tmp_path, wrong):
         table[path[-1]] = wrong
         try:
             study = read_study(written(tmp_path, tomli_w.dumps(values)))
-            summarise(study, Results(tmp_path))
+            summarize(study, Results(tmp_path))
             command._costs(study)
         except UserError as e:
             assert "small.toml" in str(e) or path == ("base", "preset")
@@ -365,7 +365,7 @@ def test_shipped_studies_are_read_and_every_run_is_read_back_as_it_was_meant(pat
         run = cell.final(cell.rates[0], cell.stds[0], cell.seeds[0])
         text = run_toml(run)
         assert overlay(preset(run.config.preset), parse_toml(text, ""), "") == run.config
-    for row in summarise(study, Results(Path("none"))).rows:
+    for row in summarize(study, Results(Path("none"))).rows:
         baseline = row.cell.arm == study.baseline
         assert row.verdict == "baseline" if baseline else row.verdict.startswith("unfinished")
 
@@ -423,7 +423,7 @@ def test_an_arm_may_have_fewer_budgets_than_the_baseline(tmp_path):
     assert Counter((r.arm, r.tokens) for r in done) == {
         ("mha", 640): 4, ("mla", 640): 4, ("mha", 1280): 3, ("mha", 2560): 3, ("mla", 2560): 3
     }  # fmt: skip
-    rows = {(r.cell.arm, r.cell.tokens): r for r in summarise(study, results).rows}
+    rows = {(r.cell.arm, r.cell.tokens): r for r in summarize(study, results).rows}
     assert rows.keys() == {("mha", 1280), ("mha", 2560), ("mla", 2560)}
     assert rows["mla", 2560].difference.count == 3
 
@@ -433,7 +433,7 @@ def test_differences_are_paired_by_seed_and_agree_with_scipy(tmp_path):
         tmp_path, SMALL.replace("[base]", 'rivals = [["mha", "mla"]]\n[base]', 1)
     )
     pretend(study, results, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": 0.03}))
-    summary = summarise(study, results)
+    summary = summarize(study, results)
     base, mla = summary.rows
     a, b = ([row.finals[seed].loss for seed in (1, 2, 3)] for row in (mla, base))
     test = stats.ttest_rel(a, b)
@@ -450,7 +450,7 @@ def test_differences_are_paired_by_seed_and_agree_with_scipy(tmp_path):
     (tmp_path / "better").mkdir()
     study, better = opened(tmp_path / "better")
     pretend(study, better, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": -0.25}))
-    row = summarise(study, better).rows[1]
+    row = summarize(study, better).rows[1]
     assert row.tokens_to_baseline == pytest.approx(0.75 * 1280, rel=0.02)
 
 
@@ -460,12 +460,12 @@ THREE = SMALL + '[arms.narrow]\nmodel = { attention = "mla", kv_lora_rank = 4 }\
 def test_of_several_arms_the_one_that_tuning_prefers_is_primary_and_holm_adjusts_the_rest(tmp_path):
     text = THREE.replace('primary = ["mla", ', 'primary = [["mla", "narrow"], ')
     study, results = opened(tmp_path, text)
-    assert summarise(study, results).primary is None
+    assert summarize(study, results).primary is None
     rates = dict.fromkeys(study.arms, 3e-3)
     tuning = noisy(rates, {"mha": 0, "mla": 0.02, "narrow": 0.01})
     final = noisy(rates, {"mha": 0, "mla": -0.02, "narrow": 0.01})
     pretend(study, results, lambda run: (final if run.seed else tuning)(run))
-    summary = summarise(study, results)
+    summary = summarize(study, results)
     # Going by the results it would be mla.
     assert (summary.primary.arm.arm, summary.primary.verdict) == ("narrow", "worse")
     _, mla, narrow = summary.rows
@@ -482,7 +482,7 @@ def test_without_a_primary_comparison_holm_counts_all_and_the_pooled_deviation_i
     best = noisy(dict.fromkeys(study.arms, 3e-3), dict.fromkeys(study.arms, 0))
     pretend(study, results, lambda run: best(run) if run.seed == 0 else (
         2 + mean[run.arm] + noise[run.arm] * (run.seed - 2)))  # fmt: skip
-    _, mla, narrow = summarise(study, results).rows
+    _, mla, narrow = summarize(study, results).rows
     assert mla.verdict == "worse" and not mla.comparison.agrees
     assert mla.comparison.with_pooled_sd.low < 0 < mla.difference.low
     assert "| worse* |" in report_of(study, results)
@@ -500,7 +500,7 @@ def test_what_the_baseline_lacks_is_in_the_verdict(tmp_path):
     less.records = [r for r in results.records if r.loss is not None]
     less._index()
     for found, said in ((results, "unfinished: mha diverged"), (less, "unfinished: 2 of 3 seeds")):
-        summary = summarise(study, found)
+        summary = summarize(study, found)
         assert (summary.rows[1].verdict, summary.primary.verdict) == (said, said)
         assert summary.rows[1].difference.count == 2
     assert "**mha at tiny, 1,280 tokens, seed 3**: training diverged" in report_of(study, results)
@@ -511,7 +511,7 @@ def test_a_diverged_seed_is_reported_and_not_averaged_away(tmp_path):
     finite = noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": -1})
     dead = lambda run: run.arm == "mla" and run.seed == 3  # noqa: E731
     pretend(study, results, lambda run: math.inf if dead(run) else finite(run))
-    mla = summarise(study, results).rows[1]
+    mla = summarize(study, results).rows[1]
     assert (mla.verdict, mla.diverged) == ("diverged", [3])
     text = report_of(study, results)
     assert "**mla at tiny, 1,280 tokens, seed 3**: training diverged at step 7" in text
@@ -522,7 +522,7 @@ def test_eight_seeds_asked_and_five_done_are_named(tmp_path):
     study, results = opened(tmp_path, SMALL.replace("[1, 2, 3]", "[1, 2, 3, 4, 5]"))
     pretend(study, results, LEVEL)
     more = read_study(written(tmp_path, SMALL.replace("[1, 2, 3]", "[1, 2, 3, 4, 5, 6, 7, 8]")))
-    assert summarise(more, results).primary.verdict == "unfinished: 5 of 8 seeds"
+    assert summarize(more, results).primary.verdict == "unfinished: 5 of 8 seeds"
     assert "| 1, 2, 3, 4, 5 of 8 seeds |" in report_of(more, results)
     assert [(r.seed, r.arm) for r in agenda(more, results).ready] == [
         (seed, arm) for seed in (6, 7, 8) for arm in ("mha", "mla")
@@ -719,7 +719,7 @@ def test_pictures_show_seeds_intervals_and_what_is_unfinished_with_one_colour_an
     pretend(study, results, noisy(dict.fromkeys(study.arms, 3e-3), offset))
     results.records = [r for r in results.records if (r.arm, r.seed) != ("r1", 3)]
     results._index()
-    assert len(pictures.draw(study, summarise(study, results).rows, tmp_path)) == len(figures) == 3
+    assert len(pictures.draw(study, summarize(study, results).rows, tmp_path)) == len(figures) == 3
     (forest,) = figures["difference.png"].axes
     texts = [t.get_text().strip() for t in forest.texts]
     assert texts.count("n = 3") == 7 and texts.count("n = 2 of 3") == 1

@@ -28,7 +28,7 @@ def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int
     """Choose a value, such as a learning rate.
 
     The choice is the minimum of the parabola, in the value's logarithm, through the best value and
-    its two neighbours, rounded to two digits. So no arm is penalised because its optimum lies
+    its two neighbours, rounded to two digits. So no arm is penalized because its optimum lies
     between two values of the grid.
 
     Args:

@@ -109,7 +109,7 @@ class Summary:
     """Comparisons that the file names beside those with the baseline."""
 
 
-def summarise(study: Study, results: Results) -> Summary:
+def summarize(study: Study, results: Results) -> Summary:
     """Compare what has finished."""
     rows = [_row(study, results, cell) for cell in study.cells]
     primary = _primary(study, results)

@@ -111,7 +111,7 @@ def _folder(name: str) -> tuple[ModelConfig, Callable[[], Weights]]:
     model = checkpoint.ModelFolder(folder)
     if model.is_quantized:
         raise UserError(
-            f"--models {name}: quantised by mlx-lm, which only MLX reads; compare the folder "
+            f"--models {name}: quantized by mlx-lm, which only MLX reads; compare the folder "
             "it was made from"
         )
     return model.config, model.weights

@@ -105,12 +105,12 @@ class Trainer:
         self._stepped = False
 
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
-        """One optimiser step on inputs and targets (B, T)."""
+        """One optimizer step on inputs and targets (B, T)."""
         self.session.step(0, 1e-4, [(x, y)])
         self._stepped = True
 
     def save(self) -> Timed:
-        """Write a training checkpoint: weights, optimiser state, checksums, sync, rename."""
+        """Write a training checkpoint: weights, optimizer state, checksums, sync, rename."""
 
         def write() -> None:
             with files.atomic_folder(target / "step-1") as folder:
@@ -119,7 +119,7 @@ class Trainer:
                 )
                 checkpoint.write_train_state(folder, self.session.optimizer_state(), {"step": 1})
 
-        if not self._stepped:  # before it the optimiser has no state
+        if not self._stepped:  # before it the optimizer has no state
             ids = np.zeros((1, 8), np.int32)
             self.step(ids, ids)
         tokenizer = ByteTokenizer().fast_tokenizer()

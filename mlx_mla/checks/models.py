@@ -127,7 +127,7 @@ def absorbed(place: Path) -> Iterator[Outcome]:
     expected="tokens at most 0.2 and 2 nats less likely than the best",
     minutes=0.2,
 )
-def quantised_cache(place: Path) -> Iterator[Outcome]:
+def quantized_cache(place: Path) -> Iterator[Outcome]:
     """The cache in 8 and 4 bits (`--kv-bits`)."""
     prompt = _prompt(PROMPT)
     for name, folder in preset_models(place):

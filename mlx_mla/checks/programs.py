@@ -88,13 +88,13 @@ def server(place: Path) -> Iterator[Outcome]:
 
 
 @row(
-    where=("convert/calibration.py:collect_moments",),
+    where=("convert/calibration.py:collect_moments", "convert/layerwise.py:convert_layers"),
     needs=("torch", "mps"),
     expected="models with the same score to 0.01 nats",
     minutes=0.5,
 )
 def calibration(place: Path) -> Iterator[Outcome]:
-    """Calibration of `convert --to mla` on MPS, which has no float64."""
+    """`convert --to mla` fitted to a text on MPS, which has no float64."""
     source = small_model(place / "mha", "gpt2-124m")
     ids, found = np.arange(60, dtype=np.int32).reshape(2, 30), []
     for device in ("cpu", "mps"):

@@ -1,7 +1,7 @@
 """GPT-2 with Multi-head Latent Attention (MLA), for MLX and mlx-lm.
 
 This file is self-contained: a copy travels in every model folder (`"model_file"` in config.json),
-so stock mlx-lm loads, generates, serves, quantises and fine-tunes the model with
+so stock mlx-lm loads, generates, serves, quantizes and fine-tunes the model with
 `--trust-remote-code`.
 
 MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1) caches one narrow latent per token instead of keys

@@ -22,7 +22,7 @@ CONFIG, PLOT, LATEST = "config.toml", "loss.png", "latest"
 CHECKPOINTS, TRACKING = "checkpoints", "tracking.json"
 
 # Besides the model's shape, these decide which batch a step sees, where the run began and what it
-# minimises.
+# minimizes.
 FIXED_ON_RESUME = (
     "tokenizer",
     "val_fraction",
