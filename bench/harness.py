@@ -45,7 +45,7 @@ REGISTRY = {
     "decode": ("compare_backends", "decoding by kind of cache, batch and context"),
     "trained": ("trained", "what quantization costs trained models, what a draft model gains"),
     "training": ("training", "memory of a training step against the estimate; largest batches"),
-    "convert": ("convert_mla", "what converting a trained model to MLA costs, by rank and method"),
+    "convert": ("convert_mla", "what converting a trained model to MLA costs, by rank"),
     "evaluation": ("evaluation", "evaluation beside lm-evaluation-harness"),
     "prepare": ("prepare", "preparing data beside tiktoken alone"),
     "serve": ("serve", "mlx_lm.server under many clients"),

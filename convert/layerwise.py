@@ -25,7 +25,7 @@ from mlx_mla.model.model_torch import (
 )
 
 from .calibration import BATCH_TOKENS
-from .rope import Converted, Source, closed_form, refit
+from .rope import Source, closed_form, refit
 
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -44,8 +44,9 @@ class LayerResult:
 
     weights: dict[str, np.ndarray]
     """By name within the attention, float32."""
-    closed: Converted | None
-    """What `closed_form` gave; None for a layer that started from given weights."""
+    singular_values: np.ndarray | None
+    rope_energy: float | None
+    """Both of `closed_form`; None for a layer that started from given weights."""
     errors: tuple[float, float, float]
     """Of the stream after the attention on the calibration text: squared, relative to each token's
     stream, mean over tokens. At the start, with the output projection refitted, and after the
@@ -115,7 +116,8 @@ def convert_layers(
                 source[b] = after[b] + block.mlp(block.ln_2(after[b]))
             yield LayerResult(
                 {n: p.detach().cpu().numpy() for n, p in attn.named_parameters()},
-                closed,
+                None if closed is None else closed.singular_values,
+                None if closed is None else closed.rope_energy,
                 (first, refitted, fitted),
             )
 

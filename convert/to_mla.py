@@ -211,10 +211,8 @@ def with_text(
         results.append(layer)
     found = Layers(ranks, spectra, errors=[r.errors for r in results], tokens=windows.size)
     if beyond:
-        closed = [r.closed for r in results if r.closed is not None]
-        found.spectra = [c.singular_values for c in closed]
-        energy = [c.rope_energy for c in closed if c.rope_energy is not None]
-        found.rope_energy = energy or None
+        found.spectra = [r.singular_values for r in results if r.singular_values is not None]
+        found.rope_energy = [r.rope_energy for r in results if r.rope_energy is not None] or None
     return new_config, new, found
 
 

@@ -76,7 +76,7 @@ def test_what_loses_no_rotation_is_exact_at_full_rank(data):
     with torch.inference_mode():
         torch.testing.assert_close(new(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
     assert all(layer.errors[-1] < 1e-6 for layer in layers)  # rounding
-    assert not rotates or all(x.closed.rope_energy == pytest.approx(1) for x in layers)
+    assert not rotates or all(x.rope_energy == pytest.approx(1) for x in layers)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -223,7 +223,7 @@ def test_refit_and_fit_lower_the_error_of_every_layer(bias, monkeypatch):
     for layer in layers:
         closed, refitted, fitted = layer.errors
         assert refitted < 0.98 * closed and fitted < 0.95 * refitted
-        assert 0.5 < layer.closed.rope_energy < 1
+        assert 0.5 < layer.rope_energy < 1
     # What is reported of the last layer is the error of the stream after its attention.
     ids = torch.tensor(np.random.default_rng(0).integers(0, 60, (16, 32)))
     streams = []
