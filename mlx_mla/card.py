@@ -35,7 +35,7 @@ def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
     data = "Python's built-in documentation" if config.data == BUILTIN else Path(config.data).name
     loss = "not measured yet" if val_loss is None else f"{val_loss:.4f} nats per token"
     vocabulary = f"vocabulary {config.model.vocab_size} ({Path(config.tokenizer).name})"
-    return f"""{_FRONT_MATTER}# {config.preset}, step {step:,}
+    return f"""{_FRONT_MATTER}# {config.name}, step {step:,}
 
 {_architecture(config.model, vocabulary)}
 

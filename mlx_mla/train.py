@@ -123,7 +123,7 @@ def _run(command: TrainCommand, world: World) -> int:
 
     from mlx_mla.training.loop import train  # imports the framework, which --help does not need
 
-    out = command.out if command.out is not None else _free_folder(config.preset)
+    out = command.out if command.out is not None else _free_folder(config.name)
     from_step = command.from_step
     if command.auto_resume and command.resume:
         from mlx_mla.training.recovery import find_restart

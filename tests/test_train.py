@@ -192,6 +192,8 @@ def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
     old, new = (read_metrics(run / "metrics.jsonl") for run in (tiny_run, out))
     assert new[0]["loss"] == pytest.approx(old[-2]["loss"], abs=0.3)
     assert new[0]["loss"] < old[0]["loss"] - 0.5
+    card = (checkpoint.latest(out) / "README.md").read_text()
+    assert f"# {tiny_run.name}, step 1" in card  # and not the default preset
 
 
 def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, capsys, shared_data):

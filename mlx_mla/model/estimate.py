@@ -101,7 +101,7 @@ def report(config: TrainConfig) -> str:
     m = config.model
     tokens = config.steps * config.step_tokens
     rows = {
-        "model": f"{config.preset}: {m.attention_spec.text}, {m.family}'s blocks, "
+        "model": f"{config.name}: {m.attention_spec.text}, {m.family}'s blocks, "
         f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {m.n_positions}, "
         f"vocabulary {m.vocab_size}",
         "parameters": f"{unfused.parameters:,}",

@@ -220,6 +220,11 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
     """Settings of a training run; `config.toml` in the run folder holds them all."""
 
     @property
+    def name(self) -> str:
+        """The preset, or the model that `init` names."""
+        return Path(self.init or "").name or self.preset
+
+    @property
     def context(self) -> int:
         """Tokens of one training sequence."""
         return self.seq_len or self.model.n_positions

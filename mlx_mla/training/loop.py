@@ -101,7 +101,7 @@ def train(
             run_folder.prepare_resume(out, config, start.step)
         elif lead:
             run_folder.create_run(out, config, stack)
-        began = f"training {config.preset} into {out}"
+        began = f"training {config.name} into {out}"
         if resume:
             began = f"resuming {out} after step {start.step}"
         ranks = "" if world.size == 1 else f" with {world.size} ranks"
