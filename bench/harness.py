@@ -47,8 +47,6 @@ REGISTRY = {
     "training": ("training", "memory of a training step against the estimate; largest batches"),
     "convert": ("convert_mla", "what converting a trained model to MLA costs, by rank"),
     "evaluation": ("evaluation", "evaluation beside lm-evaluation-harness"),
-    "prepare": ("prepare", "preparing data beside tiktoken alone"),
-    "serve": ("serve", "mlx_lm.server under many clients"),
     "reduction": ("reduction", "what averaging gradients over processes adds to a step"),
 }
 """The module and the subject of each benchmark, by the NAME in `python -m bench NAME`."""

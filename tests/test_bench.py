@@ -341,7 +341,7 @@ def test_bad_input_gets_one_line(tmp_path, capsys, tiny_run):
     another = {"benchmark": "compare", "machine": {}, "settings": {"dtype": "bfloat16"}, "rows": []}
     stored.write_text(json.dumps(another))
     assert "measured with dtype bfloat16, not float32" in no("--out", tmp_path, "--resume")
-    stored.write_text(json.dumps({**another, "benchmark": "serve"}))
+    stored.write_text(json.dumps({**another, "benchmark": "trained"}))
     assert "results of another benchmark" in no("--out", tmp_path, "--resume")
     folder = shutil.copytree(tiny_run / "checkpoints/step-000040", tmp_path / "quantized")
     config = json.loads((folder / "config.json").read_text())
@@ -445,7 +445,7 @@ def test_the_report_of_something_else_is_refused(tmp_path, capsys):
         ("[]", "JSON"),
         ('{"machine": {}}', "not results of a benchmark"),
         ('{"machine": {}, "settings": {}, "report": "os.path"}', "does not name its benchmark"),
-        ('{"machine": {}, "settings": {}, "benchmark": "serve"}', "rows is missing"),
+        ('{"machine": {}, "settings": {}, "benchmark": "decode"}', "rows is missing"),
     ):
         if text is not None:
             path.write_text(text)
@@ -541,25 +541,6 @@ def test_convert_measures_every_cell_and_resumes(text_file, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_prepare_is_timed_against_tiktoken_and_weighed(
-    shared_data, shared_corpus, tmp_path, capsys
-):
-    src, out = shared_corpus / "debian_sqlite_doc", tmp_path / "out"
-    flags = "--megabytes 0.2 --repetitions 1 --web-page 900 --memory-shard-tokens 20000"
-    assert run("prepare", src, "--bpe-dir", shared_data / "gpt2_bpe", flags, "--out", out) == 0
-    said, found = capsys.readouterr().out, document(out)
-    assert [r["subject"] for r in found["speed"]] == 2 * [
-        "tiktoken alone", "prepare, .jsonl", "prepare, .jsonl.xz", "xz alone, one core",
-    ]  # fmt: skip
-    for r in found["speed"]:
-        assert r["bytes"] >= 200_000
-        assert min(r["seconds"] + r["cpu_seconds"]) > 0
-    assert found["memory"][1]["bytes"] > 3 * found["memory"][0]["bytes"]
-    assert all(m["peak_bytes"] > 10**7 for m in found["memory"])
-    assert said.count("1.00x") >= 2
-
-
-@pytest.mark.slow
 def test_training_measures_memory_and_plans(tmp_path, capsys):
     assert run("training", "--quick", "--out", tmp_path / "out") == 0
     held = document(tmp_path / "out")["memory"]
@@ -579,15 +560,6 @@ def test_a_plan_puts_in_what_fits():
         for b in (batch, 2 * batch)
     ]
     assert totals[0].total_bytes <= 32e9 < totals[1].total_bytes
-
-
-@pytest.mark.slow
-def test_serve_finds_no_errors(tmp_path, capfd):
-    flags = "--presets mla-124m-r128 --layers 1 --clients 3 --seconds 1.5 --max-tokens 4"
-    assert run("serve", flags, "--out", tmp_path / "out") == 0
-    (row,) = document(tmp_path / "out")["rows"]
-    assert row["requests"] == row["same"] >= 3
-    assert row["failed"] == row["different"] == 0
 
 
 @pytest.mark.slow
