@@ -97,7 +97,7 @@ class Compare(Resumable):
     """Batch of the training step, at 512 tokens, or as many as the model has positions."""
     references: bool = True
     """Time mlx-lm's and transformers' GPT-2 beside ours."""
-    uncached: Literal["first", "all"] = "first"
+    uncached: Literal["none", "first", "all"] = "first"
     """MLA models to decode without a cache as well, as the original does, at batch 1."""
     repetitions: PositiveInt = 5
     """Timed runs of every subject."""
@@ -140,7 +140,7 @@ class Core(Compare):
     batch: tuple[int, ...] = (1,)
     context: tuple[int, ...] = (64, 256, 1000)
     train_batch: int = 4
-    uncached: Literal["first", "all"] = "all"
+    uncached: Literal["none", "first", "all"] = "all"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -329,7 +329,8 @@ class Bench:
     def _decoders(self) -> list[tuple[Candidate, str]]:
         """Subjects with each kind of cache, and without a cache, as the original decodes."""
         latent = self._latent()
-        uncached = [c for c in latent if self.s.uncached == "all" or c.model == latent[0].model]
+        first = [c for c in latent if c.model == latent[0].model]
+        uncached = {"none": [], "first": first, "all": latent}[self.s.uncached]
         return [
             (c, kind)
             for c in self._timed()
