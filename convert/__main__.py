@@ -43,25 +43,25 @@ class ConvertCommand:
     nanoGPT, build-nanogpt or minGPT; model .bin of llm.c; or a run or model folder of this
     project."""
     out: Path
-    """Folder to write; it must not exist yet, or be empty. It appears complete or not at all."""
+    """Folder to write; it must be new or empty. It is written completely or not at all."""
     to: Optional[Literal["mla", "hf", "deepseek"]] = None
     """"mla" replaces multi-head by latent attention; "hf" writes a plain folder of GPT2LMHeadModel,
     LlamaForCausalLM or Qwen2ForCausalLM, whichever the model is; "deepseek" writes a model with
     latent attention, RoPE, RMSNorm and SwiGLU as a plain folder of DeepseekV3ForCausalLM. None: a
     model folder with the source's own attention."""
     rank: Optional[int] = None
-    """--to mla: width of the latent. For GPT-2's attention n_embd is exact and halves the cache,
-    half of it quarters the cache. With RoPE a shared key, head_dim wide, is cached beside it."""
+    """--to mla: width of the latent. For GPT-2's attention, n_embd is exact and halves the cache,
+    and n_embd / 2 quarters it. With RoPE a shared key, head_dim wide, is cached beside it."""
     rank_budget: Optional[int] = None
     """--to mla: average width instead, shared out among the layers by what each loses."""
     calibration: Optional[str] = None
-    """--to mla: UTF-8 text file like what the model is for, or "builtin"; its last tenth measures
-    perplexity. Without one, the latents of GPT-2's attention change its weights least; other
-    attention needs one."""
+    """--to mla: UTF-8 text file that resembles the model's use, or "builtin". Perplexity is
+    measured on its last tenth. Only GPT-2's attention can be converted without one, by the latents
+    that change its weights least."""
     calibration_tokens: int = 65536
     """Tokens of the text to calibrate on, from its beginning. 0: all."""
     held_out_tokens: int = 32768
-    """Tokens of its last tenth to measure perplexity on. 0: all."""
+    """Tokens of the text's last tenth to measure perplexity on. 0: all."""
     dtype: Optional[InferenceDType] = None
     """Type to store the weights in, in which tools compute by default. None: the source's; float32
     with --to mla."""
@@ -77,7 +77,8 @@ class ConvertCommand:
     """Folder with GPT-2's encoder.json and vocab.bpe, for where its tokenizer is needed. None:
     tiktoken downloads them once."""
     n_head: Optional[int] = None
-    """Heads, for a bare state dict of MLA-Transformer, which does not say. None: n_embd / 64."""
+    """Number of heads, for a bare state dict, which does not record it. None: n_embd / 64 for
+    MLA-Transformer; minGPT needs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,6 +45,8 @@ PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
 LARGEST_BODY = 2**20
 CLIENT_TIMEOUT = 120
 DRAIN_SECONDS, DRAIN_BYTES = 5, 64 << 20
+NOT_TAKEN = ("adapter_path", "draft_model", "use_default_chat_template", "pipeline")
+"""Flags of mlx_lm.server that are refused."""
 _COUNTS = ("max_tokens", "num_draft_tokens", "decode_concurrency", "prompt_concurrency",
            "prefill_step_size")  # fmt: skip
 LIMITS = {
@@ -229,7 +231,7 @@ def check_flags(args: argparse.Namespace) -> ModelFolder:
     """
     if args.model is None:
         raise UserError(f"--model is missing; see {PROG} --help")
-    for name in ("adapter_path", "draft_model", "use_default_chat_template", "pipeline"):
+    for name in NOT_TAKEN:
         if getattr(args, name):
             raise UserError(f"{flag(name)} is a flag of mlx_lm.server alone; leave it out")
     for name, limit in LIMITS.items():  # some are flags of mlx-lm from 0.32 alone
@@ -307,7 +309,7 @@ def _own_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse --device and --dtype, which mlx-lm's server lacks; also returns the other arguments."""
     own = argparse.ArgumentParser(
         usage=f"{PROG} --model MODEL [--device DEVICE] [--dtype DTYPE] [flags of mlx_lm.server, "
-        "below]",
+        f"below, except {', '.join(map(flag, NOT_TAKEN))}]",
         add_help=False,
         allow_abbrev=False,
         exit_on_error=False,

@@ -80,7 +80,7 @@ def test_quantized_in_two_widths_as_docs_decoding_md_does(folder, tmp_path):
     """mlx-lm's own recipes of that kind know other models' names, for every GPT-2."""
     page = (Path(__file__).parents[1] / "docs" / "decoding.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
-    exec(code, {"FOLDER": str(folder), "QUANTISED": str(tmp_path / "mixed")})
+    exec(code, {"FOLDER": str(folder), "QUANTIZED": str(tmp_path / "mixed")})
     config = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization"]
     assert config["transformer.h.0.mlp.c_proj"]["bits"] == 6
     assert config["transformer.h.0.mlp.c_fc"]["bits"] == 4

@@ -26,7 +26,7 @@ from mlx_mla.model.weights import initial_weights
 BOUNDS: dict[DType, float] = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a log-probability from float32 on MLX's CPU, in nats. In float32, sums have
 other orders on other devices, and exponentials other last digits."""
-QUANTISED = {8: 0.2, 4: 2.0}
+QUANTIZED = {8: 0.2, 4: 2.0}
 """The same for tokens from a cache in so many bits."""
 
 CACHES: tuple[CacheName, ...] = ("latent", "materialized")
@@ -132,7 +132,7 @@ def quantized_cache(place: Path) -> Iterator[Outcome]:
     prompt = _prompt(PROMPT)
     for name, folder in preset_models(place):
         decoder = get_backend("mlx").decoder(folder, "latent", "float32")
-        for bits, bound in QUANTISED.items():
+        for bits, bound in QUANTIZED.items():
             lost = regret(_reference(folder), prompt, _tokens(decoder, prompt, kv_bits=bits))
             yield at_most(lost, bound, f"{bits} bits: {_REGRET}", name)
 
