@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mlx_mla import checkpoint, cli, files
-from mlx_mla.errors import UserError
+from mlx_mla.errors import UserError, flag
 from mlx_mla.locks import locked
 from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.weights import num_parameters
@@ -26,6 +26,8 @@ NO_END_OF_TEXT = (
     "vocabulary: has no end-of-text token, so generation ends at its length, needs a prompt, and "
     "evaluation is refused"
 )
+
+TOKENS = ("calibration_tokens", "held_out_tokens")
 
 PROG = f"python -m {__package__}"
 
@@ -58,10 +60,11 @@ class ConvertCommand:
     """--to mla: UTF-8 text file that resembles the model's use, or "builtin". Perplexity is
     measured on its last tenth. Only GPT-2's attention can be converted without one, by the latents
     that change its weights least."""
-    calibration_tokens: int = 65536
-    """Tokens of the text to calibrate on, from its beginning. 0: all."""
-    held_out_tokens: int = 32768
-    """Tokens of the text's last tenth to measure perplexity on. 0: all."""
+    calibration_tokens: Optional[int] = None
+    """About how many tokens to calibrate on, from the text's beginning. None: 65,536. 0: all."""
+    held_out_tokens: Optional[int] = None
+    """About how many tokens of the text's last tenth to measure perplexity on. None: 32,768. 0:
+    all."""
     dtype: Optional[InferenceDType] = None
     """Type to store the weights in, in which tools compute by default. None: the source's; float32
     with --to mla."""
@@ -161,17 +164,27 @@ def _calibration(
 
     text = Text(command.calibration, tokenizer, min(CALIBRATION_WINDOW, config.n_positions))
     device = TorchBackend(command.device).device
-    return Calibration(text, command.calibration_tokens, command.held_out_tokens, device)
+    tokens, held_out = (
+        default if given is None else given
+        for given, default in (
+            (command.calibration_tokens, 65536),
+            (command.held_out_tokens, 32768),
+        )
+    )
+    return Calibration(text, tokens, held_out, device)
 
 
 def _check_flags(command: ConvertCommand) -> None:
-    if command.to != "mla":
-        for name in ("rank", "rank_budget", "calibration"):
-            if getattr(command, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} requires --to mla; leave it out")
-    for name in ("calibration_tokens", "held_out_tokens"):
-        if getattr(command, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative; 0 takes all")
+    for needed, is_there, names in (
+        ("--to mla", command.to == "mla", ("rank", "rank_budget", "calibration")),
+        ("--calibration", command.calibration is not None, TOKENS),
+    ):
+        for name in names:
+            if not is_there and getattr(command, name) is not None:
+                raise UserError(f"{flag(name)} requires {needed}; leave it out")
+    for name in TOKENS:
+        if (getattr(command, name) or 0) < 0:
+            raise UserError(f"{flag(name)} must not be negative; 0 takes all")
 
 
 def _check_out(out: Path) -> None:

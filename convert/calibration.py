@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla.data.corpus import BUILTIN, read_documents
+from mlx_mla.backends.torch.loss import head_loss, hidden_states
+from mlx_mla.data.corpus import BUILTIN, other_than_text, read_documents
 from mlx_mla.data.shards import training_part
 from mlx_mla.data.tokenizer import encode
 from mlx_mla.errors import UserError
@@ -25,6 +25,8 @@ HELD_OUT = 0.1
 BLOCK = 1 << 20
 """Bytes of text that are read and tokenized at a time."""
 BATCH_TOKENS = 2048
+LOSS_CHUNK = 256
+"""Tokens whose logits are in memory at a time."""
 
 
 class Text:
@@ -48,8 +50,12 @@ class Text:
                 len(self._builtin) if self._builtin is not None else Path(source).stat().st_size
             )
             if self._builtin is None:
-                with Path(source).open("rb"):
-                    pass
+                with Path(source).open("rb") as f:
+                    kind = other_than_text(Path(source), f.read(BLOCK))
+                if kind is not None:
+                    raise UserError(
+                        f"--calibration {source}: is {kind}, not text; give a UTF-8 text file"
+                    )
         except OSError as e:
             raise UserError(f"--calibration {source}: cannot be read: {e.strerror}") from None
 
@@ -147,7 +153,7 @@ def collect_moments(
             for batch in text.calibration(max_tokens):
                 x, targets = _tensors(batch, model)
                 if gradients:
-                    _loss(model, x, targets, vocabulary).sum().backward()
+                    _loss(model, x, targets, vocabulary).backward()
                     for layer in layers:
                         layer.take_gradient()
                 else:
@@ -180,8 +186,8 @@ class _Collector:
             # Near the mean, so that the covariance is no small difference of large sums.
             self.shift = x.mean(0)
         x = x - self.shift
-        self.sum += _double(x.sum(0))
-        self.products += _double(x.T @ x)
+        self.sum += double(x.sum(0))
+        self.products += double(x.T @ x)
         if not self.gradients:
             return output
         self.probe = torch.zeros_like(output, requires_grad=True)
@@ -191,7 +197,7 @@ class _Collector:
         assert self.probe is not None and self.probe.grad is not None
         g = self.probe.grad.flatten(0, 1)
         g = g[:, g.shape[1] // 3 :]  # the part of keys and values
-        self.gradient_products += _double(g.T @ g)
+        self.gradient_products += double(g.T @ g)
         self.probe = None
 
     def moments(self, tokens: int) -> Moments:
@@ -203,7 +209,7 @@ class _Collector:
             else None
         )
         covariance = self.products / tokens - np.outer(offset, offset)
-        return Moments(_double(self.shift) + offset, covariance, gradient)
+        return Moments(double(self.shift) + offset, covariance, gradient)
 
 
 def perplexity(model: MLAGPT2LMHeadModel, text: Text, max_tokens: int) -> tuple[float, int]:
@@ -217,8 +223,7 @@ def perplexity(model: MLAGPT2LMHeadModel, text: Text, max_tokens: int) -> tuple[
     with torch.inference_mode():
         for batch in text.held_out(max_tokens):
             x, targets = _tensors(batch, model)
-            # MPS has no float64.
-            total += float(_loss(model, x, targets, vocabulary).cpu().double().sum())
+            total += float(_loss(model, x, targets, vocabulary))
             tokens += x.numel()
     return float(np.exp(total / tokens)), tokens
 
@@ -226,8 +231,9 @@ def perplexity(model: MLAGPT2LMHeadModel, text: Text, max_tokens: int) -> tuple[
 def _loss(
     model: MLAGPT2LMHeadModel, x: torch.Tensor, targets: torch.Tensor, vocabulary: int
 ) -> torch.Tensor:
-    logits = model(x, use_cache=False).logits[..., :vocabulary]
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    """The summed cross-entropy, in nats."""
+    head = model.lm_head.weight[:vocabulary]
+    return head_loss(hidden_states(model.transformer, x), head, targets.flatten(), LOSS_CHUNK)
 
 
 def _tensors(batch: np.ndarray, model: MLAGPT2LMHeadModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,5 +241,6 @@ def _tensors(batch: np.ndarray, model: MLAGPT2LMHeadModel) -> tuple[torch.Tensor
     return ids[:, :-1], ids[:, 1:]
 
 
-def _double(t: torch.Tensor) -> np.ndarray:
-    return t.cpu().double().numpy()
+def double(t: torch.Tensor) -> np.ndarray:
+    """A tensor in float64, which MPS does not have."""
+    return t.detach().cpu().double().numpy()

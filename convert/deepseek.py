@@ -12,23 +12,20 @@ of our differences go into the weights:
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mlx_mla.checkpoint import in_type
 from mlx_mla.errors import UserError
-from mlx_mla.files import give_usual_mode
 from mlx_mla.model.attention import MultiHeadLatent
 from mlx_mla.model.config import InferenceDType, ModelConfig
 
-from .llama import special_ids
+from .hf import special_ids, write_folder
 
 EPSILON = 1e-6
 """What their code adds to the mean square of a latent, whatever config.json says."""
@@ -137,11 +134,6 @@ def write_deepseek(
         if biased:
             bias = block.get("attn.c_proj.bias", np.zeros(c.n_embd, np.float32))
             state[f"{theirs}self_attn.o_proj.bias"] = a * bias
-    state = {n: np.ascontiguousarray(w, np.float32) for n, w in state.items()}
-    save_file(in_type(state, dtype), str(folder / "model.safetensors"), {"format": "pt"})
-    give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
-
-    ids = special_ids(tokenizer)
     # The fields of DeepSeek-V3's own file, which every engine and version reads.
     values: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -180,12 +172,9 @@ def write_deepseek(
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,
-        **ids,
+        **special_ids(tokenizer),
     }
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    GenerationConfig(**ids).save_pretrained(str(folder))
-    tokenizer.model_max_length = c.n_positions
-    tokenizer.save_pretrained(str(folder))
+    write_folder(folder, state, values, tokenizer, c.n_positions, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

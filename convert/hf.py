@@ -1,11 +1,12 @@
-"""Read and write Hugging Face's GPT-2 (`GPT2LMHeadModel`).
+"""Read and write Hugging Face's GPT-2 (`GPT2LMHeadModel`), and what all of their folders share.
 
-Its Conv1D matrices are stored (in, out), the transpose of ours. Its names are the same as ours
+GPT-2's Conv1D matrices are stored (in, out), the transpose of ours. Its names are the same as ours
 (transformers, modeling_gpt2.py).
 """
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from mlx_mla.checkpoint import INDEX, WEIGHTS, in_type, shards
+from mlx_mla.data.tokenizer import end_ids
 from mlx_mla.errors import UserError
 from mlx_mla.files import give_usual_mode, read_json
 from mlx_mla.model.config import InferenceDType, ModelConfig
@@ -64,14 +66,17 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     values = read_json(where)
     config = _config(values, where)
     tensors = _tensors(folder, values, config)
-    ends = ids(values.get("eos_token_id"))
+    ends = ends_of_text(folder, values)
     return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, ends)
 
 
-def ids(value: Any) -> list[int]:
-    """The token ids in an entry of config.json that holds one, several or none."""
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if type(v) is int and v >= 0]
+def ends_of_text(folder: Path, values: Mapping[str, Any]) -> list[int]:
+    """The ids that end a text, by generation_config.json or else config.json, whose values
+    follow."""
+    path = folder / "generation_config.json"
+    found = (read_json(path) if path.is_file() else {}).get("eos_token_id")
+    found = values.get("eos_token_id") if found is None else found
+    return [v for v in (found if isinstance(found, list) else [found]) if type(v) is int and v >= 0]
 
 
 def _config(values: dict[str, Any], where: Path) -> ModelConfig:
@@ -84,7 +89,8 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     }:
         raise UserError(
             f"{where}: architecture {architectures[0]} (model_type {values.get('model_type')!r}) "
-            "is not supported; supported are GPT2LMHeadModel and this project's own mla_gpt2"
+            "is not supported; supported are the model types gpt2, llama, mistral, qwen2 and this "
+            "project's own mla_gpt2"
         )
     for option in ("add_cross_attention", "quantization_config"):
         if values.get(option):
@@ -210,6 +216,44 @@ def _reader(path: Path, name: str) -> Any:
     return read
 
 
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Ids of special tokens, as config.json and generation_config.json hold them."""
+    ends = end_ids(tokenizer)
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def write_folder(
+    folder: Path,
+    state: Mapping[str, np.ndarray],
+    values: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    n_positions: int,
+    dtype: InferenceDType,
+) -> None:
+    """Write a folder of transformers' layout, with no code of this project in it.
+
+    Args:
+        folder: Exists, and is empty.
+        state: Tensors under their names.
+        values: Of config.json. Ids from the tokenizer's size up to `vocab_size` are padding, which
+            generation_config.json keeps from being sampled: no configuration has a field for it.
+        dtype: Type to store the tensors in.
+    """
+    state = {n: np.ascontiguousarray(w, np.float32) for n, w in state.items()}
+    save_file(in_type(state, dtype), str(folder / WEIGHTS), {"format": "pt"})
+    give_usual_mode(folder / WEIGHTS)  # safetensors makes its files private
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    padding = list(range(len(tokenizer), values["vocab_size"]))
+    ids = {name: values[name] for name in special_ids(tokenizer)}
+    GenerationConfig(**ids, suppress_tokens=padding or None).save_pretrained(str(folder))
+    tokenizer.model_max_length = n_positions
+    tokenizer.save_pretrained(str(folder))
+
+
 def write_gpt2(
     folder: Path,
     config: ModelConfig,
@@ -229,39 +273,30 @@ def write_gpt2(
     Raises:
         UserError: If GPT-2 cannot express the configuration.
     """
-    assert config.vocab_size
     if beyond := config.beyond_gpt2:
         raise UserError(
             f"--to hf needs GPT-2's own attention, but this model has {' '.join(beyond)}; "
             "transformers also loads it without --to hf"
         )
-    state = {n: np.ascontiguousarray(w.T if n.endswith(CONV1D) else w) for n, w in weights.items()}
     biased = dataclasses.replace(
         config, attention_bias=True, attention_out_bias=True, mlp_bias=True
     )
-    for name, shape in parameter_shapes(biased).items():
-        if name not in state:  # a GPT-2 has every bias
-            state[name] = np.zeros(shape, np.float32)
-    save_file(in_type(state, dtype), str(folder / "model.safetensors"), {"format": "pt"})
-    give_usual_mode(folder / "model.safetensors")  # safetensors creates private files
+    shapes = parameter_shapes(biased)  # a GPT-2 has every bias
+    state = {n: weights.get(n, np.zeros(shape, np.float32)) for n, shape in shapes.items()}
+    state = {n: w.T if n.endswith(CONV1D) else w for n, w in state.items()}
+    if config.tie_word_embeddings:  # OpenAI's names, the only ones that mlx-lm's GPT-2 reads
+        state = {n.removeprefix("transformer."): w for n, w in state.items()}
     fields = {f.name for f in dataclasses.fields(config)} & GPT2Config().to_dict().keys()
-    values = {n: getattr(config, n) for n in fields}
-    eos = tokenizer.eos_token_id
+    ids = special_ids(tokenizer)
     hf = GPT2Config(
-        **values,
+        **{n: getattr(config, n) for n in fields},
+        **{**ids, "bos_token_id": tokenizer.eos_token_id},
         resid_pdrop=config.dropout,
         embd_pdrop=config.dropout,
         attn_pdrop=0.0,
-        bos_token_id=eos,
-        eos_token_id=eos,
         architectures=["GPT2LMHeadModel"],
         dtype=dtype,
     )
-    hf.save_pretrained(str(folder))
-    # GPT-2's own configuration has no field for rows that pad the vocabulary.
-    padding = list(range(len(tokenizer), config.vocab_size))
-    GenerationConfig(
-        bos_token_id=eos, eos_token_id=eos, suppress_tokens=padding or None
-    ).save_pretrained(str(folder))
-    tokenizer.model_max_length = config.n_positions
-    tokenizer.save_pretrained(str(folder))
+    # n_ctx is an old name of n_positions, which mlx-lm asks for.
+    values = {**json.loads(hf.to_json_string()), "n_ctx": config.n_positions}
+    write_folder(folder, state, values, tokenizer, config.n_positions, dtype)

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import parameter_shapes
@@ -31,6 +29,7 @@ from .foreign import (
     count_layers,
     is_tied,
     resolved,
+    stacked,
     zeros,
 )
 from .pickles import PickledConfig, open_pickle, state_dict
@@ -156,7 +155,7 @@ def _latent(
         attn = f"transformer.h.{i}.attn"
         part = {p: tensors[f"{attn}.{p}.weight"] for p in LATENT_PARTS}
         out |= {
-            f"{attn}.c_attn.weight": _joined(part["q_proj"], part["c_proj"]),
+            f"{attn}.c_attn.weight": stacked([part["q_proj"], part["c_proj"]]),
             f"{attn}.kv_b_proj.weight": _by_head(part["k_from_c"], part["v_from_c"], config.n_head),
             f"{attn}.c_proj.weight": part["c_proj_out"],
             f"{attn}.c_proj.bias": tensors[f"{attn}.c_proj_out.bias"],
@@ -199,20 +198,11 @@ def _config(path: Path, settings: Mapping[str, Any], **known: Any) -> ModelConfi
     return resolved(path, **values, **known)
 
 
-def _joined(*parts: LazyTensor) -> LazyTensor:
-    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
-    return LazyTensor(shape, lambda: np.concatenate([p.read() for p in parts]))
-
-
 def _by_head(k: LazyTensor, v: LazyTensor, n_head: int) -> LazyTensor:
     """Rows of [k | v] head by head, as in `kv_b_proj`; k and v are (D, R)."""
-    shape = (k.shape[0] + v.shape[0], k.shape[1])
-
-    def read() -> np.ndarray:
-        parts = [t.read().reshape(n_head, -1, k.shape[1]) for t in (k, v)]
-        return np.concatenate(parts, axis=1).reshape(shape)
-
-    return LazyTensor(shape, read)
+    return stacked([k, v]).mapped(
+        lambda w: w.reshape(2, n_head, -1, w.shape[1]).swapaxes(0, 1).reshape(w.shape)
+    )
 
 
 def _is_mask(name: str, tensor: LazyTensor) -> bool:

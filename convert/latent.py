@@ -94,7 +94,8 @@ def kept_energy(singular_values: np.ndarray, rank: int) -> float:
 def share_ranks(spectra: list[np.ndarray], average: int, comparable: bool) -> list[int]:
     """A width for every layer, `average` in the mean, that loses the least error in all.
 
-    Widths come in blocks of gcd(average, 32), as quantized caches and weights need multiples of 32.
+    Widths come in blocks of gcd(average, 32), as quantized caches and weights need multiples of 32,
+    or of a quarter of that where it is the whole average.
 
     Args:
         spectra: Singular values of every layer.
@@ -102,6 +103,8 @@ def share_ranks(spectra: list[np.ndarray], average: int, comparable: bool) -> li
             count as shares of their layer's sum.
     """
     block, n = math.gcd(average, 32), len(spectra)
+    if block == average:
+        block = max(1, block // 4)
     gains = []
     for i, values in enumerate(spectra):
         energy = values**2

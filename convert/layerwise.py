@@ -24,7 +24,7 @@ from mlx_mla.model.model_torch import (
     rotate,
 )
 
-from .calibration import BATCH_TOKENS
+from .calibration import BATCH_TOKENS, double
 from .rope import Source, closed_form, refit
 
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
@@ -129,7 +129,7 @@ class Sum:
         self.total = np.zeros(())
 
     def add(self, t: torch.Tensor) -> None:
-        self.total = self.total + _double(t)
+        self.total = self.total + double(t)
 
 
 @dataclasses.dataclass
@@ -233,7 +233,7 @@ def source_weights(model: MLAGPT2LMHeadModel, layer: int) -> Source:
     theta = None
     if config.position_embedding_type == "rope":
         theta = config.rope_theta ** (-np.arange(0, attn.head_dim, 2) / attn.head_dim)
-    return Source(q, k, v, _double(attn.c_proj.weight), config.n_head, theta)
+    return Source(q, k, v, double(attn.c_proj.weight), config.n_head, theta)
 
 
 def _distances(attn: MultiHeadAttention, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
@@ -266,14 +266,10 @@ def _set(linear: torch.nn.Linear, matrix: np.ndarray) -> None:
 
 def _matrix(linear: torch.nn.Linear) -> np.ndarray:
     """A projection in float64, with its bias, if any, as a last column."""
-    w = _double(linear.weight)
-    return w if linear.bias is None else np.column_stack([w, _double(linear.bias)])
+    w = double(linear.weight)
+    return w if linear.bias is None else np.column_stack([w, double(linear.bias)])
 
 
 def _with_one(x: torch.Tensor, width: int) -> torch.Tensor:
     """x with a constant 1 at its end if it is to be one wider."""
     return torch.cat([x, torch.ones_like(x[..., :1])], -1) if width > x.shape[-1] else x
-
-
-def _double(t: torch.Tensor) -> np.ndarray:
-    return t.detach().cpu().double().numpy()

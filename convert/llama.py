@@ -8,14 +8,13 @@ so the rows of q and k change places. Neither changes a value, so the way back i
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from safetensors.numpy import save_file
 from transformers import (
-    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -23,11 +22,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from mlx_mla.checkpoint import in_type
-from mlx_mla.data.tokenizer import end_ids
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import typed
-from mlx_mla.files import give_usual_mode, read_json
+from mlx_mla.files import read_json
 from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.weights import parameter_shapes
 
@@ -40,7 +37,7 @@ from .foreign import (
     resolved,
     stacked,
 )
-from .hf import ids, open_weights
+from .hf import ends_of_text, open_weights, special_ids, write_folder
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,
@@ -114,16 +111,9 @@ def read_llama(folder: Path, name: str) -> ForeignCheckpoint:
             )
         found.pop(HEAD, None)
     check_tensors(path, found, _their_shapes(config))
-    generation = folder / "generation_config.json"
-    ends = read_json(generation) if generation.is_file() else {}
-    return ForeignCheckpoint(
-        f"Hugging Face {NAMES[kind]}",
-        name,
-        config,
-        _ours(config, found),
-        folder,
-        ids(ends.get("eos_token_id", values.get("eos_token_id"))),
-    )
+    ends = ends_of_text(folder, values)
+    ours = _ours(config, found)
+    return ForeignCheckpoint(f"Hugging Face {NAMES[kind]}", name, config, ours, folder, ends)
 
 
 def _config(kind: str, values: dict[str, Any], where: Path) -> ModelConfig:
@@ -308,16 +298,6 @@ def _halves(w: np.ndarray, width: int) -> np.ndarray:
     return w.reshape(-1, width // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Ids of special tokens, as config.json and generation_config.json hold them."""
-    ends = end_ids(tokenizer)
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
 def why_not_llama(config: ModelConfig) -> str | None:
     """Why none of the three computes what a model does, as its flags; None if one does."""
     c = config
@@ -378,15 +358,11 @@ def write_llama(
         module, _, kind = own.rpartition(".")
         ends = np.cumsum([p.rows for p in parts[module]])
         for part, rows in zip(parts[module], np.split(w, ends[:-1]), strict=True):
-            rows = _halves(rows, width) if part.rotated else rows
-            state[f"{block}.{part.name}.{kind}"] = np.ascontiguousarray(rows)
-    save_file(in_type(state, dtype), str(folder / "model.safetensors"), {"format": "pt"})
-    give_usual_mode(folder / "model.safetensors")  # safetensors makes its files private
+            state[f"{block}.{part.name}.{kind}"] = _halves(rows, width) if part.rotated else rows
 
     kind = "qwen2" if c.attention_bias and not c.attention_out_bias else "llama"
-    tokens = special_ids(tokenizer)
     biases = {} if kind == "qwen2" else {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
-    CONFIGS[kind](
+    hf = CONFIGS[kind](
         hidden_size=c.n_embd,
         num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head,
@@ -401,10 +377,8 @@ def write_llama(
         architectures=[f"{NAMES[kind]}ForCausalLM"],
         dtype=dtype,
         **biases,
-        **tokens,
-    ).save_pretrained(str(folder))
-    # Their configurations have no field for rows that pad the vocabulary.
-    padding = list(range(len(tokenizer), c.vocab_size or 0))
-    GenerationConfig(**tokens, suppress_tokens=padding or None).save_pretrained(str(folder))
-    tokenizer.model_max_length = c.n_positions
-    tokenizer.save_pretrained(str(folder))
+        **special_ids(tokenizer),
+    )
+    # Earlier versions of transformers have RoPE's base here, and mlx-lm reads no other.
+    values = {**json.loads(hf.to_json_string()), "rope_theta": c.rope_theta}
+    write_folder(folder, state, values, tokenizer, c.n_positions, dtype)

@@ -88,7 +88,8 @@ def read_llmc(path: Path) -> ForeignCheckpoint:
     tensors: Tensors = {}
     offset = HEADER_BYTES
     for name in names:
-        tensors[name] = LazyTensor(shapes[name], _reader(path, offset, shapes[name], dtype))
+        read = _reader(path, offset, shapes[name], dtype)
+        tensors[name] = LazyTensor(shapes[name], read, "float32" if version == 3 else "bfloat16")
         offset += dtype.itemsize * math.prod(shapes[name])
     return ForeignCheckpoint("llm.c", path.name, config, tensors)
 

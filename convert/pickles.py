@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from mlx_mla.errors import UserError
+from mlx_mla.model.config import InferenceDType
 
 from .foreign import LazyTensor, Tensors, unwrapped
 
@@ -196,6 +197,8 @@ def state_dict(values: Any, where: Path) -> Tensors:
         raise UserError(f"{where}: holds no state dict (a mapping from names to tensors)")
     import torch
 
+    halves: dict[torch.dtype, InferenceDType]
+    halves = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
     tensors: Tensors = {}
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
@@ -203,9 +206,10 @@ def state_dict(values: Any, where: Path) -> Tensors:
                 f"{where}: {name!r} is not a tensor; this is not a state dict of a known project"
             )
         _check_storage(name, value, where)
-        tensors[name] = LazyTensor(tuple(value.shape), _reader(value, name, where))
-    stored = sum({s.data_ptr(): s.nbytes() for s in map(_storage, values.values())}.values())
-    if sum(v.numel() * v.element_size() for v in values.values()) > 2 * stored:
+        stored = halves.get(value.dtype, "float32")
+        tensors[name] = LazyTensor(tuple(value.shape), _reader(value, name, where), stored)
+    size = sum({s.data_ptr(): s.nbytes() for s in map(_storage, values.values())}.values())
+    if sum(v.numel() * v.element_size() for v in values.values()) > 2 * size:
         raise UserError(
             f"{where}: its tensors share more values than a tied head does; save it with "
             "torch.save of separate tensors"
@@ -229,20 +233,18 @@ def _check_storage(name: str, value: Any, where: Path) -> None:
         )
 
 
-def as_float32(value: Any, name: str, where: Path) -> np.ndarray:
-    """Values of a PyTorch tensor; UserError if they are not floating-point numbers."""
-    try:
-        if value.dtype.is_floating_point:
-            values: np.ndarray = value.detach().float().numpy()
-            return values
-    except (RuntimeError, NotImplementedError):
-        pass  # a type that PyTorch can store but not convert
-    kind = str(value.dtype).removeprefix("torch.")
-    raise UserError(f"{where}: tensor {name} holds {kind}, not floating-point numbers")
-
-
 def _reader(value: Any, name: str, where: Path) -> Callable[[], np.ndarray]:
-    return lambda: as_float32(value, name, where)
+    def read() -> np.ndarray:
+        try:
+            if value.dtype.is_floating_point:
+                values: np.ndarray = value.detach().float().numpy()
+                return values
+        except (RuntimeError, NotImplementedError):
+            pass  # a type that PyTorch can store but not convert
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(f"{where}: tensor {name} holds {kind}, not floating-point numbers")
+
+    return read
 
 
 def require_torch(what: str) -> None:

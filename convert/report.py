@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.files import finite
 from mlx_mla.pictures import draw
 
 ERRORS = ("closed_form", "refit", "fit")
@@ -83,7 +84,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write both files into a folder."""
-        text = json.dumps(dataclasses.asdict(self), indent=1)
+        text = json.dumps(finite(dataclasses.asdict(self)), indent=1, allow_nan=False)
         (folder / "conversion.json").write_text(text + "\n", encoding="utf-8")
         self._plot(folder / "conversion.png")
 

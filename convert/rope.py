@@ -174,8 +174,6 @@ def closed_form(source: Source, second: np.ndarray, distances: np.ndarray, rank:
     A = np.concatenate([keys, source.v])
     factors = weighted(A, root(second, LATENT_RIDGE)[0], roots)
     up, down = factors.up[:, :rank], factors.down[:rank]
-    if (missing := rank - len(down)) > 0:
-        up, down = np.pad(up, ((0, 0), (0, missing))), np.pad(down, ((0, missing), (0, 0)))
     # Latents of unit mean square.
     scale = np.sqrt(np.trace(down @ second @ down.T) / rank) or 1.0
     up, down = up * scale, down / scale

@@ -117,7 +117,16 @@ def convert_to_mla(
     text = calibration.text
     model = build_model(config, weights, calibration.device)
     before, scored = perplexity(model, text, calibration.held_out_tokens)
-    new_config, new, layers = with_text(model, config, weights, rank, calibration, console)
+    diverged = UserError(
+        f"{name}: its perplexity on the calibration text is {before:.4g}, so its training has "
+        "diverged; take an earlier checkpoint"
+    )
+    if not before < 1e30:
+        raise diverged
+    try:
+        new_config, new, layers = with_text(model, config, weights, rank, calibration, console)
+    except np.linalg.LinAlgError:  # of values that overflow
+        raise diverged from None
     del model
     report = _report(name, config, new_config, layers)
     report.calibration = {"text": text.name, "tokens": layers.tokens}
@@ -248,6 +257,8 @@ def latent_config(config: ModelConfig, ranks: list[int]) -> ModelConfig:
     }
     if len(set(ranks)) > 1:
         values["kv_lora_ranks"] = ranks
+    if not config.beyond_gpt2:
+        values["attention_out_bias"] = True  # which the bias of the values goes into
     if config.position_embedding_type == "rope":
         values["qk_rope_head_dim"] = config.head_dim or config.n_embd // config.n_head
     return ModelConfig.from_dict(values).resolved()
@@ -289,7 +300,7 @@ def assemble(
             c_attn=weights[f"{attn}.c_attn.weight"],
             c_attn_bias=weights.get(f"{attn}.c_attn.bias"),
             c_proj=weights[f"{attn}.c_proj.weight"],
-            c_proj_bias=weights[f"{attn}.c_proj.bias"],
+            c_proj_bias=weights.get(f"{attn}.c_proj.bias", np.zeros(config.n_embd, np.float32)),
         )
         layer = to_latent(
             old, factors, ranks[i], config.n_head, moments[i].mean if moments else None

@@ -143,11 +143,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     The caller fills the temporary folder that this yields. Then its files are listed in SHA256SUMS
     and synced, and the folder is renamed to `target`, replacing an existing one. After an error the
     temporary folder is removed and `target` is unchanged. `clear_leftovers` removes what a killed
-    process leaves behind.
+    process leaves behind. A link stays one: the folder that it names is written.
 
     Raises:
         UserError: If the folder cannot be written, for example to a full disk; it names `target`.
     """
+    target = Path(os.path.realpath(target))
     temporary = _temporary(target)
     try:
         temporary.mkdir(parents=True)

@@ -32,7 +32,8 @@ def locked(target: Path, *also: Path, inside: bool = False) -> Iterator[None]:
     """Hold the lock of what a command writes, and remove the lock's file afterwards.
 
     Args:
-        target: A file or a folder; its parent folder is made if missing.
+        target: A file or a folder; its parent folders are made if missing, and removed at the end
+            if nothing was written.
         also: What else the command writes in the same folder.
         inside: Whether the lock is inside the target, a folder, instead of beside it. If beside,
             the leftovers of killed commands are cleared.
@@ -40,9 +41,10 @@ def locked(target: Path, *also: Path, inside: bool = False) -> Iterator[None]:
     Raises:
         UserError: If another process holds the lock, naming it, or the lock cannot be made.
     """
-    whole = Path(os.path.abspath(target))
+    whole = Path(os.path.realpath(target))
     path = whole / LOCK if inside else whole.with_name(f".{whole.name}{LOCK}")
     lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -65,6 +67,8 @@ def locked(target: Path, *also: Path, inside: bool = False) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink()  # before the release, so that whoever waits for this file opens a new one
+            for folder in missing:
+                folder.rmdir()  # of an empty one
         lock.release()
 
 

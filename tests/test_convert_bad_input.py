@@ -1,5 +1,6 @@
 """Every way to give `convert` the wrong thing ends in one line, exit code 2, and no folder."""
 
+import gzip
 import json
 import os
 import pickle
@@ -288,7 +289,9 @@ def test_pickles_that_hold_something_else(content, message, refused, tmp_path):
         (("--revision", "main"), "--revision requires a hub id"),
         (("--n-head", "2"), "records its number of heads"),
         (("--renk", "4"), "did you mean --rank"),
-        (("--held-out-tokens", "-1"), "--held-out-tokens must not be negative"),
+        (("--calibration-tokens", "5"), "--calibration-tokens requires --calibration"),
+        (("--to", "mla", "--calibration", "builtin", "--held-out-tokens", "-1"),
+         "--held-out-tokens must not be negative"),
     ],
 )  # fmt: skip
 def test_flags(flags, message, folder, refused):
@@ -300,9 +303,19 @@ def test_calibration_text(folder, refused, tmp_path):
     for content, message in (
         (b"", "has 1 tokens to calibrate on, fewer than a window of "),
         (b"a\xff" * 500, "not UTF-8"),
+        (gzip.compress(b"a" * 5000), "is compressed, not text; give a UTF-8 text file"),
+        (b"a\0" * 500, "is binary (it has NUL characters), not text"),
     ):
         text.write_bytes(content)
         assert message in refused(folder, "--to", "mla", "--rank", "4", "--calibration", text)
+
+
+@pytest.mark.parametrize("spread", [3e3, 1e18])
+def test_a_model_that_has_diverged(spread, refused, text_file, tmp_path):
+    foreign.gpt2(spread=spread).save_pretrained(str(tmp_path / "far"))
+    flags = ("--to", "mla", "--rank", "4", "--calibration", text_file)
+    said = refused(tmp_path / "far", *flags, "--calibration-tokens", "500")
+    assert "so its training has diverged; take an earlier checkpoint" in said
 
 
 def test_latent_models_have_no_way_back(tiny_run, refused):

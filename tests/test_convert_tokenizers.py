@@ -163,6 +163,7 @@ def own_vocabulary(folder, **config):
     ByteTokenizer().fast_tokenizer().save_pretrained(str(folder))
     path = folder / "tokenizer.json"
     edit(path, added_tokens=[])
+    (folder / "generation_config.json").unlink()
     (folder / "tokenizer_config.json").write_text("{}")
     edit(folder / "config.json", **({"bos_token_id": None, "eos_token_id": None} | config))
     return folder

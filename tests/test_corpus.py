@@ -54,10 +54,10 @@ def test_unreadable_text_is_refused(content, message, tmp_path):
         ("a.txt.zst", b"", "is compressed, not text"),
         ("a.parquet", b"PAR1", "is a parquet file, not text"),
         ("train.bin", np.arange(99, dtype="<u2").tobytes(),
-         "is a token shard; give --data its folder"),
+         "is a token shard, not text; give --data its folder"),
         ("a", struct.pack("<3i", 20240520, 1, 0), "is a token shard"),
         ("tokens.npy", b"\x93NUMPY", "is a token shard"),
-        ("a.dat", np.arange(99, dtype="<u2").tobytes(), "has NUL characters, so it is not text"),
+        ("a.dat", np.arange(99, dtype="<u2").tobytes(), r"is binary \(it has NUL characters\)"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_text_are_named_with_what_reads_them(name, content, message, tmp_path):

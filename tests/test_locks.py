@@ -15,6 +15,7 @@ from helpers import TINY, python, refused, tiny_train
 
 from mlx_mla import checkpoint, evaluate, files, prepare
 from mlx_mla.errors import UserError
+from mlx_mla.files import atomic_folder
 from mlx_mla.locks import locked
 from mlx_mla.training.run_folder import locked_run
 
@@ -52,6 +53,26 @@ def test_an_error_releases_the_lock(tmp_path):
     with locked(tmp_path, inside=True):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_made_for_what_was_not_written_go_again(tmp_path):
+    target = tmp_path / "a" / "b" / "c"
+    with pytest.raises(RuntimeError), locked(target):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with locked(target):
+        target.write_text("")
+    assert target.is_file()
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    with locked(link), atomic_folder(link) as folder:
+        (folder / "file").write_text("new")
+    assert link.is_symlink() and (real / "file").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):

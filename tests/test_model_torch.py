@@ -19,6 +19,7 @@ from transformers.utils import find_labels
 from convert import __main__ as convert
 from mlx_mla import checkpoint, generate
 from mlx_mla.backends.mlx.load import build_model
+from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.files import atomic_folder
 from mlx_mla.model import model_torch
 from mlx_mla.model.config import ModelConfig
@@ -275,6 +276,23 @@ def test_a_model_made_from_a_configuration_is_saved_whole(folder, tmp_path):
     np.testing.assert_allclose(
         np.array(stock(mx.array(ids.numpy()))), made(ids).logits.detach(), atol=TOLERANCE
     )
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_a_multi_head_model_saved_by_transformers_is_read(rope, tmp_path):
+    position = "rope" if rope else "learned"
+    config = ModelConfig(
+        attention="mha", position_embedding_type=position, n_layer=1, n_head=2, n_embd=16,
+        n_positions=32, vocab_size=257,
+    ).resolved()  # fmt: skip
+    src, saved = tmp_path / "src", tmp_path / "saved"
+    src.mkdir()
+    tokenizer = ByteTokenizer().fast_tokenizer()
+    checkpoint.write_model(src, config, initial_weights(config, 0, 0.2), tokenizer, "")
+    AutoModelForCausalLM.from_pretrained(str(src), trust_remote_code=True).save_pretrained(saved)
+    read = checkpoint.ModelFolder(saved).config
+    assert read.beyond_gpt2 == config.beyond_gpt2
+    assert parameter_shapes(read) == parameter_shapes(config)
 
 
 def test_where_the_mlx_model_is_lost_the_folder_does_not_name_it(folder, tmp_path):

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_mla import checkpoint, files, generate, train
 from mlx_mla.backends.mlx.backend import MLXBackend
+from mlx_mla.data.tokenizer import end_ids, set_end_ids
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.presets import preset, to_toml
 from mlx_mla.model.schedule import learning_rate
@@ -194,6 +195,20 @@ def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):
     assert new[0]["loss"] < old[0]["loss"] - 0.5
     card = (checkpoint.latest(out) / "README.md").read_text()
     assert f"# {tiny_run.name}, step 1" in card  # and not the default preset
+
+
+def test_a_chat_template_and_further_ends_of_text_outlive_training(tiny_run, tmp_path, text_file):
+    chat = shutil.copytree(checkpoint.latest(tiny_run), tmp_path / "chat")
+    tokenizer = checkpoint.ModelFolder(chat).tokenizer
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    set_end_ids(tokenizer, [256, 10])
+    tokenizer.save_pretrained(str(chat))
+    (chat / "SHA256SUMS").unlink()
+    out = tmp_path / "run"
+    assert train.main(words("--data", text_file, "--out", out, "--init", chat, "--steps 1")) == 0
+    trained = checkpoint.ModelFolder(checkpoint.latest(out)).tokenizer
+    assert trained.chat_template == tokenizer.chat_template
+    assert end_ids(trained) == [256, 10]
 
 
 def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, capsys, shared_data):

@@ -24,6 +24,7 @@ _FORMATS = (
     ("compressed", COMPRESSED, (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")),
 )
 """Formats other than plain text, recognized by suffix or first bytes."""
+SHARD, BINARY = "a token shard", "binary (it has NUL characters)"
 _SHARDS = (b"\x93NUMPY", struct.pack("<i", LLMC_MAGIC))
 
 
@@ -58,28 +59,28 @@ def read_documents(source: str) -> list[str]:
         ) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    if advice := _no_text(path, data):
-        raise UserError(f"{path}: {advice}")
+    if kind := other_than_text(path, data):
+        remedy = f"give --data {'its folder' if kind == SHARD else 'a text, or a folder of shards'}"
+        if kind not in (SHARD, BINARY):
+            remedy = (
+                f"turn it into token shards with python -m mlx_mla.prepare {shlex.quote(str(path))}"
+                " --out DIR, and give --data DIR"
+            )
+        raise UserError(f"{path}: is {kind}, not text; {remedy}")
     text = decoded(data, str(path))
     if not text.strip():
         raise UserError(f"{path}: the file is empty; --data needs text to train on")
     return [text]
 
 
-def _no_text(path: Path, data: bytes) -> str | None:
-    """Say what a file is, if not text, and what to do with it; None for text."""
-    prepare = (
-        f"turn it into token shards with python -m mlx_mla.prepare {shlex.quote(str(path))} --out "
-        "DIR, and give --data DIR"
-    )
+def other_than_text(path: Path, data: bytes) -> str | None:
+    """Say what a file is by its name and its first bytes, if not text; None for text."""
     for name, suffixes, starts in _FORMATS:
         if path.suffix.lower() in suffixes or data.startswith(starts):
-            return f"is {name}, not text; {prepare}"
+            return name
     if path.suffix in SUFFIXES.values() or data.startswith(_SHARDS):
-        return "is a token shard; give --data its folder"
-    if b"\0" in data:
-        return "has NUL characters, so it is not text; to train on token shards, give their folder"
-    return None
+        return SHARD
+    return BINARY if b"\0" in data else None
 
 
 def tokenize(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:

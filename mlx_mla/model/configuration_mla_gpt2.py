@@ -115,12 +115,14 @@ class MLAGPT2Config(PretrainedConfig):
         self.num_kv_shared_layers = num_kv_shared_layers
         self.q_lora_rank = q_lora_rank
         self.qk_rope_head_dim = qk_rope_head_dim
-        self.v_head_dim = v_head_dim or self.head_dim
+        v_head_dim = v_head_dim or self.head_dim
+        if attention == "mla":
+            self.v_head_dim = v_head_dim
         self.attention_k_eq_v = attention_k_eq_v
-        if attention_k_eq_v and not self.head_dim == self.v_head_dim == self.kv_lora_rank:
+        if attention_k_eq_v and not self.head_dim == v_head_dim == self.kv_lora_rank:
             raise ValueError(
                 "attention_k_eq_v needs equal head_dim, v_head_dim and kv_lora_rank, not "
-                f"{self.head_dim}, {self.v_head_dim} and {self.kv_lora_rank}"
+                f"{self.head_dim}, {v_head_dim} and {self.kv_lora_rank}"
             )
         self.latent_norm = latent_norm
         of_gpt2 = norm == "layer_norm"

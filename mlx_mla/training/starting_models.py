@@ -9,7 +9,7 @@ import numpy as np
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Teacher
 from mlx_mla.checkpoint import ModelFolder
-from mlx_mla.data.tokenizer import FolderTokenizer, Tokenizer
+from mlx_mla.data.tokenizer import FolderTokenizer, Tokenizer, end_ids
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig
 from mlx_mla.model.train_config import TrainConfig
@@ -65,10 +65,13 @@ def with_shape_of_init(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig
 def own_tokenizer(config: TrainConfig) -> str:
     """What --tokenizer is by default with --init or --teacher: the tokenizer of that model."""
     folder = checkpoint.model_folder(Path(config.init or config.teacher or ""))
-    identity = FolderTokenizer(str(folder)).identity
-    # Both are the faster way to the same ids, but without --bpe-dir GPT-2's may be a download.
+    tokenizer = FolderTokenizer(str(folder))
+    own, identity = tokenizer.fast_tokenizer(), tokenizer.identity
+    # Both are the faster way to the same ids, but without --bpe-dir GPT-2's may be a download, and
+    # they have neither a chat template nor a second end of text.
     here = identity == "bytes" or (identity == "gpt2" and config.bpe_dir is not None)
-    return identity if here else str(folder.resolve())
+    plain = own.chat_template is None and len(end_ids(own)) == 1
+    return identity if here and plain else str(folder.resolve())
 
 
 def _open(name: str) -> ModelFolder:

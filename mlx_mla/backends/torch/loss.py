@@ -82,7 +82,9 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, h_ND: torch.Tensor, w_VD: torch.Tensor, y_N: torch.Tensor, chunk: int
     ) -> torch.Tensor:
         total = torch.zeros((), device=h_ND.device)
-        dh_ND, dw_VD = torch.empty_like(h_ND), torch.zeros_like(w_VD, dtype=torch.float32)
+        dh_ND, dw_VD = torch.empty_like(h_ND), None
+        if ctx.needs_input_grad[1]:
+            dw_VD = torch.zeros_like(w_VD, dtype=torch.float32)
         for h, y, dh in zip(h_ND.split(chunk), y_N.split(chunk), dh_ND.split(chunk)):
             logits = F.linear(h, w_VD)
             log_p = torch.log_softmax(logits.float(), -1)
@@ -92,11 +94,12 @@ class _ChunkedLoss(torch.autograd.Function):
             d[torch.arange(len(y), device=y.device), y] -= 1
             d = d.to(logits.dtype)
             dh.copy_(d @ w_VD.to(d.dtype))
-            dw_VD += d.T @ h.to(d.dtype)
+            if dw_VD is not None:
+                dw_VD += d.T @ h.to(d.dtype)
         ctx.save_for_backward(dh_ND, dw_VD)
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple:
         dh_ND, dw_VD = ctx.saved_tensors
-        return scale * dh_ND, scale * dw_VD, None, None
+        return scale * dh_ND, None if dw_VD is None else scale * dw_VD, None, None
