@@ -177,7 +177,7 @@ def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]], size: flo
 
     Args:
         ax: Axes whose limits are final.
-        ends: (x, y, name, colour) of each line's end, in data coordinates.
+        ends: (x, y, name, color) of each line's end, in data coordinates.
         size: Points of the letters.
     """
     height = ax.get_window_extent().height / ax.figure.dpi * 72
@@ -195,7 +195,7 @@ def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]], size: flo
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Sorted heights moved apart until neighbours are at least `gap` from each other.
+    """Sorted heights moved apart until neighbors are at least `gap` from each other.
 
     Heights that are too close form a group, which is centred where its members were.
     """

@@ -101,15 +101,15 @@ class Report:
     def _paint(self, left: Any, right: Any) -> None:
         from matplotlib import colormaps
 
-        colours = colormaps["viridis"]
+        colors = colormaps["viridis"]
         n = len(self.singular_values)
         for i, values in enumerate(self.singular_values):
-            top = values[0] or 1.0
+            values, top = values[: self.widest], values[0] or 1.0
             label = f"layer {i}" if i in (0, n - 1) else None
             left.plot(
                 range(1, len(values) + 1),
                 [v / top for v in values],
-                color=colours(i / max(1, n - 1)),
+                color=colors(i / max(1, n - 1)),
                 label=label,
             )
         mean = sum(self.kv_lora_ranks) / n
@@ -124,7 +124,7 @@ class Report:
             yscale="log",
             xlabel="index",
             ylabel="singular value / largest",
-            title="spectrum of [Wk; Wv]",
+            title="spectrum of what the latent holds",
         )
         left.set_ylim(bottom=1e-6)
         left.legend()

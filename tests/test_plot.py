@@ -75,7 +75,7 @@ def test_the_picture_shows_every_run_in_every_panel(copies, tmp_path, figure):
     assert [bar.get_width() for bar in memory.patches] == [
         max(r["peak_memory_bytes"] for r in rows) / 2**20
     ] * 3
-    # Names are unique; repetitions share a colour and differ in dashes.
+    # Names are unique; repetitions share a color and differ in dashes.
     (legend,) = figure[0].legends
     assert [text.get_text() for text in legend.get_texts()][:3] == ["a/mla", "b/mla", "mha"]
     lines = by_tokens.lines[::2]

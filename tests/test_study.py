@@ -635,7 +635,7 @@ def test_a_results_file_that_is_none_is_one_error(tmp_path, text):
         ("diverged", "at step 3", "loss and diverged"),
         ("curve", [[1, 2], [1, 2]], "curve: tokens must rise"),
         ("machine", "another", "machine = 'another' is not in"),
-        ("colour", 1, "colour is an unknown key"),
+        ("color", 1, "color is an unknown key"),
     ],
 )
 def test_a_mutated_record_is_refused_before_a_report_is_written(
@@ -700,7 +700,7 @@ def test_arms_that_would_squeeze_the_others_are_far(percent, far):
     assert far_arms(percent) == far
 
 
-def test_pictures_show_seeds_intervals_and_what_is_unfinished_with_one_colour_an_arm(
+def test_pictures_show_seeds_intervals_and_what_is_unfinished_with_one_color_an_arm(
     tmp_path, monkeypatch
 ):
     from matplotlib.figure import Figure

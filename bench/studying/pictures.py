@@ -96,7 +96,7 @@ def _legend(ax: Any, size: float) -> None:
 
 
 class _Pictures:
-    """What paints the pictures of a study, with one colour an arm in all of them."""
+    """What paints the pictures of a study, with one color an arm in all of them."""
 
     def __init__(self, study: Study, rows: Sequence[Row]):
         from matplotlib import colormaps
@@ -111,7 +111,7 @@ class _Pictures:
         self.arms = [arm for arm in study.arms if arm in shown]
         self.base = {r.cell.place: r for r in rows if r.comparison is None}
         palette: Any = colormaps["tab20"]
-        order = [*range(0, palette.N, 2), *range(1, palette.N, 2)]  # strong colours before pale
+        order = [*range(0, palette.N, 2), *range(1, palette.N, 2)]  # strong colors before pale
         arms = [arm for arm in study.arms if arm != study.baseline]
         self.colors = {arm: palette(order[i % palette.N]) for i, arm in enumerate(arms)}
         self.colors[study.baseline] = "black"

@@ -28,7 +28,7 @@ def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int
     """Choose a value, such as a learning rate.
 
     The choice is the minimum of the parabola, in the value's logarithm, through the best value and
-    its two neighbours, rounded to two digits. So no arm is penalized because its optimum lies
+    its two neighbors, rounded to two digits. So no arm is penalized because its optimum lies
     between two values of the grid.
 
     Args:
@@ -73,7 +73,7 @@ def search(grid: Sequence[float], losses: Mapping[float, float], extensions: int
 
 
 def around(values: Sequence[float], center: float) -> tuple[float, ...]:
-    """The three neighbouring values of a grid whose middle one is nearest to `center`."""
+    """The three neighboring values of a grid whose middle one is nearest to `center`."""
     inner = range(1, len(values) - 1)
     at = min(inner, key=lambda i: abs(math.log(values[i] / center)))
     return tuple(values[at - 1 : at + 2])
