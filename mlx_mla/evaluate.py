@@ -122,14 +122,16 @@ def _evaluate(
             scorer = backend.scorer(folder, command.dtype)
             check_tokenizer(scorer, folder)
             evaluation.begin(name)
-            for task in names:
-                if task == SPEED:
-                    evaluation.add_speed(speed(backend, folder, scorer, command.dtype))
-                else:
-                    evaluation.add(TASKS[task], documents[task], scorer)
-                if command.out is not None:
+            try:
+                for task in names:
+                    if task == SPEED:
+                        evaluation.add_speed(speed(backend, folder, scorer, command.dtype))
+                    else:
+                        evaluation.add(TASKS[task], documents[task], scorer)
+            finally:  # also write and show what was finished before an error
+                if command.out is not None and evaluation.document["models"][-1]["tasks"]:
                     report.write(evaluation.document, command.out)
-    finally:  # also show what was finished before an error
+    finally:
         if any(row["tasks"] for row in evaluation.document["models"]):
             print(report.tables(evaluation.document), flush=True)
 

@@ -1,6 +1,7 @@
 """The benchmarks run, keep what they have, and refuse what they cannot do. Speeds are never
 asserted."""
 
+import gc
 import json
 import math
 import shutil
@@ -156,6 +157,8 @@ def _weighed(attention: str):
 def test_peak_memory_is_the_subjects_own(attention, kind, width, others):
     """The weights, the cache once, and a little to compute with, whatever else is in memory."""
     config, weights = _weighed(attention)
+    gc.collect()  # what earlier tests left is freed now, and not meanwhile
+    mx.clear_cache()
     resident = mx.ones((others // 4,))
     mx.eval(resident)
     subject = framework("mlx").load("weighed", config, weights, "float32", "cpu")

@@ -25,7 +25,7 @@ def models(shared_data, tmp_path_factory):
 def data(shared_data, tmp_path_factory):
     """The first rows of the real files."""
     folder = tmp_path_factory.mktemp("data")
-    for name, lines in (("lambada", 40), ("hellaswag", 20), ("wikitext2", 25)):
+    for name, lines in (("lambada", 20), ("hellaswag", 10), ("wikitext2", 12)):
         for path in set(TASKS[name].files.values()):
             text = (shared_data / path).read_text(encoding="utf-8").split("\n")[:lines]
             (folder / path).parent.mkdir(exist_ok=True)
@@ -71,14 +71,14 @@ def test_results_file_report_and_table(models, data, tmp_path, capsys, protocol)
     assert [m["model"] for m in document["models"]] == models
     for model in document["models"]:
         assert model["protocol"] == protocol
-        assert model["tasks"]["lambada"]["n"] == 40
-        assert model["tasks"]["hellaswag"]["n"] == 20
+        assert model["tasks"]["lambada"]["n"] == 20
+        assert model["tasks"]["hellaswag"]["n"] == 10
         assert model["tasks"]["hellaswag"]["acc_stderr"] > 0
         assert model["tasks"]["speed"]["generation_tps"]["median"] > 0
     shown = capsys.readouterr().out
     for text in (shown, out.with_suffix(".md").read_text()):
         assert "95 % confidence interval" in text
-        assert "no difference shown" in text  # of twenty coin tosses
+        assert "no difference shown" in text  # of ten coin tosses
         assert "47 rows that pad the vocabulary are masked" in text
         assert ("validation split instead of the test split" in text) == (protocol == "original")
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
