@@ -121,7 +121,7 @@ def _evaluate(
         for name, folder in zip(command.model, folders):
             scorer = backend.scorer(folder, command.dtype)
             check_tokenizer(scorer, folder)
-            evaluation.begin(name)
+            evaluation.begin(name, folder)
             try:
                 for task in names:
                     if task == SPEED:
@@ -154,6 +154,7 @@ class Evaluation:
     def __init__(self, command: EvaluateCommand):
         self.command = command
         self.measured: dict[tuple[str, str], list[Measured]] = {}
+        self.vocabularies: list[dict[str, int]] = []
         self.document: dict[str, Any] = {
             "protocol": command.protocol,
             "settings": json.loads(json.dumps(dataclasses.asdict(command), default=str)),
@@ -162,8 +163,10 @@ class Evaluation:
             "comparisons": [],
         }
 
-    def begin(self, model: str) -> None:
+    def begin(self, model: str, folder: ModelFolder) -> None:
         """Start the results of a model."""
+        self.folder = folder
+        self.vocabularies.append(folder.tokenizer.get_vocab())
         row = {"model": model, "protocol": self.command.protocol, "backend": self.command.backend}
         self.document["models"].append({**row, "dtype": self.command.dtype, "tasks": {}})
 
@@ -176,7 +179,8 @@ class Evaluation:
         prepared = PreparedTask(task, documents, command.protocol, setup)
         store = None
         if command.out is not None:
-            settings = [row["model"], command.backend, command.dtype, task.name, command.protocol]
+            settings = [self.folder.fingerprint, command.backend, command.dtype]
+            settings += [task.name, command.protocol]
             store = ItemStore(report.items_folder(command.out), settings)
         console = plain_console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -201,8 +205,9 @@ class Evaluation:
         first = self.document["models"][0]["model"]
         if first != row["model"]:
             pairs = report.compare_models(
-                first, row["model"], task.name, self.measured[first, task.name], measured
-            )
+                first, row["model"], task.name, self.measured[first, task.name], measured,
+                same_tokens=self.vocabularies[0] == self.vocabularies[-1],
+            )  # fmt: skip
             self.document["comparisons"] += pairs
 
     def add_speed(self, figures: dict[str, dict[str, float]]) -> None:

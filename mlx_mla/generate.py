@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Optional
@@ -58,9 +59,11 @@ def _main(argv: Sequence[str]) -> int:
     folder = find_model(command.model)
     backend = get_backend(command.backend, command.device)
     decoder = backend.decoder(folder, command.cache, command.dtype)
-    # After a cached context an empty prompt adds nothing.
-    encoded = [[] if command.prompt_cache and not p else encode(decoder, p) for p in prompts]
-    alone = len(prompts) == 1
+    if command.prompt_cache:  # the context that the prompt is appended to has begun already
+        encoded = [tokenizer.encode(decoder.tokenizer, p) for p in prompts]
+    else:
+        encoded = [encode(decoder, p) for p in prompts]
+    alone, began = command.prompts_file is None, time.perf_counter()
     steps: Iterator[tuple[int, Piece]]
     if alone:
         steps = ((0, piece) for piece in decoder.stream(encoded[0], command))
@@ -78,7 +81,7 @@ def _main(argv: Sequence[str]) -> int:
         else:
             print("" if alone else f"=== {prompt}\n{''.join(p.text for p in own)}")
     if not command.json:
-        print(_figures(command, decoder, pieces), file=sys.stderr)
+        print(_figures(command, decoder, pieces, time.perf_counter() - began), file=sys.stderr)
     return 0
 
 
@@ -126,14 +129,21 @@ def _result(command: GenerateCommand, decoder: Decoder, pieces: list[Piece]) -> 
     }
 
 
-def _figures(command: GenerateCommand, decoder: Decoder, pieces: list[list[Piece]]) -> str:
+def _figures(
+    command: GenerateCommand, decoder: Decoder, pieces: list[list[Piece]], seconds: float
+) -> str:
     last = [own[-1].figures for own in pieces]
+    prompt_tokens = sum(f["prompt_tokens"] for f in last)
     tokens = sum(len(p.token_ids) for own in pieces for p in own)
+    if command.prompts_file is None:
+        speeds = (
+            f"{prompt_tokens} prompt tokens, {last[0]['prompt_tps']:,.0f} tok/s | {tokens} tokens, "
+            f"{last[0]['generation_tps']:,.1f} tok/s"
+        )
+    else:
+        speeds = f"{prompt_tokens} prompt tokens | {tokens} tokens, {tokens / seconds:,.1f} tok/s"
     return (
-        f"[{sum(f['prompt_tokens'] for f in last)} prompt tokens, "
-        f"{sum(f['prompt_tps'] for f in last):,.0f} tok/s | {tokens} tokens, "
-        f"{sum(f['generation_tps'] for f in last):,.1f} tok/s | first token "
-        f"{max(f['ttft_ms'] for f in last):,.0f} ms | cache "
+        f"[{speeds} | first token {max(f['ttft_ms'] for f in last):,.0f} ms | cache "
         f"{max(f['kv_cache_bytes'] for f in last):,} bytes | peak "
         f"{max(f['peak_memory_bytes'] for f in last) / 2**20:,.1f} MiB | {command.backend}, "
         f"{decoder.dtype}, {decoder.cache} cache]"

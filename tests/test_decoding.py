@@ -274,9 +274,7 @@ def test_bits_of_a_quantized_file_are_its_own(quantizable, tmp_path, capsys):
 
 
 def test_fingerprints_tell_models_apart(folder, quantizable):
-    prints = [
-        prompt_cache.fingerprint(checkpoint.ModelFolder(f)) for f in (folder, quantizable, folder)
-    ]
+    prints = [checkpoint.ModelFolder(f).fingerprint for f in (folder, quantizable, folder)]
     assert prints[0] == prints[2] != prints[1]
 
 
@@ -315,6 +313,35 @@ def test_greedy_text_with_a_draft_model_is_the_same(folder, draft, capfd, tmp_pa
         )  # fmt: skip
         (rest,) = objects(capfd, *argv)
         assert first["token_ids"] + rest["token_ids"] == alone["token_ids"]
+
+
+@pytest.mark.parametrize("bits", [(), ("--kv-bits", 8)], ids=["whole", "quantized"])
+@pytest.mark.parametrize("penalty", [(), ("--repetition-penalty", 1.8)], ids=["plain", "penalty"])
+def test_no_draft_and_no_saved_context_changes_a_text(
+    quantizable, draft, bits, penalty, tmp_path, capfd
+):
+    argv = ("--model", quantizable, "--temp 0", *bits, *penalty)
+    helped, file = ("--draft-model", draft), tmp_path / "context.safetensors"
+    expected = objects(capfd, *argv, "--prompt", "the st", "--max-tokens 16")[0]["token_ids"]
+    for more in ((), helped):
+        (first,) = objects(
+            capfd, *argv, *more, "--prompt", "the st", "--max-tokens 7 --save-prompt-cache", file
+        )
+        (rest,) = objects(
+            capfd, *argv, *more, "--prompt", "", "--max-tokens 9 --prompt-cache", file
+        )
+        assert first["token_ids"] + rest["token_ids"] == expected
+        width = prompt_cache.load(file, checkpoint.ModelFolder(quantizable), mx.float32)[0][0]
+        assert isinstance(width, QuantizedKVCache) == bool(bits)
+
+
+def test_a_place_for_a_context_is_looked_at_before_the_text(folder, tmp_path, capsys):
+    (tmp_path / "there.safetensors").mkdir()
+    argv = ("--model", folder, "--prompt", "a", "--save-prompt-cache")
+    assert "cannot be written" in refused(
+        capsys, *argv, tmp_path / "there.safetensors", command=generate.main
+    )
+    assert capsys.readouterr().out == ""
 
 
 def test_draft_models_that_cannot_guess_are_refused(folder, draft, tmp_path, capsys, shared_data):

@@ -5,8 +5,9 @@ import json
 
 import pytest
 from helpers import file_size_limit, refused, words
+from safetensors.numpy import load_file, save_file
 
-from mlx_mla import evaluate
+from mlx_mla import checkpoint, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,20 @@ def test_results_are_resumed_with_their_report(argv, tmp_path, capsys):
     out.unlink()  # killed before its first results, with items and a plot there
     assert evaluate.main([*argv, "--out", str(out), "--resume"]) == 0
     assert json.loads(out.read_text())["models"] == before
+
+
+def test_a_model_whose_weights_have_changed_is_scored_again(data, run_copy, tmp_path, capsys):
+    out, found = tmp_path / "r.json", []
+    folder = checkpoint.latest(run_copy)
+    path = folder / "model.safetensors"
+    (folder / "SHA256SUMS").unlink()
+    for factor in (1, 2):
+        weights = {n: factor * w for n, w in load_file(str(path)).items()}
+        save_file(weights, str(path), {"format": "pt"})
+        argv = words("--model", folder, "--data-dir", data, "--tasks lambada --resume --out", out)
+        assert evaluate.main(argv) == 0
+        found.append(json.loads(out.read_text())["models"][0]["tasks"]["lambada"]["ppl"])
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
 
 
 def test_disks_that_refuse_are_one_line(argv, tmp_path, capsys):

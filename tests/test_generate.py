@@ -3,6 +3,7 @@ folder."""
 
 import io
 import shutil
+from unittest.mock import ANY
 
 import pytest
 from helpers import TINY, edit, objects, refused, run_mlx_lm, tiny_train, words
@@ -85,6 +86,11 @@ def test_a_batch_gives_each_prompt_its_own_text(folder, tmp_path, capfd):
     for prompt, answer in zip(prompts, together):
         assert answer["text"] == objects(capfd, *argv, "--prompt", prompt)[0]["text"]
         assert answer["tokens"] == 15
+    file.write_text("The\n")  # also a file of one
+    assert objects(capfd, *argv, "--prompts-file", file) == [
+        {**together[0], **{k: ANY for k in together[0] if k.endswith(("_tps", "_ms", "_bytes"))}}
+    ]
+    file.write_text("\n".join(prompts))
     stop = together[1]["text"][3:5]
     stopped = objects(capfd, *argv, "--prompts-file", file, "--stop", stop)
     for with_stop, without in zip(stopped, together):

@@ -278,6 +278,12 @@ def test_a_model_made_from_a_configuration_is_saved_whole(folder, tmp_path):
     )
 
 
+def test_the_width_of_latents_of_several_widths_is_the_largest():
+    shape = {"n_layer": 3, "n_head": 2, "n_embd": 32, "num_kv_shared_layers": 1}
+    config = model_torch.MLAGPT2Config(kv_lora_ranks=[4, 8], **shape)
+    assert config.kv_lora_rank == 8
+
+
 @pytest.mark.parametrize("rope", [False, True])
 def test_a_multi_head_model_saved_by_transformers_is_read(rope, tmp_path):
     position = "rope" if rope else "learned"

@@ -173,6 +173,13 @@ def test_a_prompt_with_its_own_answer_is_answered_as_without_a_cache(port, texts
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 16
 
 
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "single"])
+def test_a_penalty_counts_the_whole_prompt_also_when_it_is_sent_again(port, more):
+    request = {**good("abcabcabdabeabf"), "max_tokens": 16, "repetition_penalty": 1.8, **more}
+    first, *others = (ask(port, request)[1]["choices"][0]["text"] for _ in range(3))
+    assert others == [first, first]
+
+
 def test_stock_mlx_lm_outlives_a_request_that_is_too_long(folder):
     """Stock `mlx_lm.server`, on our model file alone: the long request ends, others continue."""
     with started("-c", STOCK, "--model", folder, "--trust-remote-code") as served:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_mla.data.tokenizer import GPT2Tokenizer
 from mlx_mla.errors import UserError
+from mlx_mla.evaluation.report import compare_models
 from mlx_mla.evaluation.tasks import TASKS, Measured, TaskSetup
 from mlx_mla.evaluation.tasks.base import compare
 from mlx_mla.evaluation.tasks.wikitext2 import pages
@@ -170,3 +171,29 @@ def test_models_that_count_other_tokens_are_not_compared():
     first = Measured("ppl", np.ones(3), np.array([1.0, 2, 3]), True)
     assert compare(first, Measured("ppl", np.ones(3), np.array([1.0, 2, 4]), True)) is None
     assert not compare(first, first).shown
+
+
+class JoinsWords:
+    """A tokenizer that makes any text one token."""
+
+    eos_token_id = bos_token_id = 0
+
+    def encode(self, text, add_special_tokens, verbose):
+        return [len(text)]
+
+
+def test_an_ending_without_a_token_of_its_own_is_refused():
+    setup = TaskSetup(JoinsWords(), 64, 64)
+    with pytest.raises(UserError, match=r"has no token of its own \(' word'\)"):
+        setup.choices("a long", [" word"])
+
+
+def test_figures_by_token_of_two_vocabularies_are_not_compared():
+    rng = np.random.default_rng(0)
+    first, second = (
+        [Measured(unit, rng.normal(size=50), np.ones(50), True, unit) for unit in ("token", "word")]
+        for _ in range(2)
+    )
+    for same in (True, False):
+        by_token, by_word = compare_models("a", "b", "t", first, second, same_tokens=same)
+        assert ("difference" in by_token, "difference" in by_word) == (same, True)

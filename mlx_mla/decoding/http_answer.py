@@ -20,7 +20,12 @@ class PromptCache(LRUPromptCache):
     answer would leave none.
     """
 
+    is_hidden = False
+    """Whether every prompt is to be read whole."""
+
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        if self.is_hidden:
+            return None, tokens
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is None or rest:
             return cache, rest
@@ -116,6 +121,17 @@ class Generator(server.ResponseGenerator):
             model_key, tokenizer, (), *args, **kwargs
         )
         return answer, rest
+
+    def _serve_single(self, request: Any, *args: Any) -> None:
+        # Outside of batches, mlx-lm's penalties see only the part of a prompt that is not cached.
+        logits = request[2].logits
+        self.prompt_cache.is_hidden = any(
+            getattr(logits, f"{name}_penalty") for name in ("repetition", "presence", "frequency")
+        )
+        try:
+            super()._serve_single(request, *args)
+        finally:
+            self.prompt_cache.is_hidden = False
 
     def _generate(self) -> None:
         try:

@@ -38,16 +38,20 @@ def read_results(path: Path) -> ResultsFile:
 
 
 def compare_models(
-    first: str, second: str, task: str, of_first: Sequence[Measured], of_second: Sequence[Measured]
-) -> list[dict[str, Any]]:
+    first: str, second: str, task: str, of_first: Sequence[Measured], of_second: Sequence[Measured],
+    same_tokens: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Compare two models on the same items, one row per metric.
 
-    A row has no figures if the models count different units.
+    A row has no figures if the models count different units, or there is a single item.
+
+    Args:
+        same_tokens: Whether both have one vocabulary. If not, a figure by token is not compared.
     """
     rows = []
     for a, b in zip(of_first, of_second):
         row: dict[str, Any] = {"first": first, "second": second, "task": task, "metric": a.name}
-        result = compare(a, b)
+        result = compare(a, b) if same_tokens or a.unit != "token" else None
         if result is not None:
             row |= {
                 "relative": a.perplexity,
@@ -171,7 +175,7 @@ def _digits(error: float) -> int:
 
 def _difference(row: dict[str, Any]) -> str:
     if "difference" not in row:
-        return "not comparable: the models count different tokens"
+        return "not comparable: the models count different tokens, or a single item"
     low, high, value = (100 * row[k] for k in ("low", "high", "difference"))
     unit = " %" if row["relative"] else " pp" if "acc" in row["metric"] else ""
     if not unit:

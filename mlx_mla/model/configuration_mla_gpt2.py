@@ -110,7 +110,7 @@ class MLAGPT2Config(PretrainedConfig):
             self.num_key_value_heads = num_key_value_heads or n_head
         self.kv_lora_rank = kv_lora_rank
         if attention == "mla" and kv_lora_rank is None:
-            self.kv_lora_rank = n_embd // 2
+            self.kv_lora_rank = max(kv_lora_ranks) if kv_lora_ranks else n_embd // 2
         self.kv_lora_ranks = kv_lora_ranks
         self.num_kv_shared_layers = num_kv_shared_layers
         self.q_lora_rank = q_lora_rank

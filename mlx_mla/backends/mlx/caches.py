@@ -53,9 +53,6 @@ class UnusedCache(KVCache):
 
     state: Any = ()
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        return self
-
 
 def make_cache(model: Any) -> list[Any]:
     """Like mlx-lm's `make_prompt_cache`, with the classes of this module."""

@@ -25,7 +25,7 @@ from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
 from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx import prompt_cache
-from mlx_mla.backends.mlx.caches import UnusedCache, make_cache
+from mlx_mla.backends.mlx.caches import KVCache, UnusedCache, make_cache
 from mlx_mla.backends.mlx.device import DTYPES, device_type, on_device, stream_of
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.checkpoint import ModelFolder
@@ -274,23 +274,39 @@ class MLXDecoder:
                 # The next token's logits come from reading the last again.
                 trim_prompt_cache(context.cache, 1)
             n = min(left, limit - len(context.tokens))
+            offset = context.cache[0].offset
+            # What mlx-lm does not show to penalties: cached tokens, and with a draft the prompt.
+            unshown = context.tokens[: offset if draft is None else -1]
             common = {
                 "max_tokens": n,
                 "sampler": sampler,
-                "logits_processors": self._logits_processors(options),
-                "kv_bits": options.kv_bits,
-                "quantized_kv_start": 0,
+                "logits_processors": self._logits_processors(options, unshown),
                 **stream_of(self.device),
-                **({"kv_group_size": self._group_size()} if options.kv_bits else {}),
             }
+            bits: dict[str, int] = {}
+            if options.kv_bits is not None:
+                bits = {"group_size": self._group_size(), "bits": options.kv_bits}
             steps: Iterator[Any]
             prompt = mx.array(context.unseen)
             if draft is None:
-                undrafted = generate_step(prompt, self.model, prompt_cache=context.cache, **common)
+                undrafted = generate_step(
+                    prompt,
+                    self.model,
+                    prompt_cache=context.cache,
+                    quantized_kv_start=0,
+                    **{f"kv_{name}": value for name, value in bits.items()},
+                    **common,
+                )
                 steps = ((token, logprobs, False) for token, logprobs in undrafted)
             else:
+                # mlx-lm would quantize the draft's cache, too, and in a list of its own.
+                if bits:
+                    context.cache = [
+                        c.to_quantized(**bits) if isinstance(c, KVCache) else c
+                        for c in context.cache
+                    ]
                 draft_cache = make_cache(draft)
-                if seen := context.tokens[: context.cache[0].offset]:
+                if seen := context.tokens[:offset]:
                     draft(mx.array([seen]), cache=draft_cache)
                 # mlx-lm cuts this list at the number of layers, of which some may share a cache.
                 unused = len(self.model.layers) - len(context.cache)
@@ -327,12 +343,25 @@ class MLXDecoder:
             )
         return draft
 
-    def _logits_processors(self, options: GenerationOptions) -> list[Any]:
-        processors = []
+    def _logits_processors(
+        self, options: GenerationOptions, unshown: Sequence[int] = ()
+    ) -> list[Any]:
+        """mlx-lm's processors of logits.
+
+        Args:
+            unshown: Tokens before those that mlx-lm shows to them.
+        """
+        processors: list[Any] = []
         if options.repetition_penalty != 1.0:
-            processors += make_logits_processors(
+            (penalize,) = make_logits_processors(
                 repetition_penalty=options.repetition_penalty,
                 repetition_context_size=options.repetition_context_size,
+            )
+            before = mx.array(list(unshown[-options.repetition_context_size :]), mx.uint32)
+            processors.append(
+                lambda tokens, logits: penalize(
+                    mx.concatenate([before, tokens.astype(mx.uint32)]), logits
+                )
             )
         # Rows that pad the vocabulary stand for no token (a draft model may have fewer or more of
         # them).

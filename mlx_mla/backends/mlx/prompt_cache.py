@@ -21,7 +21,6 @@ from mlx_mla.errors import UserError
 from mlx_mla.fields import Count, value_of
 from mlx_mla.files import parse_json
 
-SAMPLES, SAMPLE_BYTES = 64, 4096
 _UNSEALED = "0" * 64
 """Placeholder in the header; it is replaced by the sha256 of the file with the placeholder."""
 _AGAIN = "read the prompt again with --save-prompt-cache"
@@ -43,7 +42,7 @@ def save(path: Path, cache: Sequence[Any], tokens: Sequence[int], folder: ModelF
     about = {
         "model": str(folder),
         "tokenizer_config": "{}",  # for mlx_lm.generate --prompt-cache-file
-        "fingerprint": fingerprint(folder),
+        "fingerprint": folder.fingerprint,
         "shape": _shape(folder),
         "tokens": json.dumps(list(tokens)),
         "sha256": _UNSEALED,
@@ -87,7 +86,7 @@ def load(path: Path, folder: ModelFolder, dtype: mx.Dtype) -> tuple[list[Any], l
     }
     if missing := {"fingerprint", "tokens", "sha256"} - about.keys():
         raise UserError(f"{path}: has no {min(missing)}, with which it can be checked; {_AGAIN}")
-    if about["fingerprint"] != fingerprint(folder):
+    if about["fingerprint"] != folder.fingerprint:
         raise UserError(
             f"{path}: is of another model ({about.get('model')}: {about.get('shape')}) than "
             f"{folder} ({_shape(folder)}); {_AGAIN}"
@@ -164,25 +163,6 @@ def _sealed(path: Path, seal: str) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(folder: ModelFolder) -> str:
-    """sha256 of a model's configuration and, of each weight file, the header and 64 samples spread
-    over it.
-
-    It reads a quarter of a megabyte per file. Other weights, another rank or another quantization
-    give another fingerprint.
-    """
-    digest = hashlib.sha256((folder.path / "config.json").read_bytes())
-    for path in sorted(folder.path.glob("model*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            header = f.read(8)
-            digest.update(header + f.read(int.from_bytes(header, "little")))
-            for i in range(SAMPLES):
-                f.seek(max(f.tell(), size * (i + 1) // SAMPLES - SAMPLE_BYTES))
-                digest.update(f.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def _shape(folder: ModelFolder) -> str:
     """The layers and widths of a model's cache, in words."""
     config = folder.config
@@ -195,3 +175,5 @@ def check_target(path: Path) -> None:
         raise UserError(f"{path}: the name of a prompt cache must end in .safetensors")
     if not path.parent.is_dir():
         raise UserError(f"{path}: {path.parent} is not a folder")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written; give --save-prompt-cache another name")

@@ -60,6 +60,9 @@ class TaskSetup:
 
         Both are encoded together, since a tokenizer may join characters across the boundary. Blanks
         at the end of the context belong to the ending. An empty context becomes `start`.
+
+        Raises:
+            UserError: If an ending has no token of its own.
         """
         stem = context.rstrip()
         blanks = context[len(stem) :]
@@ -68,6 +71,11 @@ class TaskSetup:
             tuple(self.encode(stem + blanks + ending, special=True)[len(head) :])
             for ending in endings
         ]
+        if not all(targets):
+            raise UserError(
+                "the model's tokenizer joins words into one token, so that an ending has no token "
+                f"of its own ({endings[targets.index(())]!r}); this task cannot score it"
+            )
         return Request(tuple(head) or (self.start,), tuple(targets))
 
 
