@@ -108,6 +108,12 @@ def _run(command: TrainCommand, world: World) -> int:
     )
     if command.dry_run:
         world.first(None)
+        if config.init is not None and not command.resume:
+            from mlx_mla.data.tokenizer import get_tokenizer
+            from mlx_mla.training.starting_models import with_shape_of_init
+
+            tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
+            config = with_shape_of_init(config, tokenizer)
         print(estimate.report(config))
         return 0
     if world.engine is None and command.distributed_backend != "auto":
@@ -260,7 +266,11 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
         if command.resume:
             raise UserError("--auto-resume decides on --resume by itself; leave that out")
         command.resume = (command.out / CONFIG).is_file()
-    if command.from_step is not None and (not command.resume or command.auto_resume):
+    if command.from_step is not None and command.auto_resume:
+        raise UserError(
+            "--from-step: --auto-resume takes the newest checkpoint; give --resume instead of it"
+        )
+    if command.from_step is not None and not command.resume:
         raise UserError("--from-step requires --resume; add it, or leave out --from-step")
     if command.resume:
         from mlx_mla.training.run_folder import run_config

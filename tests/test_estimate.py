@@ -21,8 +21,10 @@ from mlx_mla.model.estimate import (
     estimate,
     forward_flops_per_token,
     memory_advice,
+    report,
 )
 from mlx_mla.model.presets import PRESETS, preset
+from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
 
@@ -227,3 +229,8 @@ def test_what_no_machine_holds_is_refused_before_anything_is_made_of_it(tmp_path
     assert not out.exists()
     # Which is where one looks for what takes how much.
     assert train.main(["--dry-run", *flags]) == 0
+
+
+def test_a_multi_head_cache_is_as_large_as_itself():
+    model = ModelConfig(attention="mha", n_layer=1, n_head=2, n_embd=64, head_dim=64)
+    assert "the same as MHA's" in report(TrainConfig(model=model))

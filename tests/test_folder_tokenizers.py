@@ -154,3 +154,16 @@ def test_a_copy_of_a_named_tokenizer_is_that_tokenizer(tmp_path):
     assert copy.identity == ByteTokenizer.identity
     sample = "naïve 東京 <|endoftext|>\n"
     assert copy.encode(sample).tolist() == ByteTokenizer().encode(sample).tolist()
+
+
+def test_bytes_in_another_order_are_another_tokenizer(tmp_path, tiny_run, text_file, capsys):
+    """GPT-2's order of bytes: "A" is 32, and the end of text is the last id, as in ours."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    own = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<eos>")
+    fast.save_pretrained(str(tmp_path / "own"))
+    found = FolderTokenizer(str(tmp_path / "own"))
+    assert found.size == ByteTokenizer().size and found.identity != ByteTokenizer().identity
+    argv = ("--init", tiny_run, "--tokenizer", tmp_path / "own", "--data", text_file)
+    assert "leave --tokenizer out" in refused(capsys, *argv, "--out", tmp_path / "run")

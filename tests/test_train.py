@@ -22,6 +22,8 @@ from helpers import (
     words,
 )
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mlx_mla import checkpoint, files, generate, train
 from mlx_mla.backends.mlx.backend import MLXBackend
@@ -30,6 +32,8 @@ from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.presets import preset, to_toml
 from mlx_mla.model.schedule import learning_rate
 from mlx_mla.model.train_config import TrainConfig
+from mlx_mla.model.weights import num_parameters
+from mlx_mla.training import loop, recovery
 from mlx_mla.training.metrics import read_metrics
 
 
@@ -278,6 +282,54 @@ def test_a_finished_run_goes_on_with_more_steps(run_copy):
     assert checkpoint.latest(run_copy).name == "step-000045"
     steps = [r["step"] for r in read_metrics(run_copy / "metrics.jsonl") if r["split"] == "train"]
     assert steps == [1, 10, 20, 30, 40, 45]
+
+
+def test_auto_resume_stays_on_the_branch_that_from_step_began(run_copy, monkeypatch):
+    """The run has checkpoints of steps 20 and 40; the branch from 20 ends before its first."""
+
+    def ends(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(loop._Loop, "run", ends)
+        argv = words("--resume --from-step 20 --learning-rate 1e-5 --out", run_copy)
+        assert train.main(argv) == 130
+    assert recovery.find_restart(run_copy).from_step == 20
+    assert checkpoint.latest(run_copy).name == "step-000020"
+    assert train.main(words("--auto-resume --out", run_copy)) == 0
+    rows = read_metrics(run_copy / "metrics.jsonl")
+    assert rows[-1]["step"] == 40 and rows[-1]["lr"] <= 1e-5
+
+
+def test_a_run_that_was_killed_as_it_began_is_started_again(run_copy):
+    shutil.rmtree(run_copy / "checkpoints")
+    (run_copy / "latest").unlink()
+    assert train.main(words("--auto-resume --steps 2 --out", run_copy)) == 0
+
+
+def test_what_a_sample_cannot_use_is_said_before_the_first_step(tmp_path, capsys):
+    few = Tokenizer(models.WordLevel({"A": 0, "C": 1, "<eos>": 2}))
+    few.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=few, eos_token="<eos>")
+    tokenizer.save_pretrained(str(tmp_path / "few"))
+    (tmp_path / "text.txt").write_text("ACCA" * 200)
+    argv = [*TINY, "--tokenizer", tmp_path / "few", "--data", tmp_path / "text.txt", "--steps 2"]
+    argv += ["--out", tmp_path / "run"]
+    said = refused(capsys, *argv)
+    assert "--sample-prompt: " in said and "give another, or --sample-tokens 0" in said
+    assert not (tmp_path / "run").exists()
+    assert train.main(words(*argv, "--sample-prompt A")) == 0
+
+
+def test_one_position_has_no_sample(tmp_path, text_file):
+    argv = words("--n-layer 1 --n-head 2 --n-embd 16 --n-positions 1 --steps 1 --data", text_file)
+    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+
+
+def test_a_dry_run_is_of_the_model_that_init_names(tiny_run, capsys):
+    assert train.main(words("--init", tiny_run, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert f"{num_parameters(checkpoint.ModelFolder(checkpoint.latest(tiny_run)).config):,}" in said
 
 
 def test_auto_resume_completes_a_run_that_was_killed_while_its_last_picture_was_written(run_copy):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from mlx_mla.data.blocks import Reading, Source, TextBlock, check_position, grouped, listed
 from mlx_mla.data.corpus import COMPRESSED, JSON_LINES, PARQUET, TEXT
 from mlx_mla.data.hub_documents import hub_sources
+from mlx_mla.data.manifest import MANIFEST
 from mlx_mla.errors import UserError
 from mlx_mla.files import decoded, parse_json
 
@@ -60,7 +61,10 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
         raise UserError(f"{e.filename}: cannot be read: {e.strerror}")
 
     for folder, names, files in os.walk(path, onerror=unreadable):
-        names[:] = sorted(n for n in names if not n.startswith("."))
+        names[:] = sorted(
+            n for n in names
+            if not n.startswith(".") and not (Path(folder) / n / MANIFEST).is_file()  # shards
+        )  # fmt: skip
         for name in sorted(files):
             full = Path(folder) / name
             if name.startswith("."):
@@ -284,6 +288,8 @@ class ParquetSource(_FileSource):
                 f"{self.path}: has no column {column!r}, but {listed(schema.names)}; choose one "
                 "with --text-column"
             )
+        if schema.names.count(column) > 1:
+            raise UserError(f"{self.path}: has several columns {column!r}; rename all but one")
         stored = schema.field(column).type
         plain = stored.value_type if pa.types.is_dictionary(stored) else stored
         if not any(is_string(plain) for is_string in _STRINGS):

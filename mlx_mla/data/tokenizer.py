@@ -172,9 +172,8 @@ class FolderTokenizer:
     def _identity(self) -> str:
         vocab = self._fast.get_vocab()
         last = self.size - 1
-        for known in (ByteTokenizer, GPT2Tokenizer):
-            spelt = known is ByteTokenizer or vocab.get("Ġthe") == 262
-            if self.size == known.size and self.end_of_text == last and spelt:
+        for known, token, id in ((ByteTokenizer, "A", 65), (GPT2Tokenizer, "Ġthe", 262)):
+            if (self.size, self.end_of_text, vocab.get(token)) == (known.size, last, id):
                 return known.identity
         parts = json.loads(self._encoder.to_str())
         deciding = ("model", "normalizer", "pre_tokenizer", "added_tokens")

@@ -62,6 +62,7 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
         for name, shape in parameter_shapes(m).items()
         if is_trained(name, config.trainable)
     )
+    heads = m.n_head * m.attention_spec.head_dim
     gradients = 4 * trained * (2 if config.passes_per_step > 1 else 1)
     return Estimate(
         parameters=n,
@@ -72,7 +73,7 @@ def estimate(config: TrainConfig, fused_attention: bool) -> Estimate:
         gradient_bytes=gradients,
         activation_bytes=max(0, _peak_of_pass(config, fused_attention) - 4 * n),
         cache_bytes_per_token=cache_bytes_per_token(m, 2),
-        mha_cache_bytes_per_token=2 * m.n_layer * m.n_embd * BYTES["bfloat16"],
+        mha_cache_bytes_per_token=2 * m.n_layer * heads * BYTES["bfloat16"],
     )
 
 
@@ -92,6 +93,15 @@ def check_memory(config: TrainConfig, fused_attention: bool) -> None:
             f"{there / 2**30:.0f}; use a smaller model, --batch-size or --seq-len (--dry-run lists "
             "what needs how much)"
         )
+
+
+def teacher_bytes(config: TrainConfig, teacher: ModelConfig) -> int:
+    """About what a teacher adds to the memory of a step: its weights, its logits twice (also as
+    log-probabilities), and the activations of one block."""
+    tokens = config.batch_size * config.context
+    assert teacher.vocab_size and teacher.n_inner
+    block = 2 * (teacher.n_inner + 2 * teacher.n_embd)
+    return 4 * (num_parameters(teacher) + tokens * (2 * teacher.vocab_size + block))
 
 
 def report(config: TrainConfig) -> str:

@@ -29,7 +29,13 @@ from mlx_mla.errors import UserError
 from mlx_mla.evaluation.runner import metrics
 from mlx_mla.files import atomic_folder, write_text
 from mlx_mla.model.config import BackendName, DeviceName, DType
-from mlx_mla.model.estimate import Estimate, check_memory, estimate, memory_advice
+from mlx_mla.model.estimate import (
+    Estimate,
+    check_memory,
+    estimate,
+    memory_advice,
+    teacher_bytes,
+)
 from mlx_mla.model.schedule import learning_rate
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training import run_folder
@@ -109,7 +115,8 @@ def train(
         expected = _expected_memory(config, backend, console)
         peak_flops = _peak_flops(config.backend, config.device, config.dtype) if lead else math.inf
         pace = Pace(config, expected.train_flops_per_token, peak_flops)
-        stack.enter_context(backend.limited_memory(expected.total_bytes))
+        taught = 0 if taught_by is None else teacher_bytes(config, taught_by.config)
+        stack.enter_context(backend.limited_memory(expected.total_bytes + taught))
         session = backend.train_session(config, start, taught_by, world)
         log = None
         if lead:
@@ -292,7 +299,7 @@ class _Loop:
         prompt = known.encode(config.sample_prompt).tolist() or [known.end_of_text]
         prompt = prompt[: config.model.n_positions - 1]
         length = min(config.sample_tokens, config.model.n_positions - len(prompt))
-        if length < 1:
+        if not prompt or length < 1:
             return None
         tokens = self.session.generate(prompt, length, temp=0.8, seed=config.seed)
         text = self.data.fast_tokenizer.decode(

@@ -26,13 +26,17 @@ class Restart:
 
 
 def find_restart(run: Path) -> Restart:
-    """Find the newest intact checkpoint of a run folder, by its checksums.
+    """Find the newest intact checkpoint of a run folder, by its checksums; none beyond the one that
+    `latest` names, since those are of a branch that --from-step has left.
 
     Raises:
         UserError: If there are checkpoints, but all of them are damaged.
     """
     notes: list[str] = []
+    newest = checkpoint.latest(run)
     for folder in reversed(checkpoint.checkpoints(run)):
+        if newest is not None and checkpoint.step_of(folder) > checkpoint.step_of(newest):
+            continue
         problem = _problem(folder)
         if problem is None:
             return Restart(checkpoint.step_of(folder), tuple(notes))

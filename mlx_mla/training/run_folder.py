@@ -70,8 +70,8 @@ def create_run(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> No
         except OSError as e:
             raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
         lock.enter_context(locked_run(out))
-    _make_checkpoints(out)
     write_text(out / CONFIG, to_toml(config))
+    _make_checkpoints(out)
 
 
 def resume_advice(out: Path) -> str:
@@ -161,7 +161,8 @@ def prepare_resume(out: Path, config: TrainConfig, step: int) -> None:
     """Prepare a run folder to be resumed after a step.
 
     Lines that a killed run wrote after its last checkpoint are dropped; the resumed run writes them
-    again. All files are read before any is written.
+    again. All files are read before any is written. From here on, that step's checkpoint is the
+    newest, whatever an abandoned branch has saved.
     """
     kept = {
         path: [row for row in read(path) if row["step"] <= step]
@@ -170,5 +171,7 @@ def prepare_resume(out: Path, config: TrainConfig, step: int) -> None:
     }
     _make_checkpoints(out)
     write_text(out / CONFIG, to_toml(config))
+    if step:
+        write_text(out / LATEST, checkpoint.checkpoint_path(out, step).name + "\n")
     for path, rows in kept.items():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

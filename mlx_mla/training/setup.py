@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mlx_mla.backends.contract import Start
 from mlx_mla.data.dataset import TrainingData
-from mlx_mla.data.tokenizer import get_tokenizer
+from mlx_mla.data.tokenizer import Tokenizer, get_tokenizer
+from mlx_mla.errors import UserError
 from mlx_mla.evaluation.runner import PreparedTask, load, task_names
 from mlx_mla.evaluation.tasks import TASKS, TaskSetup
 from mlx_mla.evaluation.tasks.wikitext2 import WINDOW
@@ -42,6 +43,7 @@ def prepare_run(config: TrainConfig, resume: bool, world: World) -> Run:
         if config.init is not None and not resume:
             config = with_shape_of_init(config, tokenizer)
         config = config.resolved(tokenizer.size)
+        _check_sample(config, tokenizer)
     if world.size > 1:
         settings = parse_toml(world.first(to_toml(config)), "rank 0")
         config = overlay(TrainConfig(), settings, "rank 0")
@@ -55,6 +57,16 @@ def prepare_run(config: TrainConfig, resume: bool, world: World) -> Run:
     tasks = _tasks(config, data) if world.rank == 0 else []
     tracker_names(config.track)
     return Run(config, data, tasks, world, share)
+
+
+def _check_sample(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """UserError if the prompt of the samples cannot be encoded, which would end the run after its
+    last step."""
+    if config.sample_tokens:
+        try:
+            tokenizer.encode(config.sample_prompt)
+        except UserError as e:
+            raise UserError(f"--sample-prompt: {e}; give another, or --sample-tokens 0") from None
 
 
 def _tasks(config: TrainConfig, data: TrainingData) -> list[PreparedTask]:

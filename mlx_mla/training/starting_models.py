@@ -11,7 +11,7 @@ from mlx_mla.backends.contract import Teacher
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data.tokenizer import FolderTokenizer, Tokenizer, end_ids
 from mlx_mla.errors import UserError
-from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig
+from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import initial_weights
 
@@ -86,9 +86,9 @@ def _weights(option: str, folder: ModelFolder, shape: ModelConfig) -> dict[str, 
 
 def _check_tokenizer(option: str, folder: ModelFolder, tokenizer: Tokenizer) -> None:
     own = folder.tokenizer
-    ids, named = len(own), tokenizer.name in TOKENIZER_IDS
+    ids = len(own)
     if ids == tokenizer.size:
-        if named or own.get_vocab() == tokenizer.fast_tokenizer().get_vocab():
+        if own.get_vocab() == tokenizer.fast_tokenizer().get_vocab():
             return
         advice = "leave --tokenizer out"
     elif tokenizer.fast_tokenizer().get_vocab().items() <= own.get_vocab().items():
