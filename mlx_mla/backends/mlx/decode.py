@@ -274,13 +274,10 @@ class MLXDecoder:
                 # The next token's logits come from reading the last again.
                 trim_prompt_cache(context.cache, 1)
             n = min(left, limit - len(context.tokens))
-            offset = context.cache[0].offset
-            # What mlx-lm does not show to penalties: cached tokens, and with a draft the prompt.
-            unshown = context.tokens[: offset if draft is None else -1]
             common = {
                 "max_tokens": n,
                 "sampler": sampler,
-                "logits_processors": self._logits_processors(options, unshown),
+                "logits_processors": self._logits_processors(options, context.tokens),
                 **stream_of(self.device),
             }
             bits: dict[str, int] = {}
@@ -306,7 +303,7 @@ class MLXDecoder:
                         for c in context.cache
                     ]
                 draft_cache = make_cache(draft)
-                if seen := context.tokens[:offset]:
+                if seen := context.tokens[: context.cache[0].offset]:
                     draft(mx.array([seen]), cache=draft_cache)
                 # mlx-lm cuts this list at the number of layers, of which some may share a cache.
                 unused = len(self.model.layers) - len(context.cache)
@@ -344,25 +341,30 @@ class MLXDecoder:
         return draft
 
     def _logits_processors(
-        self, options: GenerationOptions, unshown: Sequence[int] = ()
+        self, options: GenerationOptions, context: Sequence[int] = ()
     ) -> list[Any]:
         """mlx-lm's processors of logits.
 
         Args:
-            unshown: Tokens before those that mlx-lm shows to them.
+            context: Tokens that are there already. mlx-lm shows penalties only the last of them:
+                by version, with a cache and with a draft it is those of the prompt, or a single
+                one.
         """
         processors: list[Any] = []
         if options.repetition_penalty != 1.0:
+            recent, before = options.repetition_context_size, list[mx.array]()
             (penalize,) = make_logits_processors(
-                repetition_penalty=options.repetition_penalty,
-                repetition_context_size=options.repetition_context_size,
+                repetition_penalty=options.repetition_penalty, repetition_context_size=recent
             )
-            before = mx.array(list(unshown[-options.repetition_context_size :]), mx.uint32)
-            processors.append(
-                lambda tokens, logits: penalize(
-                    mx.concatenate([before, tokens.astype(mx.uint32)]), logits
-                )
-            )
+            there = list(context)
+
+            def penalized(tokens: mx.array, logits: mx.array) -> Any:
+                if not before:
+                    hidden = there[: max(0, len(there) - tokens.size)]
+                    before.append(mx.array(hidden[-recent:], mx.uint32))
+                return penalize(mx.concatenate([before[0], tokens.astype(mx.uint32)]), logits)
+
+            processors.append(penalized)
         # Rows that pad the vocabulary stand for no token (a draft model may have fewer or more of
         # them).
         n = len(self.tokenizer)
