@@ -160,18 +160,17 @@ def _calibration(
     from mlx_mla.backends.torch.backend import TorchBackend
 
     from .calibration import Text
-    from .to_mla import CALIBRATION_WINDOW, Calibration
+    from .to_mla import CALIBRATION_TOKENS, CALIBRATION_WINDOW, HELD_OUT_TOKENS, Calibration
 
     text = Text(command.calibration, tokenizer, min(CALIBRATION_WINDOW, config.n_positions))
     device = TorchBackend(command.device).device
-    tokens, held_out = (
-        default if given is None else given
-        for given, default in (
-            (command.calibration_tokens, 65536),
-            (command.held_out_tokens, 32768),
-        )
+    tokens, held_out = command.calibration_tokens, command.held_out_tokens
+    return Calibration(
+        text,
+        CALIBRATION_TOKENS if tokens is None else tokens,
+        HELD_OUT_TOKENS if held_out is None else held_out,
+        device,
     )
-    return Calibration(text, tokens, held_out, device)
 
 
 def _check_flags(command: ConvertCommand) -> None:

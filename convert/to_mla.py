@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Weights = dict[str, np.ndarray]
 
+CALIBRATION_TOKENS, HELD_OUT_TOKENS = 65536, 32768
 CALIBRATION_WINDOW = 512
 """Tokens of a window of calibration text, at most."""
 
