@@ -164,6 +164,28 @@ def test_absorbed_scores_are_not_rounded_to_bfloat16_in_pytorch(rope, rng):
     assert off < 0.01
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_attention_on_a_cpu_computes_in_float32_in_pytorch(autocast, rng):
+    """It rounds its result alone, and gradients are as exact."""
+    import torch
+
+    from mlx_mla.model.model_torch import attend
+
+    q, k, v = (rng.standard_normal((2, h, 40, d)) for h, d in ((4, 24), (2, 24), (2, 16)))
+    args = [torch.tensor(a).bfloat16().requires_grad_() for a in (q, k, v)]
+    exact = [a.detach().double().requires_grad_() for a in args]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attend(*args, None, 0.5)
+    expected = attend(*exact, None, 0.5)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
+    found.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(args, exact):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=2**-7, atol=1e-5)
+
+
 # --- --dtype ---
 
 

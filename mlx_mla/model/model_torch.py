@@ -37,7 +37,7 @@ from .configuration_mla_gpt2 import MLAGPT2Config
 
 # The cost of writing a value that the next product reads, in multiply-adds (as in model_mlx.py).
 WRITTEN_VALUE = 100
-# Queries from which keys and values are worth copying to one width on a CPU.
+# Queries from which keys and values are worth copying on a CPU, to one width or to float32.
 FUSED_QUERIES = 32
 
 
@@ -49,11 +49,16 @@ def attend(
     Keys and values may have fewer heads than queries, by a whole factor, and other widths.
     """
     width = v.shape[-1]
+    fused = q.device.type == "cpu" and q.shape[-2] >= FUSED_QUERIES
     if q.device.type == "mps":
         # It has given silently wrong results for strided inputs (pytorch#163597).
         groups = q.shape[1] // k.shape[1]
         q, k, v = q.contiguous(), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    elif q.device.type == "cpu" and q.shape[-2] >= FUSED_QUERIES and width != k.shape[-1]:
+    elif fused and q.dtype == torch.bfloat16 and mask is None:
+        # Its flash attention takes twice as long in bfloat16, without AMX.
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask, scale).bfloat16()
+    elif fused and width != k.shape[-1]:
         # Its flash attention takes one width; zeros change neither scores nor values.
         widest = max(width, k.shape[-1])
         q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
