@@ -23,7 +23,7 @@ from mlx_mla.model import estimate
 from mlx_mla.model.attention import meaningless_fields
 from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig
 from mlx_mla.model.presets import overlay, preset
-from mlx_mla.model.train_config import RENAMED, TrainConfig
+from mlx_mla.model.train_config import ONLY_WITH, RENAMED, TrainConfig
 from mlx_mla.training.metrics import perplexity_text
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
@@ -284,23 +284,21 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
             base = preset(name)
     else:
         base = preset(name or "nano")
-    base = _exclusive(overlay(base, file, str(command.config)), base, file)
-    if "tokens_per_step" in file:
-        base.grad_accum_steps = None  # a run's config.toml has both
+    if {"tokens_per_step", "grad_accum_steps"} <= file.keys() and not command.resume:
+        # A run's config.toml holds what followed from its settings, too.
+        base = in_file.without_derived()
+    else:
+        base = _exclusive(overlay(base, file, str(command.config)), base, file)
     of_model = {n: v for n, v in given.items() if n in ModelConfig.__dataclass_fields__}
     others = {n: v for n, v in given.items() if n not in _OWN and n not in of_model}
     model = dataclasses.replace(base.model, **of_model)
     config = dataclasses.replace(base, model=model, **others)
     config = _exclusive(config, base, {**others, "model": of_model})
     if config.init is not None and not command.resume:
-        for name, value in of_model.items():
-            if name != "dropout" and value != getattr(base.model, name):
-                raise UserError(
-                    f"{flag(name)}: with --init the model's shape comes from its folder; "
-                    "leave it out"
-                )
+        _check_init(config, {**file, **others}, {**file.get("model", {}), **of_model})
     if not command.resume:
         rows_given = "vocab_size" in {**file.get("model", {}), **of_model}
+        rows_given = rows_given and config.model.vocab_size is not None
         _take_tokenizer(config, "tokenizer" in {**file, **given}, rows_given)
     config.make_paths_absolute()
     return dataclasses.replace(
@@ -318,10 +316,29 @@ def _exclusive(config: TrainConfig, base: TrainConfig, values: Mapping[str, Any]
         others = meaningless_fields(config.model.attention)
         default = {n: getattr(ModelConfig(), n) for n in others if n not in values["model"]}
         config.model = dataclasses.replace(config.model, **default)
+    for name, (option, *_) in ONLY_WITH.items():
+        if getattr(config, option) != getattr(base, option) and name not in values:
+            setattr(config, name, None)
     for one, other in itertools.permutations(("tokens_per_step", "grad_accum_steps")):
         if one in values and other not in values:
             setattr(config, other, None)
     return config
+
+
+def _check_init(config: TrainConfig, values: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+    """UserError for a value, given by a flag or in a file, that the model of --init decides."""
+    from mlx_mla.training.starting_models import shape_of_init
+
+    own, default = shape_of_init(config), preset(config.preset)
+    for name, value in shape.items():
+        if name != "dropout" and value != getattr(own, name):
+            raise UserError(
+                f"{flag(name)}: is {value}, but the model of --init has {getattr(own, name)}; "
+                "leave it out"
+            )
+    for name in ("initializer", "initializer_range"):
+        if name in values and values[name] != getattr(default, name):
+            raise UserError(f"{flag(name)}: --init starts from no random weights; leave it out")
 
 
 def _take_tokenizer(config: TrainConfig, given: bool, rows_given: bool) -> None:

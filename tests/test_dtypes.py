@@ -176,8 +176,8 @@ def test_bfloat16_attention_on_a_cpu_computes_in_float32_in_pytorch(autocast, rn
     args = [torch.tensor(a).bfloat16().requires_grad_() for a in (q, k, v)]
     exact = [a.detach().double().requires_grad_() for a in args]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = attend(*args, None, 0.5)
-    expected = attend(*exact, None, 0.5)
+        found = attend(*args, mask=None, scale=0.5)
+    expected = attend(*exact, mask=None, scale=0.5)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
     found.sum().backward()

@@ -21,6 +21,8 @@ from helpers import (
     unmeasured,
     words,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -29,7 +31,7 @@ from mlx_mla import checkpoint, files, generate, train
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.data.tokenizer import end_ids, set_end_ids
 from mlx_mla.model.config import ModelConfig
-from mlx_mla.model.presets import preset, to_toml
+from mlx_mla.model.presets import PRESETS, overlay, preset, to_toml
 from mlx_mla.model.schedule import learning_rate
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import num_parameters
@@ -152,6 +154,50 @@ def test_the_file_decides_between_tokens_and_passes_of_a_step(tmp_path):
     assert (changed.step_tokens, changed.passes_per_step) == (524288, 64)
 
 
+CHOICES = {"batch_size": 2, "optimizer": "muon", "lr_schedule": "wsd", "seq_len": 64}
+OF_MODEL = {"n_embd": 96, "head_dim": 32, "activation_function": "swiglu", "norm": "rms_norm"}
+
+
+@given(
+    st.sampled_from(sorted(PRESETS)),
+    st.sets(st.sampled_from(list(CHOICES))),
+    st.sets(st.sampled_from(list(OF_MODEL))),
+)
+def test_a_runs_settings_lose_what_follows_from_them(name, choices, of_model):
+    values = {n: CHOICES[n] for n in choices} | {"model": {n: OF_MODEL[n] for n in of_model}}
+    config = overlay(preset(name), values, "test").resolved()
+    bare = config.without_derived()
+    assert bare.resolved() == config
+    kept = {**bare.to_dict(), **bare.model.to_dict()}
+    assert not kept.keys() & {"n_inner", "decay_fraction", "muon_learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
+        ("", "--n-embd 64", {"n_inner": 256, "kv_lora_rank": 32, "v_head_dim": 32}),
+        ("", "--activation-function swiglu", {"n_inner": 384}),
+        ("", "--batch-size 8", {"grad_accum_steps": 1, "tokens_per_step": 2048}),
+        ("", "--attention mha", {"kv_lora_rank": None, "position_embedding_type": "rope"}),
+        (
+            "--lr-schedule wsd --decay-fraction 0.3",
+            "--lr-schedule cosine",
+            {"decay_fraction": None},
+        ),
+        ("--optimizer muon", "--optimizer adamw", {"muon_learning_rate": None}),
+        ("--kv-lora-rank 24", "--n-embd 64", {"kv_lora_rank": 24}),
+    ],
+)
+def test_flags_over_a_runs_settings_derive_the_rest_anew(flags, changes, expected, tmp_path):
+    path = tmp_path / "config.toml"
+    command = train_command(flags.split())
+    values = {f.name: getattr(command, f.name) for f in dataclasses.fields(TrainConfig)}
+    path.write_text(to_toml(TrainConfig(**values).resolved()))
+    config = train_command(["--config", str(path), *words(changes)]).resolved()
+    found = {**dataclasses.asdict(config), **dataclasses.asdict(config.model)}
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_a_file_may_name_another_attention_than_its_preset(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[model]\nattention = "mha"\n')
@@ -217,9 +263,14 @@ def test_a_chat_template_and_further_ends_of_text_outlive_training(tiny_run, tmp
 
 def test_init_refuses_what_the_folder_decides(tiny_run, tmp_path, text_file, capsys, shared_data):
     argv = ("--data", text_file, "--out", tmp_path / "run", "--init", tiny_run)
-    assert "--n-layer: with --init the model's shape comes from its folder" in refused(
-        capsys, *argv, "--n-layer 5"
-    )
+    assert "--n-layer: is 5, but the model of --init has" in refused(capsys, *argv, "--n-layer 5")
+    file = tmp_path / "c.toml"
+    for text, option in (
+        ("initializer = 'fan_in'", "initializer"),
+        ("[model]\nn_embd = 8", "n-embd"),
+    ):
+        file.write_text(text)
+        assert f"--{option}: " in refused(capsys, *argv, "--config", file)
     gpt2 = ("--tokenizer", "gpt2", "--bpe-dir", shared_data / "gpt2_bpe")
     assert "its tokenizer has 257 ids" in refused(capsys, *argv, *gpt2)
     assert not (tmp_path / "run").exists()

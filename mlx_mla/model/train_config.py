@@ -38,6 +38,14 @@ Rate = Annotated[float, positive(1e30)]
 RENAMED = {"checkpoint_every": "activation_checkpointing"}
 """Former names of settings, which flags and settings files may still use."""
 
+ONLY_WITH: dict[str, tuple[str, Optional[str], float]] = {
+    "teacher_weight": ("teacher", None, 0.5),
+    "teacher_temperature": ("teacher", None, 1.0),
+    "muon_learning_rate": ("optimizer", "muon", 0.02),
+    "decay_fraction": ("lr_schedule", "wsd", 0.2),
+}
+"""Settings that belong to one choice of an option (None: to any), and their defaults there."""
+
 LARGE_LOGITS = 64 * 2**20
 """Bytes of one pass's float32 logits above which the loss computes them in chunks."""
 
@@ -276,11 +284,9 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
             self,
             model=model,
             seq_len=self.seq_len or model.n_positions,
-            teacher_weight=self._only_with("teacher_weight", 0.5, "teacher"),
-            teacher_temperature=self._only_with("teacher_temperature", 1.0, "teacher"),
-            muon_learning_rate=self._only_with("muon_learning_rate", 0.02, "optimizer", "muon"),
-            decay_fraction=self._only_with("decay_fraction", 0.2, "lr_schedule", "wsd"),
         )
+        for name, condition in ONLY_WITH.items():
+            setattr(resolved, name, self._only_with(name, *condition))
         resolved.grad_accum_steps = resolved._passes()
         resolved.tokens_per_step = resolved.step_tokens
         if resolved.loss_chunk is None:
@@ -295,11 +301,33 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
             )
         return resolved
 
+    def without_derived(self) -> "TrainConfig":
+        """A copy of a resolved configuration without the values that follow from the others.
+
+        Positions stay: with another attention they are the same.
+        """
+        bare = dataclasses.replace(self, model=dataclasses.replace(self.model))
+        for settings in (bare, bare.model):
+            # From the last, so that tokens_per_step stays where it gives grad_accum_steps.
+            for field in reversed(dataclasses.fields(settings)):
+                value = getattr(settings, field.name)
+                if field.default is None and field.name != "position_embedding_type":
+                    setattr(settings, field.name, None)
+                    if not bare._resolves_to(self):
+                        setattr(settings, field.name, value)
+        return bare
+
+    def _resolves_to(self, other: "TrainConfig") -> bool:
+        try:
+            return self.resolved() == other
+        except UserError:
+            return False
+
     def _only_with(
-        self, name: str, default: float, option: str, choice: Optional[str] = None
+        self, name: str, option: str, choice: Optional[str], default: float
     ) -> Optional[float]:
-        """Value or default of a setting that belongs to one choice of an option, or to any; refused
-        for the other choices."""
+        """Value or default of a setting of ONLY_WITH; UserError if it is given without its
+        option."""
         value: Optional[float] = getattr(self, name)
         chosen = getattr(self, option)
         if chosen is not None and choice in (None, chosen):

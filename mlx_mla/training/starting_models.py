@@ -62,6 +62,12 @@ def with_shape_of_init(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig
     )
 
 
+def shape_of_init(config: TrainConfig) -> ModelConfig:
+    """The shape of the model of --init."""
+    assert config.init is not None
+    return _open(config.init).config
+
+
 def own_tokenizer(config: TrainConfig) -> str:
     """What --tokenizer is by default with --init or --teacher: the tokenizer of that model."""
     folder = checkpoint.model_folder(Path(config.init or config.teacher or ""))
