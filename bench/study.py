@@ -6,6 +6,7 @@ docs/study.md explains the protocol. A study can be stopped at any time and resu
 command; finished runs are in results.json and are never repeated.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import shlex
@@ -21,10 +22,10 @@ import tyro
 from bench.harness import cores, machine
 from bench.studying.pictures import draw
 from bench.studying.plan import Study
-from bench.studying.pool import Pool, Trainer, agenda, flops
+from bench.studying.pool import Pool, Trainer, agenda, flops, holds
 from bench.studying.reading import read_study
 from bench.studying.report import markdown
-from bench.studying.results import Outcome, Results
+from bench.studying.results import RESULTS, Outcome, Results
 from bench.studying.summary import Summary, student, summarize
 from mlx_mla import cli
 from mlx_mla.data.dataset import TrainingData
@@ -83,7 +84,11 @@ def _main(argv: Sequence[str]) -> int:
         return 0
     if command.out is None:
         raise UserError("--out DIR is needed, the folder for results, report and runs")
-    with locked(command.out, inside=True):
+    if command.report_only and not (command.out / RESULTS).is_file():
+        raise UserError(f"{command.out}: holds no {RESULTS}; give --out the folder of a study")
+    # A report can be made while the study runs.
+    alone = contextlib.nullcontext() if command.report_only else locked(command.out, inside=True)
+    with alone:
         results = Results(command.out)
         made_by = f"{PROG} {shlex.join(argv)}"
         ready = [] if command.report_only else agenda(study, results).ready
@@ -92,7 +97,10 @@ def _main(argv: Sequence[str]) -> int:
             tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
             results.use_data(TrainingData(config, tokenizer).fingerprint)
         results.check_data(study)
-        stopped = None if command.report_only else _train(study, results, command.out, command.jobs)
+        stopped = None
+        if not command.report_only:
+            stopped = _train(study, results, command.out, command.jobs)
+            results.save()
         summary = _report(study, results, command.out, made_by)
     if stopped is not None:
         name = signal.Signals(stopped).name
@@ -137,13 +145,12 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
             continue  # the first final run may be one of them
         for run in [*tuning.tried, *tuning.finals]:
             needed = study.keep == "best" and run.key in best
-            if not needed and results.get(run) is not None:
+            if not needed and results.get(run) is not None and holds(runs / run.name, run):
                 shutil.rmtree(runs / run.name, ignore_errors=True)
 
 
 def _report(study: Study, results: Results, out: Path, made_by: str) -> Summary:
     summary = summarize(study, results)
-    results.save()
     text = markdown(study, results, summary, draw(study, summary.rows, out), made_by)
     write_text(out / REPORT, text)
     return summary

@@ -275,7 +275,9 @@ def test_a_study_without_a_tuning_seed_says_which_results_were_tuned_on(tmp_path
         ('["mla", "mha"]', '[["mla", 3], "mha"]', "primary[0] = ['mla', 3] is not a value of type"),
         ("tokens = 1280", "tokens = [1280, 2560]", "it needs a study of one size and budget"),
         ("primary = ", 'rivals = [["mha"]]\nprimary = ', "rivals[0] = ['mha'] must have 2 items"),
-        ("primary = ", 'stair = ["ml"]\nprimary = ', "stair: 'ml' is not an arm; did you mean"),
+        ("primary = ", 'rivals = [["ml", "mla"]]\nprimary = ', "rivals: 'ml' is not an arm; did"),
+        ("tokens = 1280", 'tokens = 1280\narms = ["mha"]', "mla is not among the size's arms"),
+        ("[arms.mla]", "[arms.mla]\nat.tiny.seeds = [4]", "mla has no seed in common with mha"),
         ("tuning_seed = 0", "tuning_seed = 2", "tuning_seed 2 is one of mha's seeds"),
         ("batch_size = 4", "batchsize = 4", "did you mean 'batch_size'"),
         ("batch_size = 4", "steps = 4", "steps comes from tokens of a size"),
@@ -328,7 +330,6 @@ FULL = SMALL.replace(
     """title = "t"
 extensions = 1
 keep = "all"
-stair = ["mha", "mla"]
 rivals = [["mha", "mla"]]
 [verdict]
 margin = 0.01
@@ -442,14 +443,17 @@ def test_differences_are_paired_by_seed_and_agree_with_scipy(tmp_path):
     assert mla.comparison.p == pytest.approx(test.pvalue)
     assert mla.verdict == "worse"  # seeds move both arms by far more than the difference
     assert mla.loss - base.loss == pytest.approx(mla.difference.mean)
-    assert mla.tokens_to_baseline is None
+    assert mla.tokens_to_baseline == math.inf
     # What the file declares primary is not one of many; here no other comparison is left.
     assert summary.primary.primary and summary.primary.verdict == "worse"
     assert [c.holm for c in (mla.comparison, summary.pairs[0], summary.primary)] == [None] * 3
-    # From half the tokens to the end the curve falls by 0.5.
+    # From half the tokens to the end the curve falls by 0.5, too coarse to say.
     (tmp_path / "better").mkdir()
     study, better = opened(tmp_path / "better")
     pretend(study, better, noisy({"mha": 3e-3, "mla": 3e-3}, {"mha": 0, "mla": -0.25}))
+    assert summarize(study, better).rows[1].tokens_to_baseline is None
+    for r in better.records:
+        r.curve[:] = [(128 * i, r.loss + 0.1 * (10 - i)) for i in range(1, 11)]
     row = summarize(study, better).rows[1]
     assert row.tokens_to_baseline == pytest.approx(0.75 * 1280, rel=0.02)
 
@@ -475,6 +479,27 @@ def test_of_several_arms_the_one_that_tuning_prefers_is_primary_and_holm_adjusts
     assert "| tiny, 1,280 | mha | narrow | 3 |" in text and "| primary | worse |" in text
 
 
+@pytest.mark.parametrize("old", ["tuning_seed = 0\n", ", 2e-3, 4e-3, 8e-3"])
+def test_an_arm_that_tuning_is_to_choose_must_be_tuned_apart_from_the_results(tmp_path, old):
+    text = THREE.replace('primary = ["mla", ', 'primary = [["mla", "narrow"], ')
+    with pytest.raises(UserError, match="mla is chosen by its loss in tuning, which needs"):
+        read_study(written(tmp_path, text.replace(old, "")))
+
+
+def test_a_comparison_counts_once_however_often_it_is_named(tmp_path):
+    """In either direction, and beside the primary one not at all."""
+    pairs = 'rivals = [["mha", "narrow"], ["narrow", "mha"], ["mla", "mha"], ["mla", "narrow"]]\n'
+    study, results = opened(tmp_path, THREE.replace("[base]", pairs + "[base]", 1))
+    rates = dict.fromkeys(study.arms, 3e-3)
+    pretend(study, results, noisy(rates, {"mha": 0, "mla": -0.02, "narrow": 0.01}))
+    summary = summarize(study, results)
+    assert summary.exploratory == 2  # of narrow with both
+    p = [summary.pairs[0].p, summary.pairs[3].p]
+    expected = holm(p)
+    adjusted = [c.holm for c in (summary.rows[2].comparison, *summary.pairs)]
+    assert adjusted == [expected[0], expected[0], expected[0], None, expected[1]]
+
+
 def test_without_a_primary_comparison_holm_counts_all_and_the_pooled_deviation_is_beside(tmp_path):
     study, results = opened(tmp_path, THREE.replace('primary = ["mla", "mha"]\n', ""))
     noise = {"mha": 0, "mla": 0.001, "narrow": 0.05}
@@ -483,7 +508,7 @@ def test_without_a_primary_comparison_holm_counts_all_and_the_pooled_deviation_i
     pretend(study, results, lambda run: best(run) if run.seed == 0 else (
         2 + mean[run.arm] + noise[run.arm] * (run.seed - 2)))  # fmt: skip
     _, mla, narrow = summarize(study, results).rows
-    assert mla.verdict == "worse" and not mla.comparison.agrees
+    assert mla.verdict == "worse" and not mla.comparison.confirmed
     assert mla.comparison.with_pooled_sd.low < 0 < mla.difference.low
     assert "| worse* |" in report_of(study, results)
     p = [mla.comparison.p, narrow.comparison.p]
@@ -572,6 +597,16 @@ def test_a_changed_study_keeps_what_still_fits_and_names_the_rest(tmp_path):
     assert not agenda(study, results).ready
 
 
+def test_seeds_at_a_rate_that_is_no_longer_the_one_found_are_named(tmp_path):
+    study, results = opened(tmp_path)
+    pretend(study, results, LEVEL)
+    finals = [r for r in results.records if r.seed and r.arm == "mla"]
+    more, results = opened(tmp_path, SMALL.replace("8e-3]", "8e-3, 1.6e-2]"))
+    pretend(more, results, noisy({"mha": 3e-3, "mla": 1.6e-2}, {"mha": 0, "mla": 0}))
+    assert [r.name for r in results.others(more)] == [r.name for r in finals]
+    assert f"- {finals[0].name}, std 0.02: loss" in report_of(more, results)
+
+
 def test_runs_on_other_data_do_not_count_and_are_never_mixed(tmp_path, capsys):
     (tmp_path / "text").write_text("some text to train on " * 400)
     study, results = opened(tmp_path)
@@ -585,7 +620,7 @@ def test_runs_on_other_data_do_not_count_and_are_never_mixed(tmp_path, capsys):
     results.use_data("e")
     assert len(agenda(study, results).ready) == 8
     assert len(results.others(study)) == 14
-    results.add(study.cells[0].final(3e-3, 0.02, 2), {"loss": 1.0, "curve": []}, {})
+    results.add(study.cells[0].final(3e-3, 0.02, 2), {"loss": 1.0, "curve": [(1280, 1.0)]}, {})
     before = (tmp_path / "report.md").read_text()
     err = refused(capsys, path, *out, command=command.main)
     assert f"{RESULTS}: data_sha256 names 2 sets of data: d (m" in err
@@ -634,6 +669,7 @@ def test_a_results_file_that_is_none_is_one_error(tmp_path, text):
         ("loss", None, "loss and diverged"),
         ("diverged", "at step 3", "loss and diverged"),
         ("curve", [[1, 2], [1, 2]], "curve: tokens must rise"),
+        ("loss", 0.5, "curve: must end with tokens and loss"),
         ("machine", "another", "machine = 'another' is not in"),
         ("color", 1, "color is an unknown key"),
     ],
@@ -660,6 +696,7 @@ def test_two_records_of_one_run_must_agree(tmp_path):
     results.path.write_text(json.dumps(document))
     assert len(Results(tmp_path).records) == 15
     document["runs"][-1]["loss"] += 0.1
+    document["runs"][-1]["curve"][-1][1] += 0.1
     results.path.write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"results\.json: runs 3 and 15 .* are one, with loss"):
         Results(tmp_path)

@@ -48,12 +48,14 @@ class Agenda:
 def agenda(study: Study, results: Results) -> Agenda:
     """What the finished runs leave to do.
 
-    Sizes come in the order of the file; in each, all arms are tuned before any seed. Seed by seed
-    the primary comparison and the baseline follow, then all other arms, so that whatever has
-    finished can be compared.
+    Sizes come in the order of the file; in each, what is ready of the tuning comes before any seed.
+    Seed by seed the primary comparison and the baseline follow, then all other arms, so that
+    whatever has finished can be compared.
     """
-    pair = results.primary(study)
-    first = {study.baseline, *(cell.arm for cell in pair)} if pair else set(study.arms)
+    first = set(study.arms)
+    if study.primary is not None:  # its arm may not be known yet
+        pair = results.primary(study)
+        first = {study.baseline, study.primary[1], *(cell.arm for cell in pair or ())}
     ready: list[Run] = []
     later: list[Run] = []
     for size in dict.fromkeys(cell.size for cell in study.cells):
@@ -162,7 +164,7 @@ class Trainer:
         command = [sys.executable, "-m", "mlx_mla.train", "--auto-resume"]
         command += ["--config", str(self._beside(".toml")), "--out", str(self.folder)]
         # Without a terminal, mlx_mla.train writes plain lines; they go to the log.
-        with self._beside(".log").open("ab") as log:
+        with self._beside(".log").open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env={**os.environ, **dict.fromkeys(THREADS, str(self._threads))},
@@ -203,12 +205,19 @@ def make_room(folder: Path, run: Run) -> None:
     if not (folder / CONFIG).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         return
-    if settings(run_config(folder).resolved()) == settings(run.config):
+    if holds(folder, run):
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.other-{number}")).exists():
         number += 1
     folder.rename(aside)
+
+
+def holds(folder: Path, run: Run) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / CONFIG).is_file() and settings(run_config(folder).resolved()) == settings(
+        run.config
+    )
 
 
 def run_toml(run: Run) -> str:
@@ -290,6 +299,8 @@ class Pool:
                 self._finished += 1
                 self._done += _work(trainer, trainer.run.config.steps)
                 finished(trainer, outcome)
+                if trainer.run in plan.ready:
+                    plan.ready.remove(trainer.run)
                 loss = outcome.get("diverged") or f"loss {outcome['loss']:.4f}"
                 self._say(f"finished {trainer.run.name}  {loss}", plan)
         return self._finished > before

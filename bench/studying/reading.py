@@ -59,7 +59,6 @@ class _File:
     title: str = ""
     baseline: str
     primary: Optional[tuple[Union[str, list[str]], str]] = None
-    stair: list[str] = dataclasses.field(default_factory=list)
     rivals: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     extensions: Annotated[int, not_negative(10)] = 3
     keep: Keep = "best"
@@ -149,11 +148,11 @@ def _quick(study: Study) -> Study:
 
     cells: dict[tuple[str, str], Cell] = {}
     for cell in study.cells:
-        steps, pace = min(QUICK_STEPS, cell.config.steps), few(cell.config.warmup_steps)
+        pace = few(cell.config.warmup_steps)
         pace |= {"eval_every": QUICK_STEPS // 4, "save_every": QUICK_STEPS // 2}
         own = dataclasses.replace(
-            cell, config=dataclasses.replace(cell.config, steps=steps, **pace),
-            tune_steps=steps, rates=middle(cell.rates), stds=middle(cell.stds), extensions=0,
+            cell, config=dataclasses.replace(cell.config, steps=QUICK_STEPS, **pace),
+            tune_steps=QUICK_STEPS, rates=middle(cell.rates), stds=middle(cell.stds), extensions=0,
             seeds=cell.seeds[:QUICK_SEEDS],
         )  # fmt: skip
         cells.setdefault((cell.arm, cell.size), own)
@@ -203,7 +202,6 @@ class _Reader:
             self._names(list(machine.tokens_per_second), f"[machines.{name}]", "sizes")
         for name, (arm, _) in self.arms.items():
             self._names(list(arm.at), f"[arms.{name}.at]", "sizes")
-        stair = self._names(file.stair, "stair")
         rivals = [self._names(pair, "rivals") for pair in file.rivals]
         primary: tuple[tuple[str, ...], str] | None = None
         if file.primary is not None:
@@ -211,10 +209,8 @@ class _Reader:
             primary = self._names([first] if isinstance(first, str) else first, "primary"), rival
             self._names([*primary[0], rival], "primary")
         cells = [cell for size in self.sizes for cell in self._cells_of(size, baseline)]
-        if primary and len({cell.place for cell in cells}) > 1:
-            raise UserError(
-                f"{self.where}: primary is one comparison; it needs a study of one size and budget"
-            )
+        if primary:
+            self._check_primary(primary, cells)
         return Study(
             title=file.title or self.path.stem,
             baseline=baseline,
@@ -223,12 +219,29 @@ class _Reader:
             confidence=file.verdict.confidence,
             keep=file.keep,
             arms={name: arm.about for name, (arm, _) in self.arms.items()},
-            pairs=tuple((a, b) for a, b in (*itertools.pairwise(stair), *rivals)),
+            pairs=tuple((a, b) for a, b in rivals),
             cells=tuple(cells),
             bases=self.bases,
             machines=file.machines,
             quick=False,
         )
+
+    def _check_primary(self, primary: tuple[tuple[str, ...], str], cells: Sequence[Cell]) -> None:
+        arms, rival = primary
+        if len({cell.place for cell in cells}) > 1:
+            raise UserError(
+                f"{self.where}: primary is one comparison; it needs a study of one size and budget"
+            )
+        named = {cell.arm: cell for cell in cells if cell.arm in (*arms, rival)}
+        for name in (*arms, rival):
+            if name not in named:
+                raise UserError(f"{self.where}: primary: {name} is not among the size's arms")
+        for cell in (named[name] for name in arms if len(arms) > 1):
+            if cell.tuning_seed is None or (len(cell.rates) == 1 and not cell.tunes_std):
+                raise UserError(
+                    f"{self.where}: primary: {cell.arm} is chosen by its loss in tuning, which "
+                    "needs a tuning_seed, and several learning_rates or initializer_ranges"
+                )
 
     def _cells_of(self, size: str, baseline: str) -> list[Cell]:
         where = f"{self.where} [sizes.{size}]"
@@ -253,13 +266,15 @@ class _Reader:
             raise UserError(f"{where}: arms must hold the baseline, {baseline}; add it")
         cells = [cell for name in names for cell in self._cells(name, size, config, own, tuned)]
         self._check_distinct(cells, baseline, size)
-        compared = {cell.tokens for cell in cells if cell.arm == baseline}
+        compared = {cell.tokens: set(cell.seeds) for cell in cells if cell.arm == baseline}
         for cell in cells:
             if cell.tokens not in compared:
                 raise UserError(
                     f"{where}: {cell.arm} trains on {cell.tokens:,} tokens, which the baseline, "
                     f"{baseline}, does not; give both the same"
                 )
+            if not compared[cell.tokens] & set(cell.seeds):
+                raise UserError(f"{where}: {cell.arm} has no seed in common with {baseline}")
         return cells
 
     def _cells(

@@ -36,7 +36,8 @@ def markdown(
     lines += _section("Tuning", _tuned(rows))
     if others := results.others(study):
         kept = "They are kept in results.json and count for nothing above."
-        named = [f"- {r.name}: {_outcome(r)}" for r in others]
+        std = "initializer_range"
+        named = [f"- {r.name}, std {r.settings.get(std)}: {_outcome(r)}" for r in others]
         lines += _section("Finished runs that the study does not ask for", [kept, "", *named])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -49,12 +50,13 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
     rows = summary.rows
     unfinished = [r for r in rows if not r.finished or r.verdict.startswith("unfinished")]
     used = {record.machine for r in rows for record in r.finals.values()}
+    tried = (results.get(run) for r in rows for run in r.tuning.tried)
+    used |= {record.machine for record in tried if record is not None}
     lines = [f"- command: `{command}`"]
     if study.quick:
         lines.append("- **--quick**: a check that everything runs; its figures mean nothing")
     if unfinished:
         lines.append(f"- **not finished**: {len(unfinished)} of {len(rows)} rows")
-    tested = sum(c.holm is not None for c in (*(r.comparison for r in rows), *summary.pairs) if c)
     primary = "none was declared primary" if study.primary is None else "all but the primary one"
     lines += [
         f"- rule, fixed in the study's file: {_rule(study)}",
@@ -64,7 +66,8 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
         "- intervals are Student's with the standard deviation of the arm's own differences; those "
         "with the standard deviation pooled over all arms of the table stand beside them, and a "
         "verdict with * is not confirmed by them",
-        f"- exploratory comparisons: {tested} ({primary}); Holm's p is adjusted for their number",
+        f"- exploratory comparisons: {summary.exploratory} ({primary}); Holm's p, of a difference "
+        "of zero, is adjusted for their number",
     ]
     if any(cell.tuning_seed is None for cell in study.cells):
         lines.append(
@@ -83,9 +86,9 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
 
 def _rule(study: Study) -> str:
     """The rule of the verdicts, in a sentence."""
-    share = math.expm1(study.margin)
+    share, sure = math.expm1(study.margin), f"{100 * study.confidence:g}%"
     return (
-        f"an arm is *better* if the {study.confidence:.0%} interval of its paired difference lies "
+        f"an arm is *better* if the {sure} interval of its paired difference lies "
         f"below zero, *not worse* if its upper end is at most {share:.2%} of perplexity "
         f"({study.margin:.5f} nats), *worse* if the interval lies above zero and reaches beyond "
         "that margin, otherwise *not shown*"
@@ -108,7 +111,7 @@ def _compared(c: Comparison | None) -> list[str]:
     """The cells of a comparison; the baseline's are empty."""
     if c is None:
         return [*"----", "baseline"]
-    said = f"{c.verdict}{'' if c.agrees else '*'}"
+    said = f"{c.verdict}{'' if c.confirmed else '*'}"
     if c.difference is None:
         return [*"----", said]
     p = "primary" if c.primary else "-" if c.holm is None else f"{c.holm:.3f}"
@@ -170,10 +173,9 @@ def _costs(rows: Sequence[Row]) -> list[str]:
         embeddings = sum(n for name, n in sizes.items() if ".wte." in name or ".wpe." in name)
         speeds = [r.tokens_per_second for r in finals if r.tokens_per_second]
         seconds = [r.seconds for r in finals if r.loss is not None]
-        reached = "-"
-        if row.comparison is not None and finals:
-            tokens = row.tokens_to_baseline
-            reached = f"{tokens / row.cell.tokens:.0%}" if tokens is not None else "never"
+        tokens, reached = row.tokens_to_baseline, "-"
+        if row.comparison is not None and tokens is not None:
+            reached = f"{tokens / row.cell.tokens:.0%}" if math.isfinite(tokens) else "never"
         machines = ", ".join(sorted({r.machine for r in finals}))
         cells.append([
             row.cell.arm, f"{sum(sizes.values()):,}", f"{sum(sizes.values()) - embeddings:,}",
@@ -217,6 +219,8 @@ def _tuned(rows: Sequence[Row]) -> list[str]:
                 for value, loss in found.losses.items()
             )
             how = (found.note or "unfinished") + with_
+            if found.best is not None and math.isfinite(found.loss):
+                how += f"; {found.loss:.4f} expected"
             cells.append([
                 cell.arm, f"{cell.size}, {cell.tokens:,}", stage.what, tried or "-",
                 _number(found.best), how,

@@ -60,6 +60,10 @@ class Record:
         tokens = [point[0] for point in self.curve]
         if any(a >= b for a, b in itertools.pairwise(tokens)):
             raise ValueError("curve: tokens must rise from point to point")
+        if self.loss is not None:
+            end = self.curve[-1] if self.curve else (0, math.inf)
+            if end[0] != self.tokens or abs(end[1] - self.loss) > 1e-5:
+                raise ValueError("curve: must end with tokens and loss")
 
     @property
     def name(self) -> str:
@@ -210,10 +214,11 @@ class Results:
         write_text(self.path, text)
 
     def others(self, study: Study) -> list[Record]:
-        """Finished runs that the study does not ask for, because of changed settings or other
-        data. They are kept in the file and count for nothing."""
-        asked = {id(record) for record in self._asked(study)}
-        return [r for r in self.records if not self._counts(r) or id(r) not in asked]
+        """Finished runs that count for nothing: of other settings or data, or at a rate or std that
+        is no longer the one found. They are kept in the file."""
+        tunings = map(self.tuning, study.cells)
+        asked = {run.key for found in tunings for run in (*found.tried, *found.finals)}
+        return [r for r in self.records if not self._counts(r) or key(r.settings) not in asked]
 
     def check_data(self, study: Study) -> None:
         """UserError if the study's runs were trained on different data, and no data were named."""

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.studying.plan import Cell, Study
+from bench.studying.plan import Cell, Place, Study
 from bench.studying.results import Record, Results, Tuning
 from mlx_mla.errors import UserError
 
@@ -23,10 +23,6 @@ class Interval:
     low: float
     high: float
     count: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
 
 
 @dataclasses.dataclass
@@ -44,15 +40,15 @@ class Comparison:
     primary: bool = False
     with_pooled_sd: Interval | None = None
     """With the SD pooled over all comparisons of the size and budget."""
+    confirmed: bool = True
+    """Whether the interval with the pooled SD has the same verdict."""
     holm: float | None = None
     """p adjusted for the number of exploratory comparisons."""
 
     @property
-    def agrees(self) -> bool:
-        """Whether both intervals exclude zero, or neither."""
-        if self.difference is None or self.with_pooled_sd is None:
-            return True
-        return self.difference.excludes_zero == self.with_pooled_sd.excludes_zero
+    def what(self) -> tuple[frozenset[str], Place]:
+        """What is compared, in either direction."""
+        return frozenset({self.arm.arm, self.rival.arm}), self.arm.place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +64,8 @@ class Row:
     """The baseline's mean final loss plus the paired difference, so that a seed which only some
     arms have finished shifts none; nats a token."""
     tokens_to_baseline: float | None
-    """Tokens after which the mean curve is at the baseline's final loss, on common seeds; None if
-    it never is."""
+    """Tokens after which the mean curve is at the baseline's final loss, on common seeds; infinite
+    if it never is, None if that is not known."""
     gap: Curve
     """The paired difference along the run."""
 
@@ -83,8 +79,8 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Whether every seed has a record."""
-        return set(self.finals) == set(self.cell.seeds)
+        """Whether nothing is left to run."""
+        return set(self.finals) == set(self.cell.seeds) or self.tuning.diverged
 
     @property
     def diverged(self) -> list[int]:
@@ -107,6 +103,8 @@ class Summary:
     primary: Comparison | None
     pairs: Sequence[Comparison]
     """Comparisons that the file names beside those with the baseline."""
+    exploratory: int
+    """Different comparisons that have a p value, without the primary one."""
 
 
 def summarize(study: Study, results: Results) -> Summary:
@@ -126,12 +124,15 @@ def summarize(study: Study, results: Results) -> Summary:
         for c in [*exploratory, *([primary] if primary else [])]:
             if spread is not None and c.values and c.arm.place == place:
                 c.with_pooled_sd = interval(c.values, study.confidence, spread)
-    if primary:  # the same comparison is not exploratory where it stands beside others
-        exploratory = [c for c in exploratory if (c.arm, c.rival) != (primary.arm, primary.rival)]
-    tested = [(c, c.p) for c in exploratory if c.p is not None]
-    for (c, _), adjusted in zip(tested, holm([p for _, p in tested])):
-        c.holm = adjusted
-    return Summary(rows, primary, pairs)
+                if c.verdict in VERDICTS:
+                    c.confirmed = verdict(c.with_pooled_sd, study.margin) == c.verdict
+    tested = {c.what: c.p for c in exploratory if c.p is not None}
+    if primary:
+        tested.pop(primary.what, None)
+    adjusted = dict(zip(tested, holm(list(tested.values()))))
+    for c in exploratory:
+        c.holm = adjusted.get(c.what)
+    return Summary(rows, primary, pairs, len(tested))
 
 
 def _primary(study: Study, results: Results) -> Comparison | None:
@@ -175,7 +176,7 @@ def _row(study: Study, results: Results, cell: Cell) -> Row:
         if comparison and comparison.difference:
             loss += comparison.difference.mean
         curve = _mean([dict(a.curve) for a, _ in pairs])
-        reached = _reached(curve, statistics.fmean(_loss(b) for _, b in pairs))
+        reached = _reached(curve, statistics.fmean(_loss(b) for _, b in pairs), cell.tokens / 10)
     both = [(dict(a.curve), dict(b.curve)) for a, b in pairs]
     gap = _mean([{n: a[n] - b[n] for n in a if n in b} for a, b in both])
     return Row(cell, results.tuning(cell), finals, comparison, loss, reached, gap)
@@ -198,16 +199,18 @@ def _mean(curves: Sequence[Mapping[int, float]]) -> Curve:
     return [(n, statistics.fmean(curve[n] for curve in curves)) for n in shared]
 
 
-def _reached(curve: Curve, loss: float) -> float | None:
-    """Tokens at which a curve first reaches a loss, interpolated linearly between its points."""
-    last: tuple[int, float] | None = None
+def _reached(curve: Curve, loss: float, apart: float) -> float | None:
+    """Tokens at which a curve first reaches a loss, interpolated linearly between its points;
+    infinite if it never does, None if the points are further apart."""
+    last = (0, math.inf)
     for tokens, value in curve:
         if value <= loss:
-            if last is None:
-                return float(tokens)
-            return last[0] + (last[1] - loss) / (last[1] - value) * (tokens - last[0])
+            if tokens - last[0] > apart:
+                return None
+            part = (last[1] - loss) / (last[1] - value) if last[0] else 1.0
+            return last[0] + part * (tokens - last[0])
         last = tokens, value
-    return None
+    return math.inf
 
 
 def student() -> Any:
@@ -263,6 +266,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
+
+
+VERDICTS = ("better", "not worse", "worse", "not shown")
 
 
 def verdict(difference: Interval, margin: float) -> str:
