@@ -1,8 +1,8 @@
 # Two commands do the main jobs on a bare machine: `make train` and `make test`.
 # Each makes .venv, installs the pinned versions into it, then does its job.
 
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python3.10; do \
-	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -24,8 +24,8 @@ help:
 # the environment is not whole.
 $(shell test -x $(PY) -a ! -e $(VENV)/.installing || rm -f $(VENV)/.core $(VENV)/.dev)
 
-INSTALL = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
-	"error: no Python 3.10 or newer found; install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }; \
+INSTALL = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
+	"error: no Python 3.11 or newer found; install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }; \
 	"$(PYTHON)" tools/install.py $(VENV)
 
 $(VENV)/.core: pyproject.toml setup.py constraints.txt

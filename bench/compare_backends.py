@@ -36,14 +36,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from unittest import mock
 
 if not __package__:  # started as a file, which puts this folder on the path instead of its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from typing_extensions import Self
 
 from bench.compare_pictures import figures
 from bench.compare_report import body

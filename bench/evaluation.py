@@ -24,14 +24,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Optional
+from typing import Any, ClassVar, Literal, NotRequired, Optional, Self
 
 import lm_eval
 import numpy as np
 import psutil
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from typing_extensions import NotRequired, Self
 
 from bench.harness import PACKAGES, Benchmark, Document, Results, Row
 from bench.rows import Figure, Positive, Positives, Whole, rows

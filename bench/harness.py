@@ -16,10 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Optional, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, Optional, Self, get_args, get_origin
 
 import tyro
-from typing_extensions import Self
 
 from mlx_mla import cli, files
 from mlx_mla.backends import get_backend

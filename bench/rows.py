@@ -3,9 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Optional
-
-from typing_extensions import NotRequired, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, Optional, TypedDict
 
 from mlx_mla.fields import Bounds, not_negative, positive
 

@@ -11,11 +11,10 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import mlx.core as mx
 import numpy as np
-from typing_extensions import Self
 
 from bench import compare_report
 from bench.harness import Benchmark, Document, Results, Row

@@ -11,17 +11,12 @@ import re
 import secrets
 import shutil
 import stat
-import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_mla.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SUMS = "SHA256SUMS"
 

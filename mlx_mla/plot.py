@@ -7,10 +7,9 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import tyro
-from typing_extensions import TypedDict
 
 from mlx_mla import cli
 from mlx_mla.display import markdown_table

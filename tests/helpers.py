@@ -1,7 +1,6 @@
 """What several test files use: tiny models and runs, and how a command is called and refused."""
 
 import contextlib
-import inspect
 import json
 import mmap
 import os
@@ -346,7 +345,4 @@ def mlx_lm_server(folder: Path, *flags: str) -> Iterator[Callable[[str], str]]:
 def by_mlx_lm(folder: Path, **options):
     """The model and tokenizer of a folder as stock mlx-lm loads them."""
     trust = {"trust_remote_code": True}
-    # mlx-lm 0.31, the last for Python 3.10, asks that of the tokenizer alone.
-    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
-        options |= trust
-    return mlx_lm.load(str(folder), trust, **options)[:2]
+    return mlx_lm.load(str(folder), trust, **trust, **options)[:2]

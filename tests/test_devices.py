@@ -12,7 +12,6 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_mla import serve
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
-from mlx_mla.backends.mlx import device
 from mlx_mla.backends.mlx.backend import LIMIT, MLXBackend
 from mlx_mla.model import model_mlx
 from mlx_mla.model.weights import initial_weights
@@ -44,8 +43,6 @@ def a_mac(monkeypatch):
 def foreign_stream(monkeypatch):
     """mlx-lm's own stream, bound to another device than ours when it was imported: whoever computes
     on it fails."""
-    if not device.TAKES_STREAM:
-        pytest.skip("this mlx-lm takes no stream")
     for loop in (generate_step, speculative_generate_step):
         monkeypatch.setattr(loop, "__defaults__", ("mlx-lm's own stream",))
     module = importlib.import_module("mlx_lm.generate")
@@ -120,14 +117,6 @@ def test_fused_kernels_are_not_for_the_cpu_of_a_mac(monkeypatch):
     assert model_mlx.on_metal()
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     assert not model_mlx.on_metal()
-
-
-def test_an_mlx_lm_that_takes_no_stream_is_for_the_gpu_alone(monkeypatch):
-    monkeypatch.setattr(device, "TAKES_STREAM", False)
-    assert device.find_device("auto") == mx.default_device()
-    monkeypatch.setattr(mx, "is_available", lambda _: True)
-    with pytest.raises(ValueError, match="mlx-lm for Python"):
-        device.find_device("cpu")
 
 
 def test_serve_generates_on_its_device(folder, monkeypatch, capsys):

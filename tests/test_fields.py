@@ -3,10 +3,9 @@
 import dataclasses
 import datetime
 import json
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NotRequired, Optional, TypedDict
 
 import pytest
-from typing_extensions import NotRequired, TypedDict
 
 from mlx_mla.errors import UserError
 from mlx_mla.fields import Count, FileName, read, typed, value_of

@@ -76,7 +76,7 @@ def tool(path: Path, name: str, script: str) -> None:
 @pytest.mark.parametrize("command", ["", "python-that-is-not-there", "old"])
 def test_no_python(make, path, command):
     tool(path, "old", "exit 1")  # as its comparison of versions ends
-    assert "no Python 3.10 or newer found; install one, or: make PYTHON=" in refusal(
+    assert "no Python 3.11 or newer found; install one, or: make PYTHON=" in refusal(
         make(f"PYTHON={command}")
     )
 

@@ -2,7 +2,7 @@
 
 Prints the size of the download, shows progress, and continues where an earlier attempt ended. Uses
 uv if that is on the PATH, else pip. A failure ends in one line with what to do, and exit code 2.
-Needs only Python 3.10.
+Needs only Python 3.11.
 """
 
 import importlib.util

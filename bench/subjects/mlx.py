@@ -17,7 +17,6 @@ from bench.subjects.contract import Subject, Timed, Trainer, Weights, gpt2_shape
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.backends.mlx.decode import WithoutCache
-from mlx_mla.backends.mlx.device import stream_of
 from mlx_mla.backends.mlx.load import build_model
 from mlx_mla.model.config import DType, ModelConfig
 from mlx_mla.model.train_config import TrainConfig
@@ -157,8 +156,8 @@ def _generated(
     network: Any, ids: mx.array, cache: list[Any], max_tokens: int
 ) -> Generator[Any, None, None]:
     """mlx-lm's loop, which `generate` runs for one prompt."""
-    stream = stream_of(mx.default_device())
-    return generate_step(ids, network, prompt_cache=cache, max_tokens=max_tokens, **stream)
+    stream = mx.default_stream(mx.default_device())
+    return generate_step(ids, network, prompt_cache=cache, max_tokens=max_tokens, stream=stream)
 
 
 def _timed(tokens: Generator[Any, None, None], count: int) -> float:

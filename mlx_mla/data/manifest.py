@@ -1,9 +1,7 @@
 """The manifest of a folder of token shards, which `mlx_mla.prepare` writes and resumes from."""
 
 from pathlib import Path
-from typing import Any, Literal
-
-from typing_extensions import NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import Count, FileName, Name, Sha256, value_of

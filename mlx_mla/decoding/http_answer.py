@@ -42,8 +42,6 @@ class Answer:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], max_tokens: int):
         self._writer, self._left = TextWriter(tokenizer, stop), max_tokens
-        self.machine: Any = None
-        """mlx-lm 0.31's state machine, which separates text, reasoning and tool calls."""
         self.pieces = collections.deque[str]()
         """The text that each token completes."""
 
@@ -56,13 +54,6 @@ class Answer:
         ended = self._writer.add(token) is not None
         self.pieces.append(self._writer.take(final=not ended and self._left == 0))
         return ended
-
-    def make_state(self) -> Any:
-        return self.machine.make_state()
-
-    def match(self, state: Any, token: int) -> tuple[Any, Any, Any]:
-        state, match, name = self.machine.match(state, token)
-        return (state, (token,), None) if self.advance(token) else (state, match, name)
 
 
 class Generator(server.ResponseGenerator):
@@ -107,20 +98,15 @@ class Generator(server.ResponseGenerator):
             if response.finish_reason == "stop":
                 # With a reason, the handler drops the text. Without one, it reports "stop".
                 response.finish_reason = None
-                response.state = "normal"  # to mlx-lm 0.31
             yield response
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         return request.tokenized
 
     def _make_state_machine(
-        self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        answer: Answer = stop_words
-        answer.machine, rest = super()._make_state_machine(
-            model_key, tokenizer, (), *args, **kwargs
-        )
-        return answer, rest
+        self, model_key: Any, tokenizer: Any, stop_words: Any
+    ) -> tuple[Answer, Any]:
+        return stop_words, super()._make_state_machine(model_key, tokenizer, ())[1]
 
     def _serve_single(self, request: Any, *args: Any) -> None:
         # Outside of batches, mlx-lm's penalties see only the part of a prompt that is not cached.

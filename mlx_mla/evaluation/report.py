@@ -5,9 +5,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import TypedDict
+from typing import Any, TypedDict
 
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError

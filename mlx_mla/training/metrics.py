@@ -2,9 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from mlx_mla.fields import Count, NonNegativeFloat, value_of
 from mlx_mla.files import REMEDY, finite, json_lines

@@ -26,7 +26,7 @@ from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 from mlx_mla.backends.contract import decoding_dtype
 from mlx_mla.backends.mlx import prompt_cache
 from mlx_mla.backends.mlx.caches import KVCache, UnusedCache, make_cache
-from mlx_mla.backends.mlx.device import DTYPES, device_type, on_device, stream_of
+from mlx_mla.backends.mlx.device import DTYPES, device_type, on_device
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.decoding.request import (
@@ -182,7 +182,7 @@ class MLXDecoder:
             self.model,
             logits_processors=self._logits_processors(options),
             completion_batch_size=max(32, len(prompts)),
-            **stream_of(self.device),
+            stream=mx.default_stream(self.device),
         )
         samplers = [make_sampler(options) for _ in prompts]
         uids = generator.insert([list(p) for p in prompts], limits, samplers=samplers)
@@ -278,7 +278,7 @@ class MLXDecoder:
                 "max_tokens": n,
                 "sampler": sampler,
                 "logits_processors": self._logits_processors(options, context.tokens),
-                **stream_of(self.device),
+                "stream": mx.default_stream(self.device),
             }
             bits: dict[str, int] = {}
             if options.kv_bits is not None:

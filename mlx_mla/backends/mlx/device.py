@@ -7,14 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
 
 from mlx_mla.errors import UserError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-# mlx-lm 0.31, the last version for Python 3.10, decodes on MLX's default device at import time.
-TAKES_STREAM = "stream" in inspect.signature(generate_step).parameters
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,20 +30,7 @@ def find_device(name: str) -> mx.Device:
     has_gpu = mx.is_available(mx.gpu)
     if name == "gpu" and not has_gpu:
         raise UserError("--device gpu: MLX sees no GPU here; use --device cpu or auto")
-    if name == "cpu" and has_gpu and not TAKES_STREAM:
-        raise UserError(
-            "--device cpu: mlx-lm for Python 3.10 generates only on the GPU; use Python 3.11 or "
-            "later, or leave out --device"
-        )
     return mx.Device(mx.gpu if has_gpu and name != "cpu" else mx.cpu)
-
-
-def stream_of(device: mx.Device) -> dict[str, mx.Stream]:
-    """Return the argument that keeps mlx-lm's decoding loops on a device in the calling thread.
-
-    Without it, they run on MLX's default device at the time mlx-lm was imported.
-    """
-    return {"stream": mx.default_stream(device)} if TAKES_STREAM else {}
 
 
 def device_type(device: mx.Device) -> str:

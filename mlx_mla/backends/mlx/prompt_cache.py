@@ -78,7 +78,7 @@ def load(path: Path, folder: ModelFolder, dtype: mx.Dtype) -> tuple[list[Any], l
         raise UserError(f"{path}: no such file; --save-prompt-cache writes one") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not readable as safetensors ({e}); it may be truncated") from None
-    # mlx-lm 0.32 keeps what it was given under "0.", 0.31 under "1.".
+    # mlx-lm keeps what it was given under "0.".
     about = {
         key[2:]: value
         for key, value in about.items()

@@ -12,7 +12,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_mla.backends.contract import Start, StepResult, Teacher, dropout_seed
 from mlx_mla.backends.mlx import optim
-from mlx_mla.backends.mlx.device import DTYPES, on_device, stream_of
+from mlx_mla.backends.mlx.device import DTYPES, on_device
 from mlx_mla.backends.mlx.load import build_model, not_finite
 from mlx_mla.backends.mlx.loss import cross_entropy, head_loss, hidden_states
 from mlx_mla.backends.mlx.score import MLXScorer
@@ -121,7 +121,7 @@ class MLXTrainSession:
             self.model,
             max_tokens=max_tokens,
             sampler=make_sampler(temp=temp),
-            **stream_of(self.device),
+            stream=mx.default_stream(self.device),
         )
         return [int(token) for token, _ in steps]
 

@@ -11,9 +11,7 @@ original: the completion style only, as `acc` and `acc_norm`.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import TypedDict
+from typing import Any, TypedDict
 
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores

@@ -9,10 +9,9 @@ original: only the last BPE token is scored.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
-from typing_extensions import TypedDict
 
 from mlx_mla.errors import UserError
 from mlx_mla.evaluation.scoring import Request, Scores
