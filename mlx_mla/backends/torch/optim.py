@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_mla.errors import UserError
 from mlx_mla.model.schedule import muon_rate
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.model.weights import is_hidden_matrix
 
-MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
-if hasattr(torch.optim, "Muon"):  # PyTorch 2.9
-    MOMENTS[torch.optim.Muon] = ("momentum_buffer",)
+MOMENTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 def fuses(device: torch.device) -> bool:
@@ -59,8 +59,6 @@ class Optimizers:
         self._all: list[Any] = [self._adamw]
         if hidden:
             assert config.muon_learning_rate
-            if not hasattr(torch.optim, "Muon"):
-                raise UserError("--optimizer muon needs PyTorch 2.9 or newer; update it")
             self._all.append(
                 torch.optim.Muon(hidden, config.muon_learning_rate, config.weight_decay)
             )
