@@ -78,6 +78,8 @@ def test_lines_are_within_100_columns(page):
         # Tables and addresses cannot be broken.
         if not line.startswith("|") and "://" not in line and not line.startswith("!["):
             assert len(line) <= WIDTH, f"line {number} has {len(line)} columns"
+        if not line.startswith("|"):
+            assert not re.search(r"[.:)] - [*`A-Z]", line), f"line {number} runs on into an item"
 
 
 def test_the_readme_stays_short():
