@@ -4,13 +4,11 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mlx_mla import checkpoint
-from mlx_mla.errors import UserError, first_line
+from mlx_mla.errors import UserError
 from mlx_mla.files import is_hub_id, read_json
-from mlx_mla.hub import find_model
+from mlx_mla.hub import download, find_model
 from mlx_mla.model.weights import parameter_shapes
 
 from . import hf, karpathy, llama, llmc
@@ -96,25 +94,8 @@ def _open_file(path: Path, n_head: int | None) -> ForeignCheckpoint:
 
 def _download(name: str, revision: str | None) -> Path:
     """Download a repository: its small files, and its weights in the safest available format."""
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    allow_patterns=[*SMALL_FILES, weights],
-                    ignore_patterns=["*/*"],
-                )
-            )
-            if any(folder.glob(weights)):
-                break
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{name}: no such file or folder here, and the hub cannot be reached to download it; "
-            "check the path or the network (and HF_HUB_OFFLINE)"
-        ) from None
-    except (HfHubHTTPError, HFValidationError) as e:
-        raise UserError(
-            f"{name}: no such file or folder, and the hub says: {first_line(e)}"
-        ) from None
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        folder = download(name, revision, [*SMALL_FILES, weights], ["*/*"])
+        if any(folder.glob(weights)):
+            break
     return folder

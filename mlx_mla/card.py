@@ -32,7 +32,11 @@ def model_card(config: TrainConfig, step: int, val_loss: float | None) -> str:
 
     The text contains no dates or paths, so identical checkpoints have identical cards.
     """
-    data = "Python's built-in documentation" if config.data == BUILTIN else Path(config.data).name
+    data = (
+        "Python's built-in documentation"
+        if config.data == BUILTIN
+        else Path(config.data).resolve().name.replace("|", r"\|")
+    )
     loss = "not measured yet" if val_loss is None else f"{val_loss:.4f} nats per token"
     vocabulary = f"vocabulary {config.model.vocab_size} ({Path(config.tokenizer).name})"
     return f"""{_FRONT_MATTER}# {config.name}, step {step:,}

@@ -147,7 +147,7 @@ class ModelFolder:
         if values.get("model_type") != "mla_gpt2":
             raise UserError(
                 f"{path}: config.json says model_type {shown(values.get('model_type'))}, and this "
-                "needs 'mla_gpt2'"
+                "needs 'mla_gpt2'; convert it with: python -m convert MODEL --out NEW"
             )
         self.config = ModelConfig.read(values, str(where))
         """The resolved configuration."""

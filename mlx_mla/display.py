@@ -30,7 +30,7 @@ def markdown_table(
         rows: The cells of each row, converted with `str`.
         padded: Align the columns with spaces, for tables that are also read on a terminal.
     """
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
     if len(cells) == 1:
         return []
     widths = [max(map(len, column)) if padded else 0 for column in zip(*cells)]

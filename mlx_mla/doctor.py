@@ -4,6 +4,7 @@
 MLX and PyTorch are measured in separate processes, so neither loads the other's libraries.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, cast, get_args
+
+from packaging.requirements import Requirement
 
 from mlx_mla import cli
 from mlx_mla.backends import blas, get_backend
@@ -53,12 +56,15 @@ def _main(argv: Sequence[str]) -> int:
     command = cli.parse(DoctorCommand, argv, PROG)
     if command.out is not None and not command.check:
         raise UserError("--out requires --check; add --check or leave out --out")
+    out = command.out or Path("runs/check")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is not a folder; give --out another name")
     facts, advice = examine()
     print("\n".join(f"{key:<24}{value}" for key, value in facts.items()))
     print("\nto fix:" if advice else "\nnothing to fix")
     for item in advice:
         print(f"  - {item}")
-    return _check(facts, advice, command.out or Path("runs/check")) if command.check else 0
+    return _check(facts, advice, out) if command.check else 0
 
 
 def _check(facts: dict[str, str], advice: list[str], out: Path) -> int:
@@ -85,7 +91,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
         "free disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB here",
         "packages": ", ".join(f"{p} {_version(p)}" for p in PACKAGES),
     }
-    advice = []
+    advice = _missing()
     for name in get_args(BackendName):
         if name == "torch" and importlib.util.find_spec(name) is None:
             facts["PyTorch"] = "not installed; optional (pip install torch)"
@@ -106,6 +112,19 @@ def examine() -> tuple[dict[str, str], list[str]]:
         facts |= found["facts"]
         advice += found["advice"]
     return facts, advice
+
+
+def _missing() -> list[str]:
+    """What to install of the packages that this project needs."""
+    advice = []
+    for text in importlib.metadata.requires("mlx-mla") or ():
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        found, wanted = _version(needed.name), f"{needed.name}{needed.specifier}"
+        if found == "missing" or not needed.specifier.contains(found, prereleases=True):
+            advice.append(f"{needed.name} is {found}: pip install '{wanted}'")
+    return advice
 
 
 def probe(name: BackendName) -> dict[str, Any]:
@@ -146,12 +165,15 @@ def form_address() -> str:
     Returns:
         Its URL on GitHub; the path of the form's file if the repository is elsewhere.
     """
-    remote = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "remote", "get-url", "origin"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    root, remote = Path(__file__).parent.parent, ""
+    if (root / ".git").exists():  # otherwise git would take the repository that this lies in
+        with contextlib.suppress(OSError):  # no git
+            remote = subprocess.run(
+                ["git", "-C", str(root), "remote", "get-url", "origin"],
+                capture_output=True,
+                text=True,
+                check=False,
+            ).stdout.strip()
     name = re.search(r"\bgithub\.com[:/](.+?)(?:\.git)?/?$", remote)
     if name is None:
         return ".github/ISSUE_TEMPLATE/mac.yml"

@@ -31,6 +31,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """The type and the whole message of an exception, shortened, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:longest]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for the end of a message: the known name closest to a mistyped one, else all."""
     known = list(known)

@@ -157,7 +157,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = _temporary(target, "old")
             os.rename(target, old)
-            os.rename(temporary, target)
+            try:
+                os.rename(temporary, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, target)
@@ -177,11 +181,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file that appears under its name, or replaces the old one, only once it is complete
-    and on disk. Its mode is the one that the umask gives.
+    and on disk. Its mode is the one that the umask gives. A link stays one.
 
     Raises:
         UserError: If the file cannot be written, for example to a full disk; it names `path`.
     """
+    path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:

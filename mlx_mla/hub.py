@@ -1,17 +1,20 @@
 """Find a model: a run folder, a model folder or a repository on the Hugging Face hub."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mlx_mla import checkpoint
-from mlx_mla.errors import UserError, first_line
+from mlx_mla.errors import UserError, one_line
 from mlx_mla.files import is_hub_id
 
-FILES = ["*.json", "*.safetensors", "*.py", "SHA256SUMS"]
+FILES = ("*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model", "SHA256SUMS")
 """Patterns that match every file of a model folder that SHA256SUMS lists."""
+TRAINING = ("*train_state.*",)
+"""Twice the size of the model, and read on resuming alone."""
 
 
 def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder:
@@ -29,14 +32,18 @@ def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder
     if path.exists():
         folder = checkpoint.model_folder(path)
     elif is_hub_id(name):
-        folder = checkpoint.model_folder(_download(name, revision))
+        folder = checkpoint.model_folder(download(name, revision, FILES, TRAINING))
     else:
         raise UserError(
             f"{name}: no such folder, and not a hub id of the form owner/name; {_near(path)}"
         )
     if problem := checkpoint.integrity_error(folder, training=False):
         others = [p for p in checkpoint.checkpoints(path) if p != folder]
-        advice = f"the one before is {others[-1]}" if others else "restore it from a copy"
+        advice = "restore it from a copy"
+        if others:
+            advice = f"the one before is {others[-1]}"
+        elif not path.exists():
+            advice = f"remove it with: hf cache rm model/{name}, and it is downloaded again"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     return checkpoint.ModelFolder(folder)
 
@@ -51,13 +58,35 @@ def _near(path: Path) -> str:
     return f"did you mean {path.parent / close[0]}?" if close else "check the path"
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(
+    name: str, revision: str | None, patterns: Sequence[str], without: Sequence[str] = ()
+) -> Path:
+    """The folder of a repository on the hub, in the hub's own cache.
+
+    Args:
+        patterns: Of the files to download.
+        without: Of those among them to leave out.
+
+    Raises:
+        UserError: If it cannot be downloaded.
+    """
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(without),
+            )
+        )
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{name}: no such folder here, and the hub cannot be reached to download it; check the "
-            "path or the network (and HF_HUB_OFFLINE)"
+            f"{name}: no such file or folder here, and the hub cannot be reached to download it; "
+            "check the path or the network (and HF_HUB_OFFLINE)"
         ) from None
-    except (HfHubHTTPError, HFValidationError) as e:
-        raise UserError(f"{name}: no such folder here, and the hub says: {first_line(e)}") from None
+    except Exception as e:  # the hub, the network and the disk raise many types
+        raise UserError(
+            f"{name}: no such file or folder here, and its download failed ({one_line(e)}); for a "
+            "gated or private model log in with: hf auth login; otherwise run the command again to "
+            "resume"
+        ) from None

@@ -1,7 +1,6 @@
 """Compare runs in a figure and a table: `python -m mlx_mla.plot`."""
 
 import dataclasses
-import math
 import os
 import statistics
 import sys
@@ -206,11 +205,7 @@ def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
         handles.append(Line2D([], [], **line, lw=2, label=plain(run.name)))
         for axes, key, scale in ((by_tokens, "tokens", 1), (by_time, "seconds", divisor)):
             train, val = (
-                [
-                    (row[key] / scale, row["loss"])
-                    for row in rows
-                    if key in row and math.isfinite(row["loss"])
-                ]
+                [(row[key] / scale, row["loss"]) for row in rows if key in row]
                 for rows in (run.train, run.val)
             )
             if train:

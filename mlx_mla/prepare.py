@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,12 +48,11 @@ class PrepareCommand:
     """Fraction of the documents to hold out for validation, selected by the hash of their text."""
     format: Format = "npy"
     """"npy" (build-nanogpt's format) or "llmc" (llm.c's .bin)."""
-    prefix: str = "tokens"
-    """Beginning of the shards' names: PREFIX_train_000001.npy."""
     # llm.c's header counts in int32.
     shard_tokens: Annotated[int, at_least_1(2**31 - 1)] = 100_000_000
-    """Maximum tokens in a shard. A shard is shuffled in memory, at 2 bytes per token, or 4 if the
-    tokenizer has more than 65,536 ids. Documents are never split."""
+    """Most tokens in a shard, but for the rest of a block of text. A shard is shuffled in memory,
+    at 2 bytes per token, or 4 if the tokenizer has more than 65,536 ids. Documents are never
+    split."""
     workers: Optional[Annotated[int, at_least_1(1024)]] = None
     """Threads that read and tokenize. None: one per core. The result does not depend on it."""
     seed: Seed = 1337
@@ -129,11 +127,6 @@ def _check(command: PrepareCommand) -> int:
         raise UserError("--bpe-dir requires --tokenizer gpt2; leave out --bpe-dir")
     if not command.separator:
         raise UserError("--separator must not be empty")
-    if not re.fullmatch(r"[\w.-]+", command.prefix) or re.search("train|val", command.prefix):
-        raise UserError(
-            f"--prefix {command.prefix!r} must consist of letters, digits, '.', '_' and '-', and "
-            "must not contain 'train' or 'val'"
-        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return command.workers or cores or 1
 

@@ -7,12 +7,15 @@ import subprocess
 
 import numpy as np
 import pytest
+from helpers import refused
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mlx_mla import checkpoint, files, hub
+from convert import __main__ as convert
+from mlx_mla import checkpoint, files, generate, hub
+from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.train_config import TrainConfig
@@ -44,13 +47,51 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_what_is_downloaded_from_the_hub_is_whole(tiny_run, tmp_path):
     """The patterns of files take all that SHA256SUMS names beside the training state."""
-    folder = checkpoint.latest(tiny_run)
-    for name in filter_repo_objects([p.name for p in folder.iterdir()], allow_patterns=hub.FILES):
-        if name not in (checkpoint.STATE, checkpoint.STATE_INFO):
-            shutil.copy(folder / name, tmp_path)
-    assert checkpoint.integrity_error(tmp_path, training=False) is None
-    assert "configuration_mla_gpt2.py" in (tmp_path / checkpoint.SUMS).read_text()
-    assert (tmp_path / "configuration_mla_gpt2.py").is_file()
+    chat = ModelFolder(checkpoint.latest(tiny_run)).tokenizer
+    chat.chat_template = "{{ messages }}"
+    with files.atomic_folder(tmp_path / "chat") as folder:
+        shutil.copytree(checkpoint.latest(tiny_run), folder, dirs_exist_ok=True)
+        (folder / checkpoint.SUMS).unlink()
+        chat.save_pretrained(str(folder))
+    names = [p.name for p in (tmp_path / "chat").iterdir()]
+    (tmp_path / "copy").mkdir()
+    for name in filter_repo_objects(
+        names, allow_patterns=list(hub.FILES), ignore_patterns=list(hub.TRAINING)
+    ):
+        shutil.copy(tmp_path / "chat" / name, tmp_path / "copy")
+    assert checkpoint.integrity_error(tmp_path / "copy", training=False) is None
+    there = {p.name for p in (tmp_path / "copy").iterdir()}
+    assert {"configuration_mla_gpt2.py", "chat_template.jinja"} <= there
+    assert not there & {checkpoint.STATE, checkpoint.STATE_INFO}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("403 Client Error.\n\na/b is restricted."),
+            "is restricted.)",
+        ),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "(JSONDecodeError: Expecting value"),
+        (OSError(28, "No space left on device"), "No space left on device); for a gated"),
+    ],
+)
+def test_whatever_fails_in_a_download_is_one_line(monkeypatch, capsys, error, said):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    generated = refused(capsys, "--model", "a/b", "--prompt", "x", command=generate.main)
+    converted = refused(capsys, "a/b", "--out", "none", command=convert.main)
+    assert generated == converted and said in generated
+
+
+def test_a_damaged_download_says_how_to_remove_it(tiny_run, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(checkpoint.latest(tiny_run), tmp_path / "copy")
+    (copy / "model.safetensors").write_bytes(b"short")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(copy))
+    said = refused(capsys, "--model", "a/b", "--prompt", "x", command=generate.main)
+    assert "remove it with: hf cache rm model/a/b" in said
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum on this system")

@@ -22,6 +22,19 @@ def test_doctor_refuses_what_it_does_not_know(capsys, tmp_path):
         capsys, "--chek", command=doctor.main
     )
     assert "--out requires --check" in refused(capsys, "--out", tmp_path, command=doctor.main)
+    (tmp_path / "file").touch()
+    argv = ("--check", "--out", tmp_path / "file")
+    assert "is not a folder; give --out" in refused(capsys, *argv, command=doctor.main)
+
+
+def test_doctor_names_packages_that_are_missing_or_too_old(monkeypatch):
+    real = doctor._version
+    found = {"tiktoken": "missing", "transformers": "4.40.0"}
+    monkeypatch.setattr(doctor, "_version", lambda name: found.get(name) or real(name))
+    monkeypatch.setattr(doctor, "_run_probe", lambda name: {"facts": {}, "advice": []})
+    assert [text.split(":")[0] for text in doctor.examine()[1]] == [
+        "tiktoken is missing", "transformers is 4.40.0",
+    ]  # fmt: skip
 
 
 def test_doctor_says_what_to_install(monkeypatch):

@@ -83,6 +83,29 @@ def test_folders_that_cannot_be_synced_are_written_all_the_same(tmp_path, monkey
     assert (tmp_path / "folder" / "a").read_text() + (tmp_path / "b").read_text() == "ab"
 
 
+def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):
+    target, rename = tmp_path / "m", os.rename
+    target.mkdir()
+    (target / "a").write_text("old")
+
+    def fails(source, to):
+        if ".tmp-" in str(source):
+            raise KeyboardInterrupt
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as folder:
+        (folder / "a").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert (target / "a").read_text() == "old"
+
+
+def test_a_link_to_a_file_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
 def test_a_file_or_folder_that_does_not_reach_the_disk_is_not_written(tmp_path, monkeypatch):
     def fsync_of(is_refused):
         def fsync(fd):

@@ -1,17 +1,20 @@
 """--tokenizer FOLDER: any tokenizer.json in training and in prepared shards, in either width."""
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from helpers import TINY, refused
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_mla import checkpoint, prepare, train
 from mlx_mla.data.shards import open_folder
-from mlx_mla.data.tokenizer import ByteTokenizer, FolderTokenizer, get_tokenizer
+from mlx_mla.data.tokenizer import ByteTokenizer, FolderTokenizer, GPT2Tokenizer, get_tokenizer
+from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import initial_weights
 
@@ -154,6 +157,32 @@ def test_a_copy_of_a_named_tokenizer_is_that_tokenizer(tmp_path):
     assert copy.identity == ByteTokenizer.identity
     sample = "naïve 東京 <|endoftext|>\n"
     assert copy.encode(sample).tolist() == ByteTokenizer().encode(sample).tolist()
+
+
+def test_gpt2s_vocabulary_with_another_normalizer_is_another_tokenizer(shared_data, tmp_path):
+    gpt2 = GPT2Tokenizer(shared_data / "gpt2_bpe")
+    for name, normalizer in (("same", None), ("lower", normalizers.Lowercase())):
+        fast = gpt2.fast_tokenizer()
+        if normalizer is not None:
+            fast.backend_tokenizer.normalizer = normalizer
+        fast.save_pretrained(str(tmp_path / name))
+        same = FolderTokenizer(str(tmp_path / name)).identity == gpt2.identity
+        assert same == (name == "same")
+
+
+def test_a_tokenizer_that_drops_characters_is_refused(tmp_path):
+    own = Tokenizer(models.BPE({"a": 0, END: 1}, []))
+    fast = PreTrainedTokenizerFast(tokenizer_object=own, eos_token=END)
+    fast.save_pretrained(str(tmp_path / "own"))
+    with pytest.raises(UserError, match="drops characters that it has no token for"):
+        FolderTokenizer(str(tmp_path / "own"))
+
+
+def test_errors_are_seen_after_threads_have_encoded(tmp_path):
+    tokenizer, before = get_tokenizer(str(save_words(tmp_path / "words"))), os.fstat(2)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(tokenizer.encode, ["the cat sat " * 200] * 400))
+    assert os.fstat(2) == before
 
 
 def test_bytes_in_another_order_are_another_tokenizer(tmp_path, tiny_run, text_file, capsys):

@@ -187,7 +187,7 @@ def prepare_flags(random, folder):
     for name in random.sample(("--val-fraction", "--shard-tokens", "--workers", "--seed"), 2):
         argv += [name, random.choice(ODD)]
     odd = random.choice(fuzz.ODD_TEXTS).decode("utf-8", "replace").replace("\0", "")
-    name = random.choice(("--separator", "--prefix", "--text-column", "--revision", "--format"))
+    name = random.choice(("--separator", "--text-column", "--revision", "--format"))
     return [*argv, name, odd] if random.random() < 0.5 else argv
 
 

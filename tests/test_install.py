@@ -105,7 +105,7 @@ def test_no_network_and_no_wheel_and_then_on(make, checkout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["killed", "python is gone", "empty"])
+@pytest.mark.parametrize("state", ["killed", "python is gone", "another machine's", "empty"])
 def test_a_half_made_environment_is_made_anew(make, checkout, state):
     venv = checkout / ".venv"
     if state != "empty":
@@ -114,6 +114,10 @@ def test_a_half_made_environment_is_made_anew(make, checkout, state):
         (venv / "half-a-package").touch()
     if state == "killed":
         (venv / ".installing").touch()
+    elif state == "another machine's":
+        (venv / "bin" / "python").unlink()
+        (venv / "bin" / "python").write_bytes(b"\xcf\xfa\xed\xfe of a Mac")
+        (venv / "bin" / "python").chmod(0o755)
     elif state == "python is gone":
         (venv / "bin" / "python").unlink()
         (venv / "bin" / "python").symlink_to("/nowhere/python3")

@@ -157,8 +157,8 @@ def test_every_document_is_there_once_and_nothing_else(many, prepared, capsys):
 def test_names_are_those_that_build_nanogpt_and_llm_c_look_for(many, prepared, tmp_path):
     assert {p.name for p in prepared.iterdir() if "val" in p.name} >= {"tokens_val_000000.npy"}
     assert "tokens_train_000001.npy" in content(prepared)
-    assert run(many, tmp_path / "c", *SHARDS, "--format", "llmc", "--prefix", "edufineweb") == 0
-    assert (tmp_path / "c" / "edufineweb_val_000000.bin").is_file()
+    assert run(many, tmp_path / "c", *SHARDS, "--format", "llmc") == 0
+    assert (tmp_path / "c" / "tokens_val_000000.bin").is_file()
     for split in SPLITS:
         assert read_documents(tmp_path / "c", split) == read_documents(prepared, split)
 
@@ -295,7 +295,7 @@ def test_a_full_disk_is_told_and_what_was_written_is_used_again(many, prepared, 
     largest = max(p.stat().st_size for p in prepared.glob("*train*"))
     with file_size_limit(largest - 1):
         said = refused(capsys, many, tmp_path / "out", *SHARDS)
-    assert "could not be written: File too large; free some space and run the command" in said
+    assert "could not be written: File too large; run the command again to resume" in said
     assert run(many, tmp_path / "out", *SHARDS) == 0
     assert content(tmp_path / "out") == content(prepared)
 
@@ -542,13 +542,31 @@ def test_another_preparation_is_never_overwritten(many, prepared, tmp_path, caps
     assert "cannot be created" in refused(capsys, many, tmp_path / "file" / "out")
 
 
+def test_links_to_folders_are_read_once(tmp_path):
+    write_lines(tmp_path / "elsewhere" / "a.jsonl", ["one", "two"])
+    write_lines(tmp_path / "in" / "b.jsonl", ["three", "four"])
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    assert run(tmp_path / "in", tmp_path / "out", "--val-fraction 0.5") == 0
+    found = [d for s in SPLITS for d in read_documents(tmp_path / "out", s)]
+    assert sorted(found) == ["four", "one", "three", "two"]
+
+
+def test_what_is_no_text_is_refused_by_any_name(tmp_path, capsys):
+    (tmp_path / "a.tar").write_bytes(b"a" * 100 + b"\0" * 412)
+    assert "a.tar: is binary (it has" in refused(capsys, tmp_path / "a.tar", tmp_path / "o")
+    (tmp_path / "a.text").write_text("<|endoftext|>".join(map(str, range(20))))
+    said = refused(capsys, tmp_path / "a.text", tmp_path / "o", "--revision", "main")
+    assert "--revision requires a dataset on the hub" in said
+    assert run(tmp_path / "a.text", tmp_path / "out", "--val-fraction 0.5") == 0
+
+
 def test_impossible_settings(many, tmp_path, capsys):
     out = tmp_path / "out"
     assert "--val-fraction must be between 0 and 1" in refused(
         capsys, many, out, "--val-fraction 0"
     )
     assert "--workers must be at least 1" in refused(capsys, many, out, "--workers", "0")
-    assert "--prefix 'my_train' must consist" in refused(capsys, many, out, "--prefix", "my_train")
     assert "--bpe-dir requires" in refused(capsys, many, out, "--bpe-dir", "x")
     assert "--separator must not be empty" in refused(capsys, many, out, "--separator", "")
     assert not out.exists()

@@ -76,7 +76,10 @@ def install(venv: Path, extras: str) -> None:
 
 def _runs(venv: Path, *argv: str) -> bool:
     python = venv / "bin" / "python"
-    return python.exists() and not subprocess.run([python, *argv], capture_output=True).returncode
+    try:
+        return subprocess.run([python, *argv], capture_output=True).returncode == 0
+    except OSError:  # none, or one of another kind of machine
+        return False
 
 
 def _remove(venv: Path) -> None:

@@ -45,7 +45,7 @@ def facts(place: Path) -> Iterator[Outcome]:
     where=(
         "mlx_mla/backends/mlx/backend.py:limited_memory",
         "mlx_mla/backends/mlx/backend.py:memory_bytes",
-        "mlx_mla/backends/mlx/device.py:stream_of",
+        "mlx_mla/backends/mlx/device.py:find_device",
     ),
     expected="text from both",
     minutes=0.3,

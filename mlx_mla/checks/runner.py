@@ -5,6 +5,7 @@ check.json: {"facts": what the doctor says of the machine, "to_fix": its advice,
 "expected", "seconds"}]}. Neither file has names of the user, the machine or its folders.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,6 +90,10 @@ def check(
     return results
 
 
+LIMIT = 600
+"""Seconds that every row may take beside 20 times its own."""
+
+
 def available(facts: Mapping[str, str]) -> set[Need]:
     """What rows may need, by the doctor's facts."""
     torch = facts.get("PyTorch device")
@@ -109,17 +115,22 @@ def command(row: Row) -> list[str]:
 
 def run_row(row: Row) -> Outcome:
     """Run a row in a process of its own, which may crash or hang; what it found before counts."""
-    limit = 600 + 20 * 60 * row.minutes
+    limit = LIMIT + 20 * 60 * row.minutes
     file = functools.partial(tempfile.TemporaryFile, "w+", errors="replace")
     with file() as out, file() as err:
         env = {**SETTINGS, **os.environ}
+        process = subprocess.Popen(
+            command(row), stdout=out, stderr=err, env=env, start_new_session=True
+        )
         try:
-            code = subprocess.run(
-                command(row), stdout=out, stderr=err, timeout=limit, env=env, check=False
-            ).returncode
+            code = process.wait(limit)
             ended = f"ended with exit code {code}"
         except subprocess.TimeoutExpired:
             code, ended = 1, f"did not end within {limit / 60:.0f} minutes"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # and what it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         out.seek(0)
         err.seek(0)
         parts = [Outcome(**json.loads(line)) for line in out if line.startswith('{"passed"')]
@@ -148,10 +159,7 @@ def _page(facts: Mapping[str, str], to_fix: Sequence[str], results: Sequence[Res
     advice = "".join(f"\n- to fix: {item}" for item in to_fix)
     table = markdown_table(
         ("row", "", "figure", "expected", "s"),
-        [
-            (r.name, r.status, r.figure.replace("|", "\\|"), r.expected, f"{r.seconds:.0f}")
-            for r in results
-        ],
+        [(r.name, r.status, r.figure, r.expected, f"{r.seconds:.0f}") for r in results],
     )
     return (
         "# `python -m mlx_mla.doctor --check`\n\n"

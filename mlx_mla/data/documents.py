@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlx_mla.data.blocks import Reading, Source, TextBlock, check_position, grouped, listed
-from mlx_mla.data.corpus import COMPRESSED, JSON_LINES, PARQUET, TEXT
+from mlx_mla.data.corpus import COMPRESSED, JSON_LINES, PARQUET, TEXT, other_than_text
 from mlx_mla.data.hub_documents import hub_sources
 from mlx_mla.data.manifest import MANIFEST
 from mlx_mla.errors import UserError
-from mlx_mla.files import decoded, parse_json
+from mlx_mla.files import decoded, is_hub_id, parse_json
 
 LONGEST = 16 << 20
 """Bytes without a separator after which a text file is cut at a line break."""
@@ -44,11 +44,16 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
         UserError: If there is nothing to read.
     """
     path = Path(src)
+    if reading.revision is not None and path.exists():
+        raise UserError(f"--revision requires a dataset on the hub, but {src} is a path")
     if path.is_file():
-        return [_file(path, path.name, reading)], []  # with any suffix
+        if _format(path.name) is None:  # taken for text
+            with path.open("rb") as f:
+                kind = other_than_text(path, f.read(1 << 16))
+            if kind is not None:
+                raise UserError(f"{path}: is {kind}, not text; give text, JSON lines or parquet")
+        return [_file(path, path.name, reading)], []
     if not path.is_dir():
-        from mlx_mla.files import is_hub_id  # imports transformers, which only this needs
-
         if not (re.fullmatch(r"[^:]+(:[\w.-]+)?", src) and is_hub_id(src.partition(":")[0])):
             raise UserError(
                 f"{src}: no such file or folder, and not a dataset's name (OWNER/NAME:CONFIG)"
@@ -60,10 +65,13 @@ def find_sources(src: str, reading: Reading) -> tuple[list[Source], list[str]]:
     def unreadable(e: OSError) -> None:
         raise UserError(f"{e.filename}: cannot be read: {e.strerror}")
 
-    for folder, names, files in os.walk(path, onerror=unreadable):
+    walked = set()  # links may lead back
+    for folder, names, files in os.walk(path, onerror=unreadable, followlinks=True):
+        walked.add(os.path.realpath(folder))
         names[:] = sorted(
             n for n in names
             if not n.startswith(".") and not (Path(folder) / n / MANIFEST).is_file()  # shards
+            and os.path.realpath(Path(folder) / n) not in walked
         )  # fmt: skip
         for name in sorted(files):
             full = Path(folder) / name

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from mlx_mla.data.blocks import Reading, Source, TextBlock, check_position, grouped, listed
-from mlx_mla.errors import UserError, first_line
+from mlx_mla.errors import UserError, one_line
 
 
 class HubSource:
@@ -20,10 +20,10 @@ class HubSource:
     def blocks(self, start: Any, limit: int) -> Iterator[TextBlock]:
         done = 0
         check_position(start, dict, self.name)
-        if start is not None:
-            self.dataset.load_state_dict(start["state"])
-            done = start["rows"]
         try:
+            if start is not None:
+                self.dataset.load_state_dict(start["state"])
+                done = start["rows"]
             for texts, end in grouped(map(self._text, self.dataset), done, done, limit):
                 position = {"rows": end, "state": self.dataset.state_dict()}
                 yield TextBlock(partial(list, texts), position, end)
@@ -31,8 +31,7 @@ class HubSource:
             raise
         except Exception as e:  # datasets, fsspec and the network raise many types
             raise UserError(
-                f"{self.name}: reading failed ({type(e).__name__}: {first_line(e)}); run the "
-                "command again to resume"
+                f"{self.name}: reading failed ({one_line(e)}); run the command again to resume"
             ) from e
 
     def _text(self, row: dict[str, Any]) -> str | None:
@@ -62,8 +61,7 @@ def hub_sources(src: str, reading: Reading) -> list[Source]:
         rows = splits["train"].num_examples if "train" in splits else 0
     except Exception as e:  # datasets, fsspec and the network raise many types
         raise UserError(
-            f"{src}: no such file or folder, and the dataset could not be opened "
-            f"({type(e).__name__}: {first_line(e)})"
+            f"{src}: no such file or folder, and the dataset could not be opened ({one_line(e)})"
         ) from None
     return [
         HubSource(

@@ -142,7 +142,7 @@ class Preparation:
         m, command, held = self.manifest, self.command, self._held
         number = len([s for s in m["shards"] if s["split"] == "train"]) + 1
         if held.ids["train"]:
-            name = f"{command.prefix}_train_{number:06d}{SUFFIXES[command.format]}"
+            name = f"tokens_train_{number:06d}{SUFFIXES[command.format]}"
             pieces = _shuffled(held.ids["train"], [command.seed, number, 0])
             counts = held.tokens["train"], len(held.ids["train"])
             m["shards"].append(self._write_shard(name, command.format, "train", pieces, *counts))
@@ -201,7 +201,7 @@ class Preparation:
             path.unlink(missing_ok=True)
 
     def _merge(self, parts: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
-        name = f"{self.command.prefix}_val_{number:06d}{SUFFIXES[self.command.format]}"
+        name = f"tokens_val_{number:06d}{SUFFIXES[self.command.format]}"
         pieces = (open_listed(self.out, part).tokens for part in parts)  # one open at a time
         counts = (sum(part[unit] for part in parts) for unit in ("tokens", "documents"))
         return self._write_shard(name, self.command.format, "val", pieces, *counts)
@@ -266,7 +266,7 @@ class Preparation:
 
 # The settings that affect the shards.
 _SETTINGS = (
-    *("tokenizer", "val_fraction", "format", "prefix", "shard_tokens", "seed", "text_column"),
+    *("tokenizer", "val_fraction", "format", "shard_tokens", "seed", "text_column"),
     "separator",
 )
 

@@ -212,7 +212,7 @@ def write_shard(
                 file.write(data)
             assert file.tell() == len(header) + little.itemsize * count
     except UserError as e:
-        raise UserError(f"{e}; free some space and run the command again") from e
+        raise UserError(f"{e}; run the command again to resume") from e
     return digest.hexdigest()
 
 

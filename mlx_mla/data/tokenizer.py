@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +45,11 @@ _GPT2_PATTERN = (
 # that Python's do.
 _LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")
 
+
+# Tells GPT-2's tokenizer, and ours of bytes, from others of their size.
+PROBE, PROBE_GPT2 = "Hello World  it's 1e9", [15496, 2159, 220, 340, 338, 352, 68, 24]
+# Cuneiform, for which few tokenizers have a token.
+RARE = "\U00010380"
 
 _ENDS = "additional_eos_token_ids"
 
@@ -160,6 +166,11 @@ class FolderTokenizer:
         self._encoder.no_padding()
         self._encoder.encode_special_tokens = True  # as the text that spells them
         self.identity = self._identity()
+        if self._drops(RARE):
+            raise UserError(
+                f"--tokenizer {folder}: drops characters that it has no token for; give its model "
+                "an unk_token or byte_fallback, or make it byte-level"
+            )
 
     def encode(self, text: str) -> np.ndarray:
         with as_user_error(f"--tokenizer {self.name}: the text cannot be encoded"):
@@ -169,12 +180,19 @@ class FolderTokenizer:
     def fast_tokenizer(self) -> PreTrainedTokenizerFast:
         return self._fast
 
+    def _drops(self, character: str) -> bool:
+        try:
+            return not self.encode(character).size
+        except UserError:
+            return False  # so is every text that has it
+
     def _identity(self) -> str:
-        vocab = self._fast.get_vocab()
         last = self.size - 1
-        for known, token, id in ((ByteTokenizer, "A", 65), (GPT2Tokenizer, "Ġthe", 262)):
-            if (self.size, self.end_of_text, vocab.get(token)) == (known.size, last, id):
-                return known.identity
+        for known, ids in ((ByteTokenizer, [*PROBE.encode()]), (GPT2Tokenizer, PROBE_GPT2)):
+            if (self.size, self.end_of_text) == (known.size, last):
+                with contextlib.suppress(UserError):
+                    if self.encode(PROBE).tolist() == ids:
+                        return known.identity
         parts = json.loads(self._encoder.to_str())
         deciding = ("model", "normalizer", "pre_tokenizer", "added_tokens")
         text = json.dumps([self.end_of_text, *(parts.get(name) for name in deciding)])
@@ -236,7 +254,7 @@ def as_user_error(what: str) -> Iterator[None]:
         what: The beginning of the message. The first line of the reason follows in parentheses.
     """
     try:
-        with _quiet():
+        with _stderr.quiet():
             yield
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
@@ -284,18 +302,33 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, where: object) -> None:
             return  # no token for some character: said where a text has that character
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what is written to the process's standard error from being seen."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+class _StandardError:
+    """The process's standard error, which threads may silence at the same time."""
+
+    def __init__(self) -> None:
+        self._lock, self._threads, self._saved = threading.Lock(), 0, -1
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Drop what is written, until the last thread leaves."""
+        with self._lock:
+            if not self._threads:
+                sys.stderr.flush()
+                self._saved = os.dup(2)
+                with open(os.devnull, "wb") as nothing:
+                    os.dup2(nothing.fileno(), 2)
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    os.dup2(self._saved, 2)
+                    os.close(self._saved)
+
+
+_stderr = _StandardError()
 
 
 @lru_cache(maxsize=2)

@@ -73,11 +73,7 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
             ("train", {"label": "training", "lw": 1.2, "alpha": 0.8}),
             ("val", {"label": "validation", "lw": 1.8, "marker": "o", "ms": 4}),
         ):
-            points = [
-                (row["step"], row["loss"])
-                for row in rows
-                if row.get("split") == split and math.isfinite(row["loss"])
-            ]
+            points = [(row["step"], row["loss"]) for row in rows if row.get("split") == split]
             if points:
                 ax.plot(*zip(*points), **style)
         loss_axis(ax)
