@@ -22,7 +22,7 @@ help:
 
 # The stamps record what was installed, so that set-up runs again only when these files change, and when
 # the environment is not whole.
-$(shell test -x "$(PY)" -a ! -e "$(VENV)/.installing" || rm -f "$(VENV)/.core" "$(VENV)/.dev")
+$(shell "$(PY)" -c pass 2>/dev/null && test ! -e "$(VENV)/.installing" || rm -f "$(VENV)/.core" "$(VENV)/.dev")
 
 INSTALL = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
 	"error: no Python 3.11 or newer found; install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }; \

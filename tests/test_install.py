@@ -116,7 +116,7 @@ def test_a_half_made_environment_is_made_anew(make, checkout, state):
         (venv / ".installing").touch()
     elif state == "another machine's":
         (venv / "bin" / "python").unlink()
-        (venv / "bin" / "python").write_bytes(b"\xcf\xfa\xed\xfe of a Mac")
+        (venv / "bin" / "python").write_text("no program")
         (venv / "bin" / "python").chmod(0o755)
     elif state == "python is gone":
         (venv / "bin" / "python").unlink()
