@@ -165,6 +165,11 @@ def is_tied(
     return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
+def is_mask(name: str, tensor: LazyTensor) -> bool:
+    """True for the causal mask that some versions of GPT-2 save as a tensor."""
+    return name.endswith("attn.bias") and len(tensor.shape) == 4
+
+
 def count_layers(names: Iterable[str], prefix: str) -> int:
     """Number of blocks with tensors named `PREFIX{i}.`."""
     indices = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}

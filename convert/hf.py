@@ -32,6 +32,7 @@ from .foreign import (
     LazyTensor,
     Tensors,
     check_tensors,
+    is_mask,
     is_tied,
     resolved,
     unwrapped,
@@ -39,8 +40,8 @@ from .foreign import (
 from .pickles import open_pickle, state_dict
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-BUFFERS = ("attn.bias", "attn.masked_bias")
-"""Causal masks that older versions of transformers saved as tensors."""
+MASKED_BIAS = "attn.masked_bias"
+"""A constant that older versions of transformers saved as a tensor."""
 
 ACTIVATIONS = {
     "gelu_new": "gelu_new",
@@ -125,7 +126,7 @@ def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Te
         n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t
         for n, t in found.items()
     }
-    found = {n: t for n, t in found.items() if not n.endswith(BUFFERS[1]) and not _mask(n, t)}
+    found = {n: t for n, t in found.items() if not n.endswith(MASKED_BIAS) and not is_mask(n, t)}
     if config.tie_word_embeddings:
         if not is_tied(found):
             raise UserError(
@@ -150,10 +151,6 @@ def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Te
                 name = f"transformer.h.{i}.attn.c_attn.{part}"
                 tensors[name] = tensors[name].scaled_rows(0, D, factor)
     return tensors
-
-
-def _mask(name: str, tensor: LazyTensor) -> bool:
-    return name.endswith(BUFFERS[0]) and len(tensor.shape) == 4
 
 
 def open_weights(folder: Path) -> tuple[Path, Tensors]:

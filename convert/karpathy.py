@@ -27,6 +27,7 @@ from .foreign import (
     Tensors,
     check_tensors,
     count_layers,
+    is_mask,
     is_tied,
     resolved,
     stacked,
@@ -63,7 +64,7 @@ def read_checkpoint(path: Path, n_head: int | None) -> ForeignCheckpoint:
             f"{path}: the configuration is {_article(settings)}, not a mapping; it is damaged"
         )
     tensors = state_dict(values.get("model", values), path)
-    tensors = {n: t for n, t in tensors.items() if not _is_mask(n, t)}
+    tensors = {n: t for n, t in tensors.items() if not is_mask(n, t)}
     tied = is_tied(tensors)
     if tied:
         tensors.pop(HEAD, None)
@@ -203,10 +204,6 @@ def _by_head(k: LazyTensor, v: LazyTensor, n_head: int) -> LazyTensor:
     return stacked([k, v]).mapped(
         lambda w: w.reshape(2, n_head, -1, w.shape[1]).swapaxes(0, 1).reshape(w.shape)
     )
-
-
-def _is_mask(name: str, tensor: LazyTensor) -> bool:
-    return name.endswith(".attn.bias") and len(tensor.shape) == 4
 
 
 def _article(value: Any) -> str:

@@ -17,6 +17,7 @@ and values have one unit, the loss.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -132,59 +133,39 @@ def root(matrix: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-@dataclasses.dataclass(frozen=True)
-class MhaLayer:
-    """Weights of a multi-head attention layer, matrices (out, in); biases may be absent."""
-
-    c_attn: np.ndarray
-    """(3D, D), rows [q | k | v]."""
-    c_attn_bias: np.ndarray | None
-    c_proj: np.ndarray
-    """(D, D)"""
-    c_proj_bias: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class MlaLayer:
-    """Weights of the latent attention layer that replaces it."""
-
-    c_attn: np.ndarray
-    """(D + R, D), rows [q | latent]."""
-    c_attn_bias: np.ndarray | None
-    kv_b_proj: np.ndarray
-    """(2D, R), for each head its key rows, then its value rows."""
-    c_proj: np.ndarray
-    c_proj_bias: np.ndarray
-
-
 def to_latent(
-    layer: MhaLayer, factors: Decomposition, rank: int, n_head: int, mean: np.ndarray | None
-) -> MlaLayer:
+    layer: Mapping[str, np.ndarray],
+    factors: Decomposition,
+    rank: int,
+    n_head: int,
+    mean: np.ndarray | None,
+) -> dict[str, np.ndarray]:
     """Replace a layer's keys and values by a latent of width `rank`.
 
     Args:
+        layer: Weights of the multi-head attention by name within it; biases may be absent.
         mean: Mean of the layer's input, (D,): the values' mean error goes into the output bias.
             None: zero.
 
     Returns:
-        float32 weights. With rank D they compute what the layer did, up to rounding.
+        float32 weights of the latent attention. With rank D they compute what the layer did, up to
+        rounding.
     """
-    D = layer.c_proj.shape[0]
+    c_attn, c_proj, bias = layer["c_attn.weight"], layer["c_proj.weight"], layer.get("c_attn.bias")
+    D = len(c_proj)
     up, down = factors.up[:, :rank], factors.down[:rank]
     value_shift = np.zeros(D)
     if mean is not None:
-        value_shift += (layer.c_attn[2 * D :].astype(np.float64) - up[D:] @ down) @ mean
-    q_bias = None
-    if layer.c_attn_bias is not None:
-        value_shift += layer.c_attn_bias[2 * D :]
-        q_bias = np.concatenate([layer.c_attn_bias[:D], np.zeros(rank, np.float32)])
+        value_shift += (c_attn[2 * D :].astype(np.float64) - up[D:] @ down) @ mean
     by_head = np.stack([up[:D].reshape(n_head, -1, rank), up[D:].reshape(n_head, -1, rank)], axis=1)
-    return MlaLayer(
-        c_attn=np.concatenate([layer.c_attn[:D], down.astype(np.float32)]),
-        c_attn_bias=q_bias,
-        kv_b_proj=by_head.reshape(2 * D, rank).astype(np.float32),
-        c_proj=layer.c_proj,
-        c_proj_bias=(layer.c_proj_bias + layer.c_proj.astype(np.float64) @ value_shift).astype(
-            np.float32
-        ),
-    )
+    new = {
+        "c_attn.weight": np.concatenate([c_attn[:D], down.astype(np.float32)]),
+        "kv_b_proj.weight": by_head.reshape(2 * D, rank).astype(np.float32),
+        "c_proj.weight": c_proj,
+    }
+    if bias is not None:
+        value_shift += bias[2 * D :]
+        new["c_attn.bias"] = np.concatenate([bias[:D], np.zeros(rank, np.float32)])
+    shift = c_proj.astype(np.float64) @ value_shift
+    new["c_proj.bias"] = (layer.get("c_proj.bias", 0) + shift).astype(np.float32)
+    return new

@@ -212,80 +212,55 @@ def _rope_theta(c: Mapping[str, Any], values: Mapping[str, Any], where: Path) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A tensor of theirs that is some rows of one of ours."""
+    """A tensor of theirs that is one of ours, or some rows of one."""
 
     name: str
     rows: int
-    rotated: bool
+    rotated: bool = False
     """RoPE turns what it computes."""
 
 
-def _parts(config: ModelConfig) -> dict[str, list[_Part]]:
-    """What the stacked tensors of a block consist of, from top to bottom."""
-    c = config
+def _parts(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[_Part]:
+    """What a tensor of ours consists of, from top to bottom."""
+    c, width = config, config.attention_spec.head_dim
     assert c.n_inner
-    width = c.head_dim or c.n_embd // c.n_head
+    if name in WHOLE:
+        return [_Part(WHOLE[name], shape[0])]
+    layer, _, own = name.removeprefix("transformer.h.").partition(".")
+    block = f"model.layers.{layer}"
+    if own in OF_BLOCK:
+        return [_Part(f"{block}.{OF_BLOCK[own]}", shape[0])]
+    module, _, kind = own.rpartition(".")
+    if module == "mlp.c_fc":
+        return [_Part(f"{block}.mlp.{n}_proj.{kind}", c.n_inner) for n in ("gate", "up")]
     groups = c.num_key_value_heads or c.n_head
-    return {
-        "attn.c_attn": [
-            _Part("self_attn.q_proj", c.n_head * width, True),
-            _Part("self_attn.k_proj", groups * width, True),
-            _Part("self_attn.v_proj", groups * width, False),
-        ],
-        "mlp.c_fc": [
-            _Part("mlp.gate_proj", c.n_inner, False),
-            _Part("mlp.up_proj", c.n_inner, False),
-        ],
-    }
+    return [
+        _Part(f"{block}.self_attn.{n}_proj.{kind}", heads * width, n != "v")
+        for n, heads in (("q", c.n_head), ("k", groups), ("v", groups))
+    ]
 
 
 def _their_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in their file."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    parts = _parts(config)
-    for name, shape in parameter_shapes(config).items():
-        if name in WHOLE:
-            shapes[WHOLE[name]] = shape
-            continue
-        layer, own = _split(name)
-        if own in OF_BLOCK:
-            shapes[f"model.layers.{layer}.{OF_BLOCK[own]}"] = shape
-            continue
-        module, _, kind = own.rpartition(".")
-        for part in parts[module]:
-            shapes[f"model.layers.{layer}.{part.name}.{kind}"] = (part.rows, *shape[1:])
-    return shapes
+    return {
+        part.name: (part.rows, *shape[1:])
+        for name, shape in parameter_shapes(config).items()
+        for part in _parts(config, name, shape)
+    }
 
 
 def _ours(config: ModelConfig, found: Tensors) -> Tensors:
     """Their tensors under our names and in our layout."""
-    width = config.head_dim or config.n_embd // config.n_head
-    parts = _parts(config)
+    width = config.attention_spec.head_dim
 
-    def read(part: LazyTensor, rotated: bool) -> LazyTensor:
-        return part.mapped(lambda w: _interleaved(w, width)) if rotated else part
+    def read(part: _Part) -> LazyTensor:
+        own = found[part.name]
+        return own.mapped(lambda w: _interleaved(w, width)) if part.rotated else own
 
-    tensors: Tensors = {}
-    for name in parameter_shapes(config):
-        if name in WHOLE:
-            tensors[name] = found[WHOLE[name]]
-            continue
-        layer, own = _split(name)
-        block = f"model.layers.{layer}"
-        if own in OF_BLOCK:
-            tensors[name] = found[f"{block}.{OF_BLOCK[own]}"]
-            continue
-        module, _, kind = own.rpartition(".")
-        tensors[name] = stacked(
-            [read(found[f"{block}.{p.name}.{kind}"], p.rotated) for p in parts[module]]
-        )
-    return tensors
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Layer and name within the block of a tensor of ours."""
-    layer, _, own = name.removeprefix("transformer.h.").partition(".")
-    return layer, own
+    return {
+        name: stacked([read(part) for part in _parts(config, name, shape)])
+        for name, shape in parameter_shapes(config).items()
+    }
 
 
 def _interleaved(w: np.ndarray, width: int) -> np.ndarray:
@@ -343,22 +318,12 @@ def write_llama(
             f"--to hf has no format for a model with {reason}; transformers loads it as it is"
         )
     assert c.n_inner
-    width = c.head_dim or c.n_embd // c.n_head
-    parts = _parts(c)
-    state = {}
+    width, state = c.attention_spec.head_dim, {}
     for name, w in weights.items():
-        if name in WHOLE:
-            state[WHOLE[name]] = w
-            continue
-        layer, own = _split(name)
-        block = f"model.layers.{layer}"
-        if own in OF_BLOCK:
-            state[f"{block}.{OF_BLOCK[own]}"] = w
-            continue
-        module, _, kind = own.rpartition(".")
-        ends = np.cumsum([p.rows for p in parts[module]])
-        for part, rows in zip(parts[module], np.split(w, ends[:-1]), strict=True):
-            state[f"{block}.{part.name}.{kind}"] = _halves(rows, width) if part.rotated else rows
+        parts = _parts(c, name, w.shape)
+        ends = np.cumsum([p.rows for p in parts])
+        for part, rows in zip(parts, np.split(w, ends[:-1]), strict=True):
+            state[part.name] = _halves(rows, width) if part.rotated else rows
 
     kind = "qwen2" if c.attention_bias and not c.attention_out_bias else "llama"
     biases = {} if kind == "qwen2" else {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}

@@ -13,7 +13,6 @@ from mlx_mla.model.estimate import cache_bytes_per_token
 
 from .latent import (
     Decomposition,
-    MhaLayer,
     Moments,
     decompose,
     kept_energy,
@@ -262,7 +261,7 @@ def latent_config(config: ModelConfig, ranks: list[int]) -> ModelConfig:
         values["attention_out_bias"] = True  # which the bias of the values goes into
     if config.position_embedding_type == "rope":
         values["qk_rope_head_dim"] = config.head_dim or config.n_embd // config.n_head
-    return ModelConfig.from_dict(values).resolved()
+    return ModelConfig(**values).resolved()
 
 
 def factorise(
@@ -296,19 +295,9 @@ def assemble(
     new_config = latent_config(config, ranks)
     new = {n: w for n, w in weights.items() if ".attn." not in n}
     for i, factors in enumerate(layers):
-        attn = f"transformer.h.{i}.attn"
-        old = MhaLayer(
-            c_attn=weights[f"{attn}.c_attn.weight"],
-            c_attn_bias=weights.get(f"{attn}.c_attn.bias"),
-            c_proj=weights[f"{attn}.c_proj.weight"],
-            c_proj_bias=weights.get(f"{attn}.c_proj.bias", np.zeros(config.n_embd, np.float32)),
-        )
-        layer = to_latent(
-            old, factors, ranks[i], config.n_head, moments[i].mean if moments else None
-        )
-        new[f"{attn}.c_attn.weight"] = layer.c_attn
-        if layer.c_attn_bias is not None:
-            new[f"{attn}.c_attn.bias"] = layer.c_attn_bias
-        new[f"{attn}.kv_b_proj.weight"] = layer.kv_b_proj
-        new[f"{attn}.c_proj.weight"], new[f"{attn}.c_proj.bias"] = layer.c_proj, layer.c_proj_bias
+        attn = f"transformer.h.{i}.attn."
+        old = {n.removeprefix(attn): w for n, w in weights.items() if n.startswith(attn)}
+        mean = moments[i].mean if moments else None
+        layer = to_latent(old, factors, ranks[i], config.n_head, mean)
+        new |= {attn + n: w for n, w in layer.items()}
     return new_config, new

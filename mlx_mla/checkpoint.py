@@ -310,15 +310,6 @@ def integrity_error(folder: Path, training: bool = True) -> str | None:
     return None
 
 
-def has_nonfinite(folder: Path) -> str | None:
-    """Which tensor of a training checkpoint holds values that are not finite, in a few words; None
-    if none does. No run saves such, but an earlier version could."""
-    for name in (WEIGHTS, STATE):
-        if tensor := not_finite(_load_tensors(folder / name)):
-            return f"{tensor} in {name} is not finite"
-    return None
-
-
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; other folders there, such as copies of them,
     are none."""

@@ -6,15 +6,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import tyro
 
 from mlx_mla import cli
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
-from mlx_mla.fields import value_of
-from mlx_mla.files import REMEDY, read_toml
+from mlx_mla.files import read_toml
 from mlx_mla.pictures import draw, loss_axis, plain
 from mlx_mla.training.metrics import METRICS, read_metrics
 
@@ -92,14 +91,6 @@ class RunMetrics:
         )
 
 
-class _LossLine(TypedDict):
-    """What every line with a loss has; `seconds` and `mfu` were added later and may be missing."""
-
-    tokens: float
-    tokens_per_sec: float
-    peak_memory_bytes: float
-
-
 def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
     """Read the metrics of run folders.
 
@@ -126,9 +117,6 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
         rows = read_metrics(path)
         if not rows:
             raise UserError(f"{path}: is empty; the run has logged nothing yet")
-        for number, row in enumerate(rows, 1):
-            if row.get("split") in ("train", "val"):
-                value_of(_LossLine, row, f"{path}, line {number}", REMEDY)
         train, val = (
             [row for row in rows if row.get("split") == split] for split in ("train", "val")
         )

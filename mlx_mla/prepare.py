@@ -94,7 +94,6 @@ def prepare(command: PrepareCommand, console: Console) -> str:
     sources, others = find_sources(
         command.src, Reading(command.text_column, command.separator, command.revision)
     )
-    _make(command.out)
     with locked(command.out, inside=True):
         job = Preparation(command, tokenizer, sources)
         if not job.manifest["complete"]:
@@ -110,15 +109,6 @@ def prepare(command: PrepareCommand, console: Console) -> str:
                 )
                 raise
         return job.summary()
-
-
-def _make(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is not an empty folder; give --out a new name")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be created: {e.strerror}; give --out another path") from e
 
 
 def _check(command: PrepareCommand) -> int:

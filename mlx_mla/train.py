@@ -23,7 +23,7 @@ from mlx_mla.model import estimate
 from mlx_mla.model.attention import meaningless_fields
 from mlx_mla.model.config import TOKENIZER_IDS, ModelConfig
 from mlx_mla.model.presets import overlay, preset
-from mlx_mla.model.train_config import ONLY_WITH, RENAMED, TrainConfig
+from mlx_mla.model.train_config import ONLY_WITH, TrainConfig
 from mlx_mla.training.metrics import perplexity_text
 from mlx_mla.world import EngineName, World, join, launched_by, same_everywhere
 
@@ -43,9 +43,6 @@ COMMON = (
     *("backend", "dry_run"),
 )
 """The settings that --help shows; --help-all shows all."""
-
-REMOVED = {"lr_find": "compare short runs at several --learning-rate, or take a preset's"}
-"""What to do instead of settings that are gone."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -135,10 +132,9 @@ def _run(command: TrainCommand, world: World) -> int:
         from mlx_mla.training.recovery import find_restart
         from mlx_mla.training.run_folder import finish
 
-        restart = find_restart(out)
-        for note in restart.notes:
+        from_step, notes = find_restart(out)
+        for note in notes:
             print(note)
-        from_step = restart.from_step
         if from_step is not None and from_step >= config.steps:
             world.first(None)
             finish(out)
@@ -183,7 +179,6 @@ def given_flags(argv: Sequence[str]) -> dict[str, Any]:
     --help and --help-all are answered here, with the defaults of the preset, file or run that the
     other flags name.
     """
-    argv = [_as_now(argument) for argument in argv]
     asked = {"-h", "--help", "--help-all"} & set(argv)
     if not asked:
         return cli.given(_flags(TrainCommand()), argv, PROG, ABOUT)
@@ -198,15 +193,6 @@ def given_flags(argv: Sequence[str]) -> dict[str, Any]:
         groups = dict([next(iter(groups.items()))])
         about += f"\n\nThese are the most common settings; --help-all shows all {total}."
     return cli.given(groups, ["--help"], PROG, about)
-
-
-def _as_now(argument: str) -> str:
-    """An argument with the present name of a flag; raises UserError for a flag that is gone."""
-    spelling, equals, value = argument.partition("=")
-    name = spelling[2:].replace("-", "_") if spelling.startswith("--") else ""
-    if name in REMOVED:
-        raise UserError(f"{spelling} was removed; {REMOVED[name]}")
-    return (flag(RENAMED[name]) if name in RENAMED else spelling) + equals + value
 
 
 def _flags(defaults: TrainCommand) -> dict[str, dict[str, Any]]:

@@ -253,10 +253,10 @@ def test_weights_come_back_bit_for_bit(tiny_run):
 
 def test_tensors_that_do_not_fit_are_named(folder_copy):
     config = checkpoint.ModelFolder(folder_copy).config
-    wider = ModelConfig.from_dict({**config.to_dict(), "n_inner": 64}).resolved()
+    wider = ModelConfig(**{**config.to_dict(), "n_inner": 64}).resolved()
     with pytest.raises(UserError, match=r"mlp\.c_.* has shape .* config.json asks for"):
         checkpoint.ModelFolder(folder_copy).weights(wider)
-    deeper = ModelConfig.from_dict({**config.to_dict(), "n_layer": 3}).resolved()
+    deeper = ModelConfig(**{**config.to_dict(), "n_layer": 3}).resolved()
     with pytest.raises(UserError, match=r"tensor transformer\.h\.2\..* is missing from the file"):
         checkpoint.ModelFolder(folder_copy).weights(deeper)
     path = folder_copy / "model.safetensors"

@@ -81,6 +81,12 @@ def test_a_model_without_output_biases_gets_those_that_hold_the_values(
     torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 
 
+def mha_layer(rng, D):
+    shapes = {"c_attn.weight": (3 * D, D), "c_attn.bias": (3 * D,), "c_proj.weight": (D, D)}
+    shapes["c_proj.bias"] = (D,)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
 @given(data=st.data())
 @settings(max_examples=15)
 def test_full_rank_is_exact_for_any_shape(data):
@@ -88,22 +94,28 @@ def test_full_rank_is_exact_for_any_shape(data):
     D, rng = width, np.random.default_rng(data.draw(st.integers(0, 99)))
     bias = data.draw(st.booleans())
     calibrated = data.draw(st.booleans())
-    layer = latent.MhaLayer(
-        rng.normal(size=(3 * D, D)).astype(np.float32),
-        rng.normal(size=3 * D).astype(np.float32) if bias else None,
-        rng.normal(size=(D, D)).astype(np.float32),
-        rng.normal(size=D).astype(np.float32),
-    )
+    layer = mha_layer(rng, D)
+    if not bias:
+        del layer["c_attn.bias"]
     # Fewer samples than directions: the moments are singular, and the model must be exact all the
     # same.
     x, g = rng.normal(1, 1, (4, D)), rng.normal(size=(4, 2 * D))
     moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True), g.T @ g / 4)
-    factors = latent.decompose(layer.c_attn[D:], moments if calibrated else None)
+    factors = latent.decompose(layer["c_attn.weight"][D:], moments if calibrated else None)
     new = latent.to_latent(layer, factors, D, heads, moments.mean)
-    up = new.kv_b_proj.reshape(heads, 2, D // heads, D).transpose(1, 0, 2, 3).reshape(2 * D, D)
-    np.testing.assert_allclose(up.astype(np.float64) @ new.c_attn[D:], layer.c_attn[D:], atol=1e-4)
-    expected = layer.c_proj_bias + (layer.c_proj @ layer.c_attn_bias[2 * D :] if bias else 0)
-    np.testing.assert_allclose(new.c_proj_bias, expected, atol=1e-3)
+    up = (
+        new["kv_b_proj.weight"]
+        .reshape(heads, 2, D // heads, D)
+        .transpose(1, 0, 2, 3)
+        .reshape(2 * D, D)
+    )
+    np.testing.assert_allclose(
+        up.astype(np.float64) @ new["c_attn.weight"][D:], layer["c_attn.weight"][D:], atol=1e-4
+    )
+    expected = layer["c_proj.bias"] + (
+        layer["c_proj.weight"] @ layer["c_attn.bias"][2 * D :] if bias else 0
+    )
+    np.testing.assert_allclose(new["c_proj.bias"], expected, atol=1e-3)
 
 
 def test_factors_are_the_best_latent_for_text_and_gradient():
@@ -165,22 +177,23 @@ def test_keys_constants_and_values_means_cost_nothing(model, text_file):
     """Directions that the text holds constant leave the outputs as they were at any rank."""
     D = 8
     rng = np.random.default_rng(0)
-    layer = latent.MhaLayer(
-        *(rng.normal(size=s).astype(np.float32) for s in ((3 * D, D), (3 * D,), (D, D), (D,)))
-    )
+    layer = mha_layer(rng, D)
     x = np.concatenate([rng.normal(size=(50, 3)), np.full((50, 5), 2.0)], axis=1)
     moments = latent.Moments(x.mean(0), np.cov(x.T, bias=True), np.eye(2 * D))
-    factors = latent.decompose(layer.c_attn[D:], moments)
+    factors = latent.decompose(layer["c_attn.weight"][D:], moments)
     new = latent.to_latent(layer, factors, 3, 1, moments.mean)
-    v = x @ layer.c_attn[2 * D :].T + layer.c_attn_bias[2 * D :]
-    v_new = x @ (new.kv_b_proj[D:] @ new.c_attn[D:]).T
+    v = x @ layer["c_attn.weight"][2 * D :].T + layer["c_attn.bias"][2 * D :]
+    v_new = x @ (new["kv_b_proj.weight"][D:] @ new["c_attn.weight"][D:]).T
     p = rng.dirichlet(np.ones(50))
     old_out, new_out = (
-        (p @ v) @ layer.c_proj.T + layer.c_proj_bias,
-        (p @ v_new) @ new.c_proj.T + new.c_proj_bias,
+        (p @ v) @ layer["c_proj.weight"].T + layer["c_proj.bias"],
+        (p @ v_new) @ new["c_proj.weight"].T + new["c_proj.bias"],
     )
     np.testing.assert_allclose(new_out, old_out, atol=1e-3)
-    k, k_new = x @ layer.c_attn[D : 2 * D].T, x @ (new.kv_b_proj[:D] @ new.c_attn[D:]).T
+    k, k_new = (
+        x @ layer["c_attn.weight"][D : 2 * D].T,
+        x @ (new["kv_b_proj.weight"][:D] @ new["c_attn.weight"][D:]).T,
+    )
     np.testing.assert_allclose(k_new - k_new.mean(0), k - k.mean(0), atol=1e-3)
 
 

@@ -47,7 +47,7 @@ def bytes_per_token(model, cache) -> float:
 )  # fmt: skip
 def test_bytes_per_token_of_context_in_bfloat16(name, bits, expected):
     shape = preset(name).resolved().model.to_dict() | {"n_layer": 1, "kv_lora_ranks": None}
-    config = ModelConfig.from_dict(shape).resolved()
+    config = ModelConfig(**shape).resolved()
     model = build_model(config, initial_weights(config, 0))
     model.set_dtype(mx.bfloat16)
     cache = make_prompt_cache(model) if bits is None else [QuantizedKVCache(64, bits)]

@@ -539,7 +539,7 @@ def test_another_preparation_is_never_overwritten(many, prepared, tmp_path, caps
     (tmp_path / "notes" / "thesis.tex").write_text("x")
     assert "is not an empty folder" in refused(capsys, many, tmp_path / "notes")
     (tmp_path / "file").write_text("x")
-    assert "cannot be created" in refused(capsys, many, tmp_path / "file" / "out")
+    assert "could not be written" in refused(capsys, many, tmp_path / "file" / "out")
 
 
 def test_links_to_folders_are_read_once(tmp_path):

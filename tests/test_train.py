@@ -8,7 +8,6 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from helpers import (
     TINY,
@@ -27,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_mla import checkpoint, files, generate, train
+from mlx_mla import checkpoint, generate, train
 from mlx_mla.backends.mlx.backend import MLXBackend
 from mlx_mla.data.tokenizer import end_ids, set_end_ids
 from mlx_mla.model.config import ModelConfig
@@ -101,8 +100,7 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path):
 def test_a_former_name_of_a_setting_is_still_taken(tmp_path, capsys):
     path = tmp_path / "c.toml"
     path.write_text("checkpoint_every = 2\n")
-    for argv in (["--config", str(path)], ["--checkpoint-every", "2"], ["--checkpoint_every=2"]):
-        assert train_command(argv).activation_checkpointing == 2
+    assert train_command(["--config", str(path)]).activation_checkpointing == 2
     path.write_text("checkpoint_every = 2\nactivation_checkpointing = 1\n")
     assert "checkpoint_every is the former name of activation_checkpointing" in refused(
         capsys, "--config", path
@@ -111,11 +109,6 @@ def test_a_former_name_of_a_setting_is_still_taken(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main(argv)
         assert "checkpoint-every" not in capsys.readouterr().out
-
-
-def test_a_setting_that_is_gone_is_refused_with_what_to_do_instead(capsys):
-    said = refused(capsys, *TINY, "--lr-find")
-    assert said.startswith("error: --lr-find was removed; compare short runs at several")
 
 
 def test_help_shows_the_common_settings_and_help_all_every_one(capsys, monkeypatch):
@@ -345,7 +338,7 @@ def test_auto_resume_stays_on_the_branch_that_from_step_began(run_copy, monkeypa
         m.setattr(loop._Loop, "run", ends)
         argv = words("--resume --from-step 20 --learning-rate 1e-5 --out", run_copy)
         assert train.main(argv) == 130
-    assert recovery.find_restart(run_copy).from_step == 20
+    assert recovery.find_restart(run_copy)[0] == 20
     assert checkpoint.latest(run_copy).name == "step-000020"
     assert train.main(words("--auto-resume --out", run_copy)) == 0
     rows = read_metrics(run_copy / "metrics.jsonl")
@@ -526,7 +519,6 @@ def test_an_update_that_diverges_is_never_saved(tmp_path, text_file, capsys, bac
     newest = tmp_path / "run" / "checkpoints" / "step-000002"
     assert f"newest good checkpoint is {newest}" in said
     assert checkpoint.latest(tmp_path / "run") == newest
-    assert checkpoint.has_nonfinite(newest) is None
     assert train.main([*map(str, resume), *good, "--steps", "4"]) == 0
 
 
@@ -539,27 +531,6 @@ def test_a_validation_loss_that_is_no_number_is_never_reported(
     said = refused(capsys, *argv, "--backend", backend, *spoiling)
     assert "diverged at step 1 (validation loss nan)" in said
     assert "--learning-rate must be at most 1e+30" in refused(capsys, *argv, "--learning-rate 1e38")
-
-
-def test_a_spoilt_checkpoint_of_an_earlier_version_is_passed_over(run_copy, capsys):
-    folder = run_copy / "checkpoints" / "step-000040"
-    config = checkpoint.ModelFolder(folder).config
-    weights = checkpoint.ModelFolder(folder).weights(config)
-    state, info = checkpoint.read_train_state(folder, TrainConfig(model=config))
-    info = {"format": checkpoint.STATE_FORMAT, **dataclasses.asdict(info)}
-    weights["transformer.wte.weight"][256, 0] = np.inf
-    tokenizer = checkpoint.ModelFolder(folder).tokenizer
-    with files.atomic_folder(folder) as new:
-        checkpoint.write_model(new, config, weights, tokenizer, "")
-        checkpoint.write_train_state(new, state, info)
-    resume = ("--out", run_copy, "--steps", "42")
-    said = refused(capsys, "--resume", *resume)
-    assert "tensor transformer.wte.weight has values that are not finite" in said
-    assert train.main(["--auto-resume", *map(str, resume)]) == 0
-    assert "step-000040: damaged, transformer.wte.weight in model.safetensors" in (
-        capsys.readouterr().out
-    )
-    assert checkpoint.has_nonfinite(checkpoint.latest(run_copy)) is None
 
 
 def test_a_copy_of_a_checkpoint_in_the_run_folder_is_in_nobodys_way(run_copy):
@@ -619,7 +590,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(run_copy, capsys):
 
 def test_a_run_folder_that_cannot_be_made(tmp_path, text_file, capsys):
     (tmp_path / "file").write_text("x")
-    assert "cannot be made" in refused(
+    assert "could not be written" in refused(
         capsys, "--data", text_file, "--out", tmp_path / "file" / "run"
     )
 

@@ -137,21 +137,6 @@ def quantized_cache(place: Path) -> Iterator[Outcome]:
             yield at_most(lost, bound, f"{bits} bits: {_REGRET}", name)
 
 
-@row(
-    where=("mlx_mla/decoding/request.py:cache_of",),
-    expected="reports the speed of both caches",
-    minutes=0.3,
-)
-def cache_choice(place: Path) -> Iterator[Outcome]:
-    """`--cache latent` is the default; only on CPUs was it measured to be the faster one."""
-    folder = small_model(place / "model", "mla-124m", n_layer=4, n_positions=1024)
-    for kind in CACHES:
-        decoder = get_backend("mlx").decoder(folder, kind, "float32")
-        _tokens(decoder, _prompt(900))
-        *_, last = decoder.stream(_prompt(900), dataclasses.replace(GREEDY, max_tokens=64))
-        yield Outcome(True, f"{kind} {last.figures['generation_tps']:,.0f} tokens/s")
-
-
 def preset_models(place: Path) -> Iterator[tuple[str, ModelFolder]]:
     """(preset, model folder) of each, with its widths."""
     for name in PRESETS:

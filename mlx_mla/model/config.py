@@ -169,21 +169,10 @@ class ModelConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read the model's fields from a config.json and ignore all others.
-
-        Args:
-            where: Name of the file, for messages.
-
-        Raises:
-            UserError: For a value of another type.
-        """
-        return cls(**typed(cls, values, where))
-
-    @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> "ModelConfig":
-        """Read as `from_dict` does, and resolve; every error names the file."""
-        config = cls.from_dict(values, where)
+        """The model's fields of a config.json, resolved; others are ignored. UserError names the
+        file."""
+        config = cls(**typed(cls, values, where))
         try:
             return config.resolved()
         except UserError as e:

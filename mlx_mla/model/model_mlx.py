@@ -595,9 +595,6 @@ class Transformer(nn.Module):
         L = inputs.shape[1]
         cache = cache or [None] * len(self.h)
         offset = 0 if cache[0] is None else cache[0].offset
-        if isinstance(offset, mx.array):
-            # mlx-lm before 0.32 moves a batch's offsets in place at the first layer.
-            offset = offset + 0
         if isinstance(offset, int):
             check_positions(offset + L, self.n_positions)
 

@@ -36,7 +36,7 @@ Share = Annotated[float, fraction()]
 Rate = Annotated[float, positive(1e30)]
 
 RENAMED = {"checkpoint_every": "activation_checkpointing"}
-"""Former names of settings, which flags and settings files may still use."""
+"""Former names of settings, which settings files may still use."""
 
 ONLY_WITH: dict[str, tuple[str, Optional[str], float]] = {
     "teacher_weight": ("teacher", None, 0.5),

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_mla.backends.peak import mfu
 from mlx_mla.errors import UserError
 from mlx_mla.files import finite
-from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training.metrics import METRICS, SAMPLES, read_metrics
 from mlx_mla.training.tracking import Tracking
 
@@ -40,36 +38,3 @@ class MetricsLog:
                 f.write(json.dumps(finite(row)) + "\n")
         except OSError as e:
             raise UserError(f"{self._out / name}: could not be written: {e.strerror}") from e
-
-
-class Pace:
-    """The speed of training, without validation and saving.
-
-    Args:
-        config: Resolved settings.
-        flops_per_token: FLOPs of training per token.
-        peak_flops: Measured peak of the device, in FLOP/s.
-    """
-
-    def __init__(self, config: TrainConfig, flops_per_token: int, peak_flops: float):
-        self._config, self._flops, self._peak = config, flops_per_token, peak_flops
-        self._seconds, self._tokens = 0.0, 0
-
-    def step(self, seconds: float) -> None:
-        """Count a step."""
-        self._seconds += seconds
-        self._tokens += self._config.step_tokens
-
-    def logged(self) -> None:
-        """Start a new mean."""
-        self._seconds, self._tokens = 0.0, 0
-
-    @property
-    def tokens_per_sec(self) -> float:
-        """Mean tokens per second since the last logged step."""
-        return self._tokens / self._seconds
-
-    @property
-    def mfu(self) -> float:
-        """Fraction of the device's peak; see `mlx_mla.backends.peak.mfu`."""
-        return mfu(self._flops, self.tokens_per_sec, self._peak)

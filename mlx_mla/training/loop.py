@@ -39,7 +39,7 @@ from mlx_mla.model.estimate import (
 from mlx_mla.model.schedule import learning_rate
 from mlx_mla.model.train_config import TrainConfig
 from mlx_mla.training import run_folder
-from mlx_mla.training.log import MetricsLog, Pace
+from mlx_mla.training.log import MetricsLog
 from mlx_mla.training.metrics import METRICS, plot_loss, read_metrics
 from mlx_mla.training.recovery import catch_signals
 from mlx_mla.training.run_folder import LATEST, PLOT
@@ -114,7 +114,6 @@ def train(
         console.print(began + ranks)
         expected = _expected_memory(config, backend, console)
         peak_flops = _peak_flops(config.backend, config.device, config.dtype) if lead else math.inf
-        pace = Pace(config, expected.train_flops_per_token, peak_flops)
         taught = 0 if taught_by is None else teacher_bytes(config, taught_by.config)
         stack.enter_context(backend.limited_memory(expected.total_bytes + taught))
         session = backend.train_session(config, start, taught_by, world)
@@ -124,7 +123,8 @@ def train(
             trackers = stack.enter_context(tracking(config, out, rows, console))
             log = MetricsLog(out, trackers)
             world.advice = partial(run_folder.resume_advice, out)
-        loop = _Loop(run, out, session, start, console, log, pace)
+        full_speed = peak_flops / expected.train_flops_per_token
+        loop = _Loop(run, out, session, start, console, log, full_speed)
         try:
             return loop.run()
         except AgreedError:  # has the advice already
@@ -144,9 +144,10 @@ class _Loop:
         start: Start,
         console: Console,
         log: MetricsLog | None,
-        pace: Pace,
+        full_speed: float,
     ):
-        self.session, self.log, self.pace, self.out = session, log, pace, out
+        self.session, self.log, self.full_speed, self.out = session, log, full_speed, out
+        self.paced, self.seconds = 0, 0.0  # steps since the last logged one, and their time
         self.config, self.data, self.world = run.config, run.data, run.world
         self.tasks, self.share = run.tasks, run.share
         self.lead = log is not None
@@ -203,12 +204,13 @@ class _Loop:
         self.done += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise UserError(self._diverged(f"loss {result.loss}, gradient norm {result.grad_norm}"))
-        self.pace.step(time.perf_counter() - began)
-        speed, share = self.pace.tokens_per_sec, self.pace.mfu
+        self.paced, self.seconds = self.paced + 1, self.seconds + time.perf_counter() - began
+        speed = self.paced * config.step_tokens / self.seconds
+        share = speed / self.full_speed
         self.display.step(self.done, result.loss, speed, share)
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
             self._log_loss("train", result.loss, lr, speed, mfu=round(share, 4))
-            self.pace.logged()
+            self.paced, self.seconds = 0, 0.0
 
     def _check_finite(self, finished: bool) -> None:
         """End the run if the weights are not finite, before they are used.

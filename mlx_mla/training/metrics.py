@@ -18,15 +18,15 @@ class _Line(TypedDict):
     split: NotRequired[str]
     """train, val, or the name of a task."""
     lr: NotRequired[float]
-    tokens: NotRequired[Count]
-    tokens_per_sec: NotRequired[float]
-    peak_memory_bytes: NotRequired[Count]
     mfu: NotRequired[float]
     seconds: NotRequired[NonNegativeFloat]
 
 
 class _LossLine(_Line):
     loss: float
+    tokens: Count
+    tokens_per_sec: float
+    peak_memory_bytes: Count
 
 
 class _Sample(TypedDict):

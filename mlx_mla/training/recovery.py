@@ -1,7 +1,6 @@
 """Handle signals, and find the checkpoint from which --auto-resume resumes."""
 
 import contextlib
-import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,19 +14,11 @@ from mlx_mla.files import SUMS
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-@dataclasses.dataclass(frozen=True)
-class Restart:
-    """The point from which --auto-resume resumes."""
+def find_restart(run: Path) -> tuple[int | None, list[str]]:
+    """Step of the newest intact checkpoint of a run folder, by its checksums, or None if it has
+    none yet; and messages about damaged ones that were skipped.
 
-    from_step: int | None
-    """Step of the newest intact checkpoint; None if the run has saved none yet."""
-    notes: tuple[str, ...]
-    """Messages about damaged checkpoints that were skipped."""
-
-
-def find_restart(run: Path) -> Restart:
-    """Find the newest intact checkpoint of a run folder, by its checksums; none beyond the one that
-    `latest` names, since those are of a branch that --from-step has left.
+    Checkpoints beyond the one that `latest` names are of a branch that --from-step has left.
 
     Raises:
         UserError: If there are checkpoints, but all of them are damaged.
@@ -39,14 +30,14 @@ def find_restart(run: Path) -> Restart:
             continue
         problem = _problem(folder)
         if problem is None:
-            return Restart(checkpoint.step_of(folder), tuple(notes))
+            return checkpoint.step_of(folder), notes
         notes.append(f"{folder}: damaged, {problem}; resuming from an older one")
     if notes:
         raise UserError(
             f"{run}: none of its {len(notes)} checkpoints is intact (newest: "
             f"{notes[0].partition(';')[0]}); restore one, or start a new run with another --out"
         )
-    return Restart(None, ())
+    return None, []
 
 
 def _problem(folder: Path) -> str | None:
@@ -54,10 +45,7 @@ def _problem(folder: Path) -> str | None:
     for name in (SUMS, checkpoint.STATE, checkpoint.STATE_INFO):
         if not (folder / name).is_file():
             return f"{name} is missing"
-    try:
-        return checkpoint.integrity_error(folder) or checkpoint.has_nonfinite(folder)
-    except UserError as e:
-        return str(e)
+    return checkpoint.integrity_error(folder)
 
 
 @contextlib.contextmanager

@@ -65,10 +65,6 @@ def create_run(out: Path, config: TrainConfig, lock: contextlib.ExitStack) -> No
         if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"{out}: is not an empty folder; give --out a new name")
     else:
-        try:
-            out.mkdir(parents=True)
-        except OSError as e:
-            raise UserError(f"{out}: cannot be made: {e.strerror}; give --out another place") from e
         lock.enter_context(locked_run(out))
     write_text(out / CONFIG, to_toml(config))
     _make_checkpoints(out)

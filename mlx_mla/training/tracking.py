@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -28,19 +28,21 @@ from mlx_mla.training.run_folder import TRACKING
 PROJECT = "mlx_mla"
 
 
-class Tracker(Protocol):
-    """One run in one tool."""
+class Tracker:
+    """One run in one tool; Weights & Biases and Trackio have the same methods."""
+
+    _run: Any
 
     def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
         """Record scalars by name; `seconds` is the training time at that step, if known."""
-        ...
+        self._run.log(dict(values), step=step)
 
     def close(self, failed: bool) -> None:
         """Send what is left."""
-        ...
+        self._run.finish()
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in OUT/tensorboard.
 
     Every process rewrites them from the rows kept so far: TensorBoard has no other way to drop
@@ -67,16 +69,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class _Hosted:
-    """A run of Weights & Biases or Trackio, which have the same methods."""
-
-    _run: Any
-
-    def log(self, step: int, values: Mapping[str, float], seconds: float | None) -> None:
-        self._run.log(dict(values), step=step)
-
-
-class WandB(_Hosted):
+class WandB(Tracker):
     """A run of Weights & Biases, with its files in OUT/wandb; WANDB_PROJECT, WANDB_MODE and other
     variables of wandb apply. wandb itself ignores steps that it has already."""
 
@@ -97,7 +90,7 @@ class WandB(_Hosted):
         self._run.finish(exit_code=int(failed))
 
 
-class Trackio(_Hosted):
+class Trackio(Tracker):
     """A run of Trackio, in its own folder (TRACKIO_DIR) or Space (TRACKIO_SPACE_ID). Steps that are
     trained again, after a kill, are there twice."""
 
@@ -107,9 +100,6 @@ class Trackio(_Hosted):
         # Trackio resumes by name, so the name has to be this run's alone.
         name = f"{out.resolve().name}-{identity}"
         self._run = trackio.init(project=PROJECT, name=name, config=settings, resume="allow")
-
-    def close(self, failed: bool) -> None:
-        self._run.finish()
 
 
 NAMES = ("tensorboard", "wandb", "trackio")
@@ -141,8 +131,6 @@ class _Record:
     id: Annotated[str, Form("be the id of a run", r"[\w-]{1,64}")]
     trackers: list[str] = dataclasses.field(default_factory=list)
     """Trackers that already have the rows of earlier processes."""
-    sent: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The same as keys, in files of earlier versions."""
 
 
 class Tracking:
@@ -177,13 +165,12 @@ class Tracking:
                 f"'', and add --resume --out {shlex.quote(str(out))}"
             ) from e
         self._trackers[name] = tracker
-        known = {*record.trackers, *record.sent}
-        if name not in known:
+        if name not in record.trackers:
             for row in rows:
                 if "split" in row:
                     self._give(name, row)
         if name != "tensorboard":
-            record.trackers = sorted({*known, name})
+            record.trackers = sorted({*record.trackers, name})
             values = {"id": record.id, "trackers": record.trackers}
             write_text(self._path, json.dumps(values) + "\n")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from safetensors import SafetensorError, safe_open
 
@@ -99,37 +99,6 @@ def load(path: Path, folder: ModelFolder, dtype: mx.Dtype) -> tuple[list[Any], l
         return [_cast(adopt(c), dtype) for c in load_prompt_cache(str(path))], tokens
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a prompt cache of mlx-lm ({e})") from None
-
-
-def check_fits(path: Path, cache: Sequence[Any], tokens: Sequence[int], one: Sequence[Any]) -> None:
-    """Check that a loaded cache holds its tokens in the shapes of the model's own caches.
-
-    Args:
-        one: The model's own caches after one token.
-
-    Raises:
-        UserError: If it does not.
-    """
-    try:
-        bits, group_size = (getattr(cache[0], name, None) for name in ("bits", "group_size"))
-        if bits is not None:
-            one = [c.to_quantized(group_size=group_size, bits=bits) for c in one]
-        fits = [_form(c) for c in cache] == [_form(c) for c in one] and all(
-            type(c.offset) is int and c.offset == len(tokens) > 0 for c in cache
-        )
-    except (AttributeError, IndexError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f"{path}: damaged, it holds no cache of {len(tokens)} tokens of this model; {_AGAIN}"
-        )
-
-
-def _form(cache: Any) -> Any:
-    """What caches of one model have in common, however many tokens they hold."""
-    held = [a for _, a in tree_flatten([cache.keys, cache.values])]
-    layout = [(a.dtype, a.shape[:2], a.shape[3:], a.shape[2] >= cache.offset) for a in held]
-    return type(cache), layout
 
 
 def _cast(cache: Any, dtype: mx.Dtype) -> Any:
