@@ -106,7 +106,7 @@ class Compare(Resumable):
     name = "compare"
     title = "MLX and PyTorch side by side"
     stored: ClassVar = {"rows": list[Row], "parity": list[Parity], "baseline": str}
-    same: ClassVar = ("dtype", "quick")
+    same: ClassVar = ("dtype", "quick", "repetitions")
     body = staticmethod(body)
     figures = staticmethod(figures)
 

@@ -200,7 +200,7 @@ def timed(
         **{f"{s}: forward": functools.partial(forward_rate, r) for s, r in scorers.items()},
     }
     found = turns(actions, bench.repetitions, warm_up=0)
-    items = sum(bool(line.strip()) for line in file.read_text(encoding="utf-8").splitlines())
+    items = sum(bool(line.strip()) for line in file.read_text(encoding="utf-8").split("\n"))
     rows = []
     for s in runs:
         scores, times, memory = zip(*found[s])
@@ -312,7 +312,8 @@ def sample(bench: Evaluation, name: str, work: Path) -> Path:
     (work / path).parent.mkdir(parents=True)
     if bench.limit is None:
         return bench.data_dir.resolve()
-    lines = (bench.data_dir / path).read_text(encoding="utf-8").splitlines()
+    # Other line ends may stand within an item.
+    lines = (bench.data_dir / path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     count = min(bench.limit, len(lines))
     chosen = np.random.default_rng(0).choice(len(lines), count, replace=False)
     (work / path).write_text("".join(lines[i] + "\n" for i in sorted(chosen)), encoding="utf-8")

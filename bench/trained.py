@@ -32,6 +32,7 @@ from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data import corpus
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.display import markdown_table
+from mlx_mla.errors import UserError
 from mlx_mla.fields import Bounds, PositiveInt, positive
 
 BITS = (None, 8, 4)
@@ -77,9 +78,22 @@ class Trained(Benchmark):
     def measure(self, results: Results) -> None:
         text = corpus.read_documents(str(self.text))[0]
         unseen = text[int(len(text) * (1 - self.held_out)) :]
+        subjects = []
         for path in self.models:
             folder = ModelFolder(checkpoint.model_folder(path))
-            tokens = np.array(folder.tokenizer.encode(unseen))
+            tokens, context = np.array(folder.tokenizer.encode(unseen)), folder.config.n_positions
+            if len(tokens) <= context:
+                raise UserError(
+                    f"--text {self.text}: its held-out part has {len(tokens)} tokens, and a window "
+                    f"of {path} has {context + 1}; give a longer text"
+                )
+            if self.draft and self.tokens > context - 2:
+                raise UserError(
+                    f"--tokens {self.tokens}: {path} has {context} positions, of which two at "
+                    "least are for a prompt"
+                )
+            subjects.append((path, folder, tokens))
+        for path, folder, tokens in subjects:
             parts = {"quality": quantized(self, path.name, folder, tokens)}
             if self.draft:
                 parts["speed"] = drafted(self, path.name, folder, tokens)

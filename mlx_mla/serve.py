@@ -353,6 +353,9 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--chat-template-args is nested too deeply") from None
     finally:
         server.run, sys.argv = run, arguments
+        for handler in logging.getLogger().handlers:  # mlx-lm has made one for its messages
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stderr:
+                handler.setStream(sys.stderr)
     return found[0]
 
 

@@ -270,8 +270,8 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
             base = preset(name)
     else:
         base = preset(name or "nano")
-    if {"tokens_per_step", "grad_accum_steps"} <= file.keys() and not command.resume:
-        # A run's config.toml holds what followed from its settings, too.
+    of_a_run = file.keys() >= _ALWAYS and not command.resume
+    if of_a_run:  # its config.toml, which holds what followed from its settings, too
         base = in_file.without_derived()
     else:
         base = _exclusive(overlay(base, file, str(command.config)), base, file)
@@ -281,7 +281,8 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
     config = dataclasses.replace(base, model=model, **others)
     config = _exclusive(config, base, {**others, "model": of_model})
     if config.init is not None and not command.resume:
-        _check_init(config, {**file, **others}, {**file.get("model", {}), **of_model})
+        own = others if of_a_run else {**file, **others}
+        _check_init(config, own, {**file.get("model", {}), **of_model})
     if not command.resume:
         rows_given = "vocab_size" in {**file.get("model", {}), **of_model}
         rows_given = rows_given and config.model.vocab_size is not None
@@ -293,6 +294,14 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
 
 
 _OWN = TrainCommand.__dataclass_fields__.keys() - TrainConfig.__dataclass_fields__.keys()
+
+
+_ALWAYS = {
+    field.name
+    for field in dataclasses.fields(TrainConfig)
+    if field.default not in (None, dataclasses.MISSING)
+}
+"""Settings that the config.toml of every run holds."""
 
 
 def _exclusive(config: TrainConfig, base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:

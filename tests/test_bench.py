@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from transformers import StaticCache
 
 from bench import compare_backends as compare
-from bench import training
+from bench import evaluation, training
 from bench.rows import Row
 from bench.subjects import framework
 from bench.subjects import mlx as subject_mlx
@@ -34,6 +34,7 @@ from bench.timing import Case, time_cases
 from bench.training import settings
 from mlx_mla import train
 from mlx_mla.backends.torch.decode import GrowingCache
+from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.estimate import estimate
 from mlx_mla.model.weights import initial_weights, num_parameters
@@ -563,6 +564,27 @@ def test_a_plan_puts_in_what_fits():
         for b in (batch, 2 * batch)
     ]
     assert totals[0].total_bytes <= 32e9 < totals[1].total_bytes
+
+
+def test_trained_refuses_what_does_not_fit(tiny_run, tmp_path, text_file, capsys):
+    (tmp_path / "short.txt").write_text("a short text " * 20)
+    argv = ("trained", "--models", tiny_run, "--draft", tiny_run, "--out", tmp_path / "out")
+    said = refused(capsys, *argv, "--text", tmp_path / "short.txt", command=command.main)
+    assert "its held-out part has 26 tokens, and a window of" in said
+    said = refused(capsys, *argv, "--text", text_file, "--tokens 63", command=command.main)
+    assert "--tokens 63" in said and "two at least are for a prompt" in said
+
+
+def test_an_item_is_a_line_whatever_else_ends_one(tmp_path):
+    path = tmp_path / "data" / TASKS["lambada"].files["standard"]
+    path.parent.mkdir(parents=True)
+    items = [json.dumps({"text": f"a{end}b"}, ensure_ascii=False) for end in "\u2028\x85x"]
+    path.write_text("\n".join(items) + "\n", encoding="utf-8")
+    chosen = evaluation.sample(
+        evaluation.Evaluation(data_dir=tmp_path / "data", limit=3), "lambada", tmp_path / "work"
+    )
+    text = (chosen / TASKS["lambada"].files["standard"]).read_text(encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import urllib.request
 from typing import Any
 
 import pytest
-from helpers import ask, serving, started
+from helpers import ask, ran, serving, started
 
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
@@ -342,3 +342,11 @@ def test_what_is_not_done_is_refused_by_name(port, field, value):
 def test_what_is_done_anyway_may_be_asked_for(port):
     more = {"n": 1, "best_of": 1, "echo": False, "suffix": None, "xtc_probability": 0}
     assert ask(port, {**good("x"), **more})[0] == 200
+
+
+def test_mlx_lms_messages_are_seen():
+    code = (
+        "import logging; from mlx_mla import serve\n"
+        "serve._flags(['--log-level', 'DEBUG']); logging.debug('seen')"
+    )
+    assert "DEBUG - seen" in ran("-c", code).stderr

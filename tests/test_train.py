@@ -1,6 +1,7 @@
 """`python -m mlx_mla.train` as its users meet it: runs, resumes, refuses."""
 
 import dataclasses
+import itertools
 import re
 import shutil
 import signal
@@ -179,6 +180,11 @@ def test_a_runs_settings_lose_what_follows_from_them(name, choices, of_model):
         ),
         ("--optimizer muon", "--optimizer adamw", {"muon_learning_rate": None}),
         ("--kv-lora-rank 24", "--n-embd 64", {"kv_lora_rank": 24}),
+        (
+            "--qk-rope-head-dim 0 --attention-k-eq-v --kv-lora-rank 32",
+            "--no-attention-k-eq-v",
+            {"kv_lora_rank": 32, "head_dim": None, "v_head_dim": 64},
+        ),
     ],
 )
 def test_flags_over_a_runs_settings_derive_the_rest_anew(flags, changes, expected, tmp_path):
@@ -189,6 +195,13 @@ def test_flags_over_a_runs_settings_derive_the_rest_anew(flags, changes, expecte
     config = train_command(["--config", str(path), *words(changes)]).resolved()
     found = {**dataclasses.asdict(config), **dataclasses.asdict(config.model)}
     assert {name: found[name] for name in expected} == expected
+
+
+def test_a_file_with_the_tokens_and_the_passes_of_a_step_keeps_its_preset(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('preset = "gpt2-124m"\ntokens_per_step = 8192\ngrad_accum_steps = 2\n')
+    config = train_command(["--config", str(path)]).resolved()
+    assert (config.model.attention, config.tokenizer, config.steps) == ("mha", "gpt2", 19073)
 
 
 def test_a_file_may_name_another_attention_than_its_preset(tmp_path):
@@ -227,6 +240,16 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
     assert rates[55] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("warmup", [10, 60, 100])
+def test_the_decay_begins_after_the_warm_up(warmup):
+    argv = words("--steps 100 --lr-schedule wsd --decay-fraction 0.5 --learning-rate 1")
+    config = train_command([*argv, "--warmup-steps", str(warmup), "--min-lr-ratio", "0"]).resolved()
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert max(rates) == 1
+    steepest = max(1 / warmup, 1 / max(1, min(50, 100 - warmup)))
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= steepest + 1e-9
 
 
 def test_init_starts_from_another_models_weights(tiny_run, tmp_path, text_file):

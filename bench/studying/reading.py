@@ -60,6 +60,8 @@ class _File:
     baseline: str
     primary: Optional[tuple[Union[str, list[str]], str]] = None
     rivals: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    stair: list[str] = dataclasses.field(default_factory=list)
+    """Arms that are each compared with the one before; of files for an earlier version."""
     extensions: Annotated[int, not_negative(10)] = 3
     keep: Keep = "best"
     verdict: _Verdict = dataclasses.field(default_factory=_Verdict)
@@ -202,7 +204,8 @@ class _Reader:
             self._names(list(machine.tokens_per_second), f"[machines.{name}]", "sizes")
         for name, (arm, _) in self.arms.items():
             self._names(list(arm.at), f"[arms.{name}.at]", "sizes")
-        rivals = [self._names(pair, "rivals") for pair in file.rivals]
+        stair = itertools.pairwise(self._names(file.stair, "stair"))
+        rivals = [*stair, *(self._names(pair, "rivals") for pair in file.rivals)]
         primary: tuple[tuple[str, ...], str] | None = None
         if file.primary is not None:
             first, rival = file.primary

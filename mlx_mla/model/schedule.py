@@ -12,7 +12,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.lr_schedule == "wsd":
         # Warmup, stable, decay (MiniCPM, arXiv:2404.06395), with the linear decay of
         # arXiv:2405.18392.
-        decay = max(1, round((config.decay_fraction or 0) * config.steps))
+        decay = round((config.decay_fraction or 0) * config.steps)
+        decay = max(1, min(decay, config.steps - config.warmup_steps))
         left = min(1.0, max(0, config.steps - step) / decay)
     else:
         progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

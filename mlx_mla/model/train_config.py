@@ -308,8 +308,9 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
         """
         bare = dataclasses.replace(self, model=dataclasses.replace(self.model))
         for settings in (bare, bare.model):
-            # From the last, so that tokens_per_step stays where it gives grad_accum_steps.
-            for field in reversed(dataclasses.fields(settings)):
+            # Last those that others follow from, as grad_accum_steps does from tokens_per_step.
+            last = ("tokens_per_step", "kv_lora_rank")
+            for field in sorted(dataclasses.fields(settings), key=lambda f: f.name in last):
                 value = getattr(settings, field.name)
                 if field.default is None and field.name != "position_embedding_type":
                     setattr(settings, field.name, None)

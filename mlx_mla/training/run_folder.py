@@ -129,7 +129,10 @@ def resume_point(
         return None  # stopped before its first checkpoint: start over, in the same folder
     if not folder.is_dir():
         steps = ", ".join(str(checkpoint.step_of(p)) for p in checkpoint.checkpoints(out))
-        raise UserError(f"--from-step {from_step}: {out} has checkpoints of steps {steps}")
+        raise UserError(
+            f"--from-step {from_step}: {out} has checkpoints of steps {steps or 'none'}; give one "
+            "of these, or leave out --from-step"
+        )
     if problem := checkpoint.integrity_error(folder):
         saved = map(checkpoint.step_of, checkpoint.checkpoints(out))
         older = max((step for step in saved if step < checkpoint.step_of(folder)), default=None)
