@@ -234,8 +234,8 @@ def check_flags(args: argparse.Namespace) -> ModelFolder:
     for name in NOT_TAKEN:
         if getattr(args, name):
             raise UserError(f"{flag(name)} is a flag of mlx_lm.server alone; leave it out")
-    for name, limit in LIMITS.items():  # some are flags of mlx-lm from 0.32 alone
-        if problem := limit.problem(getattr(args, name, limit.low)):
+    for name, limit in LIMITS.items():
+        if problem := limit.problem(getattr(args, name)):
             raise UserError(f"{flag(name)} {problem}")
     if args.temp < GREEDY_BELOW:
         args.temp = 0
@@ -247,7 +247,7 @@ def check_flags(args: argparse.Namespace) -> ModelFolder:
     assert config.vocab_size
     if not 0 <= args.top_k < config.vocab_size:
         raise UserError(f"--top-k must be from 0 (off) to {config.vocab_size - 1}")
-    if getattr(args, "kv_bits", None) is not None:  # a flag of mlx-lm from 0.32
+    if args.kv_bits is not None:
         widths = {
             w for i in range(config.n_layer) for _, w in config.attention_spec.cached(i, False)
         }

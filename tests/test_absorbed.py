@@ -74,20 +74,6 @@ def test_absorbed_and_expanded_read_a_quantized_cache_alike(rope, bits):
     assert difference(*logits) <= TOLERANCE
 
 
-def test_quantized_weights_absorb_several_queries():
-    import mlx.nn as nn
-
-    config, model = latent_model(n_embd=128, kv_lora_rank=64)
-    nn.quantize(
-        model, group_size=64, bits=4, class_predicate=lambda p, m: hasattr(m, "to_quantized")
-    )
-    x = token_ids(config, 2, 40)
-    with absorb(True):
-        got = in_chunks(model, x, [20, 6], make_prompt_cache(model))
-    whole = model(x)  # logits up to 11, where TOLERANCE is for some of about 1
-    assert difference(got, whole) <= TOLERANCE * float(mx.abs(whole).max())
-
-
 def test_few_queries_on_a_long_cache_are_absorbed_and_prompts_are_not():
     for name in ("mla-124m", "mla-124m-r128"):
         attention = model_mlx.LatentAttention(

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 import convert.__main__ as convert
-from mlx_mla import checkpoint, evaluate, generate, serve
+from mlx_mla import checkpoint, evaluate, serve
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.mlx import prompt_cache
@@ -309,17 +309,6 @@ def test_weights_too_large_for_float16_are_refused(folder, tmp_path, capsys):
     assert "bfloat16" in error
     assert not (tmp_path / "out").exists()
     assert convert.main([*argv, "bfloat16"]) == 0
-
-
-def test_an_unknown_type_is_refused(folder, tmp_path, capsys):
-    for command, argv in (
-        (generate.main, ("--model", folder, "--prompt", "x")),
-        (evaluate.main, ("--model", folder, "--tasks", "lambada")),
-        (convert.main, (folder, "--out", tmp_path / "out")),
-        (serve.main, ("--model", folder)),
-    ):
-        error = refused(capsys, *argv, "--dtype", "bf16", command=command)
-        assert "bfloat16" in error
 
 
 def test_the_server_holds_the_model_in_the_type(folder):

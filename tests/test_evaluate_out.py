@@ -111,20 +111,6 @@ def test_half_characters_in_rows_are_told_by_line_and_field(tiny_run, data, tmp_
         assert f"line 2: {field}" in said and "holds half a character" in said
 
 
-def test_a_byte_order_mark_is_not_text(tiny_run, data, tmp_path, capsys):
-    rows = (data / "lambada" / "lambada_test.jsonl").read_bytes()
-    (tmp_path / "lambada").mkdir()
-    (tmp_path / "lambada" / "lambada_test.jsonl").write_bytes(b"\xef\xbb\xbf" + rows)
-    scores = []
-    for folder in (data, tmp_path):
-        argv = ["--model", str(tiny_run), "--tasks", "lambada", "--data-dir", str(folder)]
-        assert evaluate.main(argv) == 0
-        scores.append(
-            [r for r in capsys.readouterr().out.splitlines() if "| acc" in r or "ppl" in r]
-        )
-    assert scores[0] == scores[1] and scores[0]
-
-
 def test_names_in_results_are_only_names(tiny_run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [r"$\foo$", "a[/x]", "m[1]"]

@@ -1,7 +1,6 @@
 """The fuzzer sees what it is there to see, and repeats itself from a seed."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -10,7 +9,7 @@ import fuzz
 import numpy as np
 import pytest
 from helpers import take_memory
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from mlx_mla import cli
 from mlx_mla.errors import UserError
@@ -109,29 +108,3 @@ def test_mutations_come_from_the_seed_alone_and_differ():
         assert made == [mutate(fuzz.Random(f"1-{i}"), whole) for i in range(100)]
         assert len(set(made)) > 50
     assert value == {"a": [1, 2.5, {"b": None}], "c": "text", "d": True}
-
-
-def test_mutated_json_is_often_json_still():
-    made = [fuzz.mutate_json(fuzz.Random(i), {"a": 1, "b": [1, 2]}) for i in range(200)]
-    readable = 0
-    for data in made:
-        try:
-            json.loads(data)
-            readable += 1
-        except (ValueError, RecursionError):
-            pass
-    assert 100 < readable < 200
-
-
-def test_mutated_safetensors_are_sometimes_readable():
-    whole = save({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)})
-    readable, finite = 0, 0
-    for i in range(300):
-        data = fuzz.mutate_safetensors(fuzz.Random(i), whole)
-        try:
-            found = load(data)
-            readable += 1
-            finite += all(np.isfinite(v).all() for v in found.values())
-        except Exception:
-            continue
-    assert 50 < finite < readable < 290

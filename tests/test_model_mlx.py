@@ -183,7 +183,7 @@ def test_rope_and_grouped_queries_are_transformers_llamas(kv_heads):
 
 @pytest.mark.parametrize("rope", [0, 32])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_weights_absorb_to_the_same_logits(rope, bits):
+def test_quantized_weights_absorb_to_the_same_logits(rope, bits, monkeypatch):
     config = ModelConfig(
         n_layer=2, n_embd=128, n_head=2, kv_lora_rank=64, qk_rope_head_dim=rope, n_positions=64,
         vocab_size=50,
@@ -194,6 +194,10 @@ def test_quantized_weights_absorb_to_the_same_logits(rope, bits):
     )
     x = token_ids(config, 2, 40)
     absorbed = in_chunks(model, x, [20], make_prompt_cache(model))
+    assert difference(absorbed, model(x)) <= TOLERANCE
+    # Several queries, too.
+    monkeypatch.setattr(model_mlx.LatentAttention, "_absorbing_is_cheaper", lambda *_: True)
+    absorbed = in_chunks(model, x, [20, 6], make_prompt_cache(model))
     assert difference(absorbed, model(x)) <= TOLERANCE
 
 
