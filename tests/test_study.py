@@ -814,10 +814,11 @@ def test_killed_at_any_moment_it_resumes_and_another_machine_needs_results_json_
     asked = [study, "--out", out, "--jobs", "2"]
     first = start(*asked)
     metrics = out / "runs" / "mha" / "tiny" / "128000" / "0.004-1" / "metrics.jsonl"
-    until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5)
+    until((out / "runs").is_dir)
     second = start(*asked)
     assert second.wait(60) == 2
     assert "is writing to it; wait until it ends" in second.stderr.read()
+    until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5)
     first.kill()  # SIGKILL: its trainers live on
     first.wait(60)
     third = start(*asked)
