@@ -57,7 +57,7 @@ def _main(argv: Sequence[str]) -> int:
     if command.out is not None and not command.check:
         raise UserError("--out requires --check; add --check or leave out --out")
     out = command.out or Path("runs/check")
-    if out.exists() and not out.is_dir():
+    if command.check and out.exists() and not out.is_dir():
         raise UserError(f"{out}: is not a folder; give --out another name")
     facts, advice = examine()
     print("\n".join(f"{key:<24}{value}" for key, value in facts.items()))

@@ -284,8 +284,8 @@ def configure(given: Mapping[str, Any]) -> TrainCommand:
         own = others if of_a_run else {**file, **others}
         _check_init(config, own, {**file.get("model", {}), **of_model})
     if not command.resume:
-        rows_given = "vocab_size" in {**file.get("model", {}), **of_model}
-        rows_given = rows_given and config.model.vocab_size is not None
+        in_model = {**file.get("model", {}), **of_model}
+        rows_given = "vocab_size" in in_model and config.model.vocab_size is not None
         _take_tokenizer(config, "tokenizer" in {**file, **given}, rows_given)
     config.make_paths_absolute()
     return dataclasses.replace(
