@@ -12,7 +12,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rich.console import Console
 from mlx_mla import checkpoint
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend, Start, TrainSession
+from mlx_mla.backends.peak import mfu
 from mlx_mla.card import model_card
 from mlx_mla.data.windows import Batch
 from mlx_mla.display import TrainDisplay
@@ -123,8 +124,10 @@ def train(
             trackers = stack.enter_context(tracking(config, out, rows, console))
             log = MetricsLog(out, trackers)
             world.advice = partial(run_folder.resume_advice, out)
-        full_speed = peak_flops / expected.train_flops_per_token
-        loop = _Loop(run, out, session, start, console, log, full_speed)
+        flops = expected.train_flops_per_token
+        loop = _Loop(
+            run, out, session, start, console, log, lambda speed: mfu(flops, speed, peak_flops)
+        )
         try:
             return loop.run()
         except AgreedError:  # has the advice already
@@ -144,9 +147,9 @@ class _Loop:
         start: Start,
         console: Console,
         log: MetricsLog | None,
-        full_speed: float,
+        mfu_at: Callable[[float], float],
     ):
-        self.session, self.log, self.full_speed, self.out = session, log, full_speed, out
+        self.session, self.log, self.mfu_at, self.out = session, log, mfu_at, out
         self.paced, self.seconds = 0, 0.0  # steps since the last logged one, and their time
         self.config, self.data, self.world = run.config, run.data, run.world
         self.tasks, self.share = run.tasks, run.share
@@ -206,7 +209,7 @@ class _Loop:
             raise UserError(self._diverged(f"loss {result.loss}, gradient norm {result.grad_norm}"))
         self.paced, self.seconds = self.paced + 1, self.seconds + time.perf_counter() - began
         speed = self.paced * config.step_tokens / self.seconds
-        share = speed / self.full_speed
+        share = self.mfu_at(speed)
         self.display.step(self.done, result.loss, speed, share)
         if self.done == 1 or self.done % config.log_every == 0 or self.done == config.steps:
             self._log_loss("train", result.loss, lr, speed, mfu=round(share, 4))
