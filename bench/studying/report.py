@@ -219,7 +219,7 @@ def _tuned(rows: Sequence[Row]) -> list[str]:
                 for value, loss in found.losses.items()
             )
             how = (found.note or "unfinished") + with_
-            if found.best is not None and math.isfinite(found.loss):
+            if found.tried and math.isfinite(found.loss):  # nothing is expected of a given one
                 how += f"; {found.loss:.4f} expected"
             cells.append([
                 cell.arm, f"{cell.size}, {cell.tokens:,}", stage.what, tried or "-",
