@@ -129,6 +129,7 @@ class Report:
         left.set_ylim(bottom=1e-6)
         left.legend()
         right.bar(range(n), [1 - kept for kept in self.kept_energy])
+        right.locator_params(axis="x", integer=True)
         right.set(
             xlabel="layer",
             ylabel="share of energy lost",
