@@ -429,6 +429,17 @@ def test_an_arm_may_have_fewer_budgets_than_the_baseline(tmp_path):
     assert rows["mla", 2560].difference.count == 3
 
 
+def test_tuning_may_have_a_data_type_of_its_own(tmp_path):
+    study, results = opened(
+        tmp_path, SMALL.replace("tuning_seed", 'tune_dtype = "bfloat16"\ntuning_seed')
+    )
+    done = pretend(study, results, LEVEL)
+    assert {(r.seed == 0, r.config.dtype) for r in done} == {(True, "bfloat16"), (False, "float32")}
+    summary = summarize(study, results)
+    assert all(len(row.finals) == 3 for row in summary.rows)
+    assert "fitted, in bfloat16;" in command.markdown(study, results, summary, {}, "")
+
+
 def test_differences_are_paired_by_seed_and_agree_with_scipy(tmp_path):
     study, results = opened(
         tmp_path, SMALL.replace("[base]", 'rivals = [["mha", "mla"]]\n[base]', 1)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mlx_mla.errors import UserError
 from mlx_mla.fields import PositiveFloat
-from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.config import DType, ModelConfig
 from mlx_mla.model.train_config import TrainConfig
 
 Settings = dict[str, Any]
@@ -94,6 +94,8 @@ class Cell:
     """Resolved, with the steps of the final runs; its rate and seed are placeholders. Rates are
     tried with its `initializer_range`."""
     tune_steps: int
+    tune_dtype: DType
+    """Of the tuning runs."""
     rates: tuple[float, ...]
     rate_name: RateName
     stds: tuple[float, ...]
@@ -143,17 +145,17 @@ class Cell:
 
     def final(self, rate: float, std: float, seed: int) -> Run:
         """The run of a seed at the rate and the std that were found."""
-        return self._run(rate, std, seed, self.config.steps)
+        return self._run(rate, std, seed, self.config.steps, self.config.dtype)
 
     def tuning(self, rate: float, std: float | None = None) -> Run:
         """The run that tries a rate, or an std at a rate."""
         std = self.config.initializer_range if std is None else std
         seed = self.seeds[0] if self.tuning_seed is None else self.tuning_seed
-        return self._run(rate, std, seed, self.tune_steps)
+        return self._run(rate, std, seed, self.tune_steps, self.tune_dtype)
 
-    def _run(self, rate: float, std: float, seed: int, steps: int) -> Run:
-        changes: dict[str, Any] = {self.rate_name: rate, "seed": seed, "steps": steps}
-        config = dataclasses.replace(self.config, initializer_range=std, **changes)
+    def _run(self, rate: float, std: float, seed: int, steps: int, dtype: DType) -> Run:
+        changes: dict[str, Any] = {self.rate_name: rate, "initializer_range": std}
+        config = dataclasses.replace(self.config, seed=seed, steps=steps, dtype=dtype, **changes)
         named = None if std == self.config.initializer_range else std
         return Run(self.arm, self.size, config, rate, named, seed)
 

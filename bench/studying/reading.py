@@ -28,7 +28,7 @@ from mlx_mla.fields import (
     read,
     value_of,
 )
-from mlx_mla.model.config import TOKENIZER_IDS, Seed
+from mlx_mla.model.config import TOKENIZER_IDS, DType, Seed
 from mlx_mla.model.presets import overlay, preset
 from mlx_mla.model.train_config import TrainConfig
 
@@ -103,6 +103,7 @@ def _check_grid(values: list[float], least: int, name: str, otherwise: str) -> N
 @dataclasses.dataclass(kw_only=True)
 class _Size:
     tune_tokens: Optional[PositiveInt] = None
+    tune_dtype: Optional[DType] = None
     tuning_seed: Optional[Seed] = None
     arms: Optional[list[str]] = None
 
@@ -326,6 +327,7 @@ class _Reader:
                 rates=tuple(sorted(mine.learning_rates)), seeds=tuple(mine.seeds),
                 stds=tuple(sorted(mine.initializer_ranges or [config.initializer_range])),
                 tuning_seed=own.tuning_seed, extensions=self.file.extensions,
+                tune_dtype=own.tune_dtype or config.dtype,
             )  # fmt: skip
             cells.append(cell)
         return cells

@@ -212,6 +212,7 @@ def _tuned(rows: Sequence[Row]) -> list[str]:
         cell = row.cell
         tokens = cell.tune_steps * cell.config.step_tokens
         with_ = "" if tokens == cell.tokens else f", with {tokens:,} tokens"
+        with_ += "" if cell.tune_dtype == cell.config.dtype else f", in {cell.tune_dtype}"
         for stage in row.tuning.stages:
             found = stage.search
             tried = ", ".join(
