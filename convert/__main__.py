@@ -125,7 +125,7 @@ def _main(argv: Sequence[str]) -> int:
         if deepseek.is_biased(config):
             print(deepseek.BIASED)
     with locked(command.out), files.atomic_folder(command.out) as folder:
-        weights, steps = source.weights(), []
+        weights, steps = source.weights(), list(source.changes)
         if command.to == "deepseek":
             deepseek.write_deepseek(folder, config, weights, tokenizer, dtype)
         elif command.to == "hf":
@@ -139,8 +139,8 @@ def _main(argv: Sequence[str]) -> int:
                 config, weights, report = convert_to_mla(
                     source.name, config, weights, rank, calibration, Console()
                 )
-                steps = report.sentences()
-                print("\n".join(steps))
+                steps += report.sentences()
+                print("\n".join(report.sentences()))
                 report.write(folder)
             if dtype not in ("float32", kept):
                 steps.append(f"The weights are rounded to {dtype}.")

@@ -83,6 +83,8 @@ class ForeignCheckpoint:
     """The folder that may hold tokenizer files."""
     ends: list[int] = dataclasses.field(default_factory=list)
     """Ids that end a text, if the configuration lists any."""
+    changes: list[str] = dataclasses.field(default_factory=list)
+    """For the model card: a sentence for each change to the weights beyond renaming."""
 
     @property
     def dtype(self) -> InferenceDType:

@@ -66,9 +66,15 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
     where = folder / "config.json"
     values = read_json(where)
     config = _config(values, where)
-    tensors = _tensors(folder, values, config)
-    ends = ends_of_text(folder, values)
-    return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, ends)
+    tensors = _tensors(folder, config)
+    ends, changes = ends_of_text(folder, values), []
+    for i, factor in enumerate(_score_factors(values, config)):
+        if factor != 1.0:
+            changes = ["The scaling of the attention's scores is part of the queries' weights."]
+            for part in ("weight", "bias"):
+                name = f"transformer.h.{i}.attn.c_attn.{part}"
+                tensors[name] = tensors[name].scaled_rows(0, config.n_embd, factor)
+    return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, ends, changes)
 
 
 def ends_of_text(folder: Path, values: Mapping[str, Any]) -> list[int]:
@@ -119,7 +125,7 @@ def _config(values: dict[str, Any], where: Path) -> ModelConfig:
     )
 
 
-def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Tensors:
+def _tensors(folder: Path, config: ModelConfig) -> Tensors:
     where, found = open_weights(folder)
     # GPT2Model saves its tensors without the prefix of GPT2LMHeadModel.
     found = {
@@ -138,19 +144,15 @@ def _tensors(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> Te
     check_tensors(
         where, found, {n: s[::-1] if n.endswith(CONV1D) else s for n, s in shapes.items()}
     )
-    tensors = {n: t.T if n.endswith(CONV1D) else t for n, t in found.items()}
+    return {n: t.T if n.endswith(CONV1D) else t for n, t in found.items()}
 
-    D, head_dim = config.n_embd, config.n_embd // config.n_head
-    for i in range(config.n_layer):
-        # Any scaling of the scores other than 1 / sqrt(head_dim) is folded into the queries.
-        factor = 1.0 if values.get("scale_attn_weights", True) else math.sqrt(head_dim)
-        if values.get("scale_attn_by_inverse_layer_idx", False):
-            factor /= i + 1
-        if factor != 1.0:
-            for part in ("weight", "bias"):
-                name = f"transformer.h.{i}.attn.c_attn.{part}"
-                tensors[name] = tensors[name].scaled_rows(0, D, factor)
-    return tensors
+
+def _score_factors(values: Mapping[str, Any], config: ModelConfig) -> list[float]:
+    """How each layer scales its scores beyond the usual 1 / sqrt(head_dim)."""
+    unscaled = not values.get("scale_attn_weights", True)
+    factor = math.sqrt(config.n_embd // config.n_head) if unscaled else 1.0
+    by_layer = values.get("scale_attn_by_inverse_layer_idx", False)
+    return [factor / (i + 1 if by_layer else 1) for i in range(config.n_layer)]
 
 
 def open_weights(folder: Path) -> tuple[Path, Tensors]:
