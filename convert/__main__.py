@@ -139,8 +139,9 @@ def _main(argv: Sequence[str]) -> int:
                 config, weights, report = convert_to_mla(
                     source.name, config, weights, rank, calibration, Console()
                 )
-                steps += report.sentences()
-                print("\n".join(report.sentences()))
+                sentences = report.sentences()
+                print("\n".join(sentences))
+                steps += sentences
                 report.write(folder)
             if dtype not in ("float32", kept):
                 steps.append(f"The weights are rounded to {dtype}.")

@@ -145,17 +145,17 @@ class Cell:
 
     def final(self, rate: float, std: float, seed: int) -> Run:
         """The run of a seed at the rate and the std that were found."""
-        return self._run(rate, std, seed, self.config.steps, self.config.dtype)
+        return self._run(rate, std, seed)
 
     def tuning(self, rate: float, std: float | None = None) -> Run:
         """The run that tries a rate, or an std at a rate."""
         std = self.config.initializer_range if std is None else std
         seed = self.seeds[0] if self.tuning_seed is None else self.tuning_seed
-        return self._run(rate, std, seed, self.tune_steps, self.tune_dtype)
+        return self._run(rate, std, seed, steps=self.tune_steps, dtype=self.tune_dtype)
 
-    def _run(self, rate: float, std: float, seed: int, steps: int, dtype: DType) -> Run:
-        changes: dict[str, Any] = {self.rate_name: rate, "initializer_range": std}
-        config = dataclasses.replace(self.config, seed=seed, steps=steps, dtype=dtype, **changes)
+    def _run(self, rate: float, std: float, seed: int, **changes: Any) -> Run:
+        changes |= {self.rate_name: rate, "initializer_range": std, "seed": seed}
+        config = dataclasses.replace(self.config, **changes)
         named = None if std == self.config.initializer_range else std
         return Run(self.arm, self.size, config, rate, named, seed)
 
