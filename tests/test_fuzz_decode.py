@@ -132,7 +132,8 @@ def folders(random, folder, model):
     copy = folder / "model"
     copy.mkdir()
     for path in model.iterdir():
-        if path.name not in (SUMS, "train_state.safetensors"):
+        # A test before may have imported the folder's code, which leaves a __pycache__.
+        if path.is_file() and path.name not in (SUMS, "train_state.safetensors"):
             os.link(path, copy / path.name)
     name = random.choice(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json"])
     (copy / name).unlink()
