@@ -23,7 +23,7 @@ from bench.harness import cores, machine
 from bench.studying.pictures import draw
 from bench.studying.plan import Study
 from bench.studying.pool import Pool, Trainer, agenda, flops, holds
-from bench.studying.reading import read_study
+from bench.studying.reading import QUICK_STEPS, read_study
 from bench.studying.report import markdown
 from bench.studying.results import RESULTS, Outcome, Results
 from bench.studying.summary import Summary, student, summarize
@@ -90,6 +90,11 @@ def _main(argv: Sequence[str]) -> int:
     alone = contextlib.nullcontext() if command.report_only else locked(command.out, inside=True)
     with alone:
         results = Results(command.out)
+        if command.quick and any(r.settings.get("steps", 0) > QUICK_STEPS for r in results.records):
+            raise UserError(
+                f"{command.out}: holds the results of a whole study, whose report --quick would "
+                "replace; give --out a new folder"
+            )
         made_by = f"{PROG} {shlex.join(argv)}"
         ready = [] if command.report_only else agenda(study, results).ready
         if ready or command.data is not None:  # otherwise the data need not be on this machine

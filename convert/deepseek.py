@@ -48,19 +48,15 @@ def check_deepseek(config: ModelConfig, dtype: InferenceDType) -> None:
     """UserError if DeepSeek-V3's format cannot hold a model, with the flags that it has no name
     for."""
     c = config
-    beyond = []
-    if c.attention != "mla":
-        beyond.append(f"--attention {c.attention}")
-    elif not c.qk_rope_head_dim:
+    beyond = c.flags_except(
+        attention="mla",
+        norm="rms_norm",
+        activation_function="swiglu",
+        mlp_bias=False,
+        num_kv_shared_layers=0,
+    )
+    if c.attention == "mla" and not c.qk_rope_head_dim:
         beyond.append("--qk-rope-head-dim 0")
-    if c.norm != "rms_norm":
-        beyond.append(f"--norm {c.norm}")
-    if c.activation_function != "swiglu":
-        beyond.append(f"--activation-function {c.activation_function}")
-    if c.mlp_bias:
-        beyond.append("--mlp-bias")
-    if c.num_kv_shared_layers:
-        beyond.append(f"--num-kv-shared-layers {c.num_kv_shared_layers}")
     if c.n_layer > MAX_LAYERS:
         beyond.append(f"--n-layer {c.n_layer} (at most {MAX_LAYERS})")
     if beyond:

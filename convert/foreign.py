@@ -167,6 +167,19 @@ def is_tied(
     return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
+def without_tied_head(
+    where: object, tensors: Tensors, head: str = HEAD, embedding: str = EMBEDDING
+) -> Tensors:
+    """The tensors of a model whose config.json ties its head to the embedding, without that head;
+    UserError if the file holds another head."""
+    if not is_tied(tensors, head, embedding):
+        raise UserError(
+            f"{where}: {head} differs from {embedding}, but config.json says that they are tied; "
+            "if the model has its own head, set tie_word_embeddings to false there"
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != head}
+
+
 def is_mask(name: str, tensor: LazyTensor) -> bool:
     """True for the causal mask that some versions of GPT-2 save as a tensor."""
     return name.endswith("attn.bias") and len(tensor.shape) == 4

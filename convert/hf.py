@@ -26,16 +26,14 @@ from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.weights import parameter_shapes
 
 from .foreign import (
-    EMBEDDING,
-    HEAD,
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
     check_tensors,
     is_mask,
-    is_tied,
     resolved,
     unwrapped,
+    without_tied_head,
 )
 from .pickles import open_pickle, state_dict
 
@@ -134,12 +132,7 @@ def _tensors(folder: Path, config: ModelConfig) -> Tensors:
     }
     found = {n: t for n, t in found.items() if not n.endswith(MASKED_BIAS) and not is_mask(n, t)}
     if config.tie_word_embeddings:
-        if not is_tied(found):
-            raise UserError(
-                f"{where}: {HEAD} differs from {EMBEDDING}, but config.json says that they are "
-                "tied; if the model has its own head, set tie_word_embeddings to false there"
-            )
-        found.pop(HEAD, None)
+        found = without_tied_head(where, found)
     shapes = parameter_shapes(config)
     check_tensors(
         where, found, {n: s[::-1] if n.endswith(CONV1D) else s for n, s in shapes.items()}

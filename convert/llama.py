@@ -33,9 +33,9 @@ from .foreign import (
     LazyTensor,
     Tensors,
     check_tensors,
-    is_tied,
     resolved,
     stacked,
+    without_tied_head,
 )
 from .hf import ends_of_text, open_weights, special_ids, write_folder
 
@@ -104,12 +104,7 @@ def read_llama(folder: Path, name: str) -> ForeignCheckpoint:
         if not n.endswith("rotary_emb.inv_freq")
     }
     if config.tie_word_embeddings:
-        if not is_tied(found, HEAD, EMBEDDING):
-            raise UserError(
-                f"{path}: {HEAD} is not tied to {EMBEDDING}, as config.json says it is; if the "
-                "model has a head of its own, set tie_word_embeddings to false there"
-            )
-        found.pop(HEAD, None)
+        found = without_tied_head(path, found, HEAD, EMBEDDING)
     check_tensors(path, found, _their_shapes(config))
     ends = ends_of_text(folder, values)
     ours = _ours(config, found)
@@ -276,15 +271,12 @@ def _halves(w: np.ndarray, width: int) -> np.ndarray:
 def why_not_llama(config: ModelConfig) -> str | None:
     """Why none of the three computes what a model does, as its flags; None if one does."""
     c = config
-    beyond = []
-    if c.attention != "mha":
-        beyond.append(f"--attention {c.attention}")
-    if c.position_embedding_type != "rope":
-        beyond.append(f"--position-embedding-type {c.position_embedding_type}")
-    if c.norm != "rms_norm":
-        beyond.append(f"--norm {c.norm}")
-    if c.activation_function != "swiglu":
-        beyond.append(f"--activation-function {c.activation_function}")
+    beyond = c.flags_except(
+        attention="mha",
+        position_embedding_type="rope",
+        norm="rms_norm",
+        activation_function="swiglu",
+    )
     # Biases on queries, keys and values alone are Qwen2's.
     if c.attention_out_bias and not c.attention_bias:
         beyond.append("--attention-out-bias True with --attention-bias False")

@@ -68,7 +68,7 @@ class Report:
             masked = f", {p['masked_rows']} rows of padding masked" if p["masked_rows"] else ""
             text.append(
                 f"Perplexity on {p['tokens']:,} held-out tokens: {p['before']:.4f} before, "
-                f"{p['after']:.4f} after ({p['after'] / p['before'] - 1:+.2%}{masked})."
+                f"{p['after']:.4f} after ({p['after'] / p['before'] - 1:+z.2%}{masked})."
             )
         return text
 

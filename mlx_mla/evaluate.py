@@ -18,6 +18,7 @@ from mlx_mla import cli
 from mlx_mla.backends import get_backend
 from mlx_mla.backends.contract import Backend
 from mlx_mla.checkpoint import ModelFolder
+from mlx_mla.data.tokenizer import without_ends
 from mlx_mla.decoding.request import GenerationOptions
 from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
@@ -240,6 +241,9 @@ def speed(
         forward.append(length / (time.perf_counter() - began))
     half = min(64, scorer.n_positions // 2)
     decoder = backend.decoder(folder, "latent", dtype)
+    decoder.tokenizer = without_ends(
+        decoder.tokenizer
+    )  # the prompt is noise, which may end at once
     options = GenerationOptions(max_tokens=half, temp=0)
     figures = [list(decoder.stream(ids[0, :half].tolist(), options))[-1].figures for _ in range(6)]
     columns = {

@@ -248,7 +248,7 @@ def test_greedy_text_its_end_and_the_chat_template_are_ours(tmp_path):
         ({"qk_rope_head_dim": 0}, "--qk-rope-head-dim 0"),
         ({"norm": "layer_norm", "mlp_bias": False}, "--norm layer_norm"),
         ({"activation_function": "gelu"}, "--activation-function gelu"),
-        ({"mlp_bias": True}, "--mlp-bias"),
+        ({"mlp_bias": True}, "--mlp-bias True"),
         ({"num_kv_shared_layers": 1}, "--num-kv-shared-layers 1"),
         ({"n_layer": 62, "n_embd": 6}, "--n-layer 62 (at most 61)"),
     ],

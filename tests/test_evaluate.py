@@ -7,7 +7,11 @@ import pytest
 from helpers import words, write_gpt2_model
 
 from mlx_mla import evaluate
+from mlx_mla.checkpoint import write_model
+from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.evaluation.tasks import TASKS
+from mlx_mla.model.config import ModelConfig
+from mlx_mla.model.weights import initial_weights
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,24 @@ def data(shared_data, tmp_path_factory):
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_text("\n".join(text) + "\n", encoding="utf-8")
     return str(folder)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_the_speed_of_a_model_that_ends_every_text_at_once(tmp_path, backend):
+    tokenizer = get_tokenizer("bytes")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "kv_lora_rank": 4}
+    config = ModelConfig(**sizes).resolved(tokenizer.size)
+    tensors = initial_weights(config, 0)
+    # The last norm gives ones, and only the end of text has a row that is not zero.
+    tensors["transformer.ln_f.weight"][:], tensors["transformer.ln_f.bias"][:] = 0, 1
+    tensors["transformer.wte.weight"][:] = 0
+    tensors["transformer.wte.weight"][tokenizer.end_of_text] = 1
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", config, tensors, tokenizer.fast_tokenizer(), "")
+    out = tmp_path / "r.json"
+    argv = ("--model", tmp_path / "model", "--tasks speed --out", out, "--backend", backend)
+    assert run(*argv) == 0
+    assert results(out)["models"][0]["tasks"]["speed"]["generation_tps"]["min"] > 0
 
 
 def run(*argv) -> int:

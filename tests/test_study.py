@@ -297,6 +297,12 @@ def test_a_study_without_a_tuning_seed_says_which_results_were_tuned_on(tmp_path
         ("seeds = [", "initializer_ranges = [0.02]\nseeds = [", "initializer_range sets one"),
         ("[1, 2, 3]", "[1, 1]", "different whole numbers"),
         ("tokens = 1280", "tokens = 12", "at least a step's 128"),
+        ("2e-3, 4e-3, 8e-3]", "]", "tuning_seed is for tuning, and no arm has several"),
+        (
+            "tuning_seed = 0\nlearning_rates = [1e-3, 2e-3, 4e-3, 8e-3]",
+            'tune_dtype = "bfloat16"\nlearning_rates = [1e-3]',
+            "tune_dtype is for tuning",
+        ),
         ("[base]", "[verdict]\nmargin = 5\n[base]", "a share such as 0.005, not 5"),
         ("warmup_steps = 2", "eval_batches = 2\nfinal_eval_batches = 3", "must be equal"),
         ("n_embd = 16", "n_embd = 15", "not divisible"),
@@ -490,11 +496,17 @@ def test_of_several_arms_the_one_that_tuning_prefers_is_primary_and_holm_adjusts
     assert "| tiny, 1,280 | mha | narrow | 3 |" in text and "| primary | worse |" in text
 
 
-@pytest.mark.parametrize("old", ["tuning_seed = 0\n", ", 2e-3, 4e-3, 8e-3"])
-def test_an_arm_that_tuning_is_to_choose_must_be_tuned_apart_from_the_results(tmp_path, old):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("tuning_seed = 0\n", ""),
+        ("[arms.mla]\n", "[arms.mla]\nat.tiny.learning_rates = [2e-3]\n"),
+    ],
+)
+def test_an_arm_that_tuning_is_to_choose_must_be_tuned_apart_from_the_results(tmp_path, old, new):
     text = THREE.replace('primary = ["mla", ', 'primary = [["mla", "narrow"], ')
     with pytest.raises(UserError, match="mla is chosen by its loss in tuning, which needs"):
-        read_study(written(tmp_path, text.replace(old, "")))
+        read_study(written(tmp_path, text.replace(old, new)))
 
 
 def test_a_comparison_counts_once_however_often_it_is_named(tmp_path):
@@ -697,6 +709,18 @@ def test_a_mutated_record_is_refused_before_a_report_is_written(
     err = refused(capsys, tmp_path / "small.toml", *out, command=command.main)
     assert f"{results.path}: run" in err and f": {said}" in err
     assert not (tmp_path / "report.md").exists()
+
+
+def test_quick_never_replaces_the_report_of_a_whole_study(tmp_path, capsys):
+    study, results = opened(tmp_path, SMALL.replace("tokens = 1280", "tokens = 12_800"))
+    pretend(study, results, LEVEL)
+    argv = [tmp_path / "small.toml", "--out", tmp_path]
+    assert command.main([*map(str, argv), "--report-only"]) == 0
+    before = (tmp_path / "report.md").read_text()
+    capsys.readouterr()
+    err = refused(capsys, *argv, "--quick", command=command.main)
+    assert "--quick would replace; give --out a new folder" in err
+    assert (tmp_path / "report.md").read_text() == before
 
 
 def test_two_records_of_one_run_must_agree(tmp_path):

@@ -270,6 +270,13 @@ class _Reader:
             raise UserError(f"{where}: arms must hold the baseline, {baseline}; add it")
         cells = [cell for name in names for cell in self._cells(name, size, config, own, tuned)]
         self._check_distinct(cells, baseline, size)
+        if not any(len(cell.rates) > 1 or cell.tunes_std for cell in cells):
+            for name in ("tune_tokens", "tune_dtype", "tuning_seed"):
+                if getattr(own, name) is not None:
+                    raise UserError(
+                        f"{where}: {name} is for tuning, and no arm has several learning_rates or "
+                        "initializer_ranges; remove it"
+                    )
         compared = {cell.tokens: set(cell.seeds) for cell in cells if cell.arm == baseline}
         for cell in cells:
             if cell.tokens not in compared:

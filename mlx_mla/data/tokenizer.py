@@ -5,6 +5,7 @@ spells it. The first two are byte-level: any text encodes, and decoding gives it
 """
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -279,6 +280,14 @@ def set_end_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
     others = [i for i in ids if i != tokenizer.eos_token_id]
     if others:
         tokenizer.init_kwargs[_ENDS] = others
+
+
+def without_ends(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy by which no id ends a text, to measure a number of tokens that is known."""
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = None
+    own.init_kwargs.pop(_ENDS, None)
+    return own
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, where: object) -> None:

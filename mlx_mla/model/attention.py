@@ -160,9 +160,8 @@ class MultiHead(Attention):
 
     @property
     def beyond_gpt2(self) -> list[str]:
-        c, beyond = self.c, []
-        if c.position_embedding_type != "learned":
-            beyond.append(f"--position-embedding-type {c.position_embedding_type}")
+        c = self.c
+        beyond = c.flags_except(position_embedding_type="learned")
         if self.kv_heads != c.n_head:
             beyond.append(f"--num-key-value-heads {self.kv_heads}")
         if self.head_dim * c.n_head != c.n_embd:

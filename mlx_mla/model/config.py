@@ -157,12 +157,15 @@ class ModelConfig:
     @property
     def beyond_gpt2(self) -> list[str]:
         """The flags of a resolved configuration that a GPT-2 has no name for; empty for a GPT-2."""
-        beyond = self.attention_spec.beyond_gpt2
-        if self.norm != "layer_norm":
-            beyond.append(f"--norm {self.norm}")
+        beyond = self.attention_spec.beyond_gpt2 + self.flags_except(norm="layer_norm")
         if self.activation_function == "swiglu":
             beyond.append("--activation-function swiglu")
         return beyond
+
+    def flags_except(self, **expected: Any) -> list[str]:
+        """The flags of those fields that have another value than the one expected."""
+        own = {name: getattr(self, name) for name in expected}
+        return [f"{flag(n)} {value}" for n, value in own.items() if value != expected[n]]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, without those that are None."""
