@@ -157,27 +157,23 @@ def _some(names: Iterable[str]) -> str:
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
-def is_tied(
-    tensors: Mapping[str, LazyTensor], head: str = HEAD, embedding: str = EMBEDDING
-) -> bool:
+def is_tied(tensors: Mapping[str, LazyTensor], embedding: str = EMBEDDING) -> bool:
     """True if the output head is the embedding, or is absent."""
-    if head not in tensors or embedding not in tensors:
+    if HEAD not in tensors or embedding not in tensors:
         return True
-    a, b = tensors[head], tensors[embedding]
+    a, b = tensors[HEAD], tensors[embedding]
     return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
-def without_tied_head(
-    where: object, tensors: Tensors, head: str = HEAD, embedding: str = EMBEDDING
-) -> Tensors:
+def without_tied_head(where: object, tensors: Tensors, embedding: str = EMBEDDING) -> Tensors:
     """The tensors of a model whose config.json ties its head to the embedding, without that head;
     UserError if the file holds another head."""
-    if not is_tied(tensors, head, embedding):
+    if not is_tied(tensors, embedding):
         raise UserError(
-            f"{where}: {head} differs from {embedding}, but config.json says that they are tied; "
+            f"{where}: {HEAD} differs from {embedding}, but config.json says that they are tied; "
             "if the model has its own head, set tie_word_embeddings to false there"
         )
-    return {name: tensor for name, tensor in tensors.items() if name != head}
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
 
 
 def is_mask(name: str, tensor: LazyTensor) -> bool:

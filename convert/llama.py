@@ -29,6 +29,7 @@ from mlx_mla.model.config import InferenceDType, ModelConfig
 from mlx_mla.model.weights import parameter_shapes
 
 from .foreign import (
+    HEAD,
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
@@ -49,7 +50,7 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
 NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """What their classes' names begin with, and what they are called."""
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 WHOLE = {
     "transformer.wte.weight": EMBEDDING,
@@ -104,7 +105,7 @@ def read_llama(folder: Path, name: str) -> ForeignCheckpoint:
         if not n.endswith("rotary_emb.inv_freq")
     }
     if config.tie_word_embeddings:
-        found = without_tied_head(path, found, HEAD, EMBEDDING)
+        found = without_tied_head(path, found, EMBEDDING)
     check_tensors(path, found, _their_shapes(config))
     ends = ends_of_text(folder, values)
     ours = _ours(config, found)

@@ -241,9 +241,8 @@ def speed(
         forward.append(length / (time.perf_counter() - began))
     half = min(64, scorer.n_positions // 2)
     decoder = backend.decoder(folder, "latent", dtype)
-    decoder.tokenizer = without_ends(
-        decoder.tokenizer
-    )  # the prompt is noise, which may end at once
+    # The prompt is noise, which a model may end at once.
+    decoder.tokenizer = without_ends(decoder.tokenizer)
     options = GenerationOptions(max_tokens=half, temp=0)
     figures = [list(decoder.stream(ids[0, :half].tolist(), options))[-1].figures for _ in range(6)]
     columns = {

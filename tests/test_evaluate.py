@@ -37,24 +37,6 @@ def data(shared_data, tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_the_speed_of_a_model_that_ends_every_text_at_once(tmp_path, backend):
-    tokenizer = get_tokenizer("bytes")
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "kv_lora_rank": 4}
-    config = ModelConfig(**sizes).resolved(tokenizer.size)
-    tensors = initial_weights(config, 0)
-    # The last norm gives ones, and only the end of text has a row that is not zero.
-    tensors["transformer.ln_f.weight"][:], tensors["transformer.ln_f.bias"][:] = 0, 1
-    tensors["transformer.wte.weight"][:] = 0
-    tensors["transformer.wte.weight"][tokenizer.end_of_text] = 1
-    (tmp_path / "model").mkdir()
-    write_model(tmp_path / "model", config, tensors, tokenizer.fast_tokenizer(), "")
-    out = tmp_path / "r.json"
-    argv = ("--model", tmp_path / "model", "--tasks speed --out", out, "--backend", backend)
-    assert run(*argv) == 0
-    assert results(out)["models"][0]["tasks"]["speed"]["generation_tps"]["min"] > 0
-
-
 def run(*argv) -> int:
     return evaluate.main(words(*argv))
 
@@ -81,6 +63,24 @@ def test_both_backends_agree_item_by_item(models, data, tmp_path):
         assert items.keys() == found["torch"][task].keys()
         for i, logprobs in items.items():
             assert logprobs == pytest.approx(found["torch"][task][i], abs=1e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_the_speed_of_a_model_that_ends_every_text_at_once(tmp_path, backend):
+    tokenizer = get_tokenizer("bytes")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "kv_lora_rank": 4}
+    config = ModelConfig(**sizes).resolved(tokenizer.size)
+    tensors = initial_weights(config, 0)
+    # The last norm gives ones, and only the end of text has a row that is not zero.
+    tensors["transformer.ln_f.weight"][:], tensors["transformer.ln_f.bias"][:] = 0, 1
+    tensors["transformer.wte.weight"][:] = 0
+    tensors["transformer.wte.weight"][tokenizer.end_of_text] = 1
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", config, tensors, tokenizer.fast_tokenizer(), "")
+    out = tmp_path / "r.json"
+    argv = ("--model", tmp_path / "model", "--tasks speed --out", out, "--backend", backend)
+    assert run(*argv) == 0
+    assert results(out)["models"][0]["tasks"]["speed"]["generation_tps"]["min"] > 0
 
 
 @pytest.mark.torch

@@ -121,6 +121,11 @@ class Cell:
         return len(self.stds) > 1
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether its rate or its std is to be found."""
+        return len(self.rates) > 1 or self.tunes_std
+
+    @property
     def tunes_rate_again(self) -> bool:
         """Whether rates are tried again with the std found."""
         return self.tunes_std and len(self.rates) > 1 and self.tuning_seed is not None

@@ -241,7 +241,7 @@ class _Reader:
             if name not in named:
                 raise UserError(f"{self.where}: primary: {name} is not among the size's arms")
         for cell in (named[name] for name in arms if len(arms) > 1):
-            if cell.tuning_seed is None or (len(cell.rates) == 1 and not cell.tunes_std):
+            if cell.tuning_seed is None or not cell.is_tuned:
                 raise UserError(
                     f"{self.where}: primary: {cell.arm} is chosen by its loss in tuning, which "
                     "needs a tuning_seed, and several learning_rates or initializer_ranges"
@@ -270,7 +270,7 @@ class _Reader:
             raise UserError(f"{where}: arms must hold the baseline, {baseline}; add it")
         cells = [cell for name in names for cell in self._cells(name, size, config, own, tuned)]
         self._check_distinct(cells, baseline, size)
-        if not any(len(cell.rates) > 1 or cell.tunes_std for cell in cells):
+        if not any(cell.is_tuned for cell in cells):
             for name in ("tune_tokens", "tune_dtype", "tuning_seed"):
                 if getattr(own, name) is not None:
                     raise UserError(
