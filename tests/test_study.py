@@ -67,7 +67,8 @@ model = { attention = "mla", kv_lora_rank = 8 }
 """
 TINY = ("tiny", 1280)
 STDS = SMALL.replace("seeds = [1", "initializer_ranges = [0.02, 0.03, 0.045]\nseeds = [1")
-OLD = SMALL.replace("tuning_seed = 0\n", "").replace('primary = ["mla", "mha"]\n', "")
+UNTUNED = SMALL.replace("tuning_seed = 0\n", "")
+OLD = UNTUNED.replace('primary = ["mla", "mha"]\n', "")
 """As files were before there was a tuning seed."""
 
 
@@ -837,7 +838,7 @@ def start(*args: object, **more) -> subprocess.Popen:
     )  # fmt: skip
 
 
-ONE_RATE = SMALL.replace("[1e-3, 2e-3, 4e-3, 8e-3]", "[4e-3]").replace("[1, 2, 3]", "[1, 2]")
+ONE_RATE = UNTUNED.replace("[1e-3, 2e-3, 4e-3, 8e-3]", "[4e-3]").replace("[1, 2, 3]", "[1, 2]")
 ONE_SEED = ONE_RATE.replace("[1, 2]", "[1]")
 
 
@@ -849,11 +850,11 @@ def test_killed_at_any_moment_it_resumes_and_another_machine_needs_results_json_
     asked = [study, "--out", out, "--jobs", "2"]
     first = start(*asked)
     metrics = out / "runs" / "mha" / "tiny" / "128000" / "0.004-1" / "metrics.jsonl"
-    until((out / "runs").is_dir)
+    until((out / "runs").is_dir, first)
     second = start(*asked)
     assert second.wait(60) == 2
     assert "is writing to it; wait until it ends" in second.stderr.read()
-    until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5)
+    until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5, first)
     first.kill()  # SIGKILL: its trainers live on
     first.wait(60)
     third = start(*asked)
@@ -887,7 +888,7 @@ def test_a_run_that_diverges_and_a_stop_by_ctrl_c(tmp_path):
     study = written(tmp_path, ONE_SEED + 'at.tiny.learning_rates = [1e30]\nabout = "too fast"\n')
     out = tmp_path / "out"
     process = start(study, "--out", out)
-    until(lambda: list(out.glob("runs/*/tiny/1280/*.log")))
+    until(lambda: list(out.glob("runs/*/tiny/1280/*.log")), process)
     process.send_signal(signal.SIGINT)
     said, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
@@ -933,9 +934,11 @@ def test_the_quick_study_runs_whole(tmp_path):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def until(true) -> None:
+def until(true, process: subprocess.Popen) -> None:
+    """Wait until something is true, while the process that makes it so runs."""
     for _ in range(1200):
         if true():
             return
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     raise AssertionError("it never came to be")
