@@ -12,6 +12,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Newer GPUs multiply float32 matrices in TF32 by default, three digits short of the tests'
 # tolerances. MLX reads this once, at its first product; commands that tests start inherit it.
 os.environ["MLX_ENABLE_TF32"] = "0"
+# Two workers on two cores, with two threads each, would wait for one another.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
 # A shell ignores these for what it runs in the background, and so would the commands that tests
 # start and interrupt.

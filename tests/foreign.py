@@ -20,8 +20,6 @@ from mlx_mla import checkpoint
 from mlx_mla.backends.torch.load import build_model
 from mlx_mla.data.tokenizer import ByteTokenizer
 
-torch.set_num_threads(1)  # threads only wait for each other in models as small as these
-
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LLMC_ORDER = (

@@ -150,6 +150,7 @@ def _weighed(attention: str):
     return config, initial_weights(config, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "kind", "width"),
     [("mha", "materialized", 2 * 64), ("mla", "materialized", 2 * 64), ("mla", "latent", 32)],

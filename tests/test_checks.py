@@ -80,6 +80,7 @@ def test_regret_is_what_a_token_lacks_of_the_likeliest(folder):
     assert models.regret(scorer, prompt, [third]) == pytest.approx(lacking, abs=1e-4) != 0
 
 
+@pytest.mark.slow
 def test_decoding_that_is_wrong_fails(tmp_path, monkeypatch):
     """Keys and queries whose scores are scaled wrongly in the absorbed path alone."""
     from mlx_mla.model.model_mlx import LatentAttention
@@ -197,6 +198,7 @@ def test_a_row_that_breaks_fails_with_one_line_and_keeps_what_it_found(
     assert re.search(expected, outcome.figure)
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_ends_with_all_that_it_started(monkeypatch, tmp_path):
     started = tmp_path / "pid"
     code = (

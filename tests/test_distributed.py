@@ -33,8 +33,6 @@ from mlx_mla.training.metrics import read_metrics
 from mlx_mla.world import AgreedError, World, same_everywhere, share_of
 
 SCRIPTS = Path(sys.executable).parent
-# One thread a process: two of them on two cores with two threads each would wait for one another.
-ENV = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # 12 sequences a step: one process takes them in 3 passes of 4, each of two in 2 passes of 3.
 COMMON = words(
     *TINY, "--grad-accum-steps 3 --log-every 1 --eval-every 7 --save-every 4", "--keep 0"
@@ -57,7 +55,7 @@ def ring(tmp_path, *argv, size=2, preexec=None):
             ranks.append(
                 subprocess.Popen(
                     python("-m", "mlx_mla.train", *map(str, argv)),
-                    env={**ENV, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+                    env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -112,7 +110,7 @@ def test_two_processes_by_mlx_launch_have_the_loss_curve_of_one(alone, tmp_path,
     ]  # fmt: skip
     stdin, open_end = os.pipe()  # mlx.launch spins on an input that has ended
     done = subprocess.run(
-        command, env=ENV, stdin=stdin, capture_output=True, text=True, timeout=120, check=False
+        command, stdin=stdin, capture_output=True, text=True, timeout=120, check=False
     )
     os.close(stdin)
     os.close(open_end)
@@ -132,9 +130,7 @@ def test_torchrun_goes_on_with_a_run_of_one_process(alone, tmp_path, text_file):
     torchrun = words(SCRIPTS / "torchrun", "--nproc-per-node 2 --master-port", free_ports(1)[0])
     argv = words("-m", "mlx_mla.train", *COMMON, "--data", text_file, "--out", out, "--steps 16")
     command = [*torchrun, *argv, "--auto-resume", "--backend", "torch", "--save-every", "0"]
-    done = subprocess.run(
-        command, env=ENV, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "after step 8" in done.stdout
     assert curve(out) == pytest.approx(curve(alone), abs=1e-5)
@@ -365,6 +361,7 @@ def _damage(run: Path, step: int) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+@pytest.mark.slow
 def test_auto_resume_passes_over_damaged_checkpoints(alone, broken, capfd):
     _damage(broken, 12)
     (checkpoint.checkpoint_path(broken, 8) / "train_state.json").unlink()

@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 from helpers import refused
 
 from mlx_mla import doctor
 
 
+@pytest.mark.slow
 def test_doctor_reports_every_part(capfd):
     assert doctor.main([]) == 0
     said = capfd.readouterr().out

@@ -151,8 +151,6 @@ CHANGES = [
     {},
     {"activation_checkpointing": 1},
     {"attention_k_eq_v": True, "kv_lora_rank": 64},
-]
-MORE_CHANGES = [
     {"dtype": "bfloat16"},
     {"n_layer": 6},
     {"n_inner": 1024},
@@ -174,11 +172,8 @@ MORE_CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change",
-    [*CHANGES, *(pytest.param(change, marks=pytest.mark.slow) for change in MORE_CHANGES)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_memory_estimate_is_near_the_measured_peak(change):
     """Within 15 %, for compiled steps on a CPU, where it was fitted."""
     if mx.is_available(mx.gpu):

@@ -12,16 +12,15 @@ from helpers import TINY, WITHOUT_TORCH, python
 from mlx_mla import checkpoint
 from mlx_mla.training.metrics import read_metrics
 
-KILLS = pytest.mark.parametrize(
-    "kills", [pytest.param(1, id="once"), pytest.param(8, id="often", marks=pytest.mark.slow)]
-)
+pytestmark = pytest.mark.slow
+KILLS = 8
 
 
-def run_killed(argv: list[str], kills: int, begun: Callable[[], bool]) -> None:
+def run_killed(argv: list[str], begun: Callable[[], bool]) -> None:
     """Run a command, killing its first processes a random moment after each has begun to write; the
     last one must succeed."""
     chance = random.Random(2026)
-    for left in range(kills, -1, -1):
+    for left in range(KILLS, -1, -1):
         process = subprocess.Popen(
             python(*argv), env=WITHOUT_TORCH, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True,
@@ -39,8 +38,7 @@ def hidden(folder: Path) -> list[str]:
     return [p.name for p in folder.rglob(".*")]
 
 
-@KILLS
-def test_training(tmp_path, text_file, kills):
+def test_training(tmp_path, text_file):
     out = tmp_path / "run"
     argv = ["-m", "mlx_mla.train", *TINY, "--data", str(text_file), "--out", str(out)]
     argv += ["--steps", "12", "--save-every", "1", "--keep", "2", "--auto-resume"]
@@ -50,7 +48,7 @@ def test_training(tmp_path, text_file, kills):
         newest = checkpoint.latest(out)
         return newest not in saved and not saved.add(newest)
 
-    run_killed(argv, kills, begun)
+    run_killed(argv, begun)
     assert [p.name for p in checkpoint.checkpoints(out)] == ["step-000011", "step-000012"]
     assert all(checkpoint.integrity_error(p) is None for p in checkpoint.checkpoints(out))
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if row["split"] == "train"]
@@ -58,18 +56,15 @@ def test_training(tmp_path, text_file, kills):
     assert hidden(out) == []
 
 
-@pytest.mark.slow
-@KILLS
-def test_conversion(tiny_run, tmp_path, kills):
+def test_conversion(tiny_run, tmp_path):
     out = tmp_path / "model"
     argv = ["-m", "convert", str(tiny_run), "--out", str(out)]
-    run_killed(argv, kills, lambda: bool(hidden(tmp_path)))
+    run_killed(argv, lambda: bool(hidden(tmp_path)))
     assert checkpoint.integrity_error(out) is None
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@KILLS
-def test_preparation(tmp_path, kills):
+def test_preparation(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(40):
         (tmp_path / "in" / f"{i}.txt").write_text(f"Text {i} of some words. " * 4000)
@@ -77,7 +72,7 @@ def test_preparation(tmp_path, kills):
     argv += ["--val-fraction", "0.3", "--shard-tokens", "200000", "--out"]
     assert subprocess.run(python(*argv, str(tmp_path / "straight")), check=False).returncode == 0
     out = tmp_path / "out"
-    run_killed([*argv, str(out)], kills, out.is_dir)
+    run_killed([*argv, str(out)], out.is_dir)
     assert hidden(out) == []
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "straight").iterdir()

@@ -55,6 +55,7 @@ def test_a_terminal_without_the_characters_ends_no_run(tmp_path, text_file, enco
     assert "\\ufffd" in (tmp_path / "log").read_text(encoding)  # a byte that is no character
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_no_run(tmp_path, text_file):
     process = train_with(tmp_path / "run", text_file, subprocess.PIPE)
     process.stdout.readline()
@@ -62,6 +63,7 @@ def test_a_reader_that_goes_away_ends_no_run(tmp_path, text_file):
     assert finished(process, tmp_path / "run") == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
 def test_a_full_disk_under_the_output(tmp_path, text_file, tiny_run):
     with Path("/dev/full").open("wb") as full:

@@ -29,6 +29,7 @@ def expected(run) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_metrics_jsonl_holds_also_after_a_step_back(tmp_path, text_file):
     run = tmp_path / "run"
     tiny_train(run, *STEPS, "--data", text_file, "--track", "tensorboard")
