@@ -20,9 +20,12 @@ help:
 	@echo "make lint       ruff, codespell and mypy"
 	@echo "make setup      make $(VENV) and install the project with what tests need"
 
-# The stamps record what was installed, so that set-up runs again only when these files change, and when
-# the environment is not whole.
+# The stamps record what was installed, so that set-up runs again only when these files change, when other
+# EXTRAS are asked for, and when the environment is not whole.
 $(shell "$(PY)" -c pass 2>/dev/null && test ! -e "$(VENV)/.installing" || rm -f "$(VENV)/.core" "$(VENV)/.dev")
+ifneq ($(origin EXTRAS),file)
+$(shell { read -r was < "$(VENV)/.dev" && test "$$was" = "$(EXTRAS)"; } 2>/dev/null || rm -f "$(VENV)/.dev")
+endif
 
 INSTALL = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
 	"error: no Python 3.11 or newer found; install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }; \
@@ -33,8 +36,9 @@ $(VENV)/.core: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt
-	@$(INSTALL) $(EXTRAS)
-	@touch $(VENV)/.core $@
+	@$(INSTALL) "$(EXTRAS)"
+	@touch $(VENV)/.core
+	@echo "$(EXTRAS)" > $@
 
 setup: $(VENV)/.dev
 

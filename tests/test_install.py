@@ -179,3 +179,30 @@ def test_set_up_runs_again_only_when_its_files_change(make, checkout, path):
     os.utime(checkout / "constraints.txt")
     make()
     assert (checkout / "asked").read_text().count("asked") == 2
+
+
+def test_extras_that_the_project_does_not_have_and_wrong_arguments(checkout):
+    with (checkout / "pyproject.toml").open("a") as file:
+        file.write("[project.optional-dependencies]\ndev = []\n")
+    for arguments, message in (
+        ([".venv", "dev,torhc"], "no extras torhc; known: dev"),
+        ([], "usage: python tools/install.py FOLDER"),
+        (["--help"], "usage: python tools/install.py FOLDER"),
+    ):
+        argv = [sys.executable, "tools/install.py", *arguments]
+        done = subprocess.run(argv, cwd=checkout, capture_output=True, text=True, check=False)
+        assert message in refusal(done)
+    assert not (checkout / ".venv").exists()
+
+
+def test_other_extras_are_installed_when_asked_for_by_name(checkout, path, make):
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    tool(checkout / ".venv" / "bin", "python", "exit 0")
+    for asked, installs in (
+        (["EXTRAS=dev"], False),
+        ([], False),
+        (["EXTRAS=dev,torch"], True),
+    ):
+        (checkout / ".venv" / ".dev").write_text("dev\n")
+        done = make("-n", "setup", *asked)
+        assert ('tools/install.py .venv "' in done.stdout) == installs, done

@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = "160 MB to download, 750 MB on disk; with PyTorch for the CPU 470 MB and 2.2 GB"
+SIZE = "160 MB to download, 750 MB on disk; with PyTorch for the CPU 470 MB and 2.1 GB"
 SHOWN = (
     r"Downloading .*\((\d{2,}|[\d.]+ ?G)|Installing collected|(Resolved|Prepared|Installed) \d+ "
 )
@@ -33,7 +34,9 @@ NO_PIP = (
 
 def main(argv: list[str]) -> int:
     try:
-        install(Path(argv[0]), argv[1] if len(argv) > 1 else "")
+        if len(argv) not in (1, 2) or argv[0].startswith("-"):
+            raise RuntimeError("usage: python tools/install.py FOLDER [EXTRA,EXTRA...]")
+        install(Path(argv[0]), _known(argv[1]) if len(argv) > 1 else "")
     except RuntimeError as e:  # what went wrong, and what to do about it
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
@@ -41,6 +44,16 @@ def main(argv: list[str]) -> int:
         print("interrupted; the next make starts this set-up again", file=sys.stderr)
         return 130
     return 0
+
+
+def _known(extras: str) -> str:
+    """The extras, without spaces; pip and uv install nothing for one that they do not know."""
+    names = extras.replace(" ", "").split(",")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = project.get("optional-dependencies", {})
+    if unknown := [name for name in names if name not in known]:
+        raise RuntimeError(f"no extras {', '.join(unknown)}; known: {', '.join(known)}")
+    return ",".join(names)
 
 
 def install(venv: Path, extras: str) -> None:
