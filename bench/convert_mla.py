@@ -89,7 +89,7 @@ class Convert(Resumable):
         losses = bench.window_losses(bench.config, bench.weights)
         shape, run = bench.config, bench.run
         model = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")} | {
-            "context": run.context, "tokens": run.steps * run.step_tokens,
+            "context": run.context, "tokens": run.total_tokens,
             "tokenizer": run.tokenizer, "held_out_windows": len(losses),
         }  # fmt: skip
         results.add(mha_perplexity=math.exp(losses.mean()), model=model)
@@ -147,8 +147,8 @@ class Bench:
 
     def __init__(self, options: Convert):
         self.options = options
-        self.run = run_config(options.model)
         folder = checkpoint.ModelFolder(checkpoint.model_folder(options.model))
+        self.run = run_config(options.model)
         self.config = folder.config
         if beyond := self.config.beyond_gpt2:
             raise UserError(
@@ -215,7 +215,7 @@ class Bench:
 
     def _finetuned(self, cell: Row, config: ModelConfig, weights: Weights) -> Weights:
         size, run = self.options.finetune_batch_size, self.run
-        steps = max(1, round(cell["heal"] * run.steps * run.step_tokens / (size * run.context)))
+        steps = max(1, round(cell["heal"] * run.total_tokens / (size * run.context)))
         settings = dataclasses.replace(
             run, model=config, steps=steps, learning_rate=self.options.finetune_learning_rate,
             batch_size=size, grad_accum_steps=1, warmup_steps=max(1, steps // 10), weight_decay=0.0,

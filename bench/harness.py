@@ -24,7 +24,7 @@ from mlx_mla import cli, files
 from mlx_mla.backends import get_backend
 from mlx_mla.errors import UserError, flag
 from mlx_mla.fields import check_bounds, value_of
-from mlx_mla.machine import memory, processor
+from mlx_mla.machine import memory, processor, version
 from mlx_mla.model.config import BackendName, DeviceName
 from mlx_mla.pictures import draw
 
@@ -213,11 +213,6 @@ def run(kind: type[Benchmark], argv: Sequence[str], prog: str = "") -> int:
     return code
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def machine(
     devices: Mapping[BackendName, DeviceName], packages: Sequence[str] = PACKAGES
 ) -> dict[str, str]:
@@ -234,11 +229,7 @@ def machine(
         "python": platform.python_version(),
         "threads": os.environ.get("OMP_NUM_THREADS", "as the libraries choose"),
     }
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
+    found |= {package: version(package) for package in packages}
     for backend, device in devices.items():
         found |= get_backend(backend, device).device_info()
     return found
@@ -271,9 +262,9 @@ def read(path: Path) -> tuple[type[Benchmark], Document]:
     Raises:
         UserError: If the file holds no results, or a damaged value; the message names it.
     """
-    stored: Any = files.read_json(path)
+    stored = files.read_json(path)
     tables = ("machine", "settings")
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in tables):
+    if not all(isinstance(stored.get(k), dict) for k in tables):
         raise UserError(f"{path}: not results of a benchmark")
     name = stored.get("benchmark")
     if not isinstance(name, str) or name not in REGISTRY or name == "reduction":
@@ -322,6 +313,8 @@ class ReportCommand:
 def report(argv: Sequence[str]) -> int:
     """`python -m bench report`: reads all the files before it writes anything."""
     command = cli.parse(ReportCommand, argv, "python -m bench report")
+    if not command.results:
+        raise UserError("give the JSON files that benchmarks have written")
     for path, found in [(path, read(path)) for path in command.results]:
         write_report(*found, path)
         print(f"written: {path}")

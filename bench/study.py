@@ -19,7 +19,7 @@ from typing import Annotated, Optional
 
 import tyro
 
-from bench.harness import cores, machine
+from bench.harness import machine
 from bench.studying.pictures import draw
 from bench.studying.plan import Study
 from bench.studying.pool import Pool, Trainer, agenda, flops, holds
@@ -34,6 +34,7 @@ from mlx_mla.display import plain_console
 from mlx_mla.errors import UserError
 from mlx_mla.files import write_text
 from mlx_mla.locks import locked
+from mlx_mla.machine import cores
 from mlx_mla.model.estimate import cache_bytes_per_token
 from mlx_mla.model.weights import num_parameters
 
@@ -134,7 +135,8 @@ def _train(study: Study, results: Results, out: Path, jobs: int) -> int | None:
         trainer.tidy()
         _remove_weights(study, results, runs)
 
-    stopped = Pool(runs, jobs, plain_console()).work(lambda: agenda(study, results), finished)
+    pool = Pool(runs, jobs, results.data, plain_console())
+    stopped = pool.work(lambda: agenda(study, results), finished)
     _remove_weights(study, results, runs)
     return stopped
 
@@ -150,8 +152,9 @@ def _remove_weights(study: Study, results: Results, runs: Path) -> None:
             continue  # the first final run may be one of them
         for run in [*tuning.tried, *tuning.finals]:
             needed = study.keep == "best" and run.key in best
-            if not needed and results.get(run) is not None and holds(runs / run.name, run):
-                shutil.rmtree(runs / run.name, ignore_errors=True)
+            folder = runs / run.name
+            if not needed and results.get(run) and holds(folder, run, results.data):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _report(study: Study, results: Results, out: Path, made_by: str) -> Summary:
@@ -177,9 +180,10 @@ def _costs(study: Study) -> str:
             f"{cell.arm:<24}{cell.size:<10}{cell.tokens:>14,}{len(runs):>6}"
             f"{num_parameters(model):>13,}{cache_bytes_per_token(model, 2):>9,}"
         )
-    edge = f"an edge adds up to {study.cells[0].extensions}"
-    lines += ["", f"{total} runs at least, {work:.3g} FLOPs; {edge}"]
-    if any(cell.tuning_seed is None for cell in study.cells):
+    lines += ["", f"{total} runs at least, {work:.3g} FLOPs"]
+    if any(cell.is_tuned for cell in study.cells):
+        lines[-1] += f"; an edge adds up to {study.cells[0].extensions}"
+    if any(cell.is_tuned and cell.tuning_seed is None for cell in study.cells):
         lines.append("no tuning_seed: tuning uses the first seed, which is also one of the results")
     lines += [f"  {size}: {count:,.0f} tokens in all" for size, count in tokens.items()]
     for name, m in study.machines.items():

@@ -21,12 +21,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import quantize_model
 
 from bench.harness import Benchmark, Document, Results, Row
 from bench.rows import Figure, Positive, Signed, Whole, rows
 from mlx_mla import checkpoint
 from mlx_mla.backends.mlx.caches import QuantizedKVCache
-from mlx_mla.backends.mlx.decode import MLXDecoder
+from mlx_mla.backends.mlx.decode import GROUP_SIZES, MLXDecoder
 from mlx_mla.backends.mlx.load import load
 from mlx_mla.checkpoint import ModelFolder
 from mlx_mla.data import corpus
@@ -145,7 +146,7 @@ def quantized(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) ->
     for weight_bits in BITS:
         model = load(folder)
         if weight_bits:
-            nn.quantize(model, 64, weight_bits, class_predicate=_quantizable)
+            quantize_model(model, {}, 64, weight_bits)
         for cache_bits in (None,) if weight_bits == 8 else BITS:
             losses = window_losses(model, x, cache_bits)
             if losses is None:
@@ -156,25 +157,19 @@ def quantized(s: Trained, name: str, folder: ModelFolder, tokens: np.ndarray) ->
                 "model": name, "weight_bits": weight_bits, "cache_bits": cache_bits,
                 "loss": float(losses.mean()), "perplexity": math.exp(losses.mean()),
                 "change": math.expm1(change.mean()), "bytes": cache_bytes(model, cache_bits),
-                "error": float(change.std(ddof=1)) / math.sqrt(len(change)),
+                # The delta method's, since the change is a ratio.
+                "error": math.exp(change.mean()) * change.std(ddof=1) / math.sqrt(len(change)),
             }  # fmt: skip
-
-
-def _quantizable(path: str, module: nn.Module) -> bool:
-    return (
-        hasattr(module, "to_quantized")
-        and not path.endswith("wpe")
-        and module.weight.shape[-1] % 64 == 0
-    )
 
 
 def new_cache(model: Any, bits: int | None) -> list[Any] | None:
     """A cache of so many bits; None if the width has no group size."""
     if bits is None:
         return make_prompt_cache(model)
-    widths = {w for c in _one_token(model) for w in (c.keys.shape[-1], c.values.shape[-1]) if w}
-    size = next((g for g in (64, 32) if all(w % g == 0 for w in widths)), None)
-    return None if size is None else [QuantizedKVCache(size, bits) for _ in model.layers]
+    one = _one_token(model)
+    widths = {w for c in one for w in (c.keys.shape[-1], c.values.shape[-1]) if w}
+    size = next((g for g in GROUP_SIZES if all(w % g == 0 for w in widths)), None)
+    return None if size is None else [QuantizedKVCache(size, bits) for _ in one]
 
 
 def _one_token(model: Any) -> list[Any]:

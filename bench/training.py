@@ -134,11 +134,11 @@ class Training(Benchmark):
             cells: dict[tuple[str, str], list[str]] = {}
             for r in planned:
                 own = cells.setdefault((r["preset"], r["dtype"]), [])
-                own.append(f"{r['batch']} ({r['batch_checkpointed']})")
+                own.append(f"{_batch(r['batch'])} ({_batch(r['batch_checkpointed'])})")
             lines += [
-                f"Largest batch of sequences of {s['seq_len']} tokens whose step the estimate fits "
-                f"into {s['usable']:.0%} of a memory (fused attention; with gradient checkpointing "
-                "at every block in brackets):",
+                f"Largest batch (a power of two) of sequences of {s['seq_len']} tokens whose step "
+                f"the estimate fits into {s['usable']:.0%} of a memory (fused attention; with "
+                "gradient checkpointing at every block in brackets):",
                 "",
                 *markdown_table(header, [(*key, *own) for key, own in cells.items()]),
             ]
@@ -156,8 +156,9 @@ def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate)
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
-    with backend.limited_memory(before + expected.total_bytes):
-        session = MLXBackend().train_session(config, Start(initial_weights(config.model, 0)))
+    limited = backend.limited_memory(before + expected.total_bytes)
+    with limited, mx.stream(backend.device):
+        session = backend.train_session(config, Start(initial_weights(config.model, 0)))
         mx.clear_cache()
         state = mx.get_active_memory() - before
         mx.reset_peak_memory()
@@ -174,10 +175,17 @@ def measure_memory(config: TrainConfig, backend: MLXBackend, expected: Estimate)
     return dict(zip(HELD, (state, gradients, peak - state - gradients, peak)))
 
 
+MOST = 1024
+
+
+def _batch(size: int) -> str:
+    return f"{MOST} or more" if size == MOST else str(size)
+
+
 def largest_batch(config: TrainConfig, limit: float) -> int:
-    """The largest power of two of sequences, up to 1024, whose step fits; 0 if none does."""
+    """The largest power of two of sequences, up to MOST, whose step fits; 0 if none does."""
     batch = 0
-    while batch < 1024:
+    while batch < MOST:
         larger = max(1, 2 * batch)
         if estimate(dataclasses.replace(config, batch_size=larger), True).total_bytes > limit:
             break

@@ -106,7 +106,7 @@ class Text:
             if at == start and start:
                 # The part may begin within a character, whose other bytes belong to the part
                 # before.
-                block = block.lstrip(bytes(range(0x80, 0xC0))) if block[0] & 0xC0 == 0x80 else block
+                block = block.lstrip(bytes(range(0x80, 0xC0)))
             at = min(at + BLOCK, stop)
             try:
                 yield decoder.decode(block)

@@ -125,35 +125,6 @@ def unwrapped(where: object, tensors: Tensors) -> Tensors:
     return out
 
 
-def check_tensors(
-    where: object, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Compare a checkpoint's tensors with those that its configuration requires, in its own names.
-
-    Raises:
-        UserError: If tensors are missing, unexpected or of another shape; the message names them.
-    """
-    if missing := [n for n in expected if n not in found]:
-        raise UserError(f"{where}: missing {_some(missing)}; the checkpoint is incomplete")
-    if unexpected := [n for n in found if n not in expected]:
-        raise UserError(
-            f"{where}: unexpected {_some(unexpected)}; this is not the architecture that it claims "
-            "to be"
-        )
-    for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise UserError(
-                f"{where}: tensor {name} has shape {found[name].shape}, but the configuration "
-                f"requires {shape}"
-            )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
-
-
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 

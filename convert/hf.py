@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
-from mlx_mla.checkpoint import INDEX, WEIGHTS, in_type, shards
+from mlx_mla.checkpoint import INDEX, WEIGHTS, check_tensors, in_type, shards
 from mlx_mla.data.tokenizer import end_ids
 from mlx_mla.errors import UserError
 from mlx_mla.files import give_usual_mode, read_json
@@ -29,7 +29,6 @@ from .foreign import (
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
-    check_tensors,
     is_mask,
     resolved,
     unwrapped,
@@ -70,8 +69,8 @@ def read_gpt2(folder: Path, name: str) -> ForeignCheckpoint:
         if factor != 1.0:
             changes = ["The scaling of the attention's scores is part of the queries' weights."]
             for part in ("weight", "bias"):
-                name = f"transformer.h.{i}.attn.c_attn.{part}"
-                tensors[name] = tensors[name].scaled_rows(0, config.n_embd, factor)
+                key = f"transformer.h.{i}.attn.c_attn.{part}"
+                tensors[key] = tensors[key].scaled_rows(0, config.n_embd, factor)
     return ForeignCheckpoint("Hugging Face GPT-2", name, config, tensors, folder, ends, changes)
 
 

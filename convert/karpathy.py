@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_mla.checkpoint import check_tensors
 from mlx_mla.errors import UserError
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.weights import parameter_shapes
@@ -25,7 +26,6 @@ from .foreign import (
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
-    check_tensors,
     count_layers,
     is_mask,
     is_tied,

@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from mlx_mla.checkpoint import check_tensors
 from mlx_mla.errors import UserError, shown
 from mlx_mla.fields import typed
 from mlx_mla.files import read_json
@@ -33,7 +34,6 @@ from .foreign import (
     ForeignCheckpoint,
     LazyTensor,
     Tensors,
-    check_tensors,
     resolved,
     stacked,
     without_tied_head,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from mlx_mla.errors import UserError
@@ -17,10 +18,8 @@ from mlx_mla.model.weights import parameter_shapes
 from .foreign import ForeignCheckpoint, LazyTensor, Tensors, resolved
 
 MAGIC = 20240326
-TOKENS_MAGIC = 20240520
-"""Magic number of llm.c's token shards, which are easily mistaken for models."""
 HEADER_BYTES = 1024
-VERSIONS: dict[int, np.dtype] = {3: np.dtype("<f4"), 5: np.dtype("<u2")}
+VERSIONS: dict[int, np.dtype] = {3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat16)}
 
 PER_LAYER = (
     "ln_1.weight",
@@ -98,10 +97,6 @@ def _reader(
     path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        stored = np.memmap(path, dtype, "r", offset, shape)
-        if dtype.itemsize == 4:
-            return np.array(stored)
-        # bfloat16 is the upper half of a float32.
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        return np.array(np.memmap(path, dtype, "r", offset, shape), np.float32)
 
     return read

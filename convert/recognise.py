@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mla import checkpoint
+from mlx_mla.data.shards import LLMC_VERSIONS
 from mlx_mla.errors import UserError
 from mlx_mla.files import is_hub_id, read_json
 from mlx_mla.hub import download, find_model
 from mlx_mla.model.weights import parameter_shapes
 
 from . import hf, karpathy, llama, llmc
-from .foreign import ForeignCheckpoint, check_tensors
+from .foreign import ForeignCheckpoint
 
 KNOWN = (
     "a Hugging Face folder or hub id of a GPT-2, Llama, Mistral or Qwen2, a .pt of "
@@ -68,7 +69,7 @@ def _own(folder: checkpoint.ModelFolder, name: str) -> ForeignCheckpoint:
     if folder.is_quantized:
         raise UserError(f"{folder}: quantized by mlx-lm; convert the original model instead")
     where, tensors = hf.open_weights(folder.path)
-    check_tensors(where, tensors, parameter_shapes(folder.config))
+    checkpoint.check_tensors(where, tensors, parameter_shapes(folder.config))
     return ForeignCheckpoint("mlx_mla", name, folder.config, tensors, folder.path)
 
 
@@ -81,7 +82,7 @@ def _open_file(path: Path, n_head: int | None) -> ForeignCheckpoint:
     magic = int(np.frombuffer(start, "<i4")[0]) if len(start) == 4 else 0
     if magic == llmc.MAGIC:
         return llmc.read_llmc(path)
-    if magic == llmc.TOKENS_MAGIC:
+    if magic in {known for known, _ in LLMC_VERSIONS}:
         raise UserError(
             f"{path}: holds token ids of llm.c, not a model; a model .bin begins with {llmc.MAGIC}"
         )

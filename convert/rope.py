@@ -204,7 +204,7 @@ def spectrum(source: Source, mean: np.ndarray, covariance: np.ndarray) -> np.nda
         mean = np.append(mean, 1.0)
         covariance = np.pad(covariance, (0, 1))
     second = covariance + np.outer(mean, mean)
-    at_zero = np.eye(1, 1).repeat(source.n_head, 0)
+    at_zero = np.ones((source.n_head, 1))
     return closed_form(source, second, at_zero, 1).singular_values
 
 

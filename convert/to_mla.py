@@ -62,8 +62,8 @@ def check_rank(config: ModelConfig, rank: int | None, budget: int | None = None)
     if rank is not None and budget is not None:
         raise UserError("--rank and --rank-budget exclude each other; leave one out")
     name, width = ("--rank-budget", budget) if rank is None else ("--rank", rank)
-    widest, what = widest_latent(config), "all that there is"
-    bound = f"{widest} ({what})"
+    widest = widest_latent(config)
+    bound = f"{widest} (all that there is)"
     if not config.beyond_gpt2:
         bound = f"the model's n_embd, {widest} (exact)"
     if width is None:

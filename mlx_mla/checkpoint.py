@@ -17,7 +17,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,7 @@ def in_type(weights: Mapping[str, np.ndarray], dtype: InferenceDType) -> dict[st
 def write_train_state(
     folder: Path, tensors: Mapping[str, np.ndarray], info: Mapping[str, Any]
 ) -> None:
-    """Add optimizer tensors (`exp_avg.NAME`, `exp_avg_sq.NAME`) and `train_state.json` to a
-    folder."""
+    """Add optimizer tensors (`moment_shapes` names them) and `train_state.json` to a folder."""
     _save_tensors(folder / STATE, tensors)
     _write_json(folder / STATE_INFO, info)
 
@@ -204,21 +203,41 @@ class ModelFolder:
         for path in self.weight_files():
             tensors |= _load_tensors(path)
         shapes, where = parameter_shapes(expected or self.config), self.path / WEIGHTS
-        for name in shapes.keys() | tensors.keys():
-            if name not in tensors or name not in shapes:
-                state = "missing from" if name not in tensors else "unexpected in"
-                raise UserError(f"{where}: tensor {name} is {state} the file")
-            if tensors[name].shape != shapes[name]:
-                raise UserError(
-                    f"{where}: tensor {name} has shape {tensors[name].shape}, config.json asks for "
-                    f"{shapes[name]}"
-                )
+        check_tensors(where, tensors, shapes)
         weights = {name: tensors[name].astype(np.float32, copy=False) for name in shapes}
         if bad := not_finite(weights):
             raise UserError(
                 f"{where}: tensor {bad} has values that are not finite; the model is unusable"
             )
         return weights
+
+
+def check_tensors(
+    where: object, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare tensors, which have a `shape`, with those that a configuration requires.
+
+    Raises:
+        UserError: If tensors are missing, unexpected or of another shape; the message names them.
+    """
+    if missing := [n for n in expected if n not in found]:
+        raise UserError(f"{where}: missing {_some(missing)}; the checkpoint is incomplete")
+    if unexpected := [n for n in found if n not in expected]:
+        raise UserError(
+            f"{where}: unexpected {_some(unexpected)}; this is not the architecture that it claims "
+            "to be"
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise UserError(
+                f"{where}: tensor {name} has shape {found[name].shape}, but the configuration "
+                f"requires {shape}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
 def shards(index: Path) -> list[Path]:
@@ -233,6 +252,9 @@ def shards(index: Path) -> list[Path]:
     return files
 
 
+_NEW_RUN = "start a new run with --init"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
     """What `train_state.json` holds of a training checkpoint."""
@@ -245,28 +267,34 @@ class TrainState:
     """None: written by a version that kept no samples of the data."""
 
 
+def read_train_info(folder: Path) -> TrainState:
+    """`train_state.json` of a training checkpoint; UserError if it is missing or damaged, or of
+    another step than the folder."""
+    path = folder / STATE_INFO
+    values = read_json(path)
+    if values.get("format") != STATE_FORMAT:
+        raise UserError(
+            f"{path}: format {shown(values.get('format'))}, and this version reads {STATE_FORMAT}; "
+            f"resume with the version of mlx_mla that wrote it, or {_NEW_RUN}"
+        )
+    info: TrainState = value_of(TrainState, values, str(path), _NEW_RUN)
+    if _is_checkpoint(folder) and info.step != step_of(folder):
+        raise UserError(f"{path}: step {info.step} is not that of {folder.name}; {_NEW_RUN}")
+    return info
+
+
 def read_train_state(folder: Path, config: TrainConfig) -> tuple[dict[str, np.ndarray], TrainState]:
     """Optimizer tensors and `train_state.json` of a training checkpoint.
 
     Raises:
-        UserError: If one of them is missing or damaged, does not fit the model, or is of another
-            step than the folder.
+        UserError: Also if the tensors are missing or damaged, or do not fit the model.
     """
     if not (folder / STATE).is_file():
         raise UserError(
             f"{folder}: has no {STATE}, so training cannot resume from it; use --init "
             f"{shlex.quote(str(folder))}"
         )
-    path, new_run = folder / STATE_INFO, "start a new run with --init"
-    values = read_json(path)
-    if values.get("format") != STATE_FORMAT:
-        raise UserError(
-            f"{path}: format {shown(values.get('format'))}, and this version reads {STATE_FORMAT}; "
-            f"resume with the version of mlx_mla that wrote it, or {new_run}"
-        )
-    info: TrainState = value_of(TrainState, values, str(path), new_run)
-    if _is_checkpoint(folder) and info.step != step_of(folder):
-        raise UserError(f"{path}: step {info.step} is not that of {folder.name}; {new_run}")
+    info = read_train_info(folder)
     tensors = _load_tensors(folder / STATE)
     if bad := not_finite(tensors):
         raise UserError(f"{folder / STATE}: tensor {bad} has values that are not finite")
@@ -275,7 +303,7 @@ def read_train_state(folder: Path, config: TrainConfig) -> tuple[dict[str, np.nd
             found = f"has shape {tensors[key].shape}" if key in tensors else "is missing"
             raise UserError(
                 f"{folder / STATE}: the optimizer state does not fit the model: tensor {key} "
-                f"{found}, and the model needs {shape}; {new_run}"
+                f"{found}, and the model needs {shape}; {_NEW_RUN}"
             )
     return tensors, info
 
@@ -323,6 +351,12 @@ def _is_checkpoint(path: Path) -> bool:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def before(run: Path, checkpoint: Path) -> Path | None:
+    """The newest checkpoint of a run that is older than one of its checkpoints, or None."""
+    older = [c for c in checkpoints(run) if step_of(c) < step_of(checkpoint)]
+    return older[-1] if older else None
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

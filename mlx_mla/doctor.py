@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from mlx_mla import cli
 from mlx_mla.backends import blas, get_backend
 from mlx_mla.errors import UserError, last_line
-from mlx_mla.machine import memory, processor
+from mlx_mla.machine import memory, processor, version
 from mlx_mla.model.config import BackendName, DType
 
 PROG = "python -m mlx_mla.doctor"
@@ -89,7 +89,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": memory(),
         "free disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB here",
-        "packages": ", ".join(f"{p} {_version(p)}" for p in PACKAGES),
+        "packages": ", ".join(f"{p} {version(p)}" for p in PACKAGES),
     }
     advice = _missing()
     for name in get_args(BackendName):
@@ -121,7 +121,7 @@ def _missing() -> list[str]:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
-        found, wanted = _version(needed.name), f"{needed.name}{needed.specifier}"
+        found, wanted = version(needed.name), f"{needed.name}{needed.specifier}"
         if found == "missing" or not needed.specifier.contains(found, prereleases=True):
             advice.append(f"{needed.name} is {found}: pip install '{wanted}'")
     return advice
@@ -150,13 +150,6 @@ def _run_probe(name: str) -> dict[str, Any]:
     if done.returncode != 0:
         return {"error": last_line(done.stderr)}
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def form_address() -> str:

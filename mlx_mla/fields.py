@@ -389,6 +389,15 @@ def _describe(wanted: Any) -> str:
     options = [t for t in (args if origin in (Union, UnionType) else (wanted,)) if t is not _NONE]
     if len(options) == 1 and options[0] is not wanted:
         return _describe(options[0])
-    return "a value of type " + " or ".join(
-        str(t) if get_origin(t) else t.__name__ for t in options
-    )
+    return "a value of type " + " or ".join(map(_name, options))
+
+
+def _name(wanted: Any) -> str:
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin is Annotated:
+        return _name(args[0])
+    if origin in (list, tuple):
+        return f"list of {_name(args[0])}"
+    if dataclasses.is_dataclass(wanted):
+        return "table"
+    return str(wanted) if origin else wanted.__name__

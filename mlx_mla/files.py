@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json_object(read_text(path, LARGEST_TEXT), str(path))
 
 
-def json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The values of a JSON-lines file, each after the place to name in messages.
 
     A last line without its line break, which a killed process left, is left out. No file is no
@@ -98,13 +98,13 @@ def json_lines(path: Path, remedy: str = REMEDY) -> Iterator[tuple[str, Any]]:
             for number in itertools.count(1):
                 line, where = file.readline(LARGEST_TEXT), f"{path}, line {number}"
                 if len(line) == LARGEST_TEXT:
-                    raise UserError(f"{where}: is longer than {LARGEST_TEXT:,} bytes; {remedy}")
+                    raise UserError(f"{where}: is longer than {LARGEST_TEXT:,} bytes; {REMEDY}")
                 if not line.endswith(b"\n"):
                     return
                 try:
                     yield where, parse_json(line, where)
                 except UserError as e:
-                    raise UserError(f"{e}; {remedy}") from None
+                    raise UserError(f"{e}; {REMEDY}") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
 
@@ -245,11 +245,8 @@ def _temporary(path: Path, role: str = "tmp") -> Path:
 
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -299,9 +296,10 @@ def decoded(data: bytes, where: str, offset: int = 0) -> str:
         return data.decode("utf-8" if offset else "utf-8-sig")
     except UnicodeDecodeError as e:
         at = offset + len(data) - len(e.object) + e.start  # the mark is not in `e.object`
+        source = "utf-16" if at == 0 and e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise UserError(
             f"{where}: not UTF-8 text (byte {e.object[e.start]:#04x} at offset {at:,}); convert "
-            "it, for example with iconv -f latin1 -t utf-8"
+            f"it, for example with iconv -f {source} -t utf-8"
         ) from None
 
 

@@ -17,13 +17,12 @@ TRAINING = ("*train_state.*",)
 """Twice the size of the model, and read on resuming alone."""
 
 
-def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder:
+def find_model(name: str) -> checkpoint.ModelFolder:
     """Find and check the local model folder for a name, downloaded first if it is a hub id.
 
     Args:
         name: A run folder (its newest checkpoint is used), a model folder, or an `owner/name` on
             the hub, whose files stay in the hub's own cache.
-        revision: Branch, tag or commit of a hub id.
 
     Raises:
         UserError: If there is no such model, it is damaged, or it cannot be downloaded.
@@ -32,16 +31,15 @@ def find_model(name: str, revision: str | None = None) -> checkpoint.ModelFolder
     if path.exists():
         folder = checkpoint.model_folder(path)
     elif is_hub_id(name):
-        folder = checkpoint.model_folder(download(name, revision, FILES, TRAINING))
+        folder = checkpoint.model_folder(download(name, None, FILES, TRAINING))
     else:
         raise UserError(
             f"{name}: no such folder, and not a hub id of the form owner/name; {_near(path)}"
         )
     if problem := checkpoint.integrity_error(folder, training=False):
-        others = [p for p in checkpoint.checkpoints(path) if p != folder]
         advice = "restore it from a copy"
-        if others:
-            advice = f"the one before is {others[-1]}"
+        if older := checkpoint.before(path, folder):
+            advice = f"the one before is {older}"
         elif not path.exists():
             advice = f"remove it with: hf cache rm model/{name}, and it is downloaded again"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")

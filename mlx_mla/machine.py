@@ -1,6 +1,7 @@
 """Facts about this machine for reports and estimates."""
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import resource
@@ -25,6 +26,19 @@ def processor() -> str:
             )
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def version(package: str) -> str:
+    """Installed version of a package, or "missing"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def physical_memory() -> int:

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +73,29 @@ def _matplotlib() -> Any:
     return sys.modules["matplotlib"]
 
 
-def plain(name: str) -> str:
-    """A name for matplotlib to show literally: dollar signs escaped, at most 60 characters."""
+def plain(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name for matplotlib to show literally: dollar signs escaped, and shortened to its end."""
     line = "".join(c if c.isprintable() else "?" for c in name)
-    if len(line) > LONGEST_NAME:
-        line = f"...{line[3 - LONGEST_NAME :]}"  # the end of a path identifies it best
+    if len(line) > longest:
+        line = f"...{line[3 - longest :]}"  # the end of a path identifies it best
     return line.replace("$", r"\$")
+
+
+def alone(points: Sequence[Any]) -> dict[str, Any]:
+    """What makes a curve of a single point visible, as of a run that has only begun."""
+    return {"marker": "o", "ms": 4} if len(points) == 1 else {}
 
 
 def loss_axis(ax: Any) -> None:
     """Scale the y axis for losses: logarithmic, with plain numbers as labels."""
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+    shown = [y for line in ax.lines for y in line.get_ydata() if y > 0 and math.isfinite(y)]
     ax.set_yscale("log")
     # Losses rarely span a decade, so plain numbers read better than powers of ten.
-    ax.yaxis.set_major_locator(MaxNLocator(8))
-    ax.yaxis.set_major_formatter("{x:.3g}")
+    is_wide = bool(shown) and max(shown) > 8 * min(shown)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(8))
+    ax.yaxis.set_major_formatter("{x:.5g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
-    lows = [min(ys) for line in ax.lines if (ys := [y for y in line.get_ydata() if y > 0])]
-    if lows and math.isfinite(low := min(lows)):
-        ax.set_ylim(bottom=0.97 * low)
+    if shown:
+        ax.set_ylim(bottom=0.97 * min(shown))

@@ -14,7 +14,7 @@ from mlx_mla import cli
 from mlx_mla.display import markdown_table
 from mlx_mla.errors import UserError
 from mlx_mla.files import read_toml
-from mlx_mla.pictures import draw, loss_axis, plain
+from mlx_mla.pictures import alone, draw, loss_axis, plain
 from mlx_mla.training.metrics import METRICS, read_metrics
 
 PROG = "python -m mlx_mla.plot"
@@ -172,6 +172,10 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
     return out
 
 
+WIDTH = 130
+"""Characters that fit into a line of the legend."""
+
+
 def plot_runs(runs: Sequence[RunMetrics], out: Path, smooth: float) -> None:
     """Draw loss against tokens and time, speed, and peak memory of runs into a file.
 
@@ -200,7 +204,7 @@ def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
                 xs, losses = zip(*train)
                 if smooth:
                     axes.plot(xs, losses, color=color, lw=0.6, alpha=0.3)
-                axes.plot(xs, smoothed(losses, smooth), **line, lw=1.1, alpha=0.75)
+                axes.plot(xs, smoothed(losses, smooth), **line, **alone(xs), lw=1.1, alpha=0.75)
             if val:
                 axes.plot(*zip(*val), **line, lw=1.8, marker="o", ms=4)
         if rows := run.train[1:] or run.train:
@@ -208,6 +212,7 @@ def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
                 [row["tokens"] for row in rows],
                 [row["tokens_per_sec"] for row in rows],
                 **line,
+                **alone(rows),
                 lw=1.1,
             )
     for axes in (by_tokens, by_time):
@@ -234,9 +239,9 @@ def _draw_runs(fig: Any, runs: Sequence[RunMetrics], smooth: float) -> None:
         Line2D([], [], color="0.4", lw=1.1, label=train_label),
         Line2D([], [], color="0.4", lw=1.8, marker="o", ms=4, label="validation"),
     ]
-    fig.legend(
-        handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False
-    )
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(4, len(handles), WIDTH // (longest + 8)))
+    fig.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
@@ -259,9 +264,9 @@ def _memory_bars(axes: Any, runs: Sequence[RunMetrics]) -> None:
         range(len(runs)), sizes, color=[color for color, _ in _styles(runs)], height=0.45
     )
     axes.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=3)
-    axes.set_yticks(range(len(runs)), [plain(run.name) for run in runs])
+    axes.set_yticks(range(len(runs)), [plain(run.name, 24) for run in runs])
     axes.invert_yaxis()
-    axes.margins(x=0.2)
+    axes.margins(x=0.35)
     axes.set(xlabel="MiB", title="peak memory")
 
 

@@ -1,7 +1,6 @@
 """Turn text into token shards: `python -m mlx_mla.prepare SRC --out DIR` (docs/data.md)."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from mlx_mla.display import PrepareDisplay, plain_console
 from mlx_mla.errors import UserError
 from mlx_mla.fields import OpenFraction, at_least_1, check_bounds
 from mlx_mla.locks import locked
+from mlx_mla.machine import cores
 from mlx_mla.model.config import Seed
 
 PROG = "python -m mlx_mla.prepare"
@@ -117,8 +117,7 @@ def _check(command: PrepareCommand) -> int:
         raise UserError("--bpe-dir requires --tokenizer gpt2; leave out --bpe-dir")
     if not command.separator:
         raise UserError("--separator must not be empty")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return command.workers or cores or 1
+    return command.workers or cores()
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def _run(command: TrainCommand, world: World) -> int:
         for note in notes:
             print(note)
         if from_step is not None and from_step >= config.steps:
+            finish(config, out, from_step)
             world.first(None)
-            finish(out)
             print(f"{out}: has finished its {from_step} steps")
             return 0
     world.first("train")
@@ -150,7 +150,8 @@ def _run(command: TrainCommand, world: World) -> int:
         world=world,
     )
     if result.signal is not None:
-        print(f"stopped after step {result.step} and saved {result.checkpoint}; resume with:")
+        saved = f"saved {result.checkpoint}" if result.step else "saved nothing yet"
+        print(f"stopped after step {result.step} and {saved}; resume with:")
         print(f"  {PROG} --resume --out {shlex.quote(str(out))}")
         return _exit_code(result)
     if result.sample is not None:

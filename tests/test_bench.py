@@ -21,7 +21,6 @@ import mlx.core as mx
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from transformers import StaticCache
 
 from bench import compare_backends as compare
 from bench import evaluation, training
@@ -33,7 +32,7 @@ from bench.subjects.contract import call_flops
 from bench.timing import Case, time_cases
 from bench.training import settings
 from mlx_mla import train
-from mlx_mla.backends.torch.decode import GrowingCache
+from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.model.config import ModelConfig
 from mlx_mla.model.estimate import estimate
@@ -257,17 +256,17 @@ def test_torch_decodes_on_mps_with_the_cache_that_generate_has_there(batch):
     subject = framework("torch").load("weighed", config, weights, "float32", "cpu")
     subject.use("latent")
     logits = {}
-    for fixed, cache_type in ((False, GrowingCache), (True, StaticCache)):
+    for fixed, cache_type in ((False, GrowingCache), (True, FixedCache)):
         subject.fixed_shapes = fixed
         with torch.inference_mode():
-            cache = subject._filled(batch, 50)
+            cache = subject._filled(batch, 50, 3)
             assert isinstance(cache, cache_type)
             y = torch.zeros((batch, 1), dtype=torch.long)
-            mask = subject._mask(batch, 51)
+            mask = subject._mask(batch, cache, 51)
             out = subject.network(y, attention_mask=mask, past_key_values=cache, use_cache=True)
             logits[fixed] = out.logits
         timed = subject.decode(batch, 50, 2, "latent")
-        length = config.n_positions if fixed else 52
+        length = 256 if fixed else 52
         assert timed.cache_bytes == 12 * batch * length * 32 * 4
     assert (logits[True] - logits[False]).abs().max() < 1e-5
 
@@ -280,6 +279,17 @@ def test_the_first_token_needs_the_head_once():
     scores = 2 * 2 * 2 * 8 * 5.5  # layers x (scores and values) x a multiply-add x width x keys
     found = call_flops("first token", c, "materialized", 1, 10)
     assert found == 10 * (2 * matrices + scores) + 2 * 8 * 100
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoded_token_is_multiplied_by_the_head_but_only_looked_up_in_the_embedding(tied):
+    c = ModelConfig(
+        attention="mha", n_layer=2, n_head=2, n_embd=8, n_positions=32, vocab_size=100,
+        tie_word_embeddings=tied,
+    ).resolved()  # fmt: skip
+    matrices = 2 * (8 * 24 + 8 * 8 + 2 * 8 * 32) + 8 * 100
+    scores = 2 * 2 * 2 * 8  # for a cached token
+    assert call_flops("decoding", c, "materialized", 3, 10) == 3 * (2 * matrices + 10 * scores)
 
 
 def test_a_benchmark_stops_after_its_minutes_and_resumes(tmp_path, monkeypatch, capfd):

@@ -254,10 +254,10 @@ def test_weights_come_back_bit_for_bit(tiny_run):
 def test_tensors_that_do_not_fit_are_named(folder_copy):
     config = checkpoint.ModelFolder(folder_copy).config
     wider = ModelConfig(**{**config.to_dict(), "n_inner": 64}).resolved()
-    with pytest.raises(UserError, match=r"mlp\.c_.* has shape .* config.json asks for"):
+    with pytest.raises(UserError, match=r"mlp\.c_.* has shape .* the configuration requires"):
         checkpoint.ModelFolder(folder_copy).weights(wider)
     deeper = ModelConfig(**{**config.to_dict(), "n_layer": 3}).resolved()
-    with pytest.raises(UserError, match=r"tensor transformer\.h\.2\..* is missing from the file"):
+    with pytest.raises(UserError, match=r"missing tensors transformer\.h\.2\..* and \d+ more"):
         checkpoint.ModelFolder(folder_copy).weights(deeper)
     path = folder_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

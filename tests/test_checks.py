@@ -146,6 +146,18 @@ def test_parts_are_reported_by_their_largest_and_what_failed_first():
     assert together([*parts, at_most(float("nan"), 1, "x")]) == Outcome(False, "x nan (at most 1)")
 
 
+@pytest.mark.parametrize(
+    ("device", "there"),
+    [
+        (None, set()), ("cpu", {"torch"}), ("mps", {"torch", "torch-gpu", "mps"}),
+        ("cuda (NVIDIA H200)", {"torch", "torch-gpu"}),
+    ],
+)  # fmt: skip
+def test_a_device_of_pytorch_meets_the_needs_of_rows(device, there):
+    facts = {"MLX GPU": "none", **({"PyTorch device": device} if device else {})}
+    assert runner.available(facts) & {"torch", "torch-gpu", "mps"} == there
+
+
 def row(name: str, **fields) -> Row:
     return dataclasses.replace(BY_NAME["facts"], name=name, **fields)
 

@@ -240,6 +240,7 @@ def test_truncated_or_changed_pickles(data, refused, tmp_path, capsys):
         (lambda b: b[:28] + np.int32(7).tobytes() + b[32:],
          "7 padded rows for a vocabulary of 280"),
         (lambda b: np.int32(20240520).tobytes() + b[4:], "token ids of llm.c, not a model"),
+        (lambda b: np.int32(20240801).tobytes() + b[4:], "token ids of llm.c, not a model"),
         (lambda b: b"GGUF" + b[4:], "not a known checkpoint format"),
     ],
 )  # fmt: skip

@@ -99,7 +99,9 @@ def test_any_shape_and_option_of_gpt2(data, tmp_path_factory):
     same_logits(model, out, atol=1e-4, vocab=changes["vocab_size"])
     by_layer = changes["scale_attn_by_inverse_layer_idx"] and changes["n_layer"] > 1
     scaled = by_layer or not changes["scale_attn_weights"]
-    assert ("bit for bit" not in (out / "README.md").read_text()) == scaled
+    card = (out / "README.md").read_text()
+    assert "# hf, converted" in card
+    assert ("bit for bit" not in card) == scaled
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_unreadable_text_is_refused(content, message, tmp_path):
         ("train.bin", np.arange(99, dtype="<u2").tobytes(),
          "is a token shard, not text; give --data its folder"),
         ("a", struct.pack("<3i", 20240520, 1, 0), "is a token shard"),
+        ("a", struct.pack("<3i", 20240801, 7, 0), "is a token shard"),
         ("tokens.npy", b"\x93NUMPY", "is a token shard"),
         ("a.dat", np.arange(99, dtype="<u2").tobytes(), r"is binary \(it has NUL characters\)"),
     ],

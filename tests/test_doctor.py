@@ -30,9 +30,9 @@ def test_doctor_refuses_what_it_does_not_know(capsys, tmp_path):
 
 
 def test_doctor_names_packages_that_are_missing_or_too_old(monkeypatch):
-    real = doctor._version
+    real = doctor.version
     found = {"tiktoken": "missing", "transformers": "4.40.0"}
-    monkeypatch.setattr(doctor, "_version", lambda name: found.get(name) or real(name))
+    monkeypatch.setattr(doctor, "version", lambda name: found.get(name) or real(name))
     monkeypatch.setattr(doctor, "_run_probe", lambda name: {"facts": {}, "advice": []})
     assert [text.split(":")[0] for text in doctor.examine()[1]] == [
         "tiktoken is missing", "transformers is 4.40.0",

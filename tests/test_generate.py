@@ -206,6 +206,9 @@ def test_incomplete_and_foreign_folders_are_refused(folder, run_copy, tmp_path, 
     assert "model.safetensors is truncated or changed" in said
     assert "the one before is" in said
     assert "step-000020" in said
+    # One after it, of a run that has since gone on from an earlier step, is not before it.
+    shutil.copytree(path.parent, path.parent.with_name("step-000060"))
+    assert "step-000020" in no(run_copy)
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, capsys, shared_data):

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from mlx_mla import prepare
 from mlx_mla.data import documents, preparation
+from mlx_mla.data.shards import open_folder
 from mlx_mla.data.tokenizer import get_tokenizer
 
 SPLITS = ("train", "val")
@@ -389,6 +390,14 @@ def test_real_files_with_gpt2s_tokenizer(shared_data, shared_corpus, tmp_path):
 # --- bad input: one line, exit code 2 ---
 
 
+def test_a_single_document_is_cut_where_training_holds_out(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one text of some words " * 400)
+    assert run(tmp_path / "a.txt", tmp_path / "out") == 0
+    assert "validation  no documents; training holds out" in capsys.readouterr().out
+    (train,), (val,) = open_folder(tmp_path / "out").held_out(0.1)
+    assert len(val.tokens) == pytest.approx(0.1 * len(train.tokens) / 0.9, abs=1)
+
+
 def test_sources_that_are_not_there(tmp_path, capsys):
     out = tmp_path / "out"
     assert "no such file or folder" in refused(capsys, tmp_path / "nothing.txt", out)
@@ -414,8 +423,8 @@ def test_sources_that_are_not_there(tmp_path, capsys):
         ("a.jsonl", b'{"text": ""}\n{"text": " \\n"}\n{"text": null}\n',
          "all of its 3 documents are empty"),
         ("a.txt", b"", "all of its 0 documents are empty; give other text"),
-        ("a.txt", b"only one",
-         "none of its 1 documents were selected for validation; give a new --out and a larger "),
+        ("a.txt", "only\n".encode("utf-16"),
+         "not UTF-8 text (byte 0xff at offset 0); convert it, for example with iconv -f utf-16 "),
         ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz: cannot be read: damaged"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-20],
          "a.jsonl.xz: cannot be read: damaged"),

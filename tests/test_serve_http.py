@@ -22,7 +22,7 @@ def fetch(self, model, tokens):
     raise RuntimeError("the cache is broken")
 
 cache.LRUPromptCache.fetch_nearest_cache = fetch
-serve._process() if hasattr(serve, "_process") else serve.sys.exit(serve.main())
+serve.process()
 """
 
 

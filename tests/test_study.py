@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import study as command
-from bench.harness import cores
 from bench.studying import pictures
 from bench.studying.pictures import far_arms
 from bench.studying.plan import settings
@@ -30,8 +29,10 @@ from bench.studying.reading import read_study
 from bench.studying.results import RESULTS, Results, thinned
 from bench.studying.search import search
 from bench.studying.summary import Interval, holm, interval, pooled, summarize, verdict
+from mlx_mla import checkpoint
 from mlx_mla.errors import UserError
 from mlx_mla.files import parse_toml
+from mlx_mla.machine import cores
 from mlx_mla.model.presets import overlay, preset
 from mlx_mla.training.run_folder import create_run
 
@@ -299,6 +300,17 @@ def test_a_study_without_a_tuning_seed_says_which_results_were_tuned_on(tmp_path
         ("[1, 2, 3]", "[1, 1]", "different whole numbers"),
         ("tokens = 1280", "tokens = 12", "at least a step's 128"),
         ("2e-3, 4e-3, 8e-3]", "]", "tuning_seed is for tuning, and no arm has several"),
+        (
+            "[1e-3, 2e-3, 4e-3, 8e-3]",
+            "2e-3",
+            "learning_rates = 0.002 is not a value of type list of float",
+        ),
+        (
+            "[arms.mla]",
+            "[arms.mla]\nseeds = [1]",
+            "seeds belongs under [sizes.SIZE], or under [arms.ARM] as at.SIZE.seeds",
+        ),
+        ("sizes.tiny", 'sizes."very tiny"', "names a folder; use letters, digits and -"),
         (
             "tuning_seed = 0\nlearning_rates = [1e-3, 2e-3, 4e-3, 8e-3]",
             'tune_dtype = "bfloat16"\nlearning_rates = [1e-3]',
@@ -712,6 +724,12 @@ def test_a_mutated_record_is_refused_before_a_report_is_written(
     assert not (tmp_path / "report.md").exists()
 
 
+def test_quick_takes_seeds_that_arms_share(tmp_path):
+    text = SMALL.replace("[1, 2, 3]", "[1, 2, 3, 4, 5]") + "at.tiny.seeds = [3, 4, 5]\n"
+    study = read_study(written(tmp_path, text), quick=True)
+    assert {cell.arm: cell.seeds for cell in study.cells} == {"mha": (1, 2), "mla": (3, 4)}
+
+
 def test_quick_never_replaces_the_report_of_a_whole_study(tmp_path, capsys):
     study, results = opened(tmp_path, SMALL.replace("tokens = 1280", "tokens = 12_800"))
     pretend(study, results, LEVEL)
@@ -819,16 +837,32 @@ def test_a_folder_resumes_its_own_run_alone(tmp_path):
     mha, mla = (study.cell(arm, TINY).final(4e-3, 0.02, 1) for arm in ("mha", "mla"))
     folder = tmp_path / "runs" / "4e-3"
     create_run(folder, mha.config, contextlib.ExitStack())
-    make_room(folder, mha)
+    make_room(folder, mha, None)
     assert (folder / "config.toml").is_file()
     for aside in ("4e-3.other-1", "4e-3.other-2"):
-        make_room(folder, mla)
+        make_room(folder, mla, None)
         assert not folder.exists()
         assert (folder.with_name(aside) / "config.toml").is_file()
         create_run(folder, mha.config, contextlib.ExitStack())
     (folder / "config.toml").rename(folder / ".config.toml.tmp-7")  # killed while it was written
-    make_room(folder, mha)
+    make_room(folder, mha, "d")
     create_run(folder, mha.config, contextlib.ExitStack())
+
+
+def test_a_folder_of_a_run_on_other_data_is_moved_aside(tmp_path):
+    mha = read_study(written(tmp_path)).cell("mha", TINY).final(4e-3, 0.02, 1)
+    folder = tmp_path / "runs" / "4e-3"
+    create_run(folder, mha.config, contextlib.ExitStack())
+    make_room(folder, mha, "other")  # it has no checkpoint yet, and begins anew
+    saved = checkpoint.checkpoint_path(folder, 10)
+    saved.mkdir()
+    checkpoint.write_train_state(
+        saved, {}, {"format": 1, "step": 10, "val_loss": 5.0, "data_sha256": "d"}
+    )
+    make_room(folder, mha, "d")
+    assert saved.is_dir()
+    make_room(folder, mha, "other")
+    assert not folder.exists()
 
 
 def start(*args: object, **more) -> subprocess.Popen:

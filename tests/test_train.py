@@ -420,6 +420,10 @@ def test_resume_refuses_what_would_be_another_run(run_copy, tmp_path, text_file,
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[::-1])
     assert "is not the text that" in refused(capsys, *resume, "--data", other)
+    # Nor has a run with other settings or data finished because this one has.
+    restart = ("--auto-resume", "--out", run_copy)
+    assert "--n-embd is 32" in refused(capsys, *restart, "--n-embd", "64")
+    assert "is not the text that" in refused(capsys, *restart, "--data", other)
     assert "has finished its 40 steps; give a larger --steps" in refused(
         capsys, "--resume --out", run_copy
     )

@@ -71,7 +71,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens that it is trained on."""
-        return self.config.steps * self.config.step_tokens
+        return self.config.total_tokens
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ class Cell:
     @property
     def tokens(self) -> int:
         """Tokens of a final run."""
-        return self.config.steps * self.config.step_tokens
+        return self.config.total_tokens
 
     @property
     def place(self) -> Place:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.harness import cores
 from bench.studying.plan import Run, Study, settings
 from bench.studying.results import LARGEST_LOSS, Outcome, Results, thinned
-from mlx_mla.errors import UserError
+from mlx_mla import checkpoint
+from mlx_mla.errors import UserError, last_line
 from mlx_mla.files import parse_toml, write_text
+from mlx_mla.machine import cores
 from mlx_mla.model.estimate import forward_flops_per_token
 from mlx_mla.model.presets import overlay, preset, to_toml
 from mlx_mla.training.metrics import METRICS, read_metrics
@@ -89,10 +90,11 @@ class Trainer:
         run: What to train.
         runs: The folder of all runs.
         threads: Threads of the process.
+        data: Fingerprint of the data.
     """
 
-    def __init__(self, run: Run, runs: Path, threads: int):
-        self.run, self.folder, self._threads = run, runs / run.name, threads
+    def __init__(self, run: Run, runs: Path, threads: int, data: str | None):
+        self.run, self.folder, self._threads, self._data = run, runs / run.name, threads, data
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +135,7 @@ class Trainer:
         os.close(self._lock)
         if code == 0:
             return self._outcome(None)
-        said = self._beside(".log").read_text(encoding="utf-8", errors="replace").strip()
-        last = said.splitlines()[-1] if said else "it said nothing"
+        last = last_line(self._beside(".log").read_text(encoding="utf-8", errors="replace"))
         if code == 2 and last.startswith("error: training diverged"):
             return self._outcome(last.removeprefix("error: ").partition(" and was stopped")[0])
         how = f"was killed by signal {-code}" if code < 0 else last.removeprefix("error: ")
@@ -159,7 +160,7 @@ class Trainer:
             self._beside(suffix).unlink(missing_ok=True)
 
     def _start(self) -> None:
-        make_room(self.folder, self.run)
+        make_room(self.folder, self.run, self._data)
         write_text(self._beside(".toml"), run_toml(self.run))
         command = [sys.executable, "-m", "mlx_mla.train", "--auto-resume"]
         command += ["--config", str(self._beside(".toml")), "--out", str(self.folder)]
@@ -196,8 +197,8 @@ class Trainer:
         return self.folder.with_name(self.folder.name + suffix)
 
 
-def make_room(folder: Path, run: Run) -> None:
-    """Make sure that a folder is empty or holds the beginning of this run.
+def make_room(folder: Path, run: Run, data: str | None) -> None:
+    """Make sure that a folder is empty or holds the beginning of this run, on these data.
 
     The beginning of another run, from before the study was changed, is moved aside. What a run left
     that was killed before it wrote its settings is removed.
@@ -205,7 +206,7 @@ def make_room(folder: Path, run: Run) -> None:
     if not (folder / CONFIG).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         return
-    if holds(folder, run):
+    if holds(folder, run, data):
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.other-{number}")).exists():
@@ -213,11 +214,16 @@ def make_room(folder: Path, run: Run) -> None:
     folder.rename(aside)
 
 
-def holds(folder: Path, run: Run) -> bool:
-    """Whether a folder is that of a run."""
-    return (folder / CONFIG).is_file() and settings(run_config(folder).resolved()) == settings(
-        run.config
-    )
+def holds(folder: Path, run: Run, data: str | None) -> bool:
+    """Whether a folder is that of a run, on data of this fingerprint (None: any)."""
+    if not (folder / CONFIG).is_file():
+        return False
+    if settings(run_config(folder).resolved()) != settings(run.config):
+        return False
+    newest = checkpoint.latest(folder)
+    if newest is None or data is None:
+        return True
+    return checkpoint.read_train_info(newest).data_sha256 == data
 
 
 def run_toml(run: Run) -> str:
@@ -238,11 +244,12 @@ class Pool:
     Args:
         runs: The folder of all runs.
         jobs: How many at a time; each gets its share of the cores.
+        data: Fingerprint of the data.
         console: Where progress is shown.
     """
 
-    def __init__(self, runs: Path, jobs: int, console: Console):
-        self._runs, self._jobs, self._console = runs, jobs, console
+    def __init__(self, runs: Path, jobs: int, data: str | None, console: Console):
+        self._runs, self._jobs, self._data, self._console = runs, jobs, data, console
         self._active: list[Trainer] = []
         self._began = time.monotonic()
         self._done = 0.0
@@ -284,7 +291,7 @@ class Pool:
         active = {trainer.run.key for trainer in self._active}
         for run in plan.ready:
             if len(self._active) < self._jobs and run.key not in active:
-                trainer = Trainer(run, self._runs, max(1, cores() // self._jobs))
+                trainer = Trainer(run, self._runs, max(1, cores() // self._jobs), self._data)
                 self._active.append(trainer)
                 waits = " (waits for a trainer that was left behind)" if trainer.waits else ""
                 self._say(f"started  {run.name}{waits}", plan)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar, Union
@@ -149,14 +150,16 @@ def _quick(study: Study) -> Study:
         first = max(0, len(values) - QUICK_VALUES) // 2
         return values[first : first + QUICK_VALUES]
 
+    shared = {c.place: c.seeds for c in study.cells if c.arm == study.baseline}
     cells: dict[tuple[str, str], Cell] = {}
     for cell in study.cells:
+        seeds = [seed for seed in shared[cell.place] if seed in cell.seeds][:QUICK_SEEDS]
         pace = few(cell.config.warmup_steps)
         pace |= {"eval_every": QUICK_STEPS // 4, "save_every": QUICK_STEPS // 2}
         own = dataclasses.replace(
             cell, config=dataclasses.replace(cell.config, steps=QUICK_STEPS, **pace),
             tune_steps=QUICK_STEPS, rates=middle(cell.rates), stds=middle(cell.stds), extensions=0,
-            seeds=cell.seeds[:QUICK_SEEDS],
+            seeds=tuple(seeds),
         )  # fmt: skip
         cells.setdefault((cell.arm, cell.size), own)
     bases = {size: {**base, **few(base["warmup_steps"])} for size, base in study.bases.items()}
@@ -187,7 +190,7 @@ class _Reader:
         found = {}
         for name, values in tables.items():
             where = f"{self.where} [{kind}.{name}]"
-            if not name or "/" in name or name.startswith("."):
+            if not name or re.search(r"[/\s]", name) or name.startswith("."):
                 raise UserError(f"{where}: names a folder; use letters, digits and -")
             mine, others = _split(values, own)
             found[name] = (value_of(cls, mine, where), others)
@@ -362,6 +365,13 @@ class _Reader:
         ):
             if name in values:
                 raise UserError(f"{self.where} [{where}]: {name} comes from {source}; remove it")
+        for name in _TUNED:
+            if name in values:
+                raise UserError(
+                    f"{self.where} [{where}]: {name} belongs under [sizes.SIZE], or under "
+                    "[arms.ARM] as at.SIZE."
+                    f"{name}"
+                )
 
     def _names(self, names: Sequence[str], where: str, known: str = "arms") -> tuple[str, ...]:
         """Names of arms or sizes, which must exist and differ."""

@@ -69,7 +69,7 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
         f"- exploratory comparisons: {summary.exploratory} ({primary}); Holm's p, of a difference "
         "of zero, is adjusted for their number",
     ]
-    if any(cell.tuning_seed is None for cell in study.cells):
+    if any(cell.is_tuned and cell.tuning_seed is None for cell in study.cells):
         lines.append(
             "- **tuning used the first seed of the results**, since the study's file has no "
             "tuning_seed; seeds marked t are the tuning run itself"

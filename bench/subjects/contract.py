@@ -13,9 +13,8 @@ import numpy as np
 from mlx_mla import checkpoint, files
 from mlx_mla.data.tokenizer import ByteTokenizer
 from mlx_mla.model.config import ModelConfig
-from mlx_mla.model.estimate import BYTES, forward_flops_per_token
+from mlx_mla.model.estimate import BYTES, forward_flops_per_token, matrix_values
 from mlx_mla.model.train_config import TrainConfig
-from mlx_mla.model.weights import parameter_shapes
 
 Weights = dict[str, np.ndarray]
 
@@ -148,10 +147,8 @@ def call_flops(
     where they are not counted."""
     forward = float(context * forward_flops_per_token(config, context)) if context else 0.0
     if measure == "decoding" and kind != "none":
-        shapes = parameter_shapes(config).items()
-        matrices = sum(s[0] * s[1] for n, s in shapes if len(s) == 2 and "wpe" not in n)
         scores = config.attention_spec.score_flops(on_latents=kind == "latent") * context
-        return batch * steps * (2.0 * matrices + scores)
+        return batch * steps * (2.0 * matrix_values(config) + scores)
     if measure == "first token":  # the head's product is needed for the last position alone
         assert config.vocab_size
         return batch * (forward - (context - 1) * 2.0 * config.vocab_size * config.n_embd)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from bench.rows import PLAIN, Rates
 from bench.subjects.contract import Subject, Timed, Trainer, Weights, gpt2_shape, seconds
 from mlx_mla.backends.contract import Start
 from mlx_mla.backends.torch.backend import TorchBackend
-from mlx_mla.backends.torch.caches import GrowingCache
+from mlx_mla.backends.torch.caches import FixedCache, GrowingCache, cache_bytes
 from mlx_mla.backends.torch.load import build_model
 from mlx_mla.backends.torch.session import TorchTrainSession
 from mlx_mla.model.config import DType, ModelConfig
@@ -85,7 +85,7 @@ class TorchSubject(Subject):
     @torch.inference_mode()
     def decode(self, batch: int, context: int, steps: int, kind: str) -> Timed:
         self.use(kind)
-        cache = None if kind == "none" else self._filled(batch, context - 1)
+        cache = None if kind == "none" else self._filled(batch, context - 1, steps + 1)
         ids = self._zeros(batch, 1 if cache else context)
         self.memory.reset()
         began = 0.0
@@ -95,18 +95,16 @@ class TorchSubject(Subject):
             if cache is None:  # as the original decodes: the whole context, logits of it all
                 ids = torch.cat([ids, self._next(ids, None)], dim=1)
             else:
-                mask = self._mask(batch, context + i)
+                mask = self._mask(batch, cache, context + i)
                 ids = self._next(ids, cache, attention_mask=mask, logits_to_keep=1)
             ids[:, -1].tolist()  # waits, as `generate` does for every token
         took = time.perf_counter() - began
-        layers = cache.layers if cache else []
-        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        return Timed(took, sum(t.numel() * t.element_size() for t in tensors))
+        return Timed(took, cache_bytes(cache))
 
     @torch.inference_mode()
     def read_on(self, batch: int, context: int, new: int) -> Timed:
         self.use("latent")
-        cache, ids = self._filled(batch, context), self._zeros(batch, new)
+        cache, ids = self._filled(batch, context, new), self._zeros(batch, new)
         self.memory.reset()
         began = time.perf_counter()
         self.network(ids, past_key_values=cache, use_cache=True)
@@ -119,27 +117,22 @@ class TorchSubject(Subject):
         following: torch.Tensor = out.logits[:, -1].argmax(-1, keepdim=True)
         return following
 
-    def _mask(self, batch: int, keys: int) -> torch.Tensor | None:
+    def _mask(self, batch: int, cache: Any, keys: int) -> torch.Tensor | None:
         """What `generate` hides of several prompts: nothing here, where all are as long. A fixed
-        cache has a column for every position."""
+        cache has a column for every token that it has room for."""
         if batch == 1:
             return None
-        return self._zeros(batch, self.config.n_positions if self._fixed else keys) + 1
+        return self._zeros(batch, cache.size if isinstance(cache, FixedCache) else keys) + 1
 
-    @property
-    def _fixed(self) -> bool:
-        return self.fixed_shapes and hasattr(self.network, "materialize_cache")
-
-    def _filled(self, batch: int, context: int) -> Any:
+    def _filled(self, batch: int, context: int, new: int) -> Any:
         """The cache that `generate` has on this device for our models, or transformers' for its
-        own, with a context in it."""
+        own, with a context in it and room for new tokens."""
         shapes = DynamicCache()
         self.network(self._zeros(1, 1), past_key_values=shapes, use_cache=True)
         cache: Any = DynamicCache()
-        if self._fixed:
-            cache = StaticCache(config=self.network.config, max_cache_len=self.config.n_positions)
-        elif hasattr(self.network, "materialize_cache"):
-            cache = GrowingCache()
+        if hasattr(self.network, "materialize_cache"):
+            fixed = self.fixed_shapes
+            cache = FixedCache(self.config.n_layer, context + new) if fixed else GrowingCache()
         for i, layer in enumerate(shapes.layers):
             shape = (batch, layer.keys.shape[1], context)
             arrays = (a.new_full((*shape, a.shape[-1]), 0.01) for a in (layer.keys, layer.values))

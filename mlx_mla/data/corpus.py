@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_mla.data.shards import LLMC_MAGIC, SUFFIXES
+from mlx_mla.data.shards import LLMC_VERSIONS, SUFFIXES
 from mlx_mla.data.tokenizer import Tokenizer, id_type
 from mlx_mla.errors import UserError
 from mlx_mla.files import decoded
@@ -25,7 +25,7 @@ _FORMATS = (
 )
 """Formats other than plain text, recognized by suffix or first bytes."""
 SHARD, BINARY = "a token shard", "binary (it has NUL characters)"
-_SHARDS = (b"\x93NUMPY", struct.pack("<i", LLMC_MAGIC))
+_SHARDS = (b"\x93NUMPY", *(struct.pack("<i", magic) for magic, _ in LLMC_VERSIONS))
 
 
 def read_documents(source: str) -> list[str]:

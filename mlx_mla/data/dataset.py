@@ -24,7 +24,7 @@ class TrainingData:
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer):
         rows = config.model.vocab_size
         assert rows
-        self.tokenizer = tokenizer
+        self.source, self.tokenizer = config.data, tokenizer
         self.fast_tokenizer = tokenizer.fast_tokenizer()
         train: np.ndarray | list[Shard]
         val: np.ndarray | list[Shard]

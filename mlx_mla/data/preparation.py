@@ -111,13 +111,17 @@ class Preparation:
         def total(split: str, unit: str) -> str:
             return f"{sum(s[unit] for s in m['shards'] if s['split'] == split):,} {unit}"
 
+        bpe_dir = (self.command.bpe_dir and f" --bpe-dir {shlex.quote(self.command.bpe_dir)}") or ""
+        held_out = f"{total('val', 'tokens')}, {total('val', 'documents')}"
+        if all(s["split"] == "train" for s in m["shards"]):
+            held_out = "no documents; training holds out the last tokens instead"
         return (
             f"training    {total('train', 'tokens')}, {total('train', 'documents')}\n"
-            f"validation  {total('val', 'tokens')}, {total('val', 'documents')}\n"
+            f"validation  {held_out}\n"
             f"skipped     {m['empty_documents']:,} empty documents\n"
             f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
             f"train with:\n  python -m mlx_mla.train --data {shlex.quote(str(self.out))} "
-            f"--tokenizer {shlex.quote(self.command.tokenizer)}"
+            f"--tokenizer {shlex.quote(self.command.tokenizer)}{bpe_dir}"
         )
 
     def _encoded(
@@ -172,12 +176,6 @@ class Preparation:
             raise UserError(
                 f"{command.src}: all of its {m['empty_documents']:,} documents are empty; give "
                 "other text"
-            )
-        if not m["parts"]:
-            raise UserError(
-                f"{command.src}: none of its {sum(s['documents'] for s in m['shards'])} documents "
-                "were selected for validation; give a new --out and a larger --val-fraction, or a "
-                "--separator that splits the text into more documents"
             )
         if not m["shards"]:
             raise UserError(

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mlx_mla.errors import UserError, first_line
+from mlx_mla.files import sha256
 from mlx_mla.model.config import TOKENIZER_IDS
 
 END_OF_TEXT = "<|endoftext|>"
@@ -350,13 +351,13 @@ def _gpt2_encoding(bpe_dir: str | None) -> tiktoken.Encoding:
                 f"the GPT-2 vocabulary could not be downloaded ({type(e).__name__}); give "
                 "--bpe-dir a folder with encoder.json and vocab.bpe, or use --tokenizer bytes"
             ) from None
-    for file, sha256 in GPT2_SHA256.items():
+    for file, expected in GPT2_SHA256.items():
         path = Path(bpe_dir) / file
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; --bpe-dir needs encoder.json and vocab.bpe of GPT-2"
             )
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if sha256(path) != expected:
             raise UserError(f"{path}: not GPT-2's file (its sha256 differs); download it again")
     ranks = data_gym_to_mergeable_bpe_ranks(
         vocab_bpe_file=str(Path(bpe_dir) / "vocab.bpe"),

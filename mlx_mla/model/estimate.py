@@ -109,7 +109,7 @@ def report(config: TrainConfig) -> str:
     config = config.resolved()
     unfused, fused = estimate(config, fused_attention=False), estimate(config, fused_attention=True)
     m = config.model
-    tokens = config.steps * config.step_tokens
+    tokens = config.total_tokens
     rows = {
         "model": f"{config.name}: {m.attention_spec.text}, {m.family}'s blocks, "
         f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {m.n_positions}, "
@@ -183,17 +183,21 @@ def memory_advice(config: TrainConfig, fused_attention: bool, limit: int) -> str
     return "a smaller model or --seq-len"
 
 
-def forward_flops_per_token(m: ModelConfig, context: int) -> int:
-    """FLOPs of the forward pass per token, averaged over `context` causal positions."""
+def matrix_values(m: ModelConfig) -> int:
+    """Values of all matrices that a token is multiplied by."""
     # An embedding is only looked up, unless it is also the head's matrix.
     looked_up = ("wpe",) if m.tie_word_embeddings else ("wpe", "wte")
-    matrices = sum(
+    return sum(
         shape[0] * shape[1]
         for name, shape in parameter_shapes(m).items()
         if len(shape) == 2 and not any(part in name for part in looked_up)
     )
+
+
+def forward_flops_per_token(m: ModelConfig, context: int) -> int:
+    """FLOPs of the forward pass per token, averaged over `context` causal positions."""
     mean_keys = (context + 1) / 2
-    return int(2 * matrices + m.attention_spec.score_flops() * mean_keys)
+    return int(2 * matrix_values(m) + m.attention_spec.score_flops() * mean_keys)
 
 
 def cache_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> int:

@@ -248,6 +248,11 @@ class TrainConfig(  # a dataclass takes the fields of its last base first
         """Tokens of one optimizer step of a resolved configuration."""
         return self.batch_size * self.passes_per_step * self.context
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all steps of a resolved configuration."""
+        return self.steps * self.step_tokens
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, the model's under `model`, without those that are None."""
         values = {**dataclasses.asdict(self), "model": self.model.to_dict()}

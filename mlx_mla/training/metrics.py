@@ -6,7 +6,7 @@ from typing import Any, NotRequired, TypedDict
 
 from mlx_mla.fields import Count, NonNegativeFloat, value_of
 from mlx_mla.files import REMEDY, finite, json_lines
-from mlx_mla.pictures import draw, loss_axis, plain
+from mlx_mla.pictures import alone, draw, loss_axis, plain
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -75,7 +75,7 @@ def plot_loss(metrics: Path, out: Path, title: str) -> None:
         ):
             points = [(row["step"], row["loss"]) for row in rows if row.get("split") == split]
             if points:
-                ax.plot(*zip(*points), **style)
+                ax.plot(*zip(*points), **{**style, **alone(points)})
         loss_axis(ax)
         ax.set(xlabel="step", ylabel="loss (nats per token)", title=plain(title))
         ax.grid(alpha=0.3, which="major")

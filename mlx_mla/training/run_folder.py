@@ -10,6 +10,7 @@ from pathlib import Path
 from mlx_mla import checkpoint
 from mlx_mla.backends.contract import Start
 from mlx_mla.data.dataset import TrainingData
+from mlx_mla.data.tokenizer import get_tokenizer
 from mlx_mla.errors import UserError, flag
 from mlx_mla.files import clear_leftovers, read_toml, write_text
 from mlx_mla.locks import LOCK, locked
@@ -79,8 +80,17 @@ def resume_advice(out: Path) -> str:
     return f"the newest good checkpoint is {newest}; {remedy}"
 
 
-def finish(out: Path) -> None:
-    """Complete the folder of a finished run that was killed while it drew its last picture."""
+def finish(config: TrainConfig, out: Path, step: int) -> None:
+    """Complete the folder of a finished run that was killed while it drew its last picture.
+
+    Raises:
+        UserError: If the settings or the data differ from the run's.
+    """
+    tokenizer = get_tokenizer(config.tokenizer, config.bpe_dir)
+    config = config.resolved(tokenizer.size)
+    _check_settings(config, out)
+    info = checkpoint.read_train_info(checkpoint.checkpoint_path(out, step))
+    _check_data(info, TrainingData(config, tokenizer), out)
     with locked_run(out):
         if not (out / PLOT).is_file():
             plot_loss(out / METRICS, out / PLOT, out.name)
@@ -110,18 +120,7 @@ def resume_point(
     Raises:
         UserError: If the settings or the data differ, or the checkpoint is damaged.
     """
-    before = run_config(out)
-    of_model = [field.name for field in dataclasses.fields(ModelConfig)]
-    for where, old, new, names in (
-        ("model", before.model.resolved(), config.model, of_model),
-        ("run", before, config, FIXED_ON_RESUME),
-    ):
-        for name in names:
-            if getattr(old, name) != getattr(new, name):
-                raise UserError(
-                    f"--resume: {flag(name)} is {getattr(old, name)} in {out} and cannot become "
-                    f"{getattr(new, name)}; leave it out, or start a new {where} with another --out"
-                )
+    _check_settings(config, out)
     folder = checkpoint.latest(out)
     if from_step is not None:
         folder = checkpoint.checkpoint_path(out, from_step)
@@ -134,19 +133,12 @@ def resume_point(
             "of these, or leave out --from-step"
         )
     if problem := checkpoint.integrity_error(folder):
-        saved = map(checkpoint.step_of, checkpoint.checkpoints(out))
-        older = max((step for step in saved if step < checkpoint.step_of(folder)), default=None)
-        advice = f"resume from the one before with --from-step {older}"
-        if older is None:
-            advice = "there is no older one"
+        advice = "there is no older one"
+        if older := checkpoint.before(out, folder):
+            advice = f"resume from the one before with --from-step {checkpoint.step_of(older)}"
         raise UserError(f"{folder}: damaged, {problem}; {advice}")
     optimizer_state, info = checkpoint.read_train_state(folder, config)
-    samples = info.data_samples_sha256 or data.samples
-    if info.data_sha256 != data.fingerprint or samples != data.samples:
-        raise UserError(
-            f"--resume: {config.data} is not the text that {out} was trained on (its sha256 "
-            "differs); restore it, or start a new run with --init"
-        )
+    _check_data(info, data, out)
     if info.step >= config.steps:
         raise UserError(
             f"{out}: has finished its {info.step} steps; give a larger --steps to continue, or "
@@ -154,6 +146,32 @@ def resume_point(
         )
     weights = checkpoint.ModelFolder(folder).weights(config.model)
     return Start(weights, info.step, optimizer_state, info.val_loss)
+
+
+def _check_settings(config: TrainConfig, out: Path) -> None:
+    """UserError if a setting differs that a resumed run cannot change."""
+    before = run_config(out)
+    of_model = [field.name for field in dataclasses.fields(ModelConfig)]
+    for where, old, new, names in (
+        ("model", before.model.resolved(), config.model, of_model),
+        ("run", before, config, FIXED_ON_RESUME),
+    ):
+        for name in names:
+            if getattr(old, name) != getattr(new, name):
+                raise UserError(
+                    f"--resume: {flag(name)} is {getattr(old, name)} in {out} and cannot become "
+                    f"{getattr(new, name)}; leave it out, or start a new {where} with another --out"
+                )
+
+
+def _check_data(info: checkpoint.TrainState, data: TrainingData, out: Path) -> None:
+    """UserError if the data are not those of a checkpoint."""
+    samples = info.data_samples_sha256 or data.samples
+    if info.data_sha256 != data.fingerprint or samples != data.samples:
+        raise UserError(
+            f"--resume: {data.source} is not the text that {out} was trained on (its sha256 "
+            "differs); restore it, or start a new run with --init"
+        )
 
 
 def prepare_resume(out: Path, config: TrainConfig, step: int) -> None:

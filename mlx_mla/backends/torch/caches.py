@@ -10,6 +10,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+SHAPE_STEP = 256
+"""Tokens to which a cache of fixed size is rounded up, so that few shapes are compiled."""
+
 
 class GrowingLayer(DynamicLayer):
     """A layer's cache that grows by 256 tokens at a time, as in mlx-lm.
@@ -69,7 +72,20 @@ class FixedLayer(StaticLayer):
 
 
 class FixedCache(Cache):
-    """transformers' cache of fixed layers, with room for `size` tokens."""
+    """transformers' cache of fixed layers, with room for `tokens` tokens or a few more."""
 
-    def __init__(self, layers: int, size: int) -> None:
-        super().__init__(layers=[FixedLayer(size) for _ in range(layers)])
+    def __init__(self, layers: int, tokens: int) -> None:
+        self.size = -(-tokens // SHAPE_STEP) * SHAPE_STEP
+        super().__init__(layers=[FixedLayer(self.size) for _ in range(layers)])
+
+
+def cache_bytes(cache: Cache | None) -> int:
+    """Bytes of the keys and values that a cache holds, with all the room of a fixed one."""
+    if cache is None:
+        return 0
+    return sum(
+        t.numel() * t.element_size()
+        for layer in cache.layers
+        if layer.is_initialized  # layers may share a cache
+        for t in (layer.keys, layer.values)
+    )

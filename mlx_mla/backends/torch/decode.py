@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from mlx_mla.backends.contract import decoding_dtype
-from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
+from mlx_mla.backends.torch.caches import FixedCache, GrowingCache, cache_bytes
 from mlx_mla.backends.torch.device import peak_memory_bytes
 from mlx_mla.backends.torch.load import load
 from mlx_mla.checkpoint import ModelFolder
@@ -25,9 +25,6 @@ from mlx_mla.decoding.request import (
 from mlx_mla.decoding.text import Continuation, Piece
 from mlx_mla.errors import UserError, flag
 from mlx_mla.model.config import InferenceDType
-
-SHAPE_STEP = 256
-"""Tokens to which a cache of fixed size is rounded up, so that few shapes are compiled."""
 
 
 class TorchDecoder:
@@ -89,9 +86,9 @@ class TorchDecoder:
             for prompt, limit in zip(prompts, limits)
         ]
         unfinished = set(range(len(prompts)))
-        for tokens, cache_bytes in self._tokens(prompts, max(limits), options):
+        for tokens, held in self._tokens(prompts, max(limits), options):
             for i in sorted(unfinished):
-                piece = texts[i].add(tokens[i], cache_bytes)
+                piece = texts[i].add(tokens[i], held)
                 if piece.finish_reason:
                     unfinished.discard(i)
                 yield i, piece
@@ -116,14 +113,14 @@ class TorchDecoder:
             ids = torch.tensor([[0] * (width - len(c)) + c for c in contexts], device=self.device)
             columns, end = torch.arange(width, device=self.device), width
             steps = min(max_tokens - done, room)
-            size = -(-(width + steps) // SHAPE_STEP) * SHAPE_STEP
-            cache = self._new_cache(size)
+            cache = self._new_cache(width + steps)
+            fixed = cache.size if isinstance(cache, FixedCache) else None
             for _ in range(steps):
                 with torch.inference_mode():
                     # Rows that are finished may run past the position table; their tokens are not
                     # used.
                     positions = (columns[None] - padding[:, None]).clamp(0, self.n_positions - 1)
-                    keys = torch.arange(size if self.fixed_shapes else end, device=self.device)
+                    keys = torch.arange(fixed or end, device=self.device)
                     logits = self.model(
                         ids,
                         attention_mask=(keys[None] >= padding[:, None]).long()
@@ -138,7 +135,7 @@ class TorchDecoder:
                 for context, token in zip(contexts, chosen.tolist()):
                     context.append(token)
                 done += 1
-                yield chosen.tolist(), _cache_bytes(cache)
+                yield chosen.tolist(), cache_bytes(cache)
                 end += 1
                 if cache is None:
                     ids = torch.cat([ids, chosen[:, None]], dim=1)
@@ -146,11 +143,11 @@ class TorchDecoder:
                 else:
                     ids, columns = chosen[:, None], columns[-1:] + 1
 
-    def _new_cache(self, size: int) -> Any:
+    def _new_cache(self, tokens: int) -> Any:
         if self.cache == "none":
             return None
         if self.fixed_shapes:
-            return FixedCache(self.config.n_layer, size)
+            return FixedCache(self.config.n_layer, tokens)
         return GrowingCache()
 
     def _choose(
@@ -191,14 +188,3 @@ class TorchDecoder:
             chain.append(logits_process.TopKLogitsWarper(options.top_k))
         chain.append(logits_process.TemperatureLogitsWarper(float(options.temp)))
         return chain
-
-
-def _cache_bytes(cache: Any) -> int:
-    if cache is None:
-        return 0
-    return sum(
-        t.numel() * t.element_size()
-        for layer in cache.layers
-        if layer.is_initialized  # layers may share a cache
-        for t in (layer.keys, layer.values)
-    )
