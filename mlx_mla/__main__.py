@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "generate text",
     "evaluate": "score models on WikiText-2, LAMBADA and HellaSwag",
-    "convert": "import a GPT-2 checkpoint, convert it to MLA, or export it",
+    "convert": "import a checkpoint, convert it to MLA, or export it",
     "prepare": "turn text into shards of token ids",
     "plot": "compare runs",
     "serve": "serve a model over HTTP",
@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         # Only the command's own module, since some import much.
-        module = "convert.__main__" if argv[0] == "convert" else argv[0]
-        code: int = importlib.import_module(f"mlx_mla.{module}").main(argv[1:])
+        name = "convert.__main__" if argv[0] == "convert" else argv[0]
+        command = importlib.import_module(f"mlx_mla.{name}")
+        code: int = getattr(command, "process", command.main)(argv[1:])
         return code
     return cli.run(_help, argv)
 

@@ -237,14 +237,13 @@ class Output:
             os.close(nowhere)
 
 
-def shortened(text: str, inputs: Sequence[str] = (), longest: int = LONGEST_LINE) -> str:
-    """Put a message on one line, and shorten the long input that it repeats to its two ends.
+def shortened(text: str, inputs: Sequence[str] = ()) -> str:
+    """Put a message on one line, and shorten the long input that it repeats to its two ends. The
+    remedy after its last semicolon stays whole if it fits.
 
     Args:
         inputs: The user's arguments, which the message may repeat. Any word longer than a path is
             treated as input, too.
-        longest: Maximum length of a shortened message. The remedy after its last semicolon stays
-            whole if it fits.
     """
     line = " ".join(text.split())
     whole = line
@@ -252,12 +251,12 @@ def shortened(text: str, inputs: Sequence[str] = (), longest: int = LONGEST_LINE
         if len(value) > LONG_INPUT:
             line = line.replace(value, _ends(value, SHOWN_INPUT))
     line = re.sub(rf"\S{{{LONG_INPUT + 1},}}", lambda m: _ends(m[0], SHOWN_INPUT), line)
-    if len(line) <= longest or (line == whole and len(line) <= 5 * longest):
+    if len(line) <= LONGEST_LINE or (line == whole and len(line) <= 5 * LONGEST_LINE):
         return line
     before, semicolon, remedy = line.rpartition("; ")
-    if semicolon and len(remedy) <= longest // 2:
-        return f"{_ends(before, longest - len(remedy) - 2)}; {remedy}"
-    return _ends(line, longest)
+    if semicolon and len(remedy) <= LONGEST_LINE // 2:
+        return f"{_ends(before, LONGEST_LINE - len(remedy) - 2)}; {remedy}"
+    return _ends(line, LONGEST_LINE)
 
 
 def _ends(text: str, length: int) -> str:

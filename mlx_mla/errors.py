@@ -31,10 +31,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def one_line(error: BaseException, longest: int = 300) -> str:
+def one_line(error: BaseException) -> str:
     """The type and the whole message of an exception, shortened, on one line."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:longest]
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any, Optional, get_args
+from typing import Any, NoReturn, Optional, get_args
 
 from mlx_mla import cli
 from mlx_mla.backends.contract import decoding_dtype
@@ -69,7 +69,7 @@ class Server(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         if not self.generator.is_healthy:
             time.sleep(1.5)  # mlx-lm's handlers check once a second, and still answer
-            raise RuntimeError("the generation thread died") from self.generator.problem
+            raise RuntimeError("the generation thread died")
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         fingerprint = server.get_system_fingerprint()
@@ -359,14 +359,14 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
     return found[0]
 
 
-def _process() -> None:
+def process(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command, and end the process with its exit code.
 
     Python's normal exit would abort if a client's thread were still inside MLX or a tokenizer.
     """
     code = cli.EXIT_INTERRUPTED
     try:
-        code = main()
+        code = main(argv)
     except SystemExit as e:
         code = int(bool(e.code))  # --help
     except Exception:
@@ -379,4 +379,4 @@ def _process() -> None:
 
 
 if __name__ == "__main__":
-    _process()
+    process()

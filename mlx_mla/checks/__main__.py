@@ -13,6 +13,7 @@ from mlx_mla.checks.commands import ROOT
 from mlx_mla.checks.row import Outcome, Row
 from mlx_mla.checks.rows import ROWS
 from mlx_mla.display import markdown_table
+from mlx_mla.errors import first_line
 
 PAGE = ROOT / "docs" / "untested-on-apple.md"
 
@@ -40,8 +41,7 @@ def _parts(row: Row) -> Iterator[Outcome]:
         try:
             yield from row.run(Path(place))
         except Exception as e:
-            lines = str(e).strip().splitlines() or ["no message"]
-            yield Outcome(False, f"{type(e).__name__}: {lines[0]}")
+            yield Outcome(False, f"{type(e).__name__}: {first_line(e)}")
 
 
 def _place(where: str) -> str:

@@ -96,10 +96,10 @@ LIMIT = 600
 
 def available(facts: Mapping[str, str]) -> set[Need]:
     """What rows may need, by the doctor's facts."""
-    torch = facts.get("PyTorch device")
+    torch = facts.get("PyTorch device", "").partition(" ")[0]
     here: dict[Need, bool] = {
         "metal": facts.get("MLX GPU") == "Metal",
-        "torch": torch is not None,
+        "torch": bool(torch),
         "torch-gpu": torch in ("mps", "cuda"),
         "mps": torch == "mps",
         "compiler": not sys.platform.startswith("linux") or shutil.which("g++") is not None,

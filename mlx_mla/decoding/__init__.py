@@ -1,1 +1,1 @@
-"""Requests to generate text, and text from tokens; no framework."""
+"""Requests to generate text, and text from tokens."""

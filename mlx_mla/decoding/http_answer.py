@@ -1,5 +1,5 @@
 """How `mlx_mla.serve` changes the generation of mlx-lm's server: stop strings are matched in the
-text, a cached prompt can be sent again, and the end of the generation thread is noticed."""
+text, and a cached prompt can be sent again."""
 
 import collections
 import threading
@@ -60,14 +60,9 @@ class Generator(server.ResponseGenerator):
     """mlx-lm's generator, with `generate`'s texts. The handlers' threads tokenize the prompts."""
 
     def __init__(self, provider: Any):
-        self.problem: BaseException | None = None
         self._tokenizer_lock = threading.Lock()
         self._handlers_tokenizer = provider.new_tokenizer()
         super().__init__(provider, PromptCache(provider.cli_args.prompt_cache_size))
-
-    @property
-    def is_healthy(self) -> bool:
-        return self.problem is None
 
     def tokenize(self, request: Any, args: Any) -> list[int]:
         """Tokenize a request for the generation thread; also returns the token ids.
@@ -118,9 +113,3 @@ class Generator(server.ResponseGenerator):
             super()._serve_single(request, *args)
         finally:
             self.prompt_cache.is_hidden = False
-
-    def _generate(self) -> None:
-        try:
-            super()._generate()
-        except BaseException as e:  # Rust's panics among them
-            self.problem = e

@@ -214,8 +214,8 @@ class LatentAttention(nn.Module):
         return torch.cat([c_BLR[:, None], rotate(k_rope_BLP[:, None], rotation)], dim=-1)
 
     def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P); without W_up
-        one head of them for all."""
+        """Keys (B, H, T, N + P) and values (B, H, T, V) of latents (B, 1, T, R + P). Without W_up,
+        there is one head of both, shared by all queries."""
         B, _, T, _ = latent.shape
         c, k_rope = parts(latent, [self.kv_lora_rank, self.qk_rope_head_dim])
         if self.kv_b_proj is None:
@@ -227,11 +227,10 @@ class LatentAttention(nn.Module):
         return k, v
 
     def _absorbing_is_cheaper(self, L: int, T: int) -> bool:
-        """Whether L queries cost less on T latents as they are than on the keys and values these
-        expand to.
+        """True if L queries cost less on T latents than on the keys and values they expand to.
 
-        Counts, for a head, multiply-adds and the values written between two products, and for the
-        fewer queries also the scores, which fused attention over expanded keys does not write.
+        The cost of a head is its multiply-adds, and the values written between two products.
+        Absorbed attention also writes its scores; fused attention over expanded keys does not.
         """
         N, P = self.qk_nope_head_dim, self.qk_rope_head_dim
         V, R = self.v_head_dim, self.kv_lora_rank
@@ -283,14 +282,14 @@ def can_absorb(projection: nn.Module | None, device: torch.device) -> bool:
 
 
 def parts(x: torch.Tensor, widths: list[int]) -> Any:
-    """x in pieces of these widths along the last axis, None for a width of 0: an empty tensor is
-    one more for the backward pass to join, and on MPS none is tried."""
+    """Split x along the last axis into these widths; None for a width of 0. An empty tensor would
+    be one more for the backward pass to join, and might fail on MPS."""
     present = iter(x.split([w for w in widths if w], dim=-1))
     return [next(present) if w else None for w in widths]
 
 
 def by_head(x_BHLN: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Each head's rows, of all sequences, times its matrix of w (H, N, R), which is then read
+    """Multiply each head's rows, of all sequences, by its matrix of w (H, N, R), so that it is read
     once."""
     B, H, L, _ = x_BHLN.shape
     return (x_BHLN.transpose(0, 1).reshape(H, B * L, -1) @ w).view(H, B, L, -1).transpose(0, 1)
@@ -374,7 +373,7 @@ class MLAGPT2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Only for modules that hold parameters themselves does transformers call this.
+        # transformers calls this only for modules that hold parameters themselves.
         std = self.config.initializer_range
         if isinstance(module, ResidualProjection):
             std /= (2 * self.config.n_layer) ** 0.5
@@ -437,7 +436,7 @@ class MLAGPT2Model(MLAGPT2PreTrainedModel):
             past_key_values = DynamicCache()
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if position_ids is None:
-            # The row length bounds the positions, so this needs no look at the device.
+            # The length bounds the positions, so nothing has to be read from the device.
             check_positions(past + h.shape[1], self.config.n_positions)
             position_ids = torch.arange(past, past + h.shape[1], device=h.device)[None]
         elif past + h.shape[1] > self.config.n_positions:

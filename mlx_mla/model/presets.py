@@ -95,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         latent_norm=True,
     ),
 }
-"""Named starting points: `nano` trains within seconds on a Mac; `mla-124m` is the original's model,
+"""Named starting points: `nano` trains within minutes on a CPU; `mla-124m` is the original's model,
 with two narrower latents beside it; `gpt2-124m` is GPT-2. Those with `rope` in their name rotate
 positions, `mla-124m-tied` has no up-projection, and those with `llama` have Llama's blocks
 (RMSNorm, SwiGLU, no biases). All 124M presets have the original's learning rate and initialization
@@ -144,8 +144,8 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
 def preset(name: str) -> TrainConfig:
     """The training configuration of a preset; UserError with the nearest name for an unknown
     one."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise UserError(f"unknown preset {shown(name)}; {nearest(str(name), PRESETS)}")
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {shown(name)}; {nearest(name, PRESETS)}")
     return overlay(TrainConfig(preset=name), PRESETS[name], f"preset {name}")
 
 

@@ -156,8 +156,6 @@ class Task:
     """A benchmark. It reads documents from a file or the hub, and turns each into requests."""
 
     name: str
-    hub: str
-    """Name of its dataset on the hub, for messages."""
     files: dict[Definition, str]
     """Path of its file under --data-dir, by protocol."""
     why_not_standard: str

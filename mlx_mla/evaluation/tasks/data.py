@@ -1,12 +1,11 @@
 """Read evaluation files, with clear errors that name file, line and field."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_mla.errors import UserError, first_line
-from mlx_mla.files import parse_json_object, read_text
+from mlx_mla.files import parse_json_object, read_text, sha256
 
 # Of the published files. A file with other content is used, with a warning.
 SHA256 = {
@@ -29,7 +28,7 @@ def unpublished(path: Path) -> str | None:
     """Return a warning if the file differs from the published one, whose sha256 is known for some
     files."""
     known = SHA256.get(path.name)
-    if known is None or hashlib.sha256(path.read_bytes()).hexdigest() == known:
+    if known is None or sha256(path) == known:
         return None
     return (
         f"{path}: not the published file (its sha256 differs), so scores are not comparable with "

@@ -57,7 +57,6 @@ class WikiText2(Task):
     `("row", str)` in the original one."""
 
     name = "wikitext2"
-    hub = "wikitext, wikitext-2-raw-v1"
     files = {"standard": "wikitext2/wiki.test.raw", "original": "wikitext2/wiki.valid.raw"}  # noqa: RUF012
     why_not_standard = (
         "wikitext2: the validation split instead of the test split, scored row by row, so most "
