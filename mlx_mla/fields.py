@@ -396,6 +396,8 @@ def _name(wanted: Any) -> str:
     origin, args = get_origin(wanted), get_args(wanted)
     if origin is Annotated:
         return _name(args[0])
+    if origin is tuple and ... not in args:
+        return f"list of {len(args)} items"
     if origin in (list, tuple):
         return f"list of {_name(args[0])}"
     if dataclasses.is_dataclass(wanted):

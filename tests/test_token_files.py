@@ -244,7 +244,7 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
         (("tokenizer",), "bytes", "tokenizer = 'bytes' is not a table of names and values"),
         (("tokenizer", "name"), ["x"], "tokenizer.name = ['x'] is not a value of type str"),
         (("complete",), 1, "complete = 1 is not a value of type bool"),
-        (("sources",), [1], "sources[0] = 1 is not a value of type tuple"),
+        (("sources",), [1], "sources[0] = 1 is not a value of type list of 2 items"),
     ],
 )
 def test_a_manifest_that_prepare_did_not_write_is_refused(
