@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import refused, words, write_gpt2_model
@@ -23,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bench import compare_backends as compare
-from bench import evaluation, training
+from bench import evaluation, trained, training
 from bench.rows import Row
 from bench.subjects import framework
 from bench.subjects import mlx as subject_mlx
@@ -31,7 +32,7 @@ from bench.subjects import torch as subject_torch
 from bench.subjects.contract import call_flops
 from bench.timing import Case, time_cases
 from bench.training import settings
-from mlx_mla import train
+from mlx_mla import checkpoint, train
 from mlx_mla.backends.torch.caches import FixedCache, GrowingCache
 from mlx_mla.evaluation.tasks import TASKS
 from mlx_mla.model.config import ModelConfig
@@ -290,6 +291,22 @@ def test_a_decoded_token_is_multiplied_by_the_head_but_only_looked_up_in_the_emb
     matrices = 2 * (8 * 24 + 8 * 8 + 2 * 8 * 32) + 8 * 100
     scores = 2 * 2 * 2 * 8  # for a cached token
     assert call_flops("decoding", c, "materialized", 3, 10) == 3 * (2 * matrices + 10 * scores)
+
+
+def test_a_change_of_perplexity_has_the_error_of_a_ratio(tiny_run, rng, monkeypatch):
+    """As resampling the windows finds it, also where the change is large."""
+    base = rng.normal(3, 0.3, 400)
+    scored = [base, *(base + rng.normal(mean, 0.3, 400) for mean in (0.5, 0.01, 0.02, 0.8, 2.0, 0))]
+    left = iter(scored)
+    monkeypatch.setattr(trained, "window_losses", lambda *_: next(left))
+    monkeypatch.setattr(trained, "cache_bytes", lambda *_: 1.0)
+    folder = checkpoint.ModelFolder(checkpoint.model_folder(tiny_run))
+    rows = trained.quantized(SimpleNamespace(windows=2), "m", folder, np.arange(200) % 256)
+    for row, losses in zip(rows, scored):
+        changes = losses - base
+        drawn = rng.choice(changes, (4000, 400)).mean(axis=1)
+        assert row["change"] == pytest.approx(np.exp(changes.mean()) - 1)
+        assert row["error"] == pytest.approx(np.exp(drawn).std(), rel=0.1)
 
 
 def test_a_benchmark_stops_after_its_minutes_and_resumes(tmp_path, monkeypatch, capfd):

@@ -449,6 +449,16 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(run_copy, ca
     assert steps == [1, 10, 20, 30, 40, 41]
 
 
+def test_a_run_that_is_stopped_before_its_first_step_has_saved_nothing(
+    tmp_path, text_file, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    stopped = loop.RunResult(checkpoint.checkpoint_path(out, 0), 0, None, None, signal.SIGINT)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: stopped)
+    assert train.main(words("--data", text_file, "--out", out)) == 130
+    assert "stopped after step 0 and saved nothing yet; resume with" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
