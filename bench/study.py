@@ -56,8 +56,8 @@ class StudyCommand:
     jobs: int = 1
     """Runs at a time; each gets its share of the cores."""
     data: Optional[str] = None
-    """What to train on, instead of the file's: as --data of mlx_mla.train. Only runs on these data
-    count."""
+    """Training data to use instead of the study file's, as for --data of mlx_mla.train. Only runs
+    on these data count."""
     bpe_dir: Optional[str] = None
     """Folder with GPT-2's encoder.json and vocab.bpe, for --tokenizer gpt2 without a network."""
     quick: bool = False

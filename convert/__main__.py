@@ -34,8 +34,8 @@ PROG = f"python -m {__package__}"
 
 @dataclasses.dataclass(kw_only=True)
 class ConvertCommand:
-    """Convert a checkpoint of GPT-2's or Llama's kind into a model folder of this project, with
-    its attention converted to MLA if asked, or back into Hugging Face's format.
+    """Convert a GPT-2-like or Llama-like checkpoint into a model folder of this project, with its
+    attention converted to MLA if asked, or back into Hugging Face's format.
 
     The source is recognized by its content; nothing in it is executed.
     """
@@ -47,10 +47,10 @@ class ConvertCommand:
     out: Path
     """Folder to write; it must be new or empty. It is written completely or not at all."""
     to: Optional[Literal["mla", "hf", "deepseek"]] = None
-    """"mla" replaces multi-head by latent attention; "hf" writes a plain folder of GPT2LMHeadModel,
-    LlamaForCausalLM or Qwen2ForCausalLM, whichever the model is; "deepseek" writes a model with
-    latent attention, RoPE, RMSNorm and SwiGLU as a plain folder of DeepseekV3ForCausalLM. None: a
-    model folder with the source's own attention."""
+    """"mla" replaces multi-head attention with latent attention; "hf" writes a plain folder of
+    GPT2LMHeadModel, LlamaForCausalLM or Qwen2ForCausalLM, whichever the model is; "deepseek" writes
+    a model with latent attention, RoPE, RMSNorm and SwiGLU as a plain folder of
+    DeepseekV3ForCausalLM. None: a model folder with the source's own attention."""
     rank: Optional[int] = None
     """--to mla: width of the latent. For GPT-2's attention, n_embd is exact and halves the cache,
     and n_embd / 2 quarters it. With RoPE a shared key, head_dim wide, is cached beside it."""
@@ -58,16 +58,16 @@ class ConvertCommand:
     """--to mla: average width instead, shared out among the layers by what each loses."""
     calibration: Optional[str] = None
     """--to mla: UTF-8 text file that resembles the model's use, or "builtin". Perplexity is
-    measured on its last tenth. Only GPT-2's attention can be converted without one, by the latents
-    that change its weights least."""
+    measured on its last tenth. Without a text, only GPT-2's attention can be converted, with the
+    latents that change its weights least."""
     calibration_tokens: Optional[int] = None
     """About how many tokens to calibrate on, from the text's beginning. None: 65,536. 0: all."""
     held_out_tokens: Optional[int] = None
     """About how many tokens of the text's last tenth to measure perplexity on. None: 32,768. 0:
     all."""
     dtype: Optional[InferenceDType] = None
-    """Type to store the weights in, in which tools compute by default. None: the source's; float32
-    with --to mla."""
+    """Type of the stored weights, which other tools also compute in by default. None: the source's;
+    float32 with --to mla."""
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     """Where PyTorch runs the model on the calibration text. "auto" takes a GPU where there is
     one."""
@@ -77,7 +77,7 @@ class ConvertCommand:
     """"gpt2", "bytes", a folder with tokenizer.json, or nanoGPT's meta.pkl. None: the source's own,
     else GPT-2's."""
     bpe_dir: Optional[Path] = None
-    """Folder with GPT-2's encoder.json and vocab.bpe, for where its tokenizer is needed. None:
+    """Folder with GPT-2's encoder.json and vocab.bpe, used if GPT-2's tokenizer is needed. None:
     tiktoken downloads them once."""
     n_head: Optional[int] = None
     """Number of heads, for a bare state dict, which does not record it. None: n_embd / 64 for

@@ -50,9 +50,9 @@ class PrepareCommand:
     """"npy" (build-nanogpt's format) or "llmc" (llm.c's .bin)."""
     # llm.c's header counts in int32.
     shard_tokens: Annotated[int, at_least_1(2**31 - 1)] = 100_000_000
-    """Most tokens in a shard, but for the rest of a block of text. A shard is shuffled in memory,
-    at 2 bytes per token, or 4 if the tokenizer has more than 65,536 ids. Documents are never
-    split."""
+    """Maximum tokens in a shard, unless a single block of text has more. A shard is shuffled in
+    memory, at 2 bytes per token, or 4 if the tokenizer has more than 65,536 ids. Documents are
+    never split."""
     workers: Optional[Annotated[int, at_least_1(1024)]] = None
     """Threads that read and tokenize. None: one per core. The result does not depend on it."""
     seed: Seed = 1337

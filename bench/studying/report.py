@@ -66,8 +66,8 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
         "- intervals are Student's with the standard deviation of the arm's own differences; those "
         "with the standard deviation pooled over all arms of the table stand beside them, and a "
         "verdict with * is not confirmed by them",
-        f"- exploratory comparisons: {summary.exploratory} ({primary}); Holm's p, of a difference "
-        "of zero, is adjusted for their number",
+        f'- exploratory comparisons: {summary.exploratory} ({primary}); "Holm\'s p" is the p value '
+        "of no difference, adjusted for that number",
     ]
     if any(cell.is_tuned and cell.tuning_seed is None for cell in study.cells):
         lines.append(
