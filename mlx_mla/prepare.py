@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from mlx_mla import cli
 from mlx_mla.data.blocks import Reading
-from mlx_mla.data.documents import find_sources
+from mlx_mla.data.documents import TextSource, find_sources
 from mlx_mla.data.preparation import Preparation
 from mlx_mla.data.shards import Format
 from mlx_mla.data.tokenizer import get_tokenizer
@@ -94,6 +94,11 @@ def prepare(command: PrepareCommand, console: Console) -> str:
     sources, others = find_sources(
         command.src, Reading(command.text_column, command.separator, command.revision)
     )
+    are_text = {isinstance(source, TextSource) for source in sources}
+    if command.text_column != PrepareCommand.text_column and are_text == {True}:
+        raise UserError(f"--text-column: {command.src} has plain text alone; leave it out")
+    if command.separator != PrepareCommand.separator and are_text == {False}:
+        raise UserError(f"--separator: {command.src} holds no plain text to split; leave it out")
     with locked(command.out, inside=True):
         job = Preparation(command, tokenizer, sources)
         if not job.manifest["complete"]:

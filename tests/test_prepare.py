@@ -398,6 +398,18 @@ def test_a_single_document_is_cut_where_training_holds_out(tmp_path, capsys):
     assert len(val.tokens) == pytest.approx(0.1 * len(train.tokens) / 0.9, abs=1)
 
 
+def test_settings_that_a_source_has_no_use_for(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.jsonl").write_text('{"text": "a text"}\n')
+    out = tmp_path / "out"
+    assert "has plain text alone" in refused(
+        capsys, tmp_path / "a.txt", out, "--text-column", "body"
+    )
+    assert "holds no plain text to split" in refused(
+        capsys, tmp_path / "b.jsonl", out, "--separator", "---"
+    )
+
+
 def test_sources_that_are_not_there(tmp_path, capsys):
     out = tmp_path / "out"
     assert "no such file or folder" in refused(capsys, tmp_path / "nothing.txt", out)
