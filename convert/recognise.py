@@ -59,10 +59,12 @@ def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
         return _own(find_model(str(path)), name)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json; supported are {KNOWN}")
-    if read_json(path / "config.json").get("model_type") == "mla_gpt2":
-        return _own(find_model(str(path)), name)
     kind = read_json(path / "config.json").get("model_type")
-    return llama.read_llama(path, name) if kind in llama.CONFIGS else hf.read_gpt2(path, name)
+    if kind == "mla_gpt2":
+        return _own(find_model(str(path)), name)
+    # Not a look-up: the value may have any type.
+    is_llama = kind in list(llama.CONFIGS)
+    return llama.read_llama(path, name) if is_llama else hf.read_gpt2(path, name)
 
 
 def _own(folder: checkpoint.ModelFolder, name: str) -> ForeignCheckpoint:

@@ -60,6 +60,7 @@ def edit_weights(folder, change):
     [
         ({"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
          "Gemma3ForCausalLM .* is not supported; supp"),
+        ({"model_type": ["gpt2"]}, r"\(model_type \['gpt2'\]\) is not supported"),
         ({"architectures": ["GPT2ForSequenceClassification"]},
          "GPT2ForSequenceClassification .* is not supported"),
         ({"activation_function": "relu"},
