@@ -7,7 +7,6 @@ results.json` writes it again without measuring.
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import os
 import platform

@@ -183,7 +183,7 @@ def _costs(study: Study) -> str:
     lines += ["", f"{total} runs at least, {work:.3g} FLOPs"]
     if any(cell.is_tuned for cell in study.cells):
         lines[-1] += f"; an edge adds up to {study.cells[0].extensions}"
-    if any(cell.is_tuned and cell.tuning_seed is None for cell in study.cells):
+    if any(cell.tunes_on_a_result for cell in study.cells):
         lines.append("no tuning_seed: tuning uses the first seed, which is also one of the results")
     lines += [f"  {size}: {count:,.0f} tokens in all" for size, count in tokens.items()]
     for name, m in study.machines.items():

@@ -86,6 +86,11 @@ class _Source:
     mlp_bias: bool = False
 
 
+def is_llama(model_type: Any) -> bool:
+    """Whether a config.json's model_type, a value of any type, is one that is read here."""
+    return isinstance(model_type, str) and model_type in CONFIGS
+
+
 def read_llama(folder: Path, name: str) -> ForeignCheckpoint:
     """Read a folder with config.json and safetensors (sharded or not) or pytorch_model.bin.
 

@@ -62,9 +62,7 @@ def _open_folder(path: Path, name: str) -> ForeignCheckpoint:
     kind = read_json(path / "config.json").get("model_type")
     if kind == "mla_gpt2":
         return _own(find_model(str(path)), name)
-    # Not a look-up: the value may have any type.
-    is_llama = kind in list(llama.CONFIGS)
-    return llama.read_llama(path, name) if is_llama else hf.read_gpt2(path, name)
+    return llama.read_llama(path, name) if llama.is_llama(kind) else hf.read_gpt2(path, name)
 
 
 def _own(folder: checkpoint.ModelFolder, name: str) -> ForeignCheckpoint:

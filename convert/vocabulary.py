@@ -90,7 +90,7 @@ def _read(folder: Path) -> PreTrainedTokenizerFast | None:
     is_whole = (folder / "tokenizer.json").is_file()
     config = folder / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
-    if is_whole and model_type in list(llama.CONFIGS):
+    if is_whole and llama.is_llama(model_type):
         with as_user_error(f"{folder}: its tokenizer cannot be read"):
             # In transformers, model_type determines which special tokens are added to a text.
             read = AutoTokenizer.from_pretrained(str(folder))

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only the command's own module, since some import much.
         name = "convert.__main__" if argv[0] == "convert" else argv[0]
         command = importlib.import_module(f"mlx_mla.{name}")
+        # A command with threads, `serve`, ends the process itself.
         code: int = getattr(command, "process", command.main)(argv[1:])
         return code
     return cli.run(_help, argv)

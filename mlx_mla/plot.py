@@ -249,8 +249,8 @@ def _styles(runs: Sequence[RunMetrics]) -> list[tuple[Any, Any]]:
     import matplotlib
 
     colormap: Any = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
-    dashes: tuple[Any, ...] = ("-", "--", ":", "-.")
-    dashes += ((0, (8, 3)), (0, (1, 4)), (0, (6, 2, 1, 2, 1, 2)), (0, (3, 1)))
+    own_dashes = ((0, lengths) for lengths in ((8, 3), (1, 4), (6, 2, 1, 2, 1, 2), (3, 1)))
+    dashes = ("-", "--", ":", "-.", *own_dashes)
     settings = [run.settings for run in runs]
     styles = []
     for i, own in enumerate(settings):

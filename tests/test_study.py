@@ -861,6 +861,12 @@ def test_a_folder_of_a_run_on_other_data_is_moved_aside(tmp_path):
     )
     make_room(folder, mha, "d")
     assert saved.is_dir()
+    state = saved / "train_state.json"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-9])  # damaged: the trainer passes over it
+    make_room(folder, mha, "other")
+    assert saved.is_dir()
+    state.write_bytes(whole)
     make_room(folder, mha, "other")
     assert not folder.exists()
 

@@ -126,6 +126,11 @@ class Cell:
         return len(self.rates) > 1 or self.tunes_std
 
     @property
+    def tunes_on_a_result(self) -> bool:
+        """Whether a tuning run is also one of the results, as in files without a tuning seed."""
+        return self.is_tuned and self.tuning_seed is None
+
+    @property
     def tunes_rate_again(self) -> bool:
         """Whether rates are tried again with the std found."""
         return self.tunes_std and len(self.rates) > 1 and self.tuning_seed is not None

@@ -1,6 +1,7 @@
 """What a study has left to run, and running it: each run in a process of its own, several side by
 side, with progress for the whole study."""
 
+import contextlib
 import dataclasses
 import fcntl
 import math
@@ -223,7 +224,9 @@ def holds(folder: Path, run: Run, data: str | None) -> bool:
     newest = checkpoint.latest(folder)
     if newest is None or data is None:
         return True
-    return checkpoint.read_train_info(newest).data_sha256 == data
+    with contextlib.suppress(UserError):  # the trainer passes over a damaged checkpoint
+        return checkpoint.read_train_info(newest).data_sha256 == data
+    return True
 
 
 def run_toml(run: Run) -> str:

@@ -369,8 +369,7 @@ class _Reader:
             if name in values:
                 raise UserError(
                     f"{self.where} [{where}]: {name} belongs under [sizes.SIZE], or under "
-                    "[arms.ARM] as at.SIZE."
-                    f"{name}"
+                    f"[arms.ARM] as at.SIZE.{name}"
                 )
 
     def _names(self, names: Sequence[str], where: str, known: str = "arms") -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def _head(study: Study, results: Results, summary: Summary, command: str) -> lis
         f'- exploratory comparisons: {summary.exploratory} ({primary}); "Holm\'s p" is the p value '
         "of no difference, adjusted for that number",
     ]
-    if any(cell.is_tuned and cell.tuning_seed is None for cell in study.cells):
+    if any(cell.tunes_on_a_result for cell in study.cells):
         lines.append(
             "- **tuning used the first seed of the results**, since the study's file has no "
             "tuning_seed; seeds marked t are the tuning run itself"

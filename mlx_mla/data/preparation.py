@@ -111,7 +111,9 @@ class Preparation:
         def total(split: str, unit: str) -> str:
             return f"{sum(s[unit] for s in m['shards'] if s['split'] == split):,} {unit}"
 
-        bpe_dir = (self.command.bpe_dir and f" --bpe-dir {shlex.quote(self.command.bpe_dir)}") or ""
+        flags = ["--data", str(self.out), "--tokenizer", self.command.tokenizer]
+        if self.command.bpe_dir is not None:
+            flags += ["--bpe-dir", self.command.bpe_dir]
         held_out = f"{total('val', 'tokens')}, {total('val', 'documents')}"
         if all(s["split"] == "train" for s in m["shards"]):
             held_out = "no documents; training holds out the last tokens instead"
@@ -120,8 +122,7 @@ class Preparation:
             f"validation  {held_out}\n"
             f"skipped     {m['empty_documents']:,} empty documents\n"
             f"folder      {self.out}  ({len(m['shards'])} shards, {MANIFEST})\n"
-            f"train with:\n  python -m mlx_mla.train --data {shlex.quote(str(self.out))} "
-            f"--tokenizer {shlex.quote(self.command.tokenizer)}{bpe_dir}"
+            f"train with:\n  python -m mlx_mla.train {shlex.join(flags)}"
         )
 
     def _encoded(
